@@ -1,0 +1,53 @@
+# make demo and make test do all the set-up on a fresh machine: Python 3.11+, make and git are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench clean
+
+help:
+	@echo "make demo    train, fine-tune, save, reload and question a small trimodal model (report in out/demo)"
+	@echo "make test    the whole test suite"
+	@echo "make check   lint, format, types and layout tests, in seconds"
+	@echo "make format  rewrite the files as make check wants them"
+	@echo "make bench   benchmarks (tables; figures as JSON in out/bench)"
+	@echo "make setup   create .venv and install the pinned versions; the targets above call it"
+	@echo "make clean   remove caches, builds and out/ (keeps .venv)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Chorus needs Python 3.11 or newer, found " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/chorus-moe demo $(DEMO_ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layout.py
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	@mkdir -p out/bench
+	@set -e; for program in sparse_layer train_step decode; do \
+		$(BIN)/python -m benchmarks.$$program --json out/bench/$$program.json; \
+	done
+
+clean:
+	rm -rf out build dist chorus_moe.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

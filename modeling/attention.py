@@ -1,0 +1,138 @@
+"""Attention: the ordinary kind, and cross-modal attention on a shared query projection.
+
+Unusual here:
+- in a cross-modal layer every modality has its own key and value projection and all share one query projection, so text
+  queries meet image keys (and the reverse) through the same W_q, in one softmax over all that the layer lets a token see;
+- keys and values are computed when a token enters: the KV cache, masks and attention backends are the ordinary ones.
+
+Shape suffixes: B batch, S sequence, T tokens (B * S), H heads, G key-value heads, C head size, D hidden size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+
+from .configuration_banks import MODALITY_IDS
+from .configuration_chorus import ChorusTextConfig
+from .modality_plan import ModalityPlan
+
+
+class SharedProjection(nn.Linear):
+    """One projection for the tokens of every modality."""
+
+    def forward(self, hidden_states: Tensor, plan: ModalityPlan | None = None) -> Tensor:
+        return super().forward(hidden_states)
+
+
+class ModalityProjection(nn.ModuleDict):
+    """One projection a modality; each token goes through that of its own modality (arXiv 2411.04996)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool):
+        super().__init__({name: nn.Linear(in_features, out_features, bias=bias) for name in MODALITY_IDS})
+
+    def forward(self, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
+        if plan.is_static:
+            return self._project_all(hidden_states, plan)
+        if plan.rows["text"] is None and not torch.is_grad_enabled():
+            return self["text"](hidden_states)
+        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        rows = [torch.arange(len(hidden_TD), device=hidden_TD.device) if r is None else r for r in
+                (plan.rows[name] for name in MODALITY_IDS)]
+        states = [layer(hidden_TD.index_select(0, r)) for layer, r in zip(self.values(), rows, strict=True)]
+        order = torch.cat(rows)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return torch.cat(states).index_select(0, back).view(*hidden_states.shape[:-1], -1)
+
+    def _project_all(self, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
+        modality_BS1 = plan.modality_T.view(*hidden_states.shape[:-1], 1)
+        output = self["text"](hidden_states)
+        for name, value in MODALITY_IDS.items():
+            if name != "text":
+                output = torch.where(modality_BS1 == value, self[name](hidden_states), output)
+        return output
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions (arXiv 2305.13245, 2104.09864)."""
+
+    def __init__(self, config: ChorusTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = config.is_causal
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = self._query_projection(config.hidden_size, query_size, config.attention_bias)
+        self.k_proj = self._key_value_projection(config.hidden_size, key_size, config.attention_bias)
+        self.v_proj = self._key_value_projection(config.hidden_size, key_size, config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+
+    def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        return SharedProjection(in_features, out_features, bias=bias)
+
+    def _key_value_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        return SharedProjection(in_features, out_features, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        plan: ModalityPlan,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
+        """Returns the output `(B, S, D)`, the attention map if the backend yields one, and the rotated queries
+        `(B, H, S, C)` and keys `(B, G, S, C)` of the new tokens."""
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states, plan).view(head_shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states, plan).view(head_shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states, plan).view(head_shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        new_states = (query, key)
+
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        output = self.o_proj(output.reshape(*input_shape, -1).contiguous())
+        return output, weights, new_states
+
+
+class CrossModalAttention(Attention):
+    """Attention whose keys and values are projected by modality and whose queries share one projection."""
+
+    def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        if self.config.share_cross_modal_query:
+            return SharedProjection(in_features, out_features, bias=bias)
+        return ModalityProjection(in_features, out_features, bias)
+
+    def _key_value_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        return ModalityProjection(in_features, out_features, bias)

@@ -1,0 +1,144 @@
+"""Expert banks: a router and its experts, open to some modalities.
+
+Unusual here:
+- a bank is addressed by name everywhere (config, LoRA, losses, statistics);
+- tokens are found once per forward, by the model, never by a bank;
+- a bank without tokens stays in the graph, with zero gradients.
+
+Shape suffixes: T tokens, D hidden size, N banks of the layer, E experts in the bank, K experts per token, I expert width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from .configuration_banks import MODALITY_IDS, ExpertBankConfig
+from .configuration_chorus import ChorusTextConfig
+from .modality_plan import ModalityPlan, add_rows, take_rows
+from .routers import ROUTER_CLASSES, BankRouting
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU feed-forward (arXiv 2002.05202): dense layers and the always-on shared experts."""
+
+    def __init__(self, config: ChorusTextConfig, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+@use_experts_implementation
+class ChorusExperts(nn.Module):
+    """The experts of one bank, stacked: `gate_up_proj (E, 2I, D)` and `down_proj (E, D, I)`.
+
+    This forward is the reference (`experts_implementation="eager"`); the others come from transformers'
+    experts interface and from `experts_cpu`.
+    """
+
+    def __init__(self, config: ChorusTextConfig, bank: ExpertBankConfig):
+        super().__init__()
+        self.num_experts = bank.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = bank.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(bank.num_experts, 2 * bank.intermediate_size, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(bank.num_experts, config.hidden_size, bank.intermediate_size))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        # The empty sums keep both parameters in the graph when the bank has no tokens.
+        unused = self.gate_up_proj[:0].sum() + self.down_proj[:0].sum()
+        output_TD = torch.zeros_like(hidden_states) + unused.to(hidden_states.dtype)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            if len(token) == 0:
+                continue
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            states = F.linear(self.act_fn(gate) * up, self.down_proj[expert]) * top_k_weights[token, slot, None]
+            output_TD = output_TD.index_add(0, token, states.to(output_TD.dtype))
+        return output_TD
+
+
+class ExpertBank(nn.Module):
+    """A router and its experts. Adds `gate * bank(x)` to the output at the rows that may enter."""
+
+    def __init__(self, config: ChorusTextConfig, bank: ExpertBankConfig):
+        super().__init__()
+        self.modalities = bank.modalities
+        self.router = ROUTER_CLASSES[bank.router](config.hidden_size, bank)
+        self.experts = ChorusExperts(config, bank)
+
+    def forward(
+        self, output_TD: Tensor, hidden_TD: Tensor, gate_T: Tensor, plan: ModalityPlan
+    ) -> tuple[Tensor, BankRouting]:
+        rows = plan.rows_of(self.modalities)
+        hidden_RD, gate_R = take_rows(hidden_TD, rows), take_rows(gate_T, rows)
+        logits_RE, weights_RK, index_RK = self.router(hidden_RD)
+        states_RD = self.experts(hidden_RD, index_RK, (weights_RK * gate_R[:, None]).to(hidden_RD.dtype))
+        output_TD = add_rows(output_TD, rows, states_RD.to(output_TD.dtype))
+        return output_TD, BankRouting(logits_RE, weights_RK, index_RK, plan.token_mask(self.modalities, rows))
+
+
+class BankGate(nn.Module):
+    """First level of the gate: a softmax over the banks open to a token's modality, in float32.
+
+    A token that no bank is open to gets zeros. One bank needs no weights: it gets ones where it is open.
+    """
+
+    def __init__(self, hidden_size: int, banks: list[ExpertBankConfig]):
+        super().__init__()
+        self.banks = banks
+        self.weight = nn.Parameter(torch.empty(len(banks), hidden_size)) if len(banks) > 1 else None
+        self.is_open = nn.Buffer(self.open_table(), persistent=False)
+
+    def open_table(self) -> Tensor:
+        """`(modality id, bank)`: True where the bank takes the modality."""
+        table = torch.zeros(max(MODALITY_IDS.values()) + 1, len(self.banks), dtype=torch.bool)
+        for column, bank in enumerate(self.banks):
+            for modality in bank.modalities:
+                table[MODALITY_IDS[modality], column] = True
+        return table
+
+    def forward(self, hidden_TD: Tensor, modality_T: Tensor) -> Tensor:
+        open_TN = self.is_open[modality_T]
+        if self.weight is None:
+            return open_TN.float()
+        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+            logits_TN = F.linear(hidden_TD.float(), self.weight.float())
+            logits_TN = logits_TN.masked_fill(~open_TN, torch.finfo(torch.float32).min)
+            return logits_TN.softmax(dim=-1) * open_TN
+
+
+class MixtureOfBanks(nn.Module):
+    """Gate over expert banks, the feed-forward of a sparse layer.
+
+    1. the always-on shared experts see every token;
+    2. the bank gate weighs the banks open to the token's modality;
+    3. each bank routes its own tokens to K experts;
+    4. the weighted outputs are summed.
+
+    Returns the output `(B, S, D)` and, by bank, what was decided ([`BankRouting`]).
+    """
+
+    def __init__(self, config: ChorusTextConfig, layer_idx: int):
+        super().__init__()
+        banks = config.banks_of_layer(layer_idx)
+        shared_size = config.shared_expert_intermediate_size
+        self.shared_experts = GatedMLP(config, shared_size) if shared_size else None
+        self.bank_gate = BankGate(config.hidden_size, banks)
+        self.banks = nn.ModuleDict({bank.name: ExpertBank(config, bank) for bank in banks})
+
+    def forward(self, hidden_states: Tensor, plan: ModalityPlan) -> tuple[Tensor, dict[str, BankRouting]]:
+        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        output_TD = torch.zeros_like(hidden_TD) if self.shared_experts is None else self.shared_experts(hidden_TD)
+        gate_TN = self.bank_gate(hidden_TD, plan.modality_T)
+        routing = {}
+        for column, (name, bank) in enumerate(self.banks.items()):
+            output_TD, routing[name] = bank(output_TD, hidden_TD, gate_TN[:, column], plan)
+        return output_TD.view_as(hidden_states), routing

@@ -1,0 +1,133 @@
+"""Losses of the router and of cross-modal attention: pure functions.
+
+Unusual here:
+- a balance loss is taken over one bank of one layer and then averaged, so banks and layers cannot cancel;
+- it reads the choices actually made, over real tokens allowed to use the bank.
+
+Shape suffixes: T tokens, E experts, K experts per token, B batch, H heads, Q query tokens, P tokens of the partner.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from .configuration_banks import MODALITY_IDS
+from .routers import BankRouting
+
+RoutingOfLayer = dict[str, BankRouting]
+
+
+def _counted(routing: BankRouting) -> tuple[Tensor, Tensor]:
+    """Logits and choices of the rows that count."""
+    if routing.token_mask is None:
+        return routing.router_logits, routing.selected_experts
+    return routing.router_logits[routing.token_mask], routing.selected_experts[routing.token_mask]
+
+
+def switch_loss(routing: BankRouting) -> Tensor:
+    """`E * sum_e f_e P_e` (Switch Transformer, arXiv 2101.03961, equations 4 to 6), 1 at perfect balance.
+
+    `f_e` is the share of the choices that fell on expert e and `P_e` its mean probability. The largest value, E / K for
+    choices and E for top 1, is reached when the router has collapsed. A bank without tokens gives 0.
+    """
+    logits_TE, chosen_TK = _counted(routing)
+    num_tokens, num_experts = logits_TE.shape
+    if num_tokens == 0:
+        return logits_TE.sum()
+    share_E = torch.bincount(chosen_TK.reshape(-1), minlength=num_experts)[:num_experts] / chosen_TK.numel()
+    return num_experts * (share_E.to(logits_TE.dtype) * logits_TE.softmax(dim=-1).mean(dim=0)).sum()
+
+
+def z_loss(routing: BankRouting) -> Tensor:
+    """Mean of `logsumexp(logits)^2` (ST-MoE, arXiv 2202.08906, equation 5). A bank without tokens gives 0."""
+    logits_TE, _ = _counted(routing)
+    if len(logits_TE) == 0:
+        return logits_TE.sum()
+    return logits_TE.logsumexp(dim=-1).square().mean()
+
+
+def mean_over_banks(layers: Iterable[RoutingOfLayer], loss: Callable[[BankRouting], Tensor]) -> Tensor | None:
+    """Average of a loss over every bank of every layer that had tokens; None if there is no sparse layer.
+
+    Banks without tokens are left out of the mean but stay in the graph, so that every rank of a distributed run sends
+    gradients for the same parameters.
+    """
+    values, counts = [], []
+    for layer in layers:
+        for routing in layer.values():
+            values.append(loss(routing))
+            has_tokens = len(routing.router_logits) if routing.token_mask is None else routing.token_mask.any()
+            counts.append(float(bool(has_tokens)))
+    if not values:
+        return None
+    device = values[0].device
+    return torch.stack([value.to(device) for value in values]).sum() / max(sum(counts), 1.0)
+
+
+def _jensen_shannon(p: Tensor, q: Tensor, mask: Tensor) -> Tensor:
+    """Jensen-Shannon divergence over the last dimension, in nats (0 to log 2), where `mask` is True."""
+    middle = 0.5 * (p + q)
+
+    def divergence(x: Tensor) -> Tensor:
+        ratio = x.clamp_min(1e-12).log() - middle.clamp_min(1e-12).log()
+        return (x * ratio).masked_fill(~mask, 0.0).sum(dim=-1)
+
+    return 0.5 * (divergence(p) + divergence(q))
+
+
+def alignment_loss(
+    query: Tensor, key: Tensor, modality_BS: Tensor, real_BS: Tensor | None, scaling: float, is_causal: bool = True
+) -> Tensor:
+    """Distance between the two directions of cross-modal attention, averaged over text tokens, images and clips.
+
+    For every sample and each other modality: the text-to-image map (text queries on image keys) and the transposed
+    image-to-text map (image queries on text keys), each normalised over the image's tokens, are compared by their
+    Jensen-Shannon divergence. In a causal model only pairs are compared in which the text can see the image; the
+    reverse map is computed on the same pairs.
+
+    Args:
+        query: rotated queries `(B, H, S, C)` of a cross-modal layer.
+        key: rotated keys `(B, G, S, C)`.
+        modality_BS: `mm_token_type_ids`.
+        real_BS: True for real tokens, None when there is no padding.
+        scaling: factor on the scores.
+
+    Returns:
+        A scalar between 0 and log 2; 0 where no sample has both modalities.
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    total, rows = query.new_zeros((), dtype=torch.float32), 0
+    for sample, modality_S in enumerate(modality_BS):
+        real_S = torch.ones_like(modality_S, dtype=torch.bool) if real_BS is None else real_BS[sample].bool()
+        text = (real_S & (modality_S == MODALITY_IDS["text"])).nonzero().squeeze(1)
+        for name, value in MODALITY_IDS.items():
+            other = (real_S & (modality_S == value)).nonzero().squeeze(1)
+            if name == "text" or len(other) == 0:
+                continue
+            mask_QP = (other[None, :] < text[:, None]) if is_causal else text.new_ones(len(text), len(other)).bool()
+            seen = mask_QP.any(dim=-1)
+            if not seen.any():
+                continue
+            text_seen, mask_QP = text[seen], mask_QP[seen]
+            there_HQP = (query[sample][:, text_seen] @ key[sample][:, other].transpose(1, 2)).float() * scaling
+            back_HPQ = (query[sample][:, other] @ key[sample][:, text_seen].transpose(1, 2)).float() * scaling
+            low = torch.finfo(torch.float32).min
+            p_HQP = there_HQP.masked_fill(~mask_QP, low).softmax(dim=-1)
+            back_HPQ = back_HPQ.masked_fill(~mask_QP.T, low).softmax(dim=-1)
+            q_HQP = back_HPQ.transpose(1, 2).masked_fill(~mask_QP, 0.0)
+            q_HQP = q_HQP / q_HQP.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+            divergence_HQ = _jensen_shannon(p_HQP, q_HQP, mask_QP)
+            total, rows = total + divergence_HQ.sum(), rows + divergence_HQ.numel()
+    return total / max(rows, 1)
+
+
+def share_of_batch(labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """This micro-batch's share of the tokens that the step is normalised by.
+
+    The Trainer divides the language loss by the tokens of the whole accumulated, distributed batch. A term that is a
+    mean over the micro-batch must carry the same weight, or its coefficient grows with accumulation steps and ranks.
+    """
+    if num_items_in_batch is None or labels is None:
+        return 1.0
+    return (labels[..., 1:] != -100).sum() / num_items_in_batch

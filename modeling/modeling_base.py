@@ -1,0 +1,65 @@
+"""The base class of every Chorus model: what transformers needs to know, and how weights start."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils.output_capturing import OutputRecorder
+
+from .attention import Attention, CrossModalAttention
+from .configuration_chorus import ChorusConfig
+from .experts import BankGate, ChorusExperts, MixtureOfBanks
+from .routers import SoftmaxRouter
+
+
+class ChorusPreTrainedModel(PreTrainedModel):
+    """Weights start as in Llama: normal with `initializer_range`, norms one, biases zero."""
+
+    config: ChorusConfig
+    base_model_prefix = "model"
+    input_modalities = ("text", "image", "audio")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ChorusDecoderLayer", "ConformerBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    # Attention and experts live in files of their own, which the source search of transformers does not read:
+    # without these two, both would silently run their slowest implementation.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.get_text_config().initializer_range
+        if isinstance(module, ChorusExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, SoftmaxRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, BankGate):
+            init.copy_(module.is_open, module.open_table())
+            if module.weight is not None:
+                init.normal_(module.weight, mean=0.0, std=std)
+
+
+def recorded_outputs(layer_class: type[nn.Module]) -> dict[str, Any]:
+    """What `capture_outputs` can record: hidden states, attention maps, routing, and the rotated queries and keys of
+    the cross-modal layers."""
+    return {
+        "hidden_states": layer_class,
+        "attentions": OutputRecorder(Attention, index=1),
+        "router_logits": OutputRecorder(MixtureOfBanks, index=1),
+        "cross_modal_states": OutputRecorder(CrossModalAttention, index=2),
+    }

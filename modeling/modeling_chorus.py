@@ -1,0 +1,269 @@
+"""Chorus: text, image and audio tokens in one sequence through a decoder of expert banks.
+
+Unusual here:
+- in training every encoder runs exactly once a forward, on the smallest legal input and with weight zero when the batch
+  has none of its modality, so data-parallel ranks never wait for each other;
+- placeholders are counted against features sample by sample, and a mismatch names the sample and both numbers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+
+from .audio_tower import ChorusAudioModel
+from .configuration_banks import MODALITY_IDS
+from .configuration_chorus import ChorusConfig
+from .connectors import AudioConnector, VisionConnector
+from .modeling_base import ChorusPreTrainedModel
+from .modeling_outputs import ChorusModelOutput
+from .text_model import ChorusTextModel
+from .vision_tower import ChorusVisionModel
+
+logger = logging.get_logger(__name__)
+
+
+def check_placeholders(found: list[int], sizes: list[int], modality: str) -> None:
+    """Match the placeholders of every sample with whole images or clips, in order.
+
+    Args:
+        found: placeholder tokens in each sample.
+        sizes: tokens of each image or clip of the batch.
+
+    Raises:
+        ValueError: naming the first sample that does not fit, with both numbers.
+    """
+    next_piece = 0
+    for sample, count in enumerate(found):
+        expected = 0
+        while expected < count and next_piece < len(sizes):
+            expected += sizes[next_piece]
+            next_piece += 1
+        if expected != count:
+            raise ValueError(
+                f"sample {sample}: found {count} {modality} placeholders for {expected} {modality} tokens; the text was "
+                f"probably truncated after the processor ran, or the {modality} was left out"
+            )
+    if next_piece < len(sizes):
+        raise ValueError(
+            f"found {sum(found)} {modality} placeholders in the batch for {sum(sizes)} {modality} tokens: "
+            f"{len(sizes) - next_piece} of {len(sizes)} {modality} inputs belong to no sample"
+        )
+
+
+class ChorusModel(ChorusPreTrainedModel):
+    """Encoders, connectors and the decoder; no head."""
+
+    base_model_prefix = ""
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: ChorusConfig):
+        super().__init__(config)
+        text, vision, audio = config.text_config, config.vision_config, config.audio_config
+        self.vision_tower = ChorusVisionModel._from_config(vision) if vision is not None else None
+        self.audio_tower = ChorusAudioModel._from_config(audio) if audio is not None else None
+        self.vision_connector = VisionConnector(vision, text.hidden_size) if vision is not None else None
+        self.audio_connector = AudioConnector(audio, text.hidden_size) if audio is not None else None
+        self.language_model = ChorusTextModel._from_config(text)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: `(images, C, H, W)`.
+
+        Returns:
+            `last_hidden_state` of the tower and, as `pooler_output`, the image tokens `(images, tokens, D)`.
+        """
+        if self.vision_tower is None:
+            raise ValueError(f"got {len(pixel_values)} images but this model has no vision tower")
+        tokens = self.vision_tower(pixel_values=pixel_values.to(self.vision_tower.dtype)).last_hidden_state
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=self.vision_connector(tokens))
+
+    @can_return_tuple
+    def get_audio_features(
+        self,
+        input_features: torch.FloatTensor,
+        input_features_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encode clips.
+
+        Args:
+            input_features: log-mel features `(windows, frames, mel bins)`.
+            input_features_mask: `(windows, frames)`, 1 for real frames; all real if None.
+
+        Returns:
+            `last_hidden_state` of the tower and, as `pooler_output`, the audio tokens of each window, a list of `(tokens, D)`.
+        """
+        if self.audio_tower is None:
+            raise ValueError(f"got {len(input_features)} clips but this model has no audio tower")
+        encoded = self.audio_tower(
+            input_features=input_features.to(self.audio_tower.dtype), input_features_mask=input_features_mask
+        )
+        tokens, mask = self.audio_connector(encoded.last_hidden_state, encoded.attention_mask)
+        pieces = [row[keep] for row, keep in zip(tokens, mask.bool(), strict=True)]
+        return BaseModelOutputWithPooling(last_hidden_state=encoded.last_hidden_state, pooler_output=pieces)
+
+    def modality_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """`mm_token_type_ids` `(B, S)` from the placeholder tokens, for callers that did not give them."""
+        placeholders = {"image": self.config.image_token_id, "audio": self.config.audio_token_id}
+        shape, device = (
+            (input_ids.shape, input_ids.device)
+            if input_ids is not None
+            else (inputs_embeds.shape[:2], inputs_embeds.device)
+        )
+        modality_BS = torch.zeros(shape, dtype=torch.long, device=device)
+        for name, token_id in placeholders.items():
+            if token_id is None:
+                continue
+            if input_ids is not None:
+                found = input_ids == token_id
+            else:
+                found = (inputs_embeds == self.get_input_embeddings().weight[token_id]).all(dim=-1)
+            modality_BS = modality_BS.masked_fill(found, MODALITY_IDS[name])
+        return modality_BS
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ChorusModelOutput:
+        """Encode, merge and decode.
+
+        Args:
+            mm_token_type_ids: `(B, S)`, 0 text, 1 image, 3 audio; derived from the placeholder tokens if None.
+            pixel_values: images of the whole batch in the order of their placeholders, `(images, C, H, W)`.
+            input_features, input_features_mask: clips of the whole batch in order, see `get_audio_features`.
+            mm_encoder_outputs: outputs of `get_image_features` ("image") and `get_audio_features` ("audio") computed
+                earlier, instead of the raw inputs.
+
+        Raises:
+            ValueError: placeholders and features do not match, naming the sample and both numbers.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if mm_token_type_ids is None:
+            if inputs_embeds is not None:
+                logger.warning_once(
+                    "inputs_embeds without mm_token_type_ids: image and audio tokens are found only where the embedding "
+                    "equals that of a placeholder; pass mm_token_type_ids for embeddings that are merged already"
+                )
+            mm_token_type_ids = self.modality_ids(input_ids, inputs_embeds)
+        features = self._encode(pixel_values, input_features, input_features_mask, mm_encoder_outputs or {})
+        embeds = self.get_input_embeddings()(self._text_ids(input_ids)) if inputs_embeds is None else inputs_embeds
+        embeds = self._merge(embeds, input_ids, mm_token_type_ids, features)
+        if self.training:
+            embeds = embeds + self._idle_towers(features, embeds)
+
+        outputs = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            mm_token_type_ids=mm_token_type_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        outputs.image_hidden_states = features.get("image")
+        outputs.audio_hidden_states = features.get("audio")
+        return outputs
+
+    def _text_ids(self, input_ids: Tensor) -> Tensor:
+        """Token ids with the placeholders, whose embeddings will be replaced, turned into token 0."""
+        for token_id in (self.config.image_token_id, self.config.audio_token_id):
+            if token_id is not None:
+                input_ids = input_ids.masked_fill(input_ids == token_id, 0)
+        return input_ids
+
+    def _encode(
+        self,
+        pixel_values: Tensor | None,
+        input_features: Tensor | None,
+        input_features_mask: Tensor | None,
+        encoded: dict[str, BaseModelOutputWithPooling],
+    ) -> dict[str, Any]:
+        """Image and audio tokens by modality, each a tensor or list whose entries are the tokens of one input."""
+        for name, raw in (("image", pixel_values), ("audio", input_features)):
+            if raw is not None and encoded.get(name) is not None:
+                raise ValueError(f"got raw {name} inputs and mm_encoder_outputs for {name}; give one of them")
+        features = {name: output.pooler_output for name, output in encoded.items() if output is not None}
+        if pixel_values is not None and len(pixel_values):
+            features["image"] = self.get_image_features(pixel_values).pooler_output
+        if input_features is not None and len(input_features):
+            features["audio"] = self.get_audio_features(input_features, input_features_mask).pooler_output
+        return features
+
+    def _merge(
+        self, embeds: Tensor, input_ids: Tensor | None, modality_BS: Tensor, features: dict[str, Any]
+    ) -> Tensor:
+        """Put image and audio tokens in the place of their placeholders."""
+        placeholders = {"image": self.config.image_token_id, "audio": self.config.audio_token_id}
+        for name, token_id in placeholders.items():
+            if token_id is None:
+                continue
+            mask_BS = modality_BS == MODALITY_IDS[name] if input_ids is None else input_ids == token_id
+            pieces = features.get(name)
+            if not torch.compiler.is_compiling() and (pieces is not None or input_ids is not None):
+                sizes = [len(piece) for piece in pieces] if pieces is not None else []
+                check_placeholders(mask_BS.sum(dim=-1).tolist(), sizes, name)
+            if pieces is not None:
+                tokens = pieces.flatten(0, 1) if isinstance(pieces, Tensor) else torch.cat(list(pieces))
+                tokens = tokens.to(embeds.device, embeds.dtype)
+                embeds = embeds.masked_scatter(mask_BS.unsqueeze(-1).to(embeds.device), tokens)
+                features[name] = pieces if isinstance(pieces, Tensor) else tokens
+        return embeds
+
+    def _idle_towers(self, features: dict[str, Any], embeds: Tensor) -> Tensor:
+        """Zero, connected to every encoder that the batch did not use."""
+        idle = embeds.new_zeros(())
+        if self.vision_tower is not None and features.get("image") is None:
+            pixel_values = self.vision_tower.smallest_input()
+            with frozen_batch_norm(self.vision_tower):
+                idle = idle + self.get_image_features(pixel_values).pooler_output.sum().to(embeds) * 0.0
+        if self.audio_tower is not None and features.get("audio") is None:
+            input_features = self.audio_tower.smallest_input()
+            with frozen_batch_norm(self.audio_tower):
+                idle = idle + torch.cat(self.get_audio_features(input_features).pooler_output).sum().to(embeds) * 0.0
+        return idle
+
+
+class frozen_batch_norm:
+    """Keeps an idle encoder's input out of its running statistics."""
+
+    def __init__(self, module: nn.Module):
+        plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        self.norms = [m for m in module.modules() if isinstance(m, plain) and m.training]
+
+    def __enter__(self) -> None:
+        for norm in self.norms:
+            norm.training = False
+
+    def __exit__(self, *exception: object) -> None:
+        for norm in self.norms:
+            norm.training = True

@@ -1,0 +1,144 @@
+"""The generative head: text, images and sound in, text out."""
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .configuration_chorus import ChorusConfig
+from .losses import share_of_batch
+from .modeling_head import ChorusHead
+from .modeling_outputs import ChorusLossOutput
+
+
+class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
+    """Text, images and sound in; text out."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: ChorusConfig):
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+        media = [i for i in (config.image_token_id, config.audio_token_id) if i is not None]
+        if media and self.generation_config.suppress_tokens is None:
+            # A generated placeholder would stand for an image or a clip that nobody gave.
+            self.generation_config.suppress_tokens = media
+
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_audio_features(
+        self, input_features: torch.FloatTensor, input_features_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        return self.model.get_audio_features(input_features, input_features_mask, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ChorusLossOutput:
+        """Inputs as in [`ChorusModel`].
+
+        Args:
+            labels: `(B, S)`, token ids, -100 where nothing is to be learned. A batch without any label has loss 0.
+            output_router_logits: also return the routing of every layer, and the balance loss and z-loss.
+            logits_to_keep: compute logits for the last so many positions only; 0 for all.
+
+        Returns:
+            [`ChorusLossOutput`]; in training `loss` holds the weighted auxiliary terms, in evaluation it never does.
+        """
+        num_items = kwargs.pop("num_items_in_batch", None)
+        outputs, terms = self._run(
+            output_router_logits,
+            mm_token_type_ids,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            mm_encoder_outputs=mm_encoder_outputs,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            counted = (labels[..., 1:] != -100).sum().clamp(min=1) if num_items is None else num_items
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits, labels, vocab_size=vocab_size, num_items_in_batch=counted, **kwargs)
+            loss = loss + self._weighted_sum(terms, share_of_batch(labels, num_items))
+        return ChorusLossOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            image_hidden_states=outputs.image_hidden_states,
+            audio_hidden_states=outputs.audio_hidden_states,
+            **terms,
+        )
+
+    def _prepare_encoder_decoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config: Any
+    ) -> dict[str, Any]:
+        # Known from the start, so that generated tokens are text whatever they are.
+        if model_kwargs.get("mm_token_type_ids") is None and not inputs_tensor.is_floating_point():
+            model_kwargs["mm_token_type_ids"] = self.model.modality_ids(inputs_tensor)
+        return super()._prepare_encoder_decoder_kwargs_for_generation(
+            inputs_tensor, model_kwargs, model_input_name, generation_config
+        )
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """transformers encodes images before prefill; sound is encoded here, so each input is encoded once."""
+        model_kwargs = super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+        input_features = model_kwargs.pop("input_features", None)
+        input_features_mask = model_kwargs.pop("input_features_mask", None)
+        if input_features is not None and len(input_features):
+            if model_kwargs["mm_encoder_outputs"].get("audio") is not None:
+                raise ValueError("got raw audio inputs and mm_encoder_outputs for audio; give one of them")
+            model_kwargs["mm_encoder_outputs"]["audio"] = self.get_audio_features(input_features, input_features_mask)
+        return model_kwargs
+
+    def _expand_multimodal_outputs(
+        self, input_ids: Tensor, mm_encoder_output: dict[str, Any], expand_size: int = 1, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Repeat each sample's clips for its beams: the clips of a sample stay together, `[a, b]` -> `[a, b, a, b]`."""
+        mm_encoder_output = super()._expand_multimodal_outputs(input_ids, mm_encoder_output, expand_size, **kwargs)
+        audio = mm_encoder_output.get("audio")
+        if audio is None or input_ids is None or input_ids.numel() == 0:
+            return mm_encoder_output
+        pieces = list(audio.pooler_output)
+        ends = list(accumulate(len(piece) for piece in pieces))
+        wanted = accumulate((input_ids == self.config.audio_token_id).sum(dim=-1).tolist())
+        stops = [ends.index(total) + 1 if total else 0 for total in wanted]
+        starts = [0, *stops[:-1]]
+        audio.pooler_output = [p for a, b in zip(starts, stops, strict=True) for p in pieces[a:b] * expand_size]
+        return mm_encoder_output

@@ -1,0 +1,93 @@
+"""What all heads share: the inner model and its auxiliary losses.
+
+Unusual here: the loss terms of the router and of cross-modal attention are added in training only, are scaled by the
+micro-batch's share of the step, and are returned one by one.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_chorus import ChorusConfig
+from .losses import alignment_loss, mean_over_banks, switch_loss, z_loss
+from .modeling_base import ChorusPreTrainedModel
+from .modeling_chorus import ChorusModel
+from .modeling_outputs import ChorusModelOutput
+
+
+class ChorusHead(ChorusPreTrainedModel):
+    """What all heads share: the inner model and its auxiliary losses."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: ChorusConfig):
+        super().__init__(config)
+        self.model = ChorusModel(config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def _run(
+        self, output_router_logits: bool | None, mm_token_type_ids: Tensor | None, **inputs: Any
+    ) -> tuple[ChorusModelOutput, dict[str, Tensor | None]]:
+        """The inner model's outputs and the unweighted auxiliary losses that were asked for."""
+        text = self.config.text_config
+        if output_router_logits is None:
+            output_router_logits = text.output_router_logits
+        train_router = self.training and (text.router_aux_loss_coef > 0 or text.router_z_loss_coef > 0)
+        align = self.training and text.alignment_loss_coef > 0
+        if mm_token_type_ids is None and inputs.get("input_ids") is not None:
+            mm_token_type_ids = self.model.modality_ids(inputs["input_ids"])
+        outputs = self.model(
+            mm_token_type_ids=mm_token_type_ids,
+            output_router_logits=output_router_logits or train_router,
+            output_cross_modal_states=align,
+            **inputs,
+        )
+        terms: dict[str, Tensor | None] = {"aux_loss": None, "z_loss": None, "alignment_loss": None}
+        if output_router_logits or train_router:
+            self._check_gradients_reach_routers(outputs)
+            terms["aux_loss"] = mean_over_banks(outputs.router_logits, switch_loss)
+            terms["z_loss"] = mean_over_banks(outputs.router_logits, z_loss)
+        if align:
+            terms["alignment_loss"] = self._alignment(outputs, mm_token_type_ids, inputs.get("attention_mask"))
+        if not output_router_logits:
+            outputs.router_logits = None
+        return outputs, terms
+
+    def _alignment(self, outputs: ChorusModelOutput, modality_BS: Tensor, attention_mask: Tensor | None) -> Tensor:
+        scaling = self.config.text_config.head_dim**-0.5
+        is_causal = self.config.text_config.is_causal
+        real_BS = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+        layers = [
+            alignment_loss(query, key, modality_BS, real_BS, scaling, is_causal)
+            for query, key in outputs.cross_modal_states
+        ]
+        return torch.stack([layer.to(layers[0].device) for layer in layers]).mean()
+
+    def _check_gradients_reach_routers(self, outputs: ChorusModelOutput) -> None:
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        trained = any(p.requires_grad for n, p in self.model.named_parameters() if n.endswith("router.weight"))
+        if trained and not any(r.router_logits.requires_grad for layer in outputs.router_logits for r in layer.values()):
+            raise RuntimeError(
+                "the balance loss would have no gradient: activation checkpointing runs with use_reentrant=True, which "
+                "hides the routers from it; use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+
+    def _weighted_sum(self, terms: dict[str, Tensor | None], share: Tensor | float) -> Tensor | float:
+        """What training adds to the loss of the head; nothing in evaluation."""
+        if not self.training:
+            return 0.0
+        text = self.config.text_config
+        coefficients = {
+            "aux_loss": text.router_aux_loss_coef,
+            "z_loss": text.router_z_loss_coef,
+            "alignment_loss": text.alignment_loss_coef,
+        }
+        added = [coefficients[name] * term for name, term in terms.items() if term is not None and coefficients[name] > 0]
+        return share * sum(added) if added else 0.0

@@ -1,0 +1,82 @@
+"""Outputs of the models, with every loss term on its own."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from .routers import BankRouting
+
+
+@dataclass
+class ChorusModelOutput(ModelOutput):
+    """Output of the decoder and of the whole model without a head.
+
+    Args:
+        last_hidden_state: `(B, S, D)`.
+        past_key_values: keys and values of the tokens so far.
+        hidden_states: input of the first layer and output of every layer, on request.
+        attentions: attention map of every layer, on request, with `attn_implementation="eager"`.
+        router_logits: for each sparse layer, bank name -> [`BankRouting`], with `output_router_logits=True`.
+        cross_modal_states: rotated queries and keys of each cross-modal layer, on request.
+        image_hidden_states: image tokens after the connector, `(images, tokens, D)`.
+        audio_hidden_states: audio tokens after the connector, one `(tokens, D)` a window, concatenated.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[dict[str, BankRouting], ...] | None = None
+    cross_modal_states: tuple[tuple[Tensor, Tensor], ...] | None = None
+    image_hidden_states: Tensor | None = None
+    audio_hidden_states: Tensor | None = None
+
+
+@dataclass
+class ChorusLossOutput(ModelOutput):
+    """What every head returns.
+
+    Args:
+        loss: the head's own loss plus, while training, the weighted terms below.
+        logits: scores of the head.
+        aux_loss: balance loss averaged over banks and layers, 1 at perfect balance, not weighted.
+        z_loss: router z-loss, not weighted.
+        alignment_loss: alignment of the two directions of cross-modal attention, not weighted.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[dict[str, BankRouting], ...] | None = None
+    aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    alignment_loss: Tensor | None = None
+    image_hidden_states: Tensor | None = None
+    audio_hidden_states: Tensor | None = None
+
+
+@dataclass
+class ChorusContrastiveOutput(ModelOutput):
+    """What [`ChorusForContrastive`] returns.
+
+    Args:
+        loss: symmetric cross-entropy averaged over the pairs of modalities, plus the weighted terms below.
+        text_embeds, image_embeds, audio_embeds: unit vectors `(B, projection_dim)`, or None without that modality.
+        logits_per_pair: `"text-image"` -> `(B, B)` scaled similarities, and so on.
+    """
+
+    loss: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+    audio_embeds: Tensor | None = None
+    logits_per_pair: dict[str, Tensor] | None = None
+    aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    alignment_loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[dict[str, BankRouting], ...] | None = None

@@ -1,0 +1,167 @@
+"""The decoder: attention and feed-forward layers over one sequence of text, image and audio tokens."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import Attention, CrossModalAttention
+from .configuration_chorus import ChorusTextConfig
+from .experts import GatedMLP, MixtureOfBanks
+from .modality_plan import ModalityPlan
+from .modeling_base import ChorusPreTrainedModel, recorded_outputs
+from .modeling_outputs import ChorusModelOutput
+
+
+class DenseFeedForward(GatedMLP):
+    """A dense layer's feed-forward, called like a mixture of banks."""
+
+    def forward(self, hidden_states: Tensor, plan: ModalityPlan) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(hidden_states), None
+
+
+class ChorusDecoderLayer(GradientCheckpointingLayer):
+    """norm -> attention -> residual -> norm -> feed-forward -> residual."""
+
+    def __init__(self, config: ChorusTextConfig, layer_idx: int):
+        super().__init__()
+        is_cross_modal = layer_idx in config.cross_modal_layers
+        is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
+        self.self_attn = (CrossModalAttention if is_cross_modal else Attention)(config, layer_idx)
+        self.mlp = (
+            MixtureOfBanks(config, layer_idx) if is_sparse else DenseFeedForward(config, config.intermediate_size)
+        )
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        plan: ModalityPlan,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        attended, _, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            plan=plan,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        fed_forward, _ = self.mlp(self.post_attention_layernorm(hidden_states), plan)
+        return hidden_states + fed_forward
+
+
+class ChorusTextModel(ChorusPreTrainedModel):
+    """The decoder without a head: token ids or embeddings in, hidden states out."""
+
+    config: ChorusTextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = recorded_outputs(ChorusDecoderLayer)
+
+    def __init__(self, config: ChorusTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([ChorusDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        padding_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ChorusModelOutput:
+        """Run the layers.
+
+        Args:
+            attention_mask: `(B, past + S)`, 1 for real tokens, or masks by layer type as `generate` prepares them.
+            mm_token_type_ids: `(B, S)`, 0 text, 1 image, 3 audio. The decoder alone has no placeholder tokens, so
+                without it every token is text; [`ChorusModel`] derives it from the token ids.
+            padding_mask: `(B, S)`, 1 for real tokens, for callers whose `attention_mask` is not two-dimensional.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        if mm_token_type_ids is None:
+            mm_token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+
+        plan = ModalityPlan.build(mm_token_type_ids, attention_mask if padding_mask is None else padding_mask)
+        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        hidden_states = inputs_embeds
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                plan,
+                attention_mask=masks[layer_type],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return ChorusModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _masks(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor,
+    ) -> dict[str, Tensor | None]:
+        """One mask a layer type, built once for all layers of that type."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        full, sliding = (
+            (create_causal_mask, create_sliding_window_causal_mask)
+            if self.config.is_causal
+            else (create_bidirectional_mask, create_bidirectional_sliding_window_mask)
+        )
+        builders = {"full_attention": full, "sliding_attention": sliding}
+        return {
+            kind: builders[kind](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for kind in set(self.config.layer_types)
+        }

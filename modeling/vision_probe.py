@@ -1,0 +1,226 @@
+"""What a vision encoder yields: width, layout, prefix tokens, grid and number of tokens.
+
+Unusual here:
+- an encoder is probed once, when a configuration is composed, by a forward on the meta device: nothing is allocated;
+- names and arguments are checked first, so a foreign configuration can neither reach the network nor name a file;
+- arguments travel through JSON, so the probed encoder is the one that a saved configuration rebuilds.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig
+
+# Arguments of `timm.create_model` that load files, or that the configuration or the tower decides.
+RESERVED_MODEL_ARGS = frozenset(
+    {
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_strict",
+        "checkpoint_path",
+        "cache_dir",
+        "features_only",
+        "num_classes",
+        "in_chans",
+    }
+)
+# No argument of a timm model is larger; a greater number in a configuration is a mistake or an attack.
+MAX_MODEL_ARG = 65_536
+MAX_DEPTH = 1_024
+
+
+@dataclass(frozen=True)
+class VisionProbe:
+    """What an encoder yields for one square image.
+
+    Args:
+        layout: `NLC` (tokens, prefix first), `NCHW` or `NHWC` (feature map).
+        num_prefix_tokens: class, distillation and register tokens in front of the image tokens.
+        grid_size: (rows, columns) of the image tokens, None if they form no grid.
+        num_tokens: image tokens, without prefix.
+    """
+
+    hidden_size: int
+    layout: str
+    num_prefix_tokens: int
+    grid_size: tuple[int, int] | None
+    num_tokens: int
+
+
+def create_timm_encoder(
+    architecture: str | None, model_args: dict[str, Any] | None, image_size: int, num_channels: int
+) -> nn.Module:
+    """Builds a timm model without classifier and without weights, from its name alone.
+
+    Args:
+        architecture: a name of `timm.list_models()`, with or without a pretrained tag.
+        model_args: further arguments of `timm.create_model`, as JSON can hold them.
+        image_size: pixels; passed on as `img_size` to architectures that fix it.
+
+    Raises:
+        ImportError: timm is missing.
+        ValueError: an unknown name, a reserved or oversized argument, or a model that timm refuses to build.
+    """
+    timm = _import_timm()
+    _check_architecture(architecture, timm)
+    arguments = json.loads(_dump_model_args(architecture, model_args))
+    try:
+        if getattr(timm.get_pretrained_cfg(architecture), "fixed_input_size", False):
+            arguments.setdefault("img_size", image_size)
+        return timm.create_model(architecture, pretrained=False, num_classes=0, in_chans=num_channels, **arguments)
+    except Exception as error:
+        raise ValueError(f"timm cannot build {architecture!r} with model_args={arguments}: {error}") from error
+
+
+def probe_vision_encoder(
+    architecture: str | None, model_args: dict[str, Any] | None, image_size: int, num_channels: int
+) -> VisionProbe:
+    """Finds what a timm architecture yields for images of `(num_channels, image_size, image_size)`.
+
+    Raises:
+        ImportError: timm is missing.
+        ValueError: the encoder cannot be built, or yields neither tokens nor one feature map.
+    """
+    return _probe_timm(architecture, _dump_model_args(architecture, model_args), image_size, num_channels)
+
+
+def probe_backbone(backbone_config: PreTrainedConfig, image_size: int, num_channels: int) -> VisionProbe:
+    """Finds what a Hugging Face vision model yields for images of `(num_channels, image_size, image_size)`.
+
+    Raises:
+        ValueError: the configuration is made for other images, or the model yields no `last_hidden_state`.
+    """
+    name = type(backbone_config).__name__
+    for field, found in (("image_size", image_size), ("num_channels", num_channels)):
+        wanted = getattr(backbone_config, field, None)
+        if wanted is not None and wanted not in (found, [found, found], (found, found)):
+            raise ValueError(f"{name}: {field}={wanted} but the vision config has {field}={found}")
+
+    def build() -> nn.Module:
+        return AutoModel.from_config(deepcopy(backbone_config), dtype=torch.float32)
+
+    def encode(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+        return model(pixel_values=pixel_values).last_hidden_state
+
+    features, _ = _encode_zeros(name, build, encode, image_size, num_channels)
+    if not isinstance(features, torch.Tensor) or features.ndim not in (3, 4):
+        raise ValueError(f"{name} yields no tokens or feature map as last_hidden_state; choose another vision model")
+    patch_size = getattr(backbone_config, "patch_size", None)
+    rows = image_size // patch_size if isinstance(patch_size, int) else None
+    num_prefix_tokens = 0
+    if features.ndim == 3 and rows is not None:
+        num_prefix_tokens = max(features.shape[1] - rows * rows, 0)
+    return _describe(name, features, "NCHW", num_prefix_tokens)
+
+
+@lru_cache(maxsize=256)
+def _probe_timm(architecture: str, model_args: str, image_size: int, num_channels: int) -> VisionProbe:
+    def build() -> nn.Module:
+        return create_timm_encoder(architecture, json.loads(model_args), image_size, num_channels)
+
+    def encode(model: nn.Module, pixel_values: torch.Tensor) -> Any:
+        return model.forward_features(pixel_values)
+
+    features, model = _encode_zeros(architecture, build, encode, image_size, num_channels)
+    if not isinstance(features, torch.Tensor) or features.ndim not in (3, 4):
+        raise ValueError(f"{architecture!r} yields neither tokens nor one feature map; choose another architecture")
+    num_prefix_tokens = getattr(model, "num_prefix_tokens", None)
+    if num_prefix_tokens is None and features.ndim == 3:
+        odd_one = not _is_square(features.shape[1]) and _is_square(features.shape[1] - 1)
+        num_prefix_tokens = int(hasattr(model, "cls_token") or odd_one)
+    return _describe(architecture, features, _map_layout(model, features), num_prefix_tokens or 0)
+
+
+def _encode_zeros(
+    name: str,
+    build: Callable[[], nn.Module],
+    encode: Callable[[nn.Module, torch.Tensor], Any],
+    image_size: int,
+    num_channels: int,
+) -> tuple[Any, nn.Module]:
+    """Encodes one blank image on the meta device, or on the CPU if the model reads values; keeps the random state."""
+    shape = (1, num_channels, image_size, image_size)
+    failure: Exception | None = None
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for device in ("meta", "cpu"):
+            try:
+                with torch.device(device):
+                    model = build().eval()
+                    return encode(model, torch.zeros(shape)), model
+            except (NotImplementedError, RuntimeError, AssertionError) as error:
+                failure = error
+    raise ValueError(f"{name!r} does not encode an image of {shape[1:]}: {failure}") from failure
+
+
+def _map_layout(model: nn.Module, features: torch.Tensor) -> str:
+    if features.ndim == 4 and features.shape[1] == features.shape[2] != features.shape[3]:
+        return "NHWC"
+    if features.ndim == 4 and features.shape[2] == features.shape[3] != features.shape[1]:
+        return "NCHW"
+    return str(getattr(model, "output_fmt", "NCHW"))
+
+
+def _describe(name: str, features: torch.Tensor, map_layout: str, num_prefix_tokens: int) -> VisionProbe:
+    if features.ndim == 4:
+        hidden_size = features.shape[1] if map_layout == "NCHW" else features.shape[3]
+        rows, columns = features.shape[2:] if map_layout == "NCHW" else features.shape[1:3]
+        return VisionProbe(hidden_size, map_layout, 0, (rows, columns), rows * columns)
+    num_tokens = features.shape[1] - num_prefix_tokens
+    if num_tokens < 1:
+        raise ValueError(f"{name!r} yields {features.shape[1]} tokens, of which {num_prefix_tokens} are prefix tokens")
+    grid_size = (isqrt(num_tokens), isqrt(num_tokens)) if _is_square(num_tokens) else None
+    return VisionProbe(features.shape[2], "NLC", num_prefix_tokens, grid_size, num_tokens)
+
+
+def _is_square(number: int) -> bool:
+    return isqrt(number) ** 2 == number
+
+
+def _import_timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"vision towers need timm: pip install 'timm>=1.0.31,<1.1' ({error})") from error
+    return timm
+
+
+def _check_architecture(architecture: str | None, timm: Any) -> None:
+    if not isinstance(architecture, str) or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?", architecture):
+        raise ValueError(
+            f"architecture={architecture!r} is not a plain timm name such as 'vit_tiny_patch16_224'; "
+            "sources such as hf-hub: or local-dir: are never followed"
+        )
+    if not timm.is_model(architecture):
+        matches = get_close_matches(architecture.split(".")[0], timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(matches)}?" if matches else "; see timm.list_models()"
+        raise ValueError(f"timm has no architecture {architecture!r}{hint}")
+
+
+def _dump_model_args(architecture: str | None, model_args: dict[str, Any] | None) -> str:
+    arguments = model_args or {}
+    for key, value in arguments.items():
+        if key in RESERVED_MODEL_ARGS:
+            raise ValueError(f"{architecture!r}: model_args may not hold {key!r}; the vision config decides it")
+        _check_size(architecture, key, value, MAX_DEPTH if key.startswith("depth") else MAX_MODEL_ARG)
+    try:
+        return json.dumps(arguments, sort_keys=True)
+    except TypeError as error:
+        raise ValueError(f"{architecture!r}: model_args must be plain JSON values: {error}") from error
+
+
+def _check_size(architecture: str | None, key: str, value: Any, limit: int) -> None:
+    if isinstance(value, (int, float)) and value > limit:
+        raise ValueError(f"{architecture!r}: model_args[{key!r}]={value} is larger than {limit}")
+    if isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_size(architecture, key, item, limit)

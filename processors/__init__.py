@@ -1,0 +1,20 @@
+"""Raw text, images and sound to tensors."""
+
+if __name__ == "processors":
+    raise ImportError("import chorus_moe.processors; the bare name `processors` would load every class twice")
+
+from .feature_extraction_chorus import ChorusFeatureExtractor
+from .image_processing_chorus import ChorusImageProcessor
+from .media_limits import MediaError, MediaLimits
+from .processing_chorus import ChorusProcessor
+from .tokenization_chorus import add_media_tokens, build_tokenizer
+
+__all__ = [
+    "ChorusFeatureExtractor",
+    "ChorusImageProcessor",
+    "ChorusProcessor",
+    "MediaError",
+    "MediaLimits",
+    "add_media_tokens",
+    "build_tokenizer",
+]

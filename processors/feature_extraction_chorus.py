@@ -1,0 +1,249 @@
+"""Sound to log-mel `input_features`, with a mask, in windows.
+
+Unusual here:
+- the sampling rate is required with arrays; another rate is resampled (soxr), or refused when `strict_sampling_rate`;
+- features are computed clip by clip, so they depend neither on batch mates nor on padding;
+- a clip longer than `max_seconds` becomes several windows (rows), never a shorter clip;
+- no filter bank is kept in the object or in the saved JSON.
+
+Shape suffixes: N windows, F frames, M mel bins.
+"""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature
+from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
+from transformers.utils import logging
+
+from .media_limits import (
+    MediaLimits,
+    MediaPlace,
+    check_clip_size,
+    check_rate,
+    decode_sound,
+    unpack_file_dict,
+)
+
+logger = logging.get_logger(__name__)
+
+# Below half a step of 16-bit sound nothing can be heard: -96 dB of full scale.
+SILENCE_PEAK = 2.0**-16
+# Floats are expected in -1..1; intermediate processing overshoots a little, 16-bit integers stored as floats do not.
+MAX_FLOAT_PEAK = 16.0
+INTEGER_SCALES = {"int16": 2.0**15, "int32": 2.0**31, "uint8": 2.0**7}
+
+
+class ChorusFeatureExtractor(SequenceFeatureExtractor):
+    """Log-mel features in Whisper's normalisation (https://arxiv.org/abs/2212.04356, section 2.2), per clip.
+
+    Args:
+        feature_size: mel bins M.
+        sampling_rate: Hz the model hears; other rates are resampled.
+        n_fft, hop_length: window and hop of the spectrogram, in samples.
+        max_seconds: length of a window; a longer clip is split into windows, or refused with `on_long_audio="error"`.
+        max_audio_seconds: longest clip accepted at all.
+        strict_sampling_rate: raise on another rate instead of resampling.
+        allow_silence: accept clips without sound.
+    """
+
+    model_input_names = ["input_features", "input_features_mask"]
+    limits = MediaLimits()
+
+    def __init__(
+        self,
+        feature_size: int = 80,
+        sampling_rate: int = 16_000,
+        n_fft: int = 400,
+        hop_length: int = 160,
+        max_seconds: float = 30.0,
+        max_audio_seconds: float = 300.0,
+        on_long_audio: str = "split",
+        strict_sampling_rate: bool = False,
+        allow_silence: bool = False,
+        padding_value: float = 0.0,
+        **kwargs: Any,
+    ):
+        if on_long_audio not in ("split", "error"):
+            raise ValueError(f"on_long_audio must be 'split' or 'error', found {on_long_audio!r}")
+        if max_seconds * sampling_rate < hop_length:
+            raise ValueError(f"max_seconds={max_seconds:g} is shorter than one hop of {hop_length} samples")
+        self.n_fft = n_fft
+        self.hop_length = hop_length
+        self.max_seconds = max_seconds
+        self.max_audio_seconds = max_audio_seconds
+        self.on_long_audio = on_long_audio
+        self.strict_sampling_rate = strict_sampling_rate
+        self.allow_silence = allow_silence
+        super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings to save; limits are never among them."""
+        output = super().to_dict()
+        output.pop("limits", None)
+        return output
+
+    @property
+    def window_frames(self) -> int:
+        """Frames of a full window."""
+        return max(int(self.max_seconds * self.sampling_rate) // self.hop_length, 1)
+
+    def frames_per_window(self, num_samples: int) -> list[int]:
+        """Frames of every window of a clip of `num_samples` at the model's rate; their sum is ceil(samples / hop)."""
+        frames = max(math.ceil(num_samples / self.hop_length), 1)
+        full, rest = divmod(frames, self.window_frames)
+        return [self.window_frames] * full + [rest] * bool(rest)
+
+    def load(self, clip: Any, place: MediaPlace, sampling_rate: int | None = None) -> np.ndarray:
+        """One checked mono clip (samples,) in float32 at the model's rate.
+
+        Args:
+            clip: array (samples,), (channels, samples) or (samples, channels), a list of floats, path, bytes, a dict with
+                'array' and 'sampling_rate', or a dict with 'bytes' or 'path'. Channels are averaged.
+            sampling_rate: Hz of an array that does not bring its own; unused for files.
+
+        Raises:
+            MediaError: over a limit, empty, silent, NaN, broken, no sampling rate, or an unknown type.
+        """
+        clip = unpack_file_dict(clip, place)
+        if isinstance(clip, (str, bytes, bytearray, Path)):
+            samples, rate = decode_sound(clip, self.limits, self.max_audio_seconds, place)
+        else:
+            if isinstance(clip, dict):
+                sampling_rate = clip.get("sampling_rate", sampling_rate)
+                clip = clip["array"]
+            if sampling_rate is None:
+                raise place.error(
+                    "an array needs its sampling rate: pass sampling_rate=..., or {'array': ..., 'sampling_rate': ...}"
+                )
+            rate = check_rate(sampling_rate, self.limits, place)
+            samples = self._array_to_samples(clip, rate, place)
+        samples = samples.mean(axis=1, dtype=np.float32)
+        peak = float(np.abs(samples).max())
+        if not math.isfinite(peak):
+            raise place.error("the clip holds NaN or infinite samples")
+        if peak > MAX_FLOAT_PEAK:
+            raise place.error(f"float samples reach {peak:g}, expected -1..1; integers stored as floats must be scaled")
+        if peak < SILENCE_PEAK and not self.allow_silence:
+            raise place.error("the clip is silent; allow_silence=True accepts it")
+        samples = self._resample(samples, rate, place)
+        if self.on_long_audio == "error" and len(samples) > self.max_seconds * self.sampling_rate:
+            raise place.error(
+                f"{len(samples) / self.sampling_rate:.2f} seconds, one window has {self.max_seconds:g}; "
+                "on_long_audio='split' accepts it as several windows"
+            )
+        return samples
+
+    def _array_to_samples(self, clip: Any, rate: int, place: MediaPlace) -> np.ndarray:
+        """(samples, channels) in float32; the shorter axis of a 2-D array counts as channels."""
+        try:
+            array = np.asarray(clip.detach().cpu() if isinstance(clip, torch.Tensor) else clip)
+        except ValueError as cause:
+            raise place.error(f"not an array of samples ({cause})") from cause
+        if array.ndim not in (1, 2):
+            raise place.error(f"a clip has 1 or 2 axes, found the shape {array.shape}")
+        if array.ndim == 1:
+            array = array[:, None]
+        elif array.shape[0] < array.shape[1]:
+            array = array.T
+        check_clip_size(array.shape[0], array.shape[1], rate, self.limits, self.max_audio_seconds, place)
+        if array.dtype.kind == "f":
+            return array.astype(np.float32)
+        scale = INTEGER_SCALES.get(array.dtype.name)
+        if scale is None:
+            raise place.error(f"samples of type {array.dtype} have no known scale; use floats in -1..1 or int16")
+        return array.astype(np.float32) / scale - (array.dtype.name == "uint8")
+
+    def _resample(self, samples: np.ndarray, rate: int, place: MediaPlace) -> np.ndarray:
+        if rate == self.sampling_rate:
+            return samples
+        if self.strict_sampling_rate:
+            raise place.error(
+                f"sampling rate {rate} Hz, the model hears {self.sampling_rate} Hz (strict_sampling_rate)"
+            )
+        logger.warning_once(f"resampling sound from {rate} Hz to the model's {self.sampling_rate} Hz")
+        import soxr
+
+        length = math.ceil(len(samples) * self.sampling_rate / rate)
+        resampled = soxr.resample(samples, rate, self.sampling_rate)[:length]
+        return np.pad(resampled, (0, length - len(resampled))).astype(np.float32)
+
+    def fetch_audio(self, audio_url_or_urls: Any, sampling_rate: int | None = None) -> Any:
+        """Decode paths and bytes in a (nested) list into dicts with 'array' and 'sampling_rate'; called by pipelines.
+
+        Arrays and dicts pass unchanged. Nothing is fetched from the network.
+        """
+        if isinstance(audio_url_or_urls, (str, bytes, Path)):
+            samples = self.load(audio_url_or_urls, MediaPlace("audio", 0))
+            return {"array": samples, "sampling_rate": self.sampling_rate}
+        if isinstance(audio_url_or_urls, (list, tuple)) and not is_clip(audio_url_or_urls):
+            return [self.fetch_audio(clip) for clip in audio_url_or_urls]
+        return audio_url_or_urls
+
+    def __call__(
+        self, raw_speech: Any, sampling_rate: int | None = None, return_tensors: str | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Features of one clip or a flat list of clips.
+
+        Args:
+            raw_speech: clips as `load` takes them.
+            sampling_rate: Hz of the arrays among them that bring none.
+            return_tensors: "pt", "np" or None (numpy arrays).
+            kwargs: text settings that processors forward to all their parts; they do not concern sound.
+
+        Returns:
+            `input_features` (N, F, M) float32, zero after the end of a window, and `input_features_mask` (N, F) bool,
+            True on real frames; the windows of all clips, flat in order.
+        """
+        clips = [raw_speech] if is_clip(raw_speech) else list(raw_speech)
+        loaded = [self.load(clip, MediaPlace("audio", index), sampling_rate) for index, clip in enumerate(clips)]
+        return self.featurize(loaded, return_tensors)
+
+    def featurize(self, clips: list[np.ndarray], return_tensors: str | None = None) -> BatchFeature:
+        """`__call__` on clips that `load` returned."""
+        windows_FM = [window for clip in clips for window in self.log_mel(clip).split(self.window_frames)]
+        longest = max(len(window) for window in windows_FM)
+        features_NFM = np.full((len(windows_FM), longest, self.feature_size), self.padding_value, dtype=np.float32)
+        mask_NF = np.zeros((len(windows_FM), longest), dtype=bool)
+        for row, window_FM in enumerate(windows_FM):
+            features_NFM[row, : len(window_FM)] = window_FM.numpy()
+            mask_NF[row, : len(window_FM)] = True
+        data = {"input_features": features_NFM, "input_features_mask": mask_NF}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def log_mel(self, samples: np.ndarray) -> torch.Tensor:
+        """Normalised log-mel features (F, M) of one mono clip, F = ceil(samples / hop_length)."""
+        transform = mel_spectrogram(self.sampling_rate, self.n_fft, self.hop_length, self.feature_size)
+        frames = sum(self.frames_per_window(len(samples)))
+        power_FM = transform(torch.from_numpy(np.ascontiguousarray(samples))).T[:frames]
+        log_FM = power_FM.clamp(min=1e-10).log10()
+        return (torch.maximum(log_FM, log_FM.max() - 8.0) + 4.0) / 4.0
+
+
+@lru_cache(maxsize=8)
+def mel_spectrogram(sampling_rate: int, n_fft: int, hop_length: int, num_mel_bins: int) -> torch.nn.Module:
+    """torchaudio's mel spectrogram, centred frames, zeros beyond the ends; built once per setting and process.
+
+    Raises:
+        ImportError: torchaudio is missing or does not fit the installed torch.
+    """
+    try:
+        from torchaudio.transforms import MelSpectrogram
+    except (ImportError, OSError) as cause:
+        raise ImportError(f"sound needs a torchaudio that fits torch {torch.__version__}: {cause}") from cause
+    with torch.device("cpu"):
+        return MelSpectrogram(
+            sampling_rate, n_fft, hop_length=hop_length, n_mels=num_mel_bins, pad_mode="constant", norm="slaney",
+            mel_scale="slaney",
+        )  # fmt: skip
+
+
+def is_clip(item: Any) -> bool:
+    """Whether `item` is one clip, not a list of clips."""
+    if isinstance(item, (list, tuple)):
+        return len(item) > 0 and isinstance(item[0], (int, float, np.number))
+    return item is not None

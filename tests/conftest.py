@@ -1,0 +1,97 @@
+"""Small models and inputs that every test may ask for."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
+
+IMAGE_TOKEN, AUDIO_TOKEN = 3, 4
+
+
+def tiny_config(**text: Any) -> ChorusConfig:
+    """A trimodal configuration of some 300,000 parameters; keyword arguments go to the text part."""
+    return ChorusConfig(
+        text_config={
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "max_position_embeddings": 512,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **text,
+        },
+        vision_config={
+            "architecture": "vit_tiny_patch16_224",
+            "model_args": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+            "image_size": 32,
+            "pool_size": 2,
+        },
+        audio_config={
+            "num_mel_bins": 16,
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "conv_kernel_size": 7,
+        },
+        image_token_id=IMAGE_TOKEN,
+        audio_token_id=AUDIO_TOKEN,
+    )
+
+
+def tiny_batch(config: ChorusConfig, seed: int = 0, length: int = 24) -> dict[str, torch.Tensor]:
+    """Three samples: text with an image, text with a clip, text with an image, a clip and left padding."""
+    generator = torch.Generator().manual_seed(seed)
+    image_tokens = config.vision_config.num_image_tokens
+    frames = [11, 20]
+    audio_tokens = [config.audio_config.num_audio_tokens(n) for n in frames]
+    input_ids = torch.randint(5, config.text_config.vocab_size, (3, length), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    input_ids[0, 2 : 2 + image_tokens] = IMAGE_TOKEN
+    input_ids[1, 4 : 4 + audio_tokens[0]] = AUDIO_TOKEN
+    input_ids[2, :5], attention_mask[2, :5] = 0, 0
+    input_ids[2, 6 : 6 + image_tokens] = IMAGE_TOKEN
+    input_ids[2, 12 : 12 + audio_tokens[1]] = AUDIO_TOKEN
+    mm_token_type_ids = (input_ids == IMAGE_TOKEN).long() + 3 * (input_ids == AUDIO_TOKEN).long()
+    labels = input_ids.masked_fill((mm_token_type_ids > 0) | (attention_mask == 0), -100)
+    features_mask = torch.arange(max(frames))[None, :] < torch.tensor(frames)[:, None]
+    features = torch.randn(2, max(frames), config.audio_config.num_mel_bins, generator=generator)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "mm_token_type_ids": mm_token_type_ids,
+        "pixel_values": torch.randn(2, 3, 32, 32, generator=generator),
+        "input_features": features * features_mask[..., None],
+        "input_features_mask": features_mask.long(),
+        "labels": labels,
+    }
+
+
+@pytest.fixture
+def config() -> ChorusConfig:
+    return tiny_config()
+
+
+@pytest.fixture
+def model(config: ChorusConfig) -> ChorusForConditionalGeneration:
+    torch.manual_seed(0)
+    return ChorusForConditionalGeneration(config).eval()
+
+
+@pytest.fixture
+def batch(config: ChorusConfig) -> dict[str, torch.Tensor]:
+    return tiny_batch(config)

@@ -1,0 +1,222 @@
+"""The rules of the house: who may import whom, what the Hub can carry, what never enters the repository.
+
+Everything here reads source text, so it takes well under a second and runs in `make check`.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("modeling", "processors", "training")
+HUB_FOLDERS = ("modeling", "processors")
+MAX_LINES = 350
+# Files longer than MAX_LINES, each with the reason why it is one noun all the same.
+LONG_FILES: dict[str, str] = {}
+
+# What remote code may ask for; everything else is optional and imported in a `try`.
+HUB_REQUIREMENTS = {"huggingface_hub", "numpy", "torch", "torchaudio", "torchvision", "transformers", "timm"}
+# What `transformers.dynamic_module_utils.get_relative_imports` searches a file for, line by line, docstrings included.
+RELATIVE_IMPORT = re.compile(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", flags=re.MULTILINE)
+# A prose line that begins so is taken for an import by that search or by a reader's grep.
+LIKE_AN_IMPORT = re.compile(r"^\s*(?:import\s+\S+|from\s+\S+\s+import\b)")
+
+UNSAFE = {
+    "pickle": re.compile(r"\b(?:import|from)\s+(?:pickle|cPickle|dill|cloudpickle|joblib)\b"),
+    "trust_remote_code=True": re.compile(r"trust_remote_code\s*=\s*True"),
+}
+# Put together here, so that this file does not contain what it looks for.
+MACHINE_PATHS = re.compile("|".join(f"/{name}/" for name in ("home", "root", "Users", "work", "mnt", "tmp")))
+
+
+def sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def python_files() -> list[Path]:
+    return sources(*FOLDERS, "tests", "benchmarks", "examples") + sorted((ROOT / "chorus_moe").glob("*.py"))
+
+
+def tracked_files() -> list[Path]:
+    """Files that git tracks or would track; without git (a source archive) every Python and Markdown file."""
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    names = listing.stdout.split("\0") if listing.returncode == 0 else [name_of(path) for path in python_files()]
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int, int]]:
+    """(module, relative level, line) of every import; `from . import x` gives an empty module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, 0, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", node.level, node.lineno
+
+
+def imports_outside_try(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """(top-level package, line) of what `transformers.dynamic_module_utils.get_imports` wants installed.
+
+    That function reads the bodies of functions too; only `try` exempts an import.
+    """
+    todo: list[ast.AST] = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Try):
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.split(".")[0], node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield (node.module or "").split(".")[0], node.lineno
+        todo.extend(ast.iter_child_nodes(node))
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=name_of(path))
+
+
+@pytest.mark.parametrize("folder", HUB_FOLDERS)
+def test_hub_code_imports_its_siblings_one_file_at_a_time(folder: str) -> None:
+    siblings = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    wrong = [
+        f"{name_of(path)}:{line}: {'.' * level}{module}"
+        for path in sources(folder)
+        for module, level, line in imports(parse(path))
+        if level and (level > 1 or module not in siblings)
+    ]
+    assert not wrong, f"only `from .sibling import name` survives the Hub: {wrong}"
+
+
+@pytest.mark.parametrize("folder", HUB_FOLDERS)
+def test_hub_code_imports_no_other_part_of_the_project(folder: str) -> None:
+    closed = {"chorus_moe", "tests", "benchmarks", "examples", *FOLDERS}
+    wrong = [
+        f"{name_of(path)}:{line}: {module}"
+        for path in sources(folder)
+        for module, level, line in imports(parse(path))
+        if not level and module.split(".")[0] in closed
+    ]
+    assert not wrong, f"{folder} may import libraries and its own siblings: {wrong}"
+
+
+@pytest.mark.parametrize("folder", HUB_FOLDERS)
+def test_hub_code_imports_optional_packages_in_a_try(folder: str) -> None:
+    allowed = HUB_REQUIREMENTS | set(sys.stdlib_module_names)
+    allowed |= {"PIL"} if folder == "processors" else set()
+    wrong = [
+        f"{name_of(path)}:{line}: {package}"
+        for path in sources(folder)
+        for package, line in imports_outside_try(parse(path))
+        if package not in allowed
+    ]
+    assert not wrong, f"not among {sorted(HUB_REQUIREMENTS)}: {wrong}"
+
+
+def test_the_three_folders_are_imported_only_below_the_package() -> None:
+    wrong = [
+        f"{name_of(path)}:{line}: {'.' * level}{module}"
+        for path in python_files()
+        for module, level, line in imports(parse(path))
+        if level > 1 or (not level and module.split(".")[0] in FOLDERS)
+    ]
+    assert not wrong, f"import chorus_moe.modeling, .processors or .training: {wrong}"
+
+
+def test_nothing_imports_tests_examples_or_benchmarks() -> None:
+    wrong = [
+        f"{name_of(path)}:{line}: {module}"
+        for path in [*sources(*FOLDERS), *sorted((ROOT / "chorus_moe").glob("*.py"))]
+        for module, level, line in imports(parse(path))
+        if not level and module.split(".")[0] in {"tests", "examples", "benchmarks"}
+    ]
+    assert not wrong
+
+
+def test_hub_folders_are_flat_and_base_names_are_unique() -> None:
+    paths = sources(*HUB_FOLDERS)
+    nested = [name_of(path) for path in paths if path.parent.parent != ROOT]
+    assert not nested, f"the Hub copies files by base name, sub-folders do not survive: {nested}"
+    counts = Counter(path.name for path in paths if path.name != "__init__.py")
+    assert not [name for name, count in counts.items() if count > 1]
+
+
+@pytest.mark.parametrize("path", sources(*HUB_FOLDERS), ids=name_of)
+def test_no_docstring_line_reads_like_an_import(path: Path) -> None:
+    text, tree = path.read_text(encoding="utf-8"), parse(path)
+    real = {module for module, level, _ in imports(tree) if level == 1}
+    found = {left or right for left, right in RELATIVE_IMPORT.findall(text)}
+    assert found <= real, f"the Hub's search takes a line of prose for an import of {sorted(found - real)}"
+
+    code = {line for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for line in span(node)}
+    lines = enumerate(text.splitlines(), start=1)
+    wrong = [f"{name_of(path)}:{line}: {content}" for line, content in lines if is_fake_import(content, line, code)]
+    assert not wrong
+
+
+def span(node: ast.Import | ast.ImportFrom) -> range:
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
+
+
+def is_fake_import(content: str, line: int, code: set[int]) -> bool:
+    return line not in code and bool(LIKE_AN_IMPORT.match(content))
+
+
+def test_long_files_have_a_reason() -> None:
+    lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in python_files()}
+    long = {name: length for name, length in lengths.items() if length > MAX_LINES}
+    unexplained = {name: length for name, length in long.items() if name not in LONG_FILES}
+    assert not unexplained, f"over {MAX_LINES} lines without a reason in LONG_FILES: {unexplained}"
+    stale = sorted(set(LONG_FILES) - set(long))
+    assert not stale, f"no longer long, remove from LONG_FILES: {stale}"
+
+
+@pytest.mark.parametrize("path", sources(*FOLDERS), ids=name_of)
+def test_shipped_code_never_unpickles_or_trusts_remote_code(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not [reason for reason, pattern in UNSAFE.items() if pattern.search(text)]
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            safe = arguments.get("weights_only") == "True"
+            assert safe, f"{name_of(path)}:{node.lineno}: torch.load without weights_only=True"
+
+
+def test_tracked_files_name_no_path_of_somebodys_machine() -> None:
+    wrong = []
+    for path in tracked_files():
+        if path.suffix not in {".png", ".wav", ".safetensors"} and path.name != "LICENSE":
+            lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+            wrong += [f"{name_of(path)}:{line}" for line, content in lines if MACHINE_PATHS.search(content)]
+    assert not wrong
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_import_name_reaches_each_folder_through_a_relative_link(folder: str) -> None:
+    link = ROOT / "chorus_moe" / folder
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{folder}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_bare_name_is_refused_in_one_line(folder: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"import {folder}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == (
+        f"ImportError: import chorus_moe.{folder}, not {folder}: the bare name would load every class twice"
+    )
