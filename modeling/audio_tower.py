@@ -153,7 +153,7 @@ class ConformerBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: ChorusAudioConfig):
         super().__init__()
-        parts = import_conformer_layer()(
+        parts: Any = import_conformer_layer()(
             input_dim=config.hidden_size,
             ffn_dim=config.intermediate_size,
             num_attention_heads=config.num_attention_heads,

@@ -74,14 +74,17 @@ class ExpertBankConfig:
 
 
 def read_expert_banks(banks: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[ExpertBankConfig]:
-    """Turn `config.expert_banks` into bank configurations, in order; missing sizes come from `defaults`.
+    """Turn `config.expert_banks` into bank configurations; missing sizes come from `defaults`.
+
+    Banks come in the order of their names. That order is the order of the gate's columns, and a `config.json` is
+    written with sorted keys: any other order would be lost, and the columns exchanged, by saving and loading.
 
     Raises:
         ValueError: a bank has a key that does not exist (a misspelt key would otherwise be ignored in silence).
     """
     known = {f.name for f in fields(ExpertBankConfig)} - {"name"}
     result = []
-    for name, values in banks.items():
+    for name, values in sorted(banks.items()):
         for key in values:
             if key not in known:
                 hint = get_close_matches(key, known, n=1)

@@ -82,7 +82,8 @@ class ExpertBank(nn.Module):
         logits_RE, weights_RK, index_RK = self.router(hidden_RD)
         states_RD = self.experts(hidden_RD, index_RK, (weights_RK * gate_R[:, None]).to(hidden_RD.dtype))
         output_TD = add_rows(output_TD, rows, states_RD.to(output_TD.dtype))
-        return output_TD, BankRouting(logits_RE, weights_RK, index_RK, plan.token_mask(self.modalities, rows))
+        token_mask = plan.token_mask(self.modalities, rows)
+        return output_TD, BankRouting(logits_RE, weights_RK, index_RK, token_mask, gate_R)
 
 
 class BankGate(nn.Module):

@@ -1,20 +1,23 @@
 """Expert feed-forwards on the CPU, registered with transformers as the experts implementation `cpu_mm`.
 
 Unusual here:
-- the expert weight stands on the **left** of every product: matrix libraries re-pack the right operand at each call, so
-  `x @ W.T` copies a whole expert for a handful of tokens;
-- rows are sorted once into slots. Experts with many rows are cut into chunks that stay in cache, adjacent experts with few
-  rows are padded to a common number of rows and share one batched product. Nothing is ever dropped;
+- the expert weight stands on the **left** of the products: matrix libraries re-pack the right operand at each call, so
+  `x @ W.T` copies a whole expert for a handful of rows (below about five rows that no longer pays);
+- rows are sorted once into slots. Experts with many rows are cut into chunks that stay in cache, adjacent experts with
+  few rows are padded to a common number of rows and share one batched product. Nothing is ever dropped;
 - training is one `autograd.Function`: it keeps the pre-activations, recomputes the rest, and writes weight gradients
   straight into `(E, ...)` tensors (indexing one expert of a stacked parameter back-propagates through all of them);
+- a processor without bfloat16 matrix instructions multiplies bfloat16 four times slower than float32: there, experts
+  are widened one unit at a time and the products run in float32;
 - an expert id of E or more is a sentinel: the pair costs nothing, adds nothing and receives a zero gradient.
 
-The function may stand in a config on any device: off the CPU, and under `torch.compile`, it hands over to transformers' own.
+The name may stand in a config on any device: off the CPU, and under `torch.compile`, transformers' functions take over.
 
 Shape suffixes: T tokens, K experts per token, E experts, D hidden size, I expert width, P slots; inside one product,
 R experts, C rows per expert, H = 2I.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,38 +27,15 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
 
+from .expert_slots import PADDED_ROWS, SlotPlan, Unit, make_slot_plan
+
 CPU_EXPERTS = "cpu_mm"
-CHUNK_ROWS = 512
-PADDED_EXPERTS = 8
-PADDED_ROWS = 100
-
-
-class _Unit(NamedTuple):
-    """One batched product: experts `first` to `last - 1`, `rows` slots each, from slot `start` on."""
-
-    first: int
-    last: int
-    start: int
-    rows: int
-    opens: bool  # the first chunk of its expert: weight gradients are written, later chunks add
-
-    @property
-    def slots(self) -> slice:
-        return slice(self.start, self.start + (self.last - self.first) * self.rows)
-
-
-class _Plan(NamedTuple):
-    units: list[_Unit]
-    token_P: Tensor  # the token in each slot; padding repeats the last token
-    slot_TK: Tensor  # the slot of each pair; 0 for sentinels
-    sentinel_TK: Tensor | None  # the pairs to skip, if there are any
-    idle: list[int]  # experts without rows
 
 
 class _Gate(NamedTuple):
     """The gated activation between the two products, on `(R, H, C)`, and its derivative."""
 
-    experts: nn.Module
+    experts: Any
     is_silu: bool
 
     def forward(self, hidden_RHC: Tensor, out_RIC: Tensor) -> Tensor:
@@ -76,52 +56,6 @@ class _Gate(NamedTuple):
         return out_RHC
 
 
-def _make_plan(top_k_index: Tensor, num_experts: int) -> _Plan:
-    """Sort the `(T, K)` choices by expert and lay them out in slots."""
-    choices = top_k_index.reshape(-1)
-    counts = torch.bincount(choices, minlength=num_experts).tolist()[:num_experts]
-    num_pairs = sum(counts)
-    order = choices.argsort(stable=True)[:num_pairs]
-    units, shifts, padded = _make_units(counts)
-    slot = torch.arange(num_pairs)
-    if padded > num_pairs:
-        slot += torch.tensor(shifts).repeat_interleave(torch.tensor(counts))
-    token_P = order.new_zeros(padded)
-    token_P[slot] = order // top_k_index.shape[1]
-    slot_TK = torch.zeros_like(choices)
-    slot_TK[order] = slot
-    sentinel_TK = top_k_index >= num_experts if num_pairs < choices.numel() else None
-    idle = [expert for expert, count in enumerate(counts) if not count]
-    return _Plan(units, token_P, slot_TK.view(top_k_index.shape), sentinel_TK, idle)
-
-
-def _make_units(counts: list[int]) -> tuple[list[_Unit], list[int], int]:
-    """Units for these rows per expert, by how many slots each expert's rows move against plain sorting, number of slots."""
-    units: list[_Unit] = []
-    shifts = [0] * len(counts)
-    first, start, sorted_start = 0, 0, 0
-    while first < len(counts):
-        last, rows, total = first + 1, counts[first], counts[first]
-        while last < len(counts) and last - first < PADDED_EXPERTS and rows and counts[last]:
-            widest = max(rows, counts[last])
-            if widest > PADDED_ROWS or widest * (last + 1 - first) > 1.5 * (total + counts[last]) + 8:
-                break
-            last, rows, total = last + 1, widest, total + counts[last]
-        for expert in range(first, last):
-            shifts[expert] = start + (expert - first) * rows - sorted_start
-            sorted_start += counts[expert]
-        if last - first == 1:
-            chunks = -(-rows // CHUNK_ROWS)
-            for chunk in range(chunks):
-                begin, end = rows * chunk // chunks, rows * (chunk + 1) // chunks
-                units.append(_Unit(first, last, start + begin, end - begin, chunk == 0))
-        else:
-            units.append(_Unit(first, last, start, rows, True))
-        start += (last - first) * rows
-        first = last
-    return units, shifts, start
-
-
 def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """`out[r] = left[r] @ right[r]`, in place; one matrix goes through `mm`, which needs no batch loop."""
     if left.shape[0] == 1:
@@ -134,7 +68,7 @@ def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 class _Workspace:
     """Buffers of the widest unit, reused by every unit: fresh pages cost more than the products on them."""
 
-    def __init__(self, plan: _Plan, dtype: torch.dtype):
+    def __init__(self, plan: SlotPlan, dtype: torch.dtype):
         self.widest = max(((unit.last - unit.first) * unit.rows for unit in plan.units), default=0)
         self.dtype = dtype
         self.buffers: dict[str, Tensor] = {}
@@ -145,9 +79,17 @@ class _Workspace:
             self.buffers[name] = torch.empty(self.widest * width, dtype=self.dtype)
         return self.buffers[name][: shape[0] * shape[1] * shape[2]].view(shape)
 
+    def widen(self, name: str, weight: Tensor) -> Tensor:
+        """The weight in the dtype of the products, copied into a buffer if it has another."""
+        if weight.dtype == self.dtype:
+            return weight
+        if name not in self.buffers or self.buffers[name].shape[0] < weight.shape[0]:
+            self.buffers[name] = torch.empty(weight.shape, dtype=self.dtype)
+        return self.buffers[name][: weight.shape[0]].copy_(weight)
+
 
 def _run_units(
-    hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: _Plan, kept: Tensor | None
+    hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan, kept: Tensor | None
 ) -> Tensor:
     """Unweighted outputs `(P, D)` in slot order; pre-activations go to `kept` `(P * H,)` if given."""
     dtype, width = hidden_TD.dtype, hidden_TD.shape[1]
@@ -163,17 +105,23 @@ def _run_units(
             hidden_RHC = space.take("hidden", (group, double, rows), double)
         else:
             hidden_RHC = kept[slots.start * double : slots.stop * double].view(group, double, rows)
-        _product(gate_up_EHD[first:last].to(dtype), rows_RCD.transpose(1, 2), hidden_RHC)
+        _product(space.widen("gate_up", gate_up_EHD[first:last]), rows_RCD.transpose(1, 2), hidden_RHC)
         active_RIC = gate.forward(hidden_RHC, space.take("active", (group, single, rows), single))
-        out_RDC = space.take("rows", (group, width, rows), width)
-        _product(down_EDI[first:last].to(dtype), active_RIC, out_RDC)
-        output_PD[slots].view(group, rows, width).copy_(out_RDC.transpose(1, 2))
+        down_RDI, out_RCD = space.widen("down", down_EDI[first:last]), output_PD[slots].view(group, rows, width)
+        if rows > PADDED_ROWS:
+            _product(active_RIC.transpose(1, 2), down_RDI.transpose(1, 2), out_RCD)
+        else:
+            out_RDC = _product(down_RDI, active_RIC, space.take("rows", (group, width, rows), width))
+            for out_CD, out_DC in zip(out_RCD, out_RDC, strict=True):
+                out_CD.copy_(
+                    out_DC.t()
+                )  # one matrix at a time: torch transposes two dimensions in blocks, three singly
     return output_PD
 
 
-def _combine(output_PD: Tensor, plan: _Plan, weight_TK: Tensor | None) -> Tensor:
+def _combine(output_PD: Tensor, plan: SlotPlan, weight_TK: Tensor | None) -> Tensor:
     """Sum every token's slots, weighted. `embedding_bag` sums in float32 whatever the type; sentinels are skipped."""
-    if not plan.units:
+    if not plan.token_P.shape[0]:
         return output_PD.new_zeros(plan.slot_TK.shape[0], output_PD.shape[1])
     if weight_TK is None and plan.sentinel_TK is not None:
         weight_TK = torch.ones_like(plan.slot_TK, dtype=output_PD.dtype)
@@ -189,7 +137,13 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_TK: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: _Plan
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_TK: Tensor,
+        gate_up_EHD: Tensor,
+        down_EDI: Tensor,
+        gate: _Gate,
+        plan: SlotPlan,
     ) -> Tensor:
         kept = hidden_TD.new_empty(plan.token_P.shape[0] * gate_up_EHD.shape[1])
         output_PD = _run_units(hidden_TD, gate_up_EHD, down_EDI, gate, plan, kept)
@@ -207,15 +161,16 @@ class _Experts(torch.autograd.Function):
         double, single = gate_up_EHD.shape[1], down_EDI.shape[2]
         num_slots = plan.token_P.shape[0]
         space = _Workspace(plan, dtype)
-        weight_P = _to_slots(weight_TK.to(dtype), plan)
+        weight_P = plan.to_slots(weight_TK.to(dtype))
         grad_hidden_PD = hidden_TD.new_empty(num_slots, width) if need_hidden else None
         grad_weight_P = hidden_TD.new_empty(num_slots) if need_weight else None
         grad_gate_up = torch.empty_like(gate_up_EHD, memory_format=torch.contiguous_format) if need_gate_up else None
         grad_down = torch.empty_like(down_EDI, memory_format=torch.contiguous_format) if need_down else None
         for grad in (grad_gate_up, grad_down):
             if grad is not None:
-                for expert in plan.idle:
-                    grad[expert].zero_()
+                for expert, count in enumerate(plan.counts):
+                    if not count:
+                        grad[expert].zero_()
         for unit in plan.units:
             experts, slots = slice(unit.first, unit.last), unit.slots
             group, rows = unit.last - unit.first, unit.rows
@@ -225,7 +180,8 @@ class _Experts(torch.autograd.Function):
             torch.index_select(grad_TD, 0, plan.token_P[slots], out=grad_RCD.view(-1, width))
             active_RIC = gate.forward(hidden_RHC, space.take("active", (group, single, rows), single))
             grad_RIC = space.take("grad_active", (group, single, rows), single)
-            _product(down_EDI[experts].to(dtype).transpose(1, 2), grad_RCD.transpose(1, 2), grad_RIC)
+            down_RDI = space.widen("down", down_EDI[experts])
+            _product(down_RDI.transpose(1, 2), grad_RCD.transpose(1, 2), grad_RIC)
             if grad_weight_P is not None:
                 torch.sum(grad_RIC * active_RIC, dim=1, out=grad_weight_P[slots].view(group, rows))
             if grad_down is not None:
@@ -240,31 +196,13 @@ class _Experts(torch.autograd.Function):
                 _accumulate(grad_RHC, rows_RCD, grad_gate_up, unit)
             if grad_hidden_PD is not None:
                 out_RCD = grad_hidden_PD[slots].view(group, rows, width)
-                _product(grad_RHC.transpose(1, 2), gate_up_EHD[experts].to(dtype), out_RCD)
+                _product(grad_RHC.transpose(1, 2), space.widen("gate_up", gate_up_EHD[experts]), out_RCD)
         grad_hidden = _combine(grad_hidden_PD, plan, None) if grad_hidden_PD is not None else None
-        grad_weight = _from_slots(grad_weight_P, plan).to(weight_TK.dtype) if grad_weight_P is not None else None
+        grad_weight = plan.from_slots(grad_weight_P).to(weight_TK.dtype) if grad_weight_P is not None else None
         return grad_hidden, grad_weight, grad_gate_up, grad_down, None, None
 
 
-def _to_slots(value_TK: Tensor, plan: _Plan) -> Tensor:
-    """Values of the pairs in slot order; padding slots hold zero."""
-    value_P = value_TK.new_zeros(plan.token_P.shape[0])
-    if plan.sentinel_TK is None:
-        value_P[plan.slot_TK.view(-1)] = value_TK.reshape(-1)
-    else:
-        value_P[plan.slot_TK[~plan.sentinel_TK]] = value_TK[~plan.sentinel_TK]
-    return value_P
-
-
-def _from_slots(value_P: Tensor, plan: _Plan) -> Tensor:
-    """Values of the slots in pair order; sentinels hold zero."""
-    if not plan.units:
-        return value_P.new_zeros(plan.slot_TK.shape)
-    value_TK = value_P[plan.slot_TK]
-    return value_TK if plan.sentinel_TK is None else value_TK.masked_fill(plan.sentinel_TK, 0.0)
-
-
-def _accumulate(left: Tensor, right: Tensor, total: Tensor, unit: _Unit) -> None:
+def _accumulate(left: Tensor, right: Tensor, total: Tensor, unit: Unit) -> None:
     """Write `left @ right` into the unit's experts of `total (E, ...)`, or add it if an earlier chunk has written."""
     target = total[unit.first : unit.last]
     if target.dtype != left.dtype:
@@ -292,7 +230,32 @@ def _one_token(
     return torch.mv(output_KD.t(), weight_K.to(dtype)).unsqueeze(0)
 
 
-def _is_supported(experts: nn.Module, gate_up: Tensor, hidden_states: Tensor) -> bool:
+def _run_sparse(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan) -> Tensor:
+    """Unweighted outputs `(P, D)` of experts with few rows each: two grouped products, weights on the right."""
+    ends_E = torch.tensor(plan.counts).cumsum(0, dtype=torch.int32)
+    hidden_PH = F.grouped_mm(hidden_TD[plan.token_P], gate_up_EHD.transpose(1, 2), offs=ends_E)
+    active_PI = hidden_PH.new_empty(hidden_PH.shape[0], down_EDI.shape[2])
+    gate.forward(hidden_PH.t().unsqueeze(0), active_PI.t().unsqueeze(0))
+    return F.grouped_mm(active_PI, down_EDI.transpose(1, 2), offs=ends_E)
+
+
+def _can_group(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor) -> bool:
+    """What `grouped_mm` asks for: one of three dtypes, and rows that are multiples of 16 bytes."""
+    return hidden_TD.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
+        weight.dtype == hidden_TD.dtype and weight.is_contiguous() and weight.shape[2] * weight.itemsize % 16 == 0
+        for weight in (gate_up_EHD, down_EDI)
+    )
+
+
+@cache
+def _is_emulated(dtype: torch.dtype) -> bool:
+    """Whether this processor lacks matrix instructions for the dtype."""
+    names = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}.get(dtype, ())
+    capabilities = torch.cpu.get_capabilities()
+    return bool(names) and capabilities["architecture"] == "x86_64" and not any(capabilities[name] for name in names)
+
+
+def _is_supported(experts: Any, gate_up: Tensor, hidden_states: Tensor) -> bool:
     """Whether the module has the layout this file is written for; everything else is transformers' to compute."""
     return (
         hidden_states.device.type == "cpu"
@@ -307,9 +270,7 @@ def _is_supported(experts: nn.Module, gate_up: Tensor, hidden_states: Tensor) ->
     )
 
 
-def cpu_mm_experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Weighted sum of the chosen gated experts, for a module decorated with `use_experts_implementation`.
 
     Args:
@@ -330,23 +291,29 @@ def cpu_mm_experts_forward(
     dtype = gate_up.dtype
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
-    is_silu = _is_silu(self)
-    hidden_TD = hidden_states.to(dtype)
-    inputs = (hidden_TD, top_k_weights, gate_up, down)
+    gate = _Gate(self, _is_silu(self))
+    is_training = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (hidden_states, top_k_weights, gate_up, down)
+    )
     with torch.autocast("cpu", enabled=False):
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-            plan = _make_plan(top_k_index, len(gate_up))
-            output_TD = _Experts.apply(*inputs, _Gate(self, is_silu), plan)
-        elif is_silu and hidden_TD.shape[0] == 1:
-            output_TD = _one_token(hidden_TD, top_k_index, top_k_weights, gate_up, down)
+        hidden_TD = hidden_states.to(dtype)
+        if not is_training and gate.is_silu and hidden_TD.shape[0] == 1:
+            return _one_token(hidden_TD, top_k_index, top_k_weights, gate_up, down).to(hidden_states.dtype)
+        plan = make_slot_plan(top_k_index, len(gate_up), not is_training and _can_group(hidden_TD, gate_up, down))
+        if plan.is_sparse:
+            output_PD = _run_sparse(hidden_TD, gate_up, down, gate, plan)
+            return _combine(output_PD, plan, top_k_weights).to(hidden_states.dtype)
+        if _is_emulated(dtype):
+            hidden_TD = hidden_states.float()
+        if is_training:
+            output_TD = _Experts.apply(hidden_TD, top_k_weights, gate_up, down, gate, plan)
         else:
-            plan = _make_plan(top_k_index, len(gate_up))
-            output_PD = _run_units(hidden_TD, gate_up, down, _Gate(self, is_silu), plan, None)
+            output_PD = _run_units(hidden_TD, gate_up, down, gate, plan, None)
             output_TD = _combine(output_PD, plan, top_k_weights)
-    return output_TD.to(hidden_states.dtype)
+        return output_TD.to(hidden_states.dtype)
 
 
-def _is_silu(experts: nn.Module) -> bool:
+def _is_silu(experts: Any) -> bool:
     return type(experts)._apply_gate is _default_apply_gate and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
 
 

@@ -130,4 +130,4 @@ def share_of_batch(labels: Tensor | None, num_items_in_batch: Tensor | int | Non
     """
     if num_items_in_batch is None or labels is None:
         return 1.0
-    return (labels[..., 1:] != -100).sum() / num_items_in_batch
+    return (labels[..., 1:] != -100).sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)

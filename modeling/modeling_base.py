@@ -11,6 +11,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .attention import Attention, CrossModalAttention
 from .configuration_chorus import ChorusConfig
 from .experts import BankGate, ChorusExperts, MixtureOfBanks
+from .experts_cpu import CPU_EXPERTS
 from .routers import SoftmaxRouter
 
 
@@ -38,6 +39,10 @@ class ChorusPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """`cpu_mm` unless the user asks for another: it picks the fastest way on the CPU, and transformers' own elsewhere."""
+        return super().get_correct_experts_implementation(requested_experts or CPU_EXPERTS)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

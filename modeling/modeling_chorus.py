@@ -58,7 +58,6 @@ def check_placeholders(found: list[int], sizes: list[int], modality: str) -> Non
 class ChorusModel(ChorusPreTrainedModel):
     """Encoders, connectors and the decoder; no head."""
 
-    base_model_prefix = ""
     accepts_loss_kwargs = False
 
     def __init__(self, config: ChorusConfig):

@@ -90,7 +90,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            counted = (labels[..., 1:] != -100).sum().clamp(min=1) if num_items is None else num_items
+            # At least 1: a batch without any label has loss 0, not 0 / 0.
+            counted = torch.as_tensor((labels[..., 1:] != -100).sum() if num_items is None else num_items).clamp(min=1)
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits, labels, vocab_size=vocab_size, num_items_in_batch=counted, **kwargs)
             loss = loss + self._weighted_sum(terms, share_of_batch(labels, num_items))
@@ -106,13 +107,13 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             **terms,
         )
 
-    def _prepare_encoder_decoder_kwargs_for_generation(
+    def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config: Any
     ) -> dict[str, Any]:
         # Known from the start, so that generated tokens are text whatever they are.
         if model_kwargs.get("mm_token_type_ids") is None and not inputs_tensor.is_floating_point():
             model_kwargs["mm_token_type_ids"] = self.model.modality_ids(inputs_tensor)
-        return super()._prepare_encoder_decoder_kwargs_for_generation(
+        return super()._maybe_prepare_encoder_kwargs_for_generation(
             inputs_tensor, model_kwargs, model_input_name, generation_config
         )
 

@@ -24,12 +24,14 @@ class BankRouting(NamedTuple):
         routing_weights: `(T, K)` float32, before the weight of the bank itself.
         selected_experts: `(T, K)` int64.
         token_mask: `(T,)` bool, the rows that count in losses and statistics; None when all do.
+        bank_weights: `(T,)` float32, the weight of the bank for each row.
     """
 
     router_logits: Tensor
     routing_weights: Tensor
     selected_experts: Tensor
     token_mask: Tensor | None
+    bank_weights: Tensor | None = None
 
 
 class SoftmaxRouter(nn.Module):

@@ -109,7 +109,7 @@ def probe_backbone(backbone_config: PreTrainedConfig, image_size: int, num_chann
     def build() -> nn.Module:
         return AutoModel.from_config(deepcopy(backbone_config), dtype=torch.float32)
 
-    def encode(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
         return model(pixel_values=pixel_values).last_hidden_state
 
     features, _ = _encode_zeros(name, build, encode, image_size, num_channels)
@@ -128,7 +128,7 @@ def _probe_timm(architecture: str, model_args: str, image_size: int, num_channel
     def build() -> nn.Module:
         return create_timm_encoder(architecture, json.loads(model_args), image_size, num_channels)
 
-    def encode(model: nn.Module, pixel_values: torch.Tensor) -> Any:
+    def encode(model: Any, pixel_values: torch.Tensor) -> Any:
         return model.forward_features(pixel_values)
 
     features, model = _encode_zeros(architecture, build, encode, image_size, num_channels)
@@ -144,7 +144,7 @@ def _probe_timm(architecture: str, model_args: str, image_size: int, num_channel
 def _encode_zeros(
     name: str,
     build: Callable[[], nn.Module],
-    encode: Callable[[nn.Module, torch.Tensor], Any],
+    encode: Callable[[Any, torch.Tensor], Any],
     image_size: int,
     num_channels: int,
 ) -> tuple[Any, nn.Module]:

@@ -42,7 +42,8 @@ class ChorusVisionModel(ChorusPreTrainedModel):
 
     def __init__(self, config: ChorusVisionConfig):
         super().__init__(config)
-        self.timm_model = self.backbone = None
+        self.timm_model: Any = None
+        self.backbone: Any = None
         if config.backbone_config is None:
             self.timm_model = _create_timm(config)
         else:
@@ -140,7 +141,7 @@ class ChorusVisionModel(ChorusPreTrainedModel):
             )
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         if self.timm_model is None:
             return
         if hasattr(module, "init_non_persistent_buffers"):
@@ -169,6 +170,6 @@ def _create_timm(config: ChorusVisionConfig) -> nn.Module:
 
 def _missing_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The module's own saved tensors that no checkpoint has filled."""
-    saved = [*module.named_parameters(recurse=False)]
+    saved: list[tuple[str, torch.Tensor]] = [*module.named_parameters(recurse=False)]
     saved += [(n, b) for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
     return [(name, tensor) for name, tensor in saved if not getattr(tensor, "_is_hf_initialized", False)]

@@ -1,7 +1,7 @@
 """Raw text, images and sound to tensors."""
 
 if __name__ == "processors":
-    raise ImportError("import chorus_moe.processors; the bare name `processors` would load every class twice")
+    raise ImportError("import chorus_moe.processors, not processors: the bare name would load every class twice")
 
 from .feature_extraction_chorus import ChorusFeatureExtractor
 from .image_processing_chorus import ChorusImageProcessor

@@ -1,7 +1,7 @@
 """Conversations before they are rendered: media put into place, control tokens typed by people made harmless.
 
-A typed `<image>` must stay text. A word joiner (U+2060, invisible) is put after the first character of every special token
-found in a role or a text, so that no tokenizer sees the token. It stays in the text the model reads.
+A typed `<image>` must stay text. A word joiner (U+2060, invisible) is put after the first character of every special
+token found in a role or a text, so that no tokenizer sees the token. It stays in the text the model reads.
 """
 
 import re
@@ -87,7 +87,8 @@ def prepare_conversation(
         sampling_rate: Hz of arrays that bring none.
 
     Raises:
-        MediaError: malformed message, unknown content type, or another number of items than of parts without data.
+        MediaError: malformed message, unknown content type, or another number of items than of parts without data;
+            without any items such parts stay empty, which is enough to render text.
     """
     queues = {modality: list(items) for modality, items in media.items()}
     wanted = dict.fromkeys(queues, 0)
@@ -102,19 +103,35 @@ def prepare_conversation(
         if isinstance(content, str):
             content = break_control_tokens(content, control_tokens)
         elif content is not None:
+            parts = _join_texts(content)
             content = [
-                _prepare_part(part, queues, wanted, control_tokens, sampling_rate, where, sample) for part in content
+                _prepare_part(part, queues, wanted, control_tokens, sampling_rate, where, sample) for part in parts
             ]
         prepared.append({**message, "role": break_control_tokens(message["role"], control_tokens), "content": content})
     for modality, items in media.items():
-        if wanted[modality] != len(items):
+        if items and wanted[modality] != len(items):
             raise MediaError(
-                f"sample {sample}: found {wanted[modality]} {modality} parts without data for {len(items)} items passed "
-                "beside the conversation",
+                f"sample {sample}: found {wanted[modality]} {modality} parts without data for {len(items)} items "
+                "passed beside the conversation",
                 sample,
                 modality,
             )
     return prepared
+
+
+def _join_texts(content: list[Any]) -> list[Any]:
+    """Neighbouring texts become one, so that no control token can be typed in two halves."""
+    joined: list[Any] = []
+    was_text = False
+    for part in content:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if is_text and was_text:
+            joined[-1] = {**joined[-1], "text": joined[-1]["text"] + part["text"]}
+        else:
+            joined.append(part)
+        was_text = is_text
+    return joined
 
 
 def _prepare_part(
@@ -126,8 +143,6 @@ def _prepare_part(
     where: str,
     sample: int,
 ) -> dict:
-    if isinstance(part, str):
-        part = {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "image_url":
         address = part.get("image_url")
@@ -149,5 +164,5 @@ def _prepare_part(
         item = queues[kind].pop(0) if queues[kind] else None
     if kind == "audio" and isinstance(item, (np.ndarray, torch.Tensor, list, tuple)):
         rate = part.get("sampling_rate", sampling_rate)
-        item = {"array": item} if rate is None else {"array": item, "sampling_rate": rate}
+        item = {"array": item, "sampling_rate": rate}
     return {"type": kind, kind: item}

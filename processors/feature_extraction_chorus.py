@@ -102,8 +102,8 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         """One checked mono clip (samples,) in float32 at the model's rate.
 
         Args:
-            clip: array (samples,), (channels, samples) or (samples, channels), a list of floats, path, bytes, a dict with
-                'array' and 'sampling_rate', or a dict with 'bytes' or 'path'. Channels are averaged.
+            clip: array (samples,), (channels, samples) or (samples, channels), a list of floats, path, bytes, a dict
+                with 'array' and 'sampling_rate', or a dict with 'bytes' or 'path'. Channels are averaged.
             sampling_rate: Hz of an array that does not bring its own; unused for files.
 
         Raises:
@@ -166,7 +166,10 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
                 f"sampling rate {rate} Hz, the model hears {self.sampling_rate} Hz (strict_sampling_rate)"
             )
         logger.warning_once(f"resampling sound from {rate} Hz to the model's {self.sampling_rate} Hz")
-        import soxr
+        try:
+            import soxr
+        except ImportError as cause:
+            raise ImportError(f"resampling {rate} Hz to {self.sampling_rate} Hz needs `pip install soxr`") from cause
 
         length = math.ceil(len(samples) * self.sampling_rate / rate)
         resampled = soxr.resample(samples, rate, self.sampling_rate)[:length]

@@ -15,10 +15,11 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import ImageInput, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
+from .media_layout import flatten_media
 from .media_limits import MediaError, MediaLimits, MediaPlace, load_image
 
 
-class ChorusImageProcessorKwargs(ImagesKwargs, total=False):
+class ChorusImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Settings beyond the usual ones.
 
     Attributes:
@@ -58,22 +59,33 @@ class ChorusImageProcessor(TorchvisionBackend):
         output.pop("limits", None)
         return output
 
-    def load(self, image: Any, place: MediaPlace) -> Any:
-        """Decode one image within the limits (see `load_image`)."""
-        return load_image(image, self.limits, place)
+    def load(self, image: Any, place: MediaPlace, do_rescale: bool | None = None) -> Any:
+        """Decode one image within the limits (see `load_image`) and check that its values are a picture's."""
+        image = load_image(image, self.limits, place)
+        is_array = isinstance(image, (np.ndarray, torch.Tensor))
+        if is_array or image.mode == "F":
+            try:
+                in_bytes = self.do_rescale if do_rescale is None else do_rescale
+                tensor = array_to_tensor(image if is_array else np.array(image), in_bytes)
+                check_channels(tensor)
+            except MediaError as cause:
+                raise place.error(str(cause)) from cause
+        return image
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Decode paths and bytes in a (nested) list; called by the base class and by pipelines."""
+        """Decode the paths and bytes in a (nested) list; transformers' own callers use this name."""
         if isinstance(image_url_or_urls, (list, tuple)):
-            return [
-                self.load(image, MediaPlace("image", index))
-                if not isinstance(image, (list, tuple))
-                else self.fetch_images(image)
-                for index, image in enumerate(image_url_or_urls)
-            ]
-        if isinstance(image_url_or_urls, (np.ndarray, torch.Tensor)) and image_url_or_urls.ndim == 4:
-            return list(image_url_or_urls)
+            return [self.fetch_images(image) for image in image_url_or_urls]
         return self.load(image_url_or_urls, MediaPlace("image", 0))
+
+    def _prepare_image_like_inputs(
+        self, images: ImageInput, *args: Any, expected_ndims: int = 3, **kwargs: Any
+    ) -> list[torch.Tensor]:
+        """All images of a flat or nested list, decoded and converted; errors name the image's place in it."""
+        return [
+            self.process_image(self.load(image, MediaPlace("image", index), kwargs.get("do_rescale")), **kwargs)
+            for index, image in enumerate(flatten_media(images, "image"))
+        ]
 
     def process_image(self, image: ImageInput, device: torch.device | None = None, **kwargs: Any) -> torch.Tensor:
         """One decoded image as (num_channels, H, W): uint8, or float32 in 0..255 (any range without `do_rescale`)."""
@@ -144,10 +156,15 @@ def array_to_tensor(image: np.ndarray | torch.Tensor, in_bytes: bool, layout: An
     return tensor * 255 if is_unit_range else tensor
 
 
-def match_channels(tensor: torch.Tensor, num_channels: int) -> torch.Tensor:
-    """(1, 3 or 4, H, W) to (num_channels, H, W); alpha is laid over white."""
+def check_channels(tensor: torch.Tensor) -> None:
+    """Raise unless (C, H, W) is grey, RGB or RGBA."""
     if tensor.shape[0] not in (1, 3, 4):
         raise MediaError(f"an image has 1, 3 or 4 channels, found {tensor.shape[0]}", modality="image")
+
+
+def match_channels(tensor: torch.Tensor, num_channels: int) -> torch.Tensor:
+    """(1, 3 or 4, H, W) to (num_channels, H, W); alpha is laid over white."""
+    check_channels(tensor)
     if tensor.shape[0] == 4:
         alpha = tensor[3:].float() / 255
         opaque = tensor[:3].float() * alpha + 255 * (1 - alpha)

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Pillow opens MPO (what many phones write) as JPEG.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 class MediaError(ValueError):
@@ -65,7 +66,7 @@ class MediaPlace:
         return MediaError(f"{prefix}{self.modality} {self.index}: {text}", self.sample, self.modality)
 
 
-def open_source(item: str | bytes | Path, max_bytes: int, place: MediaPlace) -> io.BytesIO | str:
+def open_source(item: str | bytes | bytearray | Path, max_bytes: int, place: MediaPlace) -> io.BytesIO | str:
     """A local path or an in-memory file whose size was checked.
 
     Raises:
@@ -80,6 +81,7 @@ def open_source(item: str | bytes | Path, max_bytes: int, place: MediaPlace) -> 
             item = base64.b64decode(item.partition(",")[2], validate=True)
         except binascii.Error as cause:
             raise place.error("the data: address holds no valid base64") from cause
+    source: io.BytesIO | str
     if isinstance(item, (bytes, bytearray)):
         size, source = len(item), io.BytesIO(item)
     else:
@@ -157,7 +159,8 @@ def load_image(item: Any, limits: MediaLimits, place: MediaPlace) -> Any:
 def _finish_image(image: Any, limits: MediaLimits, place: MediaPlace) -> Any:
     from PIL import ImageOps
 
-    check_image_size(*image.size, limits, place)
+    width, height = image.size
+    check_image_size(width, height, limits, place)
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise place.error("animated or multi-page image; pass the frame you mean as a single image")
     try:
@@ -178,7 +181,9 @@ def check_rate(rate: Any, limits: MediaLimits, place: MediaPlace) -> int:
     return int(rate)
 
 
-def check_clip_size(samples: int, channels: int, rate: int, limits: MediaLimits, max_seconds: float, place: MediaPlace):
+def check_clip_size(
+    samples: int, channels: int, rate: int, limits: MediaLimits, max_seconds: float, place: MediaPlace
+) -> None:
     """Refuse empty clips, too many channels and clips over `max_seconds`, by their header alone."""
     if samples < 1:
         raise place.error("empty clip of 0 samples")
@@ -189,7 +194,7 @@ def check_clip_size(samples: int, channels: int, rate: int, limits: MediaLimits,
 
 
 def decode_sound(
-    item: str | bytes | Path, limits: MediaLimits, max_seconds: float, place: MediaPlace
+    item: str | bytes | bytearray | Path, limits: MediaLimits, max_seconds: float, place: MediaPlace
 ) -> tuple[np.ndarray, int]:
     """Samples (samples, channels) in float32 and the rate of a sound file, decoded by soundfile.
 
@@ -198,7 +203,10 @@ def decode_sound(
     Raises:
         MediaError: over a limit, truncated, or a format soundfile cannot read.
     """
-    import soundfile
+    try:
+        import soundfile
+    except (ImportError, OSError) as cause:
+        raise ImportError("sound files need `pip install soundfile`; arrays work without it") from cause
 
     source = open_source(item, limits.audio_bytes, place)
     try:

@@ -2,33 +2,32 @@
 
 Unusual here:
 - the processor owns the token-count formulas; the number of placeholders is known before any tensor is made;
-- every mistake is found per sample and the error (`MediaError`) names the sample, the modality, the found and the expected number;
+- every mistake is found per sample; the error (`MediaError`) names the sample, the modality, the found and the expected
+  number;
 - truncation shortens text only;
-- a placeholder typed into a message is text (see `chat_messages`); in a raw `__call__` a surplus placeholder is an error;
-- labels cover the assistant's words and the token that ends its turn.
+- in a raw `__call__` a surplus placeholder is an error; conversations (`processing_chat`) keep typed ones as text.
 """
 
 import math
-import re
 from typing import Any
 
-import torch
 from transformers import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 
-from .chat_messages import default_chat_template, prepare_conversation, split_batch
+from .chat_messages import default_chat_template
 from .feature_extraction_chorus import ChorusFeatureExtractor
 from .image_processing_chorus import ChorusImageProcessor
 from .media_layout import flatten_media, nest_media
 from .media_limits import MediaError, MediaLimits, MediaPlace
-from .token_rows import label_rows, pad_rows, pair_tokens, truncate_rows
+from .processing_chat import ChatProcessor
+from .token_rows import pad_rows, truncate_rows
 from .tokenization_chorus import add_media_tokens
 
 # Tokenizers without a limit report a huge model_max_length.
 NO_MAX_LENGTH = 10**9
 
 
-class ChorusProcessor(ProcessorMixin):
+class ChorusProcessor(ChatProcessor):
     """Image processor, feature extractor and tokenizer of one model.
 
     Args:
@@ -71,8 +70,8 @@ class ChorusProcessor(ProcessorMixin):
     def from_config(cls, config: Any, tokenizer: Any, **overrides: Any) -> "ChorusProcessor":
         """The processor that fits a `ChorusConfig`.
 
-        Adds missing media tokens to `tokenizer` (then the model's embeddings must be resized before training) and sets its
-        padding side to the left, as generation needs it.
+        Adds missing media tokens to `tokenizer` (then the model's embeddings must be resized before training) and sets
+        its padding side to the left, as generation needs it.
 
         Args:
             config: a ChorusConfig, or anything with its `vision_config` and `audio_config`; either may be None.
@@ -139,7 +138,7 @@ class ChorusProcessor(ProcessorMixin):
         return num_images * self.num_image_tokens
 
     def num_audio_tokens_for(self, num_samples: int) -> int:
-        """Tokens of a clip of `num_samples` at the model's sampling rate: ceil(frames / frames_per_token) per window."""
+        """Tokens of a clip of `num_samples` at the model's rate: ceil(frames / frames_per_token) for each window."""
         if self.frames_per_token is None:
             raise MediaError("this model hears nothing (frames_per_token is None)", modality="audio")
         windows = self.feature_extractor.frames_per_window(num_samples)
@@ -148,7 +147,7 @@ class ChorusProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: list | None = None, audio_lengths: list[int] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Token counts for images (height, width) and clips (samples at the model's rate), as serving engines ask."""
+        """Token counts of images (height, width) and clips (samples at the model's rate), for serving engines."""
         counts: dict[str, list[int]] = {}
         if image_sizes is not None:
             counts["num_image_tokens"] = [self.num_image_tokens_for() for _ in image_sizes]
@@ -179,8 +178,8 @@ class ChorusProcessor(ProcessorMixin):
             kwargs: `return_tensors`, `padding` (default True), `truncation`, `max_length`, `sampling_rate`, ...
 
         Returns:
-            `input_ids`, `attention_mask`, `mm_token_type_ids` (B, S); with images `pixel_values` (images, C, H, W); with
-            sound `input_features` (windows, frames, mels) and `input_features_mask` (windows, frames).
+            `input_ids`, `attention_mask`, `mm_token_type_ids` (B, S); with images `pixel_values` (images, C, H, W);
+            with sound `input_features` (windows, frames, mels) and `input_features_mask` (windows, frames).
 
         Raises:
             MediaError: a mistake in one sample; nothing was computed for the others.
@@ -201,9 +200,7 @@ class ChorusProcessor(ProcessorMixin):
                     )
             image_rows = nest_media(images, texts, self.image_token, "image", self.limits)
             clip_rows = nest_media(audio, texts, self.audio_token, "audio", self.limits)
-        loaded_images, loaded_clips = self._load_media(
-            image_rows, clip_rows, merged["audio_kwargs"].get("sampling_rate")
-        )
+        loaded_images, loaded_clips = self._load_media(image_rows, clip_rows, merged)
 
         tensor_type = merged["text_kwargs"].pop("return_tensors", None)
         data: dict[str, Any] = {}
@@ -215,18 +212,18 @@ class ChorusProcessor(ProcessorMixin):
             data.update(self.feature_extractor.featurize(loaded_clips, tensor_type))
         return BatchFeature(data, tensor_type=tensor_type, skip_tensor_conversion=self.skip_tensor_conversion)
 
-    def _load_media(
-        self, image_rows: list[list], clip_rows: list[list], sampling_rate: int | None
-    ) -> tuple[list, list]:
+    def _load_media(self, image_rows: list[list], clip_rows: list[list], merged: dict[str, Any]) -> tuple[list, list]:
         """Decoded images and clips of all samples, flat, each checked with its sample's number."""
         images, clips = [], []
+        do_rescale = merged["images_kwargs"].get("do_rescale")
+        sampling_rate = merged["audio_kwargs"].get("sampling_rate")
         for sample, (row_images, row_clips) in enumerate(zip(image_rows, clip_rows, strict=True)):
             if row_images and self.num_image_tokens is None:
                 raise MediaError(f"sample {sample}: this model sees no images", sample, "image")
             if row_clips and self.frames_per_token is None:
                 raise MediaError(f"sample {sample}: this model hears nothing", sample, "audio")
             for index, image in enumerate(row_images):
-                images.append(self.image_processor.load(image, MediaPlace("image", index, sample)))
+                images.append(self.image_processor.load(image, MediaPlace("image", index, sample), do_rescale))
             for index, clip in enumerate(row_clips):
                 clips.append(self.feature_extractor.load(clip, MediaPlace("audio", index, sample), sampling_rate))
         return images, clips
@@ -275,121 +272,6 @@ class ChorusProcessor(ProcessorMixin):
                         sample,
                         modality,
                     )
-
-    # Conversations
-
-    def apply_chat_template(  # type: ignore[override]
-        self,
-        conversation: Any,
-        chat_template: str | None = None,
-        images: Any = None,
-        audio: Any = None,
-        return_labels: bool = False,
-        processor_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """A conversation, or a batch of them, as text or (with `tokenize=True, return_dict=True`) as model inputs.
-
-        A message is `{"role", "content"}`; content is a string or a list of `{"type": "text", "text"}`,
-        `{"type": "image", "image" | "path" | "url" | "base64" | "bytes"}` and `{"type": "audio", "audio" | ...}` with
-        `"sampling_rate"` beside an array. Special tokens typed into a message become text (see `chat_messages`).
-
-        Args:
-            images, audio: items for parts that hold no data, in order: a flat list for one conversation, a list per
-                conversation for a batch.
-            return_labels: add `labels`, see `build_labels`; implies `tokenize=True, return_dict=True`.
-            processor_kwargs: settings of `__call__`, such as `padding`, `truncation`, `max_length`, `sampling_rate`.
-            kwargs: as in `ProcessorMixin.apply_chat_template`.
-
-        Raises:
-            MediaError: a mistake in one conversation, by its number.
-        """
-        options = dict(processor_kwargs or {})
-        conversations, is_batched = split_batch(conversation)
-        kwargs.pop("sanitize_control_tokens", None)
-        rate = (
-            kwargs.get("sampling_rate")
-            or options.get("sampling_rate")
-            or options.get("audio_kwargs", {}).get("sampling_rate")
-        )
-        given = {"image": images, "audio": audio}
-        rows = {
-            modality: self._media_rows(media, len(conversations), is_batched, modality)
-            for modality, media in given.items()
-        }
-        control = self._control_tokens()
-        prepared = [
-            prepare_conversation(messages, {name: rows[name][sample] for name in rows}, control, rate, sample)
-            for sample, messages in enumerate(conversations)
-        ]
-        if kwargs.get("tokenize") or return_labels:
-            options.setdefault("add_special_tokens", False)
-        target = prepared if is_batched else prepared[0]
-        if not return_labels:
-            return super().apply_chat_template(target, chat_template, processor_kwargs=options, **kwargs)
-
-        wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
-        tensor_type = kwargs.pop("return_tensors", "auto")
-        tensor_type = options.pop("return_tensors", None) if tensor_type == "auto" else tensor_type
-        kwargs.update(tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors=None)
-        batch = super().apply_chat_template(target, chat_template, processor_kwargs=options, **kwargs)
-        batch["labels"] = self.build_labels(batch["input_ids"], batch["assistant_masks"])
-        if not wants_mask:
-            del batch["assistant_masks"]
-        return batch.convert_to_tensors(tensor_type=tensor_type)
-
-    def _media_rows(self, media: Any, num_conversations: int, is_batched: bool, modality: str) -> list[list[Any]]:
-        if not is_batched or media is None:
-            return [flatten_media(media, modality)] + [[] for _ in range(num_conversations - 1)]
-        if len(media) != num_conversations:
-            raise MediaError(f"found {len(media)} lists of {modality} items for {num_conversations} conversations")
-        return [flatten_media(entry, modality) for entry in media]
-
-    def _control_tokens(self) -> re.Pattern[str]:
-        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        tokens = added | set(self.tokenizer.all_special_tokens) | {self.image_token, self.audio_token}
-        return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token))
-
-    def _multimodal_inputs_from_conversations(
-        self, conversations: list[list[dict]], audio_loading_params: dict, load_audio_from_video: bool = False
-    ) -> tuple[list[list], list[list], list[list], dict]:
-        """Media of prepared conversations, a list per conversation; decoding waits until everything is checked."""
-        rows: dict[str, list[list]] = {"image": [], "audio": []}
-        for sample, messages in enumerate(conversations):
-            parts = [
-                part for message in messages if isinstance(message.get("content"), list) for part in message["content"]
-            ]
-            for modality in rows:
-                items = [part[modality] for part in parts if part["type"] == modality]
-                if any(item is None for item in items):
-                    missing = sum(item is None for item in items)
-                    raise MediaError(f"sample {sample}: {missing} {modality} parts hold no data", sample, modality)
-                rows[modality].append(items)
-        clips = rows["audio"] if any(rows["audio"]) else []
-        return rows["image"], [[] for _ in conversations], clips, {}
-
-    # Labels
-
-    def build_labels(self, input_ids: Any, assistant_masks: Any) -> list[list[int]]:
-        """Labels (B, S): the assistant's words and the token that ends its turn, -100 elsewhere.
-
-        Media and pad tokens are never labelled, also inside an assistant's turn.
-        """
-        if isinstance(input_ids, torch.Tensor):
-            input_ids, assistant_masks = input_ids.tolist(), torch.as_tensor(assistant_masks).tolist()
-        never = {self.image_token_id, self.audio_token_id}
-        if self.tokenizer.pad_token_id != self.tokenizer.eos_token_id:
-            never.add(self.tokenizer.pad_token_id)
-        return label_rows(input_ids, assistant_masks, never)
-
-    def explain_labels(self, input_ids: Any, labels: Any) -> str:
-        """Print and return one line per token of one sample (S,): a mark where it is labelled, then the token."""
-        ids = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else list(input_ids)
-        tokens = [self.tokenizer.decode([token]) for token in ids]
-        lines = [f"{'label' if is_label else '     '} {token!r}" for token, is_label in pair_tokens(tokens, labels)]
-        text = "\n".join(lines)
-        print(text)
-        return text
 
 
 def _media_token_id(tokenizer: Any, token: str) -> int:

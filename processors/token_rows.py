@@ -24,8 +24,8 @@ def truncate_rows(rows: dict[str, list], max_length: int, media_ids: set[int], s
         num_media = sum(token in media_ids for token in ids)
         if num_media > max_length:
             raise MediaError(
-                f"sample {sample}: images and clips alone take {num_media} tokens, max_length is {max_length}; media are "
-                "never cut: raise max_length or drop the sample",
+                f"sample {sample}: images and clips alone take {num_media} tokens, max_length is {max_length}; media "
+                "are never cut: raise max_length or drop the sample",
                 sample,
             )
         kept.append(_kept_positions(ids, max_length - num_media, media_ids, side))

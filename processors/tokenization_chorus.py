@@ -26,7 +26,10 @@ def build_tokenizer(
     Raises:
         ValueError: a vocabulary too small for the bytes.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError as cause:
+        raise ImportError("a new tokenizer needs `pip install tokenizers`") from cause
 
     specials = [PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, image_token, audio_token]
     smallest = BYTE_ALPHABET_SIZE + len(specials)

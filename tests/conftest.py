@@ -11,6 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
 
+pytest_plugins = ["tests.fake_hub", "tests.transformers_suite"]
+
 IMAGE_TOKEN, AUDIO_TOKEN = 3, 4
 
 

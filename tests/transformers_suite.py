@@ -35,6 +35,17 @@ DOWNLOAD_SECONDS = 120
 LANDMARK = "test_modeling_common.py"
 
 
+# Marks that transformers puts on its tests; ours are in pyproject.toml.
+MARKERS = ["accelerate_tests", "generate", "torch_compile_test", "torch_export_test"]
+MARKERS += [f"flash_attn{version}_test" for version in ("", "_3", "_4")]
+MARKERS += [f"is_{kind}_test" for kind in ("training", "tensor_parallel", "expert_parallel")]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in MARKERS:
+        config.addinivalue_line("markers", f"{name}: set by transformers")
+
+
 class SuiteUnavailable(RuntimeError):
     """The tests of the installed transformers cannot be obtained; the message says why."""
 

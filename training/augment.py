@@ -136,8 +136,8 @@ class PictureAugment:
     """Random small rotation (degrees), shift (fraction of the width), zoom and contrast of a grey picture."""
 
     degrees: float = 12.0
-    shift: float = 0.1
-    zoom: tuple[float, float] = (0.88, 1.12)
+    shift: float = 0.08
+    zoom: tuple[float, float] = (0.88, 1.1)
     contrast: tuple[float, float] = (0.8, 1.2)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -194,7 +194,7 @@ def augmented_clips(
     path = Path(cache) / f"augmented-{digest.hexdigest()[:16]}.npz"
     if not path.exists():
         dataset = _AugmentedClips(clips, augment, copies, seed)
-        loader = DataLoader(dataset, batch_size=32, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+        loader: DataLoader = DataLoader(dataset, 32, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
         batches = tqdm(loader, desc="augmenting speech", unit="batch")
         waveforms = [waveform for batch in batches for waveform in batch]
         SpeechClips(waveforms, np.tile(clips.digits, copies), clips.speakers * copies).save(path)

@@ -39,7 +39,7 @@ class DigitPictures:
 
 
 def handwritten_digits(test_fraction: float = 0.25, size: int = 32) -> tuple[DigitPictures, DigitPictures]:
-    """(training, test) pictures of scikit-learn's digits, enlarged from 8 to `size` pixels.
+    """(training, test) pictures of scikit-learn's digits, with a margin of one, enlarged from 10 to `size` pixels.
 
     The data come in writer order, so the last `test_fraction` is cut off in one piece: no writer is in both parts but
     the one at the cut.
@@ -47,7 +47,7 @@ def handwritten_digits(test_fraction: float = 0.25, size: int = 32) -> tuple[Dig
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    grey = np.round(data.images * (255 / 16)).astype(np.uint8)
+    grey = np.pad(np.round(data.images * (255 / 16)).astype(np.uint8), ((0, 0), (1, 1), (1, 1)))
     images = [Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC) for picture in grey]
     cut = len(images) - round(len(images) * test_fraction)
     return DigitPictures(images[:cut], data.target[:cut]), DigitPictures(images[cut:], data.target[cut:])
@@ -73,7 +73,7 @@ def _larger(written: int, spoken: int) -> str:
 
 @dataclass(frozen=True)
 class Skill:
-    """A question type: its phrasings, the media it needs, its answer from (written, spoken), their joint probability."""
+    """A question type: the media it needs, its answer and the joint probability of (written, spoken), its phrasings."""
 
     name: str
     needs: tuple[str, ...]

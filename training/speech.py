@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ ACCENTS: dict[str, tuple[str, ...]] = {
 TRAIN_VARIANTS = tuple(
     "Alex Alicia Andy Denis Diogo Gene Henrique Jacky Lee Marco Michael Mike Nguyen adam anika antonio aunty belinda "
     "benjamin boris caleb david ed edward f1 f2 f3 grandma gustave ian iven iven3 john kaukovalta klatt klatt3 klatt5 "
-    "linda m1 m2 m4 m5 m7 marcelo max michel miguel norbert pablo paul quincy rob sandro shelby steph travis zac".split()
+    "linda m1 m2 m4 m5 m7 marcelo max michel miguel norbert pablo paul quincy rob sandro shelby steph travis".split()
 )
 TEST_VARIANTS = ("Andrea", "Annie", "Hugo", "Mario", "Reed", "f4", "f5", "m3", "m6", "m8", "robert", "victor", "pedro")
 NEW_VARIANTS = ("whisper", "whisperf", "croak", "Demonic", "UniRobot", "robosoft4", "Tweaky", "Storm")
@@ -206,7 +207,7 @@ def trim_silence(waveform: np.ndarray, threshold: float = 0.02, margin: int = 32
     loud = np.flatnonzero(np.abs(waveform) > threshold * np.abs(waveform).max(initial=0.0))
     if not len(loud):
         return waveform
-    return waveform[max(0, loud[0] - margin) : loud[-1] + margin]
+    return waveform[max(0, loud[0] - margin) : loud[-1] + 1 + margin]
 
 
 class _Espeak:
@@ -267,7 +268,9 @@ def _speak(settings: SynthesisSettings) -> SpeechClips:
 
 def _main(arguments: Sequence[str]) -> None:
     path, text = arguments
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
+    }
     _speak(SynthesisSettings(**values)).save(Path(path))
 
 

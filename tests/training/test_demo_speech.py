@@ -1,0 +1,42 @@
+"""The demo's speech sets: speakers never cross from training to testing."""
+
+import numpy as np
+import pytest
+
+from chorus_moe.training import demo_speech
+from chorus_moe.training.demo_speech import recorded_speech_sets, synthetic_speech_sets
+from chorus_moe.training.speech import SpeechClips, SynthesisSettings
+from tests.training.test_speech import write_recordings
+
+
+def fake_voices(settings: SynthesisSettings, cache) -> SpeechClips:
+    """Noise instead of speech, with the digits and voices that the settings ask for."""
+    rng = np.random.default_rng(settings.seed)
+    spoken = [utterance for utterance in settings.utterances() if utterance[0].endswith(settings.variants[0])]
+    waveforms = [rng.uniform(-0.5, 0.5, 900).astype(np.float32) for _ in spoken]
+    return SpeechClips(waveforms, np.array([digit for _, digit, *_ in spoken]), [voice for voice, *_ in spoken])
+
+
+@pytest.fixture(autouse=True)
+def noise_for_speech(monkeypatch):
+    monkeypatch.setattr(demo_speech, "synthetic_digits", fake_voices)
+
+
+def test_synthetic_test_voices_are_in_no_training_set(tmp_path):
+    sets = synthetic_speech_sets(tmp_path, workers=0)
+    assert not set(sets.test.speakers) & set(sets.train.speakers + sets.adaptation.speakers)
+    assert not set(sets.adaptation.speakers) & set(sets.train.speakers)
+    assert set(sets.adaptation_test.speakers) == set(sets.adaptation.speakers)
+
+
+def test_new_voices_are_tested_on_other_readings():
+    adaptation, test = demo_speech.NEW_VOICES.utterances(), demo_speech.NEW_VOICES_TEST.utterances()
+    assert not set(adaptation) & set(test) and {voice for voice, *_ in adaptation} == {voice for voice, *_ in test}
+
+
+def test_the_held_out_speaker_is_heard_only_in_adaptation_and_testing(tmp_path):
+    write_recordings(tmp_path, ("ann", "bob", "cyd"), takes=3)
+    sets = recorded_speech_sets(tmp_path, "bob", tmp_path / "cache", takes=2, copies=1, workers=0)
+    assert "bob" not in sets.train.speakers and {"ann", "cyd"} < set(sets.train.speakers)
+    assert set(sets.adaptation.speakers) == set(sets.test.speakers) == {"bob"}
+    assert len(sets.test) == 10 and "bob held out" in sets.description

@@ -1,0 +1,91 @@
+"""The model card: Hub metadata, and figures that a program measured."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+
+def card_text(model: Any, result: Mapping[str, Any], table: Sequence[str]) -> str:
+    """The card of a model trained by the demo, as Markdown with metadata.
+
+    Args:
+        model: its config gives the architecture and the parameters.
+        result: what the demo's `report.json` holds.
+        table: lines of the accuracy table.
+    """
+    text, parameters = model.config.text_config, model.config.parameter_report()
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="any-to-any",
+        language=["en"],
+        tags=["chorus", "mixture-of-experts", "multimodal", "lora", "timm", "torchaudio"],
+    )
+    banks = [
+        f"| {bank.name} | {', '.join(bank.modalities)} | {bank.num_experts} | {bank.num_experts_per_tok} | "
+        f"{parameters.banks[bank.name]['total']:,} | {parameters.banks[bank.name]['active']:,} |"
+        for bank in text.banks
+    ]
+    active = [f"| {name} | {count:,} |" for name, count in parameters.active.items()]
+    voices = result["new_voices"]
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        "# Chorus digits demo",
+        "",
+        "A small multimodal mixture-of-experts model made by `make demo` of the Chorus package. It answers questions about a",
+        "handwritten digit, a spoken digit, or both. Every figure on this card was written by that run.",
+        "",
+        "## Intended use",
+        "",
+        "To show, on two processor cores, that a model of text, image and audio experts trains, is fine-tuned with LoRA, is",
+        "saved and loads again. It knows ten digits and a few questions; it is of no use for anything else.",
+        "",
+        "## Architecture",
+        "",
+        f"A decoder of {text.num_hidden_layers} layers of width {text.hidden_size}; layers {text.sparse_layers} are gates over",
+        f"expert banks, layers {text.cross_modal_layers} have cross-modal attention on a shared query projection. Images come",
+        f"through `{model.config.vision_config.architecture}` (timm), sound through a Conformer on log-mel features.",
+        "",
+        "| expert bank | modalities | experts | per token | parameters | active a token |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *banks,
+        "",
+        f"Parameters in total: {parameters.total:,}. Active, by modality of the token:",
+        "",
+        "| modality | active parameters |",
+        "| --- | --- |",
+        *active,
+        "",
+        "## Training data",
+        "",
+        "Handwriting: the optical digits of scikit-learn (UCI, 13 writers), split contiguously so that writers do not leak.",
+        f"Speech: {result['voices']}. Synthetic speech is not real speech.",
+        "",
+        "## Evaluation",
+        "",
+        "Exact match of the generated answer on held-out writers, voices and phrasings; 95% intervals in brackets.",
+        "",
+        *table,
+        "",
+        f"Voices the base model does not know: {100 * voices['before']:.1f}% before LoRA, {100 * voices['after']:.1f}% after "
+        f"({voices['n']} questions).",
+        "",
+        "## Limits",
+        "",
+        "Isolated English digits, 8 x 8 pixel handwriting, short clips. Accuracy on other voices, microphones, pens or",
+        "questions is not known and should be expected to be low.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write_model_card(folder: Path, model: Any, result: Mapping[str, Any], table: Sequence[str]) -> Path:
+    """Write the card as `README.md` of a model folder, where the Hub shows it."""
+    path = folder / "README.md"
+    path.write_text(card_text(model, result, table), encoding="utf-8")
+    return path

@@ -1,0 +1,126 @@
+"""The command line: `chorus-moe train | evaluate | generate | inspect | export | demo`.
+
+Commands import what they need when they run, so that `--help` is quick.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="chorus-moe",
+    help="Build, fine-tune and ship your own multimodal mixture-of-experts model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+ModelName = Annotated[str, typer.Argument(help="model or adapter: a folder or a Hub id")]
+BaseName = Annotated[str | None, typer.Option(help="model below an adapter, when it is not where it was trained")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+@app.command(context_settings=PASS_ON)
+def train(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="recipe in YAML", exists=True, dir_okay=False)] = None,
+) -> None:
+    """Train or fine-tune from a recipe; further options override it, as in `--learning_rate 1e-4`."""
+    from chorus_moe.training.recipe import read_recipe
+    from chorus_moe.training.train import run_training
+
+    metrics = run_training(read_recipe(config, context.args))
+    print(json.dumps(metrics, indent=2))
+
+
+@app.command()
+def evaluate(
+    model: ModelName,
+    data: Annotated[str, typer.Option(help="rows that end with the right answer: file, folder or Hub id")],
+    split: Annotated[str, typer.Option()] = "test",
+    base: BaseName = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Exact-match accuracy by generation, and loss."""
+    from chorus_moe.training.data import load_rows
+    from chorus_moe.training.evaluate import evaluate_rows
+    from chorus_moe.training.loading import load_model
+
+    rows = load_rows(data, split)
+    result = evaluate_rows(
+        *load_model(model, base=base), rows, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=not as_json
+    )
+    print_values(result.to_dict(), as_json)
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    text: Annotated[str, typer.Option(help="the question")],
+    image: Annotated[list[Path] | None, typer.Option(help="picture file; may be repeated")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="sound file; may be repeated")] = None,
+    base: BaseName = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Answer one prompt of text, pictures and sound."""
+    from chorus_moe.training.generate import answer_rows, user_turn
+    from chorus_moe.training.loading import load_model
+
+    row = user_turn(text, [str(path) for path in image or []], [str(path) for path in audio or []])
+    print(answer_rows(*load_model(model, base=base), [row], max_new_tokens=max_new_tokens)[0])
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="config.json, model folder or Hub id")], as_json: AsJson = False
+) -> None:
+    """Parameters in total and active, by bank, tower and modality."""
+    from chorus_moe.training.inspect_model import inspect_model
+
+    report = inspect_model(model)
+    print(json.dumps(report.to_dict(), indent=2) if as_json else report)
+
+
+@app.command()
+def export(
+    model: ModelName,
+    folder: Annotated[Path, typer.Argument(help="where the export is written")],
+    base: BaseName = None,
+) -> None:
+    """Save a model, merged with its adapter, with the code that loads it where this package is missing."""
+    from chorus_moe.training.hub import export_for_hub
+    from chorus_moe.training.loading import load_model
+    from chorus_moe.training.run_card import run_card
+
+    loaded, processor = load_model(model, base=base, merge=True)
+    export_for_hub(loaded, processor, folder)
+    (folder / "README.md").write_text(run_card(loaded), encoding="utf-8")
+
+
+@app.command(context_settings=PASS_ON | {"help_option_names": []})
+def demo(context: typer.Context) -> None:
+    """Train, fine-tune, save, reload and question a small trimodal model; `demo --help` lists its options."""
+    from chorus_moe.training.demo import main as run_demo
+
+    run_demo(context.args)
+
+
+def print_values(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values, indent=2))
+        return
+    for name, value in values.items():
+        print(f"{name:<12}{value:>12.4f}" if isinstance(value, float) else f"{name:<12}{value:>12,}")
+
+
+def main() -> None:
+    """Entry point: an error of the user's making is one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        sys.exit(f"chorus-moe: {type(error).__name__}: {error}")

@@ -1,0 +1,147 @@
+"""Rows of messages, images and sound to a batch with labels on the assistant's words.
+
+Unusual here:
+- nothing is dropped in silence: a sample that cannot be read is an error, or with `on_bad_media="skip"` it is counted
+  and logged, up to a cap;
+- a batch whose samples are all bad still comes out, as text without labels, so that all ranks take equally many steps.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from chorus_moe.processors.media_limits import MediaError
+
+logger = logging.get_logger(__name__)
+MEDIA = {"image": "images", "audio": "audio"}
+Row = Mapping[str, Any]
+
+
+class ChorusDataCollator:
+    """Makes the batches of a Trainer whose `remove_unused_columns` is False.
+
+    A row has `messages` (chat turns), `images` and `audio` (lists, None or missing): one item for each image or audio
+    part that holds no data. Items are anything the processor reads: PIL images, arrays, paths, `{"bytes", "path"}`.
+
+    Args:
+        processor: a ChorusProcessor.
+        max_length: tokens a sample may have; longer text is cut, images and sound never are.
+        on_bad_media: "raise", or "skip" to leave a sample out that cannot be read.
+        max_bad_samples: how many may be skipped before that is an error as well.
+        pad_to_multiple_of: round the length of a batch up.
+
+    Raises:
+        MediaError: a bad sample, by its number in the batch, or more of them than the cap.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        max_length: int | None = None,
+        on_bad_media: str = "raise",
+        max_bad_samples: int = 100,
+        pad_to_multiple_of: int | None = None,
+    ):
+        if on_bad_media not in ("raise", "skip"):
+            raise ValueError(f"on_bad_media={on_bad_media!r}; choose 'raise' or 'skip'")
+        self.processor = processor
+        self.on_bad_media = on_bad_media
+        self.max_bad_samples = max_bad_samples
+        self.options: dict[str, Any] = {"padding": True, "padding_side": "right"}
+        if max_length is not None:
+            self.options |= {"truncation": True, "max_length": max_length}
+        if pad_to_multiple_of is not None:
+            self.options["pad_to_multiple_of"] = pad_to_multiple_of
+        # In shared memory: the workers of a DataLoader count together.
+        self._bad = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._warned_unlabelled = False
+
+    @property
+    def num_bad_samples(self) -> int:
+        """Samples skipped so far, over all workers of this process."""
+        return int(self._bad)
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """The batch of `rows`: the processor's tensors and `labels` (B, S), padded on the right."""
+        good = list(rows)
+        while good:
+            try:
+                return self._checked(self._encode(good))
+            except MediaError as error:
+                self._skip(error)
+                if error.sample is None:
+                    raise
+                del good[error.sample]
+        return self._unlabelled(rows[0])
+
+    def _encode(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        media = {column: [list(row.get(column) or []) for row in rows] for column in MEDIA.values()}
+        batch = self.processor.apply_chat_template(
+            [clean_messages(row["messages"]) for row in rows],
+            return_labels=True,
+            return_tensors="pt",
+            processor_kwargs=dict(self.options),
+            **media,
+        )
+        return dict(batch)
+
+    def _skip(self, error: MediaError) -> None:
+        """Count a bad sample, or raise."""
+        if self.on_bad_media == "raise":
+            raise error
+        self._bad += 1
+        if self.num_bad_samples > self.max_bad_samples:
+            raise MediaError(
+                f"{self.num_bad_samples} samples could not be read, max_bad_samples is {self.max_bad_samples}; "
+                f"the last one: {error}",
+                error.sample,
+                error.modality,
+            ) from error
+        logger.warning(f"skipped bad sample {self.num_bad_samples} of at most {self.max_bad_samples}: {error}")
+
+    def _checked(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not self._warned_unlabelled and bool((batch["labels"][:, 1:] == -100).all()):
+            self._warned_unlabelled = True
+            logger.warning(
+                f"a batch of {len(batch['labels'])} samples has no label at all and teaches nothing: no assistant turn "
+                "is left, perhaps because max_length cut it off (said once)"
+            )
+        return batch
+
+    def _unlabelled(self, row: Row) -> dict[str, torch.Tensor]:
+        """The texts of one row without any label: what stands for a batch of which nothing could be read."""
+        batch = self._encode([{"messages": without_media(clean_messages(row["messages"]))}])
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+        return batch
+
+
+def clean_messages(messages: Sequence[Row]) -> list[dict[str, Any]]:
+    """Messages without the None values that Arrow tables put where another row has a key."""
+    cleaned = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list | tuple):
+            content = [_without_none(part) if isinstance(part, Mapping) else part for part in content]
+        cleaned.append({**_without_none(message), "content": content})
+    return cleaned
+
+
+def without_media(messages: Sequence[Row]) -> list[dict[str, Any]]:
+    """Messages without their image and audio parts."""
+    return [
+        {**message, "content": [part for part in message["content"] if _kind(part) not in MEDIA]}
+        if isinstance(message.get("content"), list)
+        else dict(message)
+        for message in messages
+    ]
+
+
+def _kind(part: Any) -> str | None:
+    return part.get("type") if isinstance(part, Mapping) else None
+
+
+def _without_none(mapping: Row) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if value is not None}

@@ -1,0 +1,276 @@
+"""The demo: a trimodal expert model learns from nothing, is fine-tuned with LoRA, saved, reloaded and examined.
+
+1. real handwriting, synthetic (or real) speech and text questions;
+2. stage 1 trains a small base model; stage 2 adapts named banks and the cross-modal layers with LoRA to a question type
+   and to voices that the base does not know;
+3. adapter and merged model are saved and loaded in a fresh process, which answers the held-out questions;
+4. a report says what was reached, what each modality is worth, and where the tokens went.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainingArguments, set_seed
+
+from chorus_moe.training.augment import PictureAugment, SpeechAugment, augmented_clips
+from chorus_moe.training.collator import ChorusDataCollator
+from chorus_moe.training.demo_answers import VARIANTS, answer, load_questions, save_questions, variants_of
+from chorus_moe.training.demo_data import BASE_SKILLS, NEW_SKILLS, DigitPictures, DigitQuestions, corpus, handwritten_digits
+from chorus_moe.training.demo_model import build_demo
+from chorus_moe.training.demo_report import write_report
+from chorus_moe.training.lora import lora_config
+from chorus_moe.training.speech import (
+    ACCENTS,
+    NEW_VARIANTS,
+    TEST_VARIANTS,
+    SpeechClips,
+    SynthesisSettings,
+    recorded_digits,
+    split_held_out,
+    synthetic_digits,
+)
+
+NEW_SKILL = NEW_SKILLS[0]
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """How much of everything: the defaults take some eight minutes on two processor cores.
+
+    Args:
+        base_steps, lora_steps: optimizer steps of the two stages.
+        batch_size: samples a step.
+        questions_per_skill: held-out questions of each skill.
+        speech_copies: augmented versions of every training clip.
+        speech_takes: prosodies in which each synthetic voice says the ten digits.
+        replay: share of old skills while the new one is learnt, so that they are kept.
+    """
+
+    base_steps: int = 1_400
+    lora_steps: int = 250
+    batch_size: int = 64
+    base_lr: float = 2e-3
+    lora_lr: float = 3e-3
+    lora_rank: int = 16
+    questions_per_skill: int = 300
+    speech_copies: int = 3
+    speech_takes: int = 2
+    replay: float = 0.5
+    workers: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """Training sets of the two stages and held-out media; `new_voices` are what stage 2 adapts to."""
+
+    base: Dataset
+    adaptation: Dataset
+    test_pictures: DigitPictures
+    test_clips: SpeechClips
+    new_voice_clips: SpeechClips
+    voices: str
+
+
+def prepare_data(
+    settings: DemoSettings, cache: Path, speech_dir: Path | None, held_out_speaker: str | None
+) -> DemoData:
+    """Pictures, voices and questions; speech is synthesised and augmented once and kept in `cache`."""
+    seed, takes = settings.seed, settings.speech_takes
+    train_pictures, test_pictures = handwritten_digits()
+    synthetic = synthetic_digits(SynthesisSettings(accents=tuple(ACCENTS), takes=takes, seed=seed), cache)
+    if speech_dir is not None:
+        recordings = recorded_digits(speech_dir)
+        speaker = held_out_speaker or sorted(set(recordings.speakers))[-1]
+        others, adaptation, test = split_held_out(recordings, speaker)
+        training, new_voices = synthetic + others, test
+        voices = f"real recordings of {len(set(recordings.speakers))} speakers, {speaker} held out, and synthetic voices"
+    else:
+        test = synthetic_digits(SynthesisSettings(TEST_VARIANTS, takes=takes, seed=seed + 1), cache)
+        strange = synthetic_digits(SynthesisSettings(NEW_VARIANTS, takes=takes, seed=seed + 2), cache)
+        half = len(strange) // 2
+        adaptation, new_voices = strange.select(range(half)), strange.select(range(half, len(strange)))
+        training = synthetic
+        voices = f"{len(set(synthetic.speakers))} synthetic voices, {len(set(test.speakers))} held out"
+    augment = SpeechAugment()
+    clips = augmented_clips(training, augment, settings.speech_copies, cache, seed=seed)
+    adaptation_copies = max(1, 2_000 // len(adaptation))
+    adapted = augmented_clips(adaptation, augment, adaptation_copies, cache, seed=seed) + adaptation
+    stage = {"seed": seed, "picture_augment": PictureAugment()}
+    base = DigitQuestions(train_pictures, clips, BASE_SKILLS, settings.base_steps * settings.batch_size, **stage)
+    skills = {NEW_SKILL: 1 - settings.replay} | dict.fromkeys(BASE_SKILLS, settings.replay / len(BASE_SKILLS))
+    # Half of the sounds are old voices, so that the new ones do not displace them.
+    share = max(1, len(adapted) // len(clips.waveforms)) if len(adapted) > len(clips) else 1
+    mixed = adapted + clips.select(range(0, len(clips), max(1, len(clips) // (len(adapted) * share))))
+    adaptation_set = DigitQuestions(
+        train_pictures, mixed, skills, settings.lora_steps * settings.batch_size, **{**stage, "seed": seed + 1}
+    )
+    return DemoData(base, adaptation_set, test_pictures, test, new_voices, voices)
+
+
+def held_out_questions(data: DemoData, settings: DemoSettings, folder: Path) -> None:
+    """Write the held-out questions of every skill, and of "spoken" by the new voices, below `folder`."""
+    options: dict[str, Any] = {"seed": settings.seed + 7, "held_out_questions": True}
+    skills = [*BASE_SKILLS, NEW_SKILL]
+    length = settings.questions_per_skill * len(skills)
+    everything = DigitQuestions(data.test_pictures, data.test_clips, skills, length, **options)
+    save_questions((everything[i] for i in range(len(everything))), folder / "test")
+    voices = DigitQuestions(
+        data.test_pictures, data.new_voice_clips, ["spoken"], settings.questions_per_skill, distractors=0.0, **options
+    )
+    save_questions((voices[i] for i in range(len(voices))), folder / "new_voices")
+
+
+def train(model: Any, processor: Any, dataset: Dataset, folder: Path, steps: int, lr: float, settings: DemoSettings) -> None:
+    """One stage under the stock Trainer."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(100, steps // 10),
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        logging_steps=max(1, steps // 20),
+        save_strategy="no",
+        remove_unused_columns=False,
+        dataloader_num_workers=settings.workers,
+        label_names=["labels"],
+        seed=settings.seed,
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+    )
+    collator = ChorusDataCollator(processor)
+    Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor).train()
+
+
+def accuracy_by_skill(samples: Sequence[dict[str, Any]], answers: Sequence[str]) -> dict[str, list[bool]]:
+    """Skill -> one True or False a question: the generated text is exactly the expected answer."""
+    marks: dict[str, list[bool]] = {}
+    for sample, given in zip(samples, answers, strict=True):
+        marks.setdefault(sample["skill"], []).append(given == sample["answer"])
+    return marks
+
+
+def answer_in_fresh_process(model: Path, questions: Path, out: Path, *options: str) -> dict[str, list[str]]:
+    """Answers by variant from a new Python process that loads the folders through the Auto classes."""
+    command = [sys.executable, "-m", "chorus_moe.training.demo_answers", "--model", str(model)]
+    subprocess.run([*command, "--questions", str(questions), "--out", str(out), *options], check=True)
+    return json.loads(out.read_text())
+
+
+def run_demo(
+    out: Path,
+    settings: DemoSettings | None = None,
+    speech_dir: Path | None = None,
+    held_out_speaker: str | None = None,
+) -> dict[str, Any]:
+    """Run everything below `out` and return what `report.json` holds.
+
+    Raises:
+        FileNotFoundError: `speech_dir` holds no recordings.
+        RuntimeError: the adapter and the merged model, loaded again, disagree.
+    """
+    from peft import get_peft_model
+
+    settings = settings or DemoSettings()
+    started = time.monotonic()
+    set_seed(settings.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    stages: dict[str, float] = {}
+
+    def finish(name: str) -> None:
+        stages[name] = time.monotonic() - started - sum(stages.values())
+        print(f"[{time.monotonic() - started:6.1f} s] {name} done", flush=True)
+
+    data = prepare_data(settings, out / "cache", speech_dir, held_out_speaker)
+    held_out_questions(data, settings, out / "questions")
+    test, new_voices = load_questions(out / "questions" / "test"), load_questions(out / "questions" / "new_voices")
+    finish("data")
+
+    model, processor = build_demo(corpus())
+    print(model.config.parameter_report(), flush=True)
+    train(model, processor, data.base, out / "stage1", settings.base_steps, settings.base_lr, settings)
+    model.save_pretrained(out / "base")
+    processor.save_pretrained(out / "base")
+    finish("stage 1, base model from nothing")
+
+    with tqdm(total=len(test) + len(new_voices), desc="held-out questions, before LoRA", unit="answer") as progress:
+        before = accuracy_by_skill(test, answer(model, processor, test, progress=progress))
+        voices_before = accuracy_by_skill(new_voices, answer(model, processor, new_voices, progress=progress))
+    finish("evaluation before LoRA")
+
+    chosen = lora_config(
+        model, banks=["text", "audio", "common"], cross_modal=True, attention=False,
+        r=settings.lora_rank, lora_alpha=2 * settings.lora_rank,
+    )  # fmt: skip
+    adapted = get_peft_model(model, chosen)
+    train(adapted, processor, data.adaptation, out / "stage2", settings.lora_steps, settings.lora_lr, settings)
+    adapted.save_pretrained(out / "adapter")
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(out / "merged")
+    processor.save_pretrained(out / "merged")
+    finish("stage 2, LoRA")
+
+    after_answers = answer_in_fresh_process(out / "merged", out / "questions" / "test", out / "answers.json")
+    limit = str(min(128, len(test)))
+    by_adapter = answer_in_fresh_process(
+        out / "base", out / "questions" / "test", out / "answers_adapter.json",
+        "--adapter", str(out / "adapter"), "--variants", "full", "--limit", limit,
+    )["full"]  # fmt: skip
+    voices_after = answer_in_fresh_process(
+        out / "merged", out / "questions" / "new_voices", out / "answers_voices.json", "--variants", "full"
+    )["full"]
+    differing = sum(a != b for a, b in zip(by_adapter, after_answers["full"], strict=False))
+    if differing > len(by_adapter) // 50:
+        raise RuntimeError(f"adapter and merged model disagree on {differing} of {len(by_adapter)} answers")
+    finish("evaluation in a fresh process")
+
+    marks = {name: accuracy_by_skill(rows, after_answers[name]) for name, rows in variants_of(test).items()}
+    result = write_report(
+        out,
+        model=merged,
+        processor=processor,
+        questions=test,
+        answers=after_answers["full"],
+        before=before,
+        after={name: marks[name] for name in VARIANTS},
+        new_voices=(voices_before["spoken"], accuracy_by_skill(new_voices, voices_after)["spoken"]),
+        new_skill=NEW_SKILL,
+        voices=data.voices,
+        agreement=(len(by_adapter) - differing, len(by_adapter)),
+        stages=stages,
+        seconds=time.monotonic() - started,
+        peak_gib=max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20,
+    )
+    finish("report")
+    print((out / "report.md").read_text(), flush=True)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line of the demo."""
+    parser = argparse.ArgumentParser(prog="chorus-moe demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for everything that is written")
+    parser.add_argument("--speech-dir", type=Path, help="folder of recordings {digit}_{speaker}_{take}.wav")
+    parser.add_argument("--held-out-speaker", help="the speaker of --speech-dir kept for adaptation and testing")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    run_demo(options.out, DemoSettings(seed=options.seed), options.speech_dir, options.held_out_speaker)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The demo's model: small enough to train from nothing on two processor cores."""
+
+from collections.abc import Sequence
+
+from chorus_moe.modeling.configuration_chorus import ChorusConfig
+from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
+from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.processors.tokenization_chorus import build_tokenizer
+
+
+def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, ChorusProcessor]:
+    """A trimodal model with random weights and its processor, whose tokenizer is trained on `corpus`."""
+    tokenizer = build_tokenizer(corpus, vocab_size=512)
+    config = ChorusConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "cross_modal_layers": [1, 3],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "shared_expert_intermediate_size": 128,
+            "router_aux_loss_coef": 0.01,
+            "router_z_loss_coef": 0.001,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={
+            "architecture": "convnext_atto",
+            "model_args": {"depths": [1, 1, 1, 1], "dims": [24, 48, 64, 96], "patch_size": 1},
+            "image_size": 16,
+            "num_channels": 1,
+        },
+        audio_config={
+            "num_mel_bins": 64,
+            "hop_length": 160,
+            "max_seconds": 4.0,
+            "hidden_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 256,
+            "conv_kernel_size": 15,
+            "dropout": 0.1,
+            "subsampling": 4,
+            "pool_size": 3,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        audio_token_id=tokenizer.convert_tokens_to_ids("<audio>"),
+    )
+    model = ChorusForConditionalGeneration(config)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    return model, ChorusProcessor.from_config(config, tokenizer)

@@ -1,0 +1,86 @@
+"""Which voices the demo learns from, adapts to and is tested on.
+
+Synthetic: the base model learns from `TRAIN_VARIANTS`, is tested on `TEST_VARIANTS` (other voices altogether), and
+adapts to `NEW_VARIANTS` (whispers and robots), tested on other readings by those same voices.
+Real recordings: it learns from all speakers but one and from synthetic voices with accents, is tested on the held-out
+speaker, and adapts to a few recordings per digit of that speaker, tested on the speaker's other takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from chorus_moe.training.augment import SpeechAugment, augmented_clips
+from chorus_moe.training.speech import (
+    ACCENTS,
+    NEW_VARIANTS,
+    TEST_VARIANTS,
+    SpeechClips,
+    SynthesisSettings,
+    recorded_digits,
+    split_held_out,
+    synthetic_digits,
+)
+
+ENGLISH_VOICES = SynthesisSettings()
+ACCENTED_VOICES = SynthesisSettings(languages=(), accents=tuple(ACCENTS), languages_per_variant=3, takes=1)
+TEST_VOICES = SynthesisSettings(variants=TEST_VARIANTS, languages_per_variant=3, takes=1, seed=1)
+NEW_VOICES = SynthesisSettings(variants=NEW_VARIANTS, languages_per_variant=2, takes=2, seed=2)
+NEW_VOICES_TEST = replace(NEW_VOICES, seed=3)
+
+
+@dataclass(frozen=True)
+class SpeechSets:
+    """Clips by use: `train` and `adaptation` are augmented, `test` and `adaptation_test` are as recorded or spoken."""
+
+    train: SpeechClips
+    test: SpeechClips
+    adaptation: SpeechClips
+    adaptation_test: SpeechClips
+    description: str
+
+
+def synthetic_speech_sets(cache: Path, *, copies: int = 1, workers: int = 2) -> SpeechSets:
+    """Synthetic voices only, spoken and augmented once, then read from `cache`."""
+    train, test, new, new_test = (
+        synthetic_digits(settings, cache) for settings in (ENGLISH_VOICES, TEST_VOICES, NEW_VOICES, NEW_VOICES_TEST)
+    )
+    augment = SpeechAugment(telephone=0.2)
+    return SpeechSets(
+        train=train + augmented_clips(train, augment, copies, cache, workers=workers),
+        test=test,
+        adaptation=new + augmented_clips(new, augment, 3, cache, workers=workers),
+        adaptation_test=new_test,
+        description=(
+            f"synthetic speech: {_voices(train)} voices to learn from, {_voices(test)} held-out voices to test, "
+            f"{_voices(new)} new voices to adapt to"
+        ),
+    )
+
+
+def recorded_speech_sets(
+    folder: Path, held_out: str, cache: Path, *, takes: int = 5, copies: int = 3, workers: int = 2
+) -> SpeechSets:
+    """Real recordings with the speaker `held_out`, helped by synthetic voices; `takes` per digit are for adaptation."""
+    others, adaptation, test = split_held_out(recorded_digits(folder), held_out, takes)
+    synthetic = synthetic_digits(ENGLISH_VOICES, cache) + synthetic_digits(ACCENTED_VOICES, cache)
+    augment = SpeechAugment(telephone=0.7)
+
+    def augmented(clips: SpeechClips, copies: int) -> SpeechClips:
+        return augmented_clips(clips, augment, copies, cache, workers=workers)
+
+    return SpeechSets(
+        train=others + augmented(others, copies) + augmented(synthetic, 1),
+        test=test,
+        adaptation=adaptation + augmented(adaptation, 20),
+        adaptation_test=test,
+        description=(
+            f"real recordings of {', '.join(sorted(set(others.speakers)))} and {_voices(synthetic)} synthetic voices; "
+            f"{held_out} held out: {len(adaptation)} recordings to adapt to, {len(test)} to test"
+        ),
+    )
+
+
+def _voices(clips: SpeechClips) -> int:
+    return len(set(clips.speakers))

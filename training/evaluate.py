@@ -1,0 +1,93 @@
+"""Accuracy by generation, and loss, on rows that end with the right answer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from chorus_moe.training.collator import ChorusDataCollator, clean_messages
+from chorus_moe.training.generate import answer_rows
+from chorus_moe.training.loading import device_of
+
+
+@dataclass
+class Evaluation:
+    """Figures of one evaluation.
+
+    Args:
+        accuracy: share of answers equal to the reference, spaces and case apart.
+        loss: mean over the labelled tokens.
+    """
+
+    accuracy: float
+    loss: float
+    num_rows: int
+    answers: list[str] = field(repr=False)
+    references: list[str] = field(repr=False)
+
+    def to_dict(self) -> dict[str, float | int]:
+        return {"accuracy": self.accuracy, "loss": self.loss, "num_rows": self.num_rows}
+
+
+def evaluate_rows(
+    model: Any,
+    processor: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    progress: bool = True,
+    **options: Any,
+) -> Evaluation:
+    """Answer every row and compare with its last turn; the rest of the conversation is the prompt.
+
+    Args:
+        model: in evaluation mode, with or without an adapter.
+        rows: as in `ChorusDataCollator`; the last turn is the assistant's.
+        options: for `generate`.
+
+    Raises:
+        ValueError: no rows, or a row whose last turn is not the assistant's.
+        MediaError: a row that cannot be read.
+    """
+    if len(rows) == 0:
+        raise ValueError("there are no rows to evaluate")
+    collator = ChorusDataCollator(processor)
+    answers, references = [], []
+    loss_sum, num_labels = 0.0, 0
+    for start in tqdm(range(0, len(rows), batch_size), desc="evaluate", unit="batch", disable=not progress):
+        batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
+        split = [split_answer(row, start + number) for number, row in enumerate(batch)]
+        prompts = [prompt for prompt, _ in split]
+        answers += answer_rows(model, processor, prompts, max_new_tokens=max_new_tokens, **options)
+        references += [reference for _, reference in split]
+        inputs = {name: value.to(device_of(model)) for name, value in collator(batch).items()}
+        labels = int((inputs["labels"][:, 1:] != -100).sum())
+        with torch.inference_mode():
+            loss_sum += float(model(**inputs).loss) * labels
+        num_labels += labels
+    correct = sum(is_same(answer, reference) for answer, reference in zip(answers, references, strict=True))
+    return Evaluation(correct / len(rows), loss_sum / max(num_labels, 1), len(rows), answers, references)
+
+
+def split_answer(row: Mapping[str, Any], index: int) -> tuple[dict[str, Any], str]:
+    """The row without its last turn, and that turn's text."""
+    messages = clean_messages(row["messages"])
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"row {index}: the last turn must be the assistant's, found {messages[-1]['role']!r}")
+    return {**row, "messages": messages[:-1]}, text_of(messages[-1])
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """The texts of a turn, joined."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part if isinstance(part, str) else part.get("text") or "" for part in content)
+
+
+def is_same(answer: str, reference: str) -> bool:
+    """Whether two answers agree up to case and white space."""
+    return answer.casefold().split() == reference.casefold().split()

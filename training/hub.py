@@ -1,0 +1,125 @@
+"""Folders and repositories that load where the package is not installed, code included.
+
+Unusual here: transformers records one Auto class per class and for good; here the registration lasts for one save, and
+`auto_map` names every Auto class of the model.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from chorus_moe.modeling.configuration_chorus import ChorusConfig
+from chorus_moe.modeling.modeling_chorus import ChorusModel
+from chorus_moe.modeling.modeling_classification import ChorusForSequenceClassification
+from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
+from chorus_moe.training.loading import base_model
+from chorus_moe.training.run_card import run_card
+
+MODEL_CLASSES: dict[str, type] = {
+    "AutoModel": ChorusModel,
+    "AutoModelForMultimodalLM": ChorusForConditionalGeneration,
+    "AutoModelForImageTextToText": ChorusForConditionalGeneration,
+    "AutoModelForSequenceClassification": ChorusForSequenceClassification,
+}
+PROCESSOR_PARTS = {"image_processor": "AutoImageProcessor", "feature_extractor": "AutoFeatureExtractor"}
+
+
+def export_for_hub(model: Any, processor: Any, folder: str | os.PathLike[str]) -> Path:
+    """Save model, processor and their code; the folder loads with `trust_remote_code` where the package is missing.
+
+    Where the package is installed and imported, its own classes are used and no remote code runs.
+
+    Args:
+        model: any Chorus model without an adapter; merge an adapter first (`merge_and_unload`).
+        processor: a ChorusProcessor, or None.
+
+    Raises:
+        ValueError: a model with an adapter.
+    """
+    if base_model(model) is not model:
+        raise ValueError("a model with an adapter carries no code of its own: export model.merge_and_unload()")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    models = {"AutoConfig": ChorusConfig, **MODEL_CLASSES}
+    with attribute_set(model.config, "auto_map", {auto: class_reference(kind) for auto, kind in models.items()}):
+        model.save_pretrained(folder)
+    if processor is not None:
+        parts = {"AutoProcessor": processor} | {
+            auto: getattr(processor, name) for name, auto in PROCESSOR_PARTS.items()
+        }
+        with ExitStack() as stack:
+            for auto, part in parts.items():
+                stack.enter_context(attribute_set(part, "auto_map", {auto: class_reference(type(part))}))
+            processor.save_pretrained(folder)
+    copy_code(folder, processor)
+    return folder
+
+
+def class_reference(kind: type) -> str:
+    """`file.Class`, as `auto_map` wants it."""
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+
+
+def copy_code(folder: Path, processor: Any = None) -> list[Path]:
+    """Copy the files of all classes, and every sibling they import, into a flat folder."""
+    parts = [] if processor is None else [type(processor), *(type(getattr(processor, p)) for p in PROCESSOR_PARTS)]
+    entries = {str(sys.modules[kind.__module__].__file__) for kind in [ChorusConfig, *MODEL_CLASSES.values(), *parts]}
+    needed = entries | {str(path) for entry in entries for path in get_relative_import_files(entry)}
+    return [Path(shutil.copyfile(path, folder / Path(path).name)) for path in sorted(needed)]
+
+
+@contextmanager
+def attribute_set(thing: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute for the duration of the block."""
+    missing = object()
+    before = getattr(thing, name, missing)
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(thing, name)
+        else:
+            setattr(thing, name, before)
+
+
+def push_to_hub(
+    model: Any,
+    processor: Any,
+    repo_id: str,
+    *,
+    card: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    include_code: bool = True,
+    commit_message: str = "Upload Chorus model",
+) -> str:
+    """Upload a model or adapter, its processor and a card; returns the address of the commit.
+
+    Args:
+        card: text of the README; None writes one unless the repository has one.
+        include_code: also upload the code of a full model.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if include_code and base_model(model) is model:
+            export_for_hub(model, processor, folder)
+        else:
+            model.save_pretrained(folder)
+            if processor is not None:
+                processor.save_pretrained(folder)
+        if card is not None or not api.file_exists(repo_id, "README.md"):
+            (folder / "README.md").write_text(card or run_card(model), encoding="utf-8")
+        else:
+            (folder / "README.md").unlink(missing_ok=True)
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url

@@ -1,0 +1,69 @@
+"""A model folder or Hub id, full or adapter, to a model and its processor."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str], *, base: str | None = None, merge: bool = False, **options: Any
+) -> tuple[Any, Any]:
+    """A model in evaluation mode and its processor.
+
+    Args:
+        name_or_path: a full model, or an adapter on one.
+        base: the model below the adapter, when it is not where the adapter was trained.
+        merge: fold the adapter into the weights.
+        options: for `from_pretrained`, such as `dtype` or `attn_implementation`.
+
+    Raises:
+        FileNotFoundError: the base of an adapter is a path that is not there.
+    """
+    source = str(name_or_path)
+    if not is_adapter(source):
+        model = AutoModelForMultimodalLM.from_pretrained(source, **options)
+        return model.eval(), load_processor(source)
+    from peft import PeftConfig, PeftModel
+
+    base = base or PeftConfig.from_pretrained(source).base_model_name_or_path
+    if not base:
+        raise FileNotFoundError(f"the adapter {source!r} does not say which model it was trained on; pass `base`")
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise FileNotFoundError(f"the adapter {source!r} was trained on {base!r}, which is not there; pass `base`")
+    model = PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained(base, **options), source)
+    model = model.merge_and_unload() if merge else model
+    return model.eval(), load_processor(source, base)
+
+
+def is_adapter(name_or_path: str) -> bool:
+    """Whether a folder or repository holds an adapter instead of a model."""
+    if os.path.isdir(name_or_path):
+        return (Path(name_or_path) / ADAPTER_FILE).is_file()
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        name_or_path, ADAPTER_FILE, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
+    )
+    return found is not None
+
+
+def load_processor(*sources: str) -> Any:
+    """The processor of the first source that has one."""
+    for source in sources[:-1]:
+        if not os.path.isdir(source) or (Path(source) / "processor_config.json").is_file():
+            return AutoProcessor.from_pretrained(source)
+    return AutoProcessor.from_pretrained(sources[-1])
+
+
+def base_model(model: Any) -> PreTrainedModel:
+    """The model below a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,254 @@
+"""LoRA on named parts of a model: a plain PEFT `LoraConfig`, and a table of exactly what it will train.
+
+Unusual here:
+- groups are found in the model, so a group that matches nothing is an error and the table counts what is really there;
+- names are full paths below the head, so the same adapter fits every head and no other bank, tower or layer is hit;
+- experts are stacked parameters (`target_parameters`): `r` is the rank of each one, and PEFT has no dropout for them.
+
+A LoRA of rank r on a matrix `(out, in)` trains `r * (in + out)` numbers, on experts `(E, out, in)` E times that.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+Layers = bool | Sequence[int]
+Banks = str | Sequence[str] | Mapping[str, Layers]
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+TOWERS = {"vision": "vision_tower", "audio": "audio_tower"}
+# What the groups decide; everything else may go to `LoraConfig` as it is.
+RESERVED = ("target_modules", "target_parameters", "modules_to_save", "layers_to_transform", "layers_pattern", "bias")
+
+
+@dataclass
+class LoraGroup:
+    """What one group trains: `linears` and `parameters` get a LoRA, `saved` modules are trained whole."""
+
+    name: str
+    linears: dict[str, nn.Linear] = field(default_factory=dict)
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    saved: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.linears, *self.parameters, *self.saved]
+
+    def num_trainable(self, options: Mapping[str, Any]) -> int:
+        """Trainable numbers of this group under the options of a `LoraConfig`."""
+        ranks, extra = options.get("rank_pattern") or {}, bool(options.get("use_dora")) + bool(options.get("lora_bias"))
+
+        def rank(name: str) -> int:
+            return ranks.get(get_pattern_key(ranks.keys(), name), options["r"])
+
+        total = sum(
+            rank(n) * (m.in_features + m.out_features) + extra * m.out_features for n, m in self.linears.items()
+        )
+        total += sum(rank(n) * p.shape[0] * (p.shape[1] + p.shape[2]) for n, p in self.parameters.items())
+        return total + sum(p.numel() for module in self.saved.values() for p in module.parameters())
+
+
+def lora_config(
+    model: nn.Module,
+    *,
+    banks: Banks = (),
+    attention: Layers = False,
+    cross_modal: Layers = False,
+    shared_experts: Layers = False,
+    dense: Layers = False,
+    connectors: bool = False,
+    towers: bool | Sequence[str] = False,
+    router: str = "frozen",
+    r: int = 8,
+    lora_alpha: int = 16,
+    lora_dropout: float = 0.0,
+    verbose: bool = True,
+    **options: Any,
+) -> LoraConfig:
+    """The `LoraConfig` that trains the named groups and nothing else; prints the table of `lora_table`.
+
+    Args:
+        model: a Chorus model without an adapter.
+        banks: expert banks by name, "all", or name -> layers.
+        attention: all four projections of the ordinary layers; True for all of them or a list of layers.
+        cross_modal: shared queries, keys and values of every modality, and outputs of the cross-modal layers.
+        shared_experts: the always-on experts of the sparse layers.
+        dense: the feed-forward of the dense layers.
+        connectors: both projections of every connector.
+        towers: linear layers of the encoders; True for all, or some of "vision" and "audio".
+        router: "train" also trains, whole, the routers of `banks` (of all banks when none is named) and the gates over
+            the banks in their layers; the gate weighs every modality that may enter there.
+        options: anything else that `LoraConfig` takes, such as `use_rslora` or `rank_pattern`.
+
+    Raises:
+        ValueError: a group that matches nothing (naming what exists), nothing to train, or dropout with banks.
+        TypeError: an option that the groups decide.
+    """
+    reserved = [name for name in RESERVED if name in options]
+    if reserved:
+        raise TypeError(f"{reserved[0]} is decided by the groups; build peft.LoraConfig yourself to set it")
+    groups = find_groups(
+        model,
+        banks=banks,
+        attention=attention,
+        cross_modal=cross_modal,
+        shared_experts=shared_experts,
+        dense=dense,
+        connectors=connectors,
+        towers=towers,
+        router=router,
+    )
+    parameters = [name for group in groups for name in group.parameters]
+    if parameters and lora_dropout > 0:
+        raise ValueError(f"lora_dropout={lora_dropout} with expert banks: PEFT has no dropout on experts; set it to 0")
+    options = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, **options}
+    if verbose:
+        print(lora_table(model, groups, options))
+    linears = [name for group in groups for name in group.linears]
+    return LoraConfig(
+        target_modules=full_path_regex(linears) if linears else [],
+        target_parameters=parameters or None,
+        modules_to_save=[name for group in groups for name in group.saved] or None,
+        **options,
+    )
+
+
+def lora_table(model: nn.Module, groups: Iterable[LoraGroup], options: Mapping[str, Any]) -> str:
+    """One line per group: matched modules and parameters, trainable numbers, and their share of the model."""
+    total = sum(p.numel() for p in model.parameters())
+    rows = [(group.name, len(group.names), group.num_trainable(options)) for group in groups]
+    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    width = max(len("group"), *(len(row[0]) for row in rows)) + 2
+    lines = [f"{'group':<{width}}{'modules':>9}{'trainable':>16}{'share':>9}"]
+    lines += [f"{name:<{width}}{count:>9,}{size:>16,}{size / total:>9.2%}" for name, count, size in rows]
+    return "\n".join(lines)
+
+
+def full_path_regex(names: Sequence[str]) -> str:
+    """A regular expression that fully matches exactly `names`, below any head; the numbers of a list are joined."""
+    numbers: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        before, number, after = (re.match(r"(.*?\.)(\d+)(\..*)", name) or re.match(r"(.*)()()", name)).groups()
+        numbers.setdefault((before, after), []).append(number)
+    choices = [
+        re.escape(before) + (f"(?:{'|'.join(found)})" if len(found) > 1 else found[0]) + re.escape(after)
+        for (before, after), found in numbers.items()
+    ]
+    return rf"(?:.*\.)?(?:{'|'.join(choices)})"
+
+
+def find_groups(
+    model: nn.Module,
+    *,
+    banks: Banks = (),
+    attention: Layers = False,
+    cross_modal: Layers = False,
+    shared_experts: Layers = False,
+    dense: Layers = False,
+    connectors: bool = False,
+    towers: bool | Sequence[str] = False,
+    router: str = "frozen",
+) -> list[LoraGroup]:
+    """The requested groups, in order, each with what it matched. Arguments and errors as in `lora_config`."""
+    if router not in ("frozen", "train"):
+        raise ValueError(f"router={router!r}; choose 'frozen' or 'train'")
+    if hasattr(model, "peft_config"):
+        raise ValueError("the model already carries an adapter; call lora_config on the model below it")
+    text = getattr(model, "config").text_config  # noqa: B009  an nn.Module by type
+    ordinary = [i for i in range(text.num_hidden_layers) if i not in text.cross_modal_layers]
+    dense_layers = [i for i in range(text.num_hidden_layers) if i not in text.sparse_layers]
+    modules = dict(_named_modules(model))
+    groups = []
+    for name, wanted, existing, path in (
+        ("attention", attention, ordinary, r"self_attn\..+"),
+        ("cross_modal", cross_modal, list(text.cross_modal_layers), r"self_attn\..+"),
+        ("shared_experts", shared_experts, text.sparse_layers, r"mlp\.shared_experts\..+"),
+        ("dense", dense, dense_layers, r"mlp\.[^.]+"),
+    ):
+        if layers := _layers(name, wanted, existing):
+            choice = "|".join(map(str, layers))
+            groups.append(LoraGroup(name, _linears(modules, rf"language_model\.layers\.(?:{choice})\.{path}")))
+    chosen = _banks(text, banks)
+    groups += [_bank_group(modules, name, layers) for name, layers in chosen.items()]
+    if connectors:
+        groups.append(LoraGroup("connectors", _linears(modules, r"(?:vision|audio)_connector\..+")))
+    names = list(TOWERS) if towers is True else list(towers or ())
+    for name in names:
+        if name not in TOWERS:
+            raise ValueError(f"unknown tower {name!r}; choose from {list(TOWERS)}")
+        groups.append(LoraGroup(TOWERS[name], _linears(modules, rf"{TOWERS[name]}\..+")))
+    empty = [group.name for group in groups if not group.names]
+    if empty:
+        raise ValueError(f"the group {empty[0]!r} matches nothing in this model; take it out")
+    if not groups:
+        raise ValueError(
+            "no group to put a LoRA on: name banks, attention, cross_modal, shared_experts, dense, connectors or towers"
+        )
+    if router == "train":
+        groups.append(_router_group(modules, chosen or _banks(text, "all")))
+    return groups
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by their name below the head, `language_model.layers...`, whichever head it is."""
+    for name, module in model.named_modules():
+        yield name.removeprefix("model."), module
+
+
+def _linears(modules: Mapping[str, nn.Module], pattern: str) -> dict[str, nn.Linear]:
+    """Linear layers by full path. Those inside torch's MultiheadAttention are never called: a LoRA would do nothing."""
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, nn.MultiheadAttention))
+    return {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear) and re.fullmatch(pattern, name) and not name.startswith(inside)
+    }
+
+
+def _layers(group: str, wanted: Layers, existing: Sequence[int]) -> list[int]:
+    if wanted is False or (not isinstance(wanted, bool) and not len(wanted)):
+        return []
+    if not existing:
+        raise ValueError(f"{group}: this model has no such layer")
+    if wanted is True:
+        return list(existing)
+    wrong = [layer for layer in wanted if layer not in existing]
+    if wrong:
+        raise ValueError(f"{group}: layer {wrong[0]} is not one of its layers {list(existing)}")
+    return sorted(set(wanted))
+
+
+def _banks(text: Any, banks: Banks) -> dict[str, list[int]]:
+    """Name -> layers of the requested banks."""
+    existing = {
+        bank.name: [i for i in text.sparse_layers if bank.layers is None or i in bank.layers] for bank in text.banks
+    }
+    if banks == "all":
+        return existing
+    names = [banks] if isinstance(banks, str) else list(banks)
+    wrong = [name for name in names if name not in existing]
+    if wrong:
+        raise ValueError(f"no expert bank is named {wrong[0]!r}; this model has {list(existing)}")
+    wanted = banks if isinstance(banks, Mapping) else dict.fromkeys(names, True)
+    return {name: _layers(f"bank {name}", wanted[name], existing[name]) for name in names}
+
+
+def _bank_group(modules: Mapping[str, nn.Module], name: str, layers: Sequence[int]) -> LoraGroup:
+    paths = [f"language_model.layers.{layer}.mlp.banks.{name}.experts" for layer in layers]
+    parameters = {f"{path}.{key}": getattr(modules[path], key) for path in paths for key in EXPERT_PARAMETERS}
+    return LoraGroup(f"bank {name}", parameters=parameters)
+
+
+def _router_group(modules: Mapping[str, nn.Module], banks: Mapping[str, Sequence[int]]) -> LoraGroup:
+    saved = {}
+    for name, layers in banks.items():
+        for layer in layers:
+            mlp = f"language_model.layers.{layer}.mlp"
+            saved[f"{mlp}.banks.{name}.router"] = modules[f"{mlp}.banks.{name}.router"]
+            if any(True for _ in modules[f"{mlp}.bank_gate"].parameters()):
+                saved[f"{mlp}.bank_gate"] = modules[f"{mlp}.bank_gate"]
+    return LoraGroup("routers", saved=saved)

@@ -1,0 +1,200 @@
+"""Recipes: YAML sections and command-line overrides to typed arguments.
+
+Unusual here: YAML values become command-line words before `HfArgumentParser` reads them, so both follow the same rules
+(`1e-3` is a number, lists are lists), a later word wins, and a name nobody knows is an error with the nearest one.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """What is trained: a model that exists (`model_name_or_path`) or a new one (`config`)."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "model folder or Hub id to start from"})
+    config: str | None = field(
+        default=None,
+        metadata={"help": "configuration of a new model: a mapping in YAML, JSON text, or the path of a config.json"},
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "tokenizer of a new model; None: train one"})
+    tokenizer_vocab_size: int = field(default=512, metadata={"help": "size of a tokenizer trained on the data"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
+    experts_implementation: str | None = field(default=None, metadata={"help": "eager, batched_mm, grouped_mm, ..."})
+
+
+@dataclass
+class DataArguments:
+    """Rows with `messages`, `images` and `audio`, see `load_rows`."""
+
+    train_data: str | None = field(default=None, metadata={"help": "file, folder or Hub id"})
+    eval_data: str | None = field(default=None, metadata={"help": "file, folder or Hub id; None: no evaluation"})
+    train_split: str = "train"
+    eval_split: str = "test"
+    max_length: int | None = field(default=None, metadata={"help": "tokens a sample may have; only text is cut"})
+    on_bad_media: str = field(default="raise", metadata={"help": "raise, or skip samples that cannot be read"})
+    max_bad_samples: int = field(default=100, metadata={"help": "samples that may be skipped"})
+
+
+@dataclass
+class LoraArguments:
+    """What `lora_config` takes; layers are `true`, `false` or numbers. A `lora:` section in a recipe switches it on."""
+
+    use_lora: bool = field(default=False, metadata={"help": "train a LoRA instead of the whole model"})
+    banks: list[str] | None = field(default=None, metadata={"help": "names of expert banks, or all"})
+    attention: list[str] | None = None
+    cross_modal: list[str] | None = None
+    shared_experts: list[str] | None = None
+    dense: list[str] | None = None
+    connectors: bool = False
+    towers: list[str] | None = field(default=None, metadata={"help": "vision, audio"})
+    router: str = field(default="frozen", metadata={"help": "frozen or train"})
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+
+    def to_options(self) -> dict[str, Any]:
+        """Keyword arguments of `lora_config`."""
+        return {
+            **{name: read_layers(name, getattr(self, name)) for name in LAYER_GROUPS},
+            "banks": "all" if self.banks == ["all"] else self.banks or (),
+            "towers": read_flag(self.towers),
+            "connectors": self.connectors,
+            "router": self.router,
+            "r": self.lora_rank,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "use_rslora": self.use_rslora,
+        }
+
+
+class Recipe(NamedTuple):
+    model: ModelArguments
+    data: DataArguments
+    lora: LoraArguments
+    training: TrainingArguments
+
+
+LAYER_GROUPS = ("attention", "cross_modal", "shared_experts", "dense")
+SECTIONS: dict[str, type] = {
+    "model": ModelArguments,
+    "data": DataArguments,
+    "lora": LoraArguments,
+    "training": TrainingArguments,
+}
+# What the stock Trainer needs with this model: raw columns reach the collator, labels are found below PEFT's wrapper,
+# and evaluation keeps no logits.
+TRAINER_SETTINGS = {"remove_unused_columns": False, "label_names": ["labels"], "prediction_loss_only": True}
+
+
+def read_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file and words such as `["--learning_rate", "1e-4"]`, which win.
+
+    Args:
+        path: YAML with the sections `model`, `data`, `lora` and `training`, each a mapping; None for overrides alone.
+
+    Raises:
+        ValueError: an unknown section or name, naming the nearest one.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = read_sections(yaml.safe_load(Path(path).read_text(encoding="utf-8")), str(path))
+    words = to_words(TRAINER_SETTINGS) + to_words(values) + with_underscores(overrides)
+    parser = HfArgumentParser(list(SECTIONS.values()), allow_abbrev=False)
+    return Recipe(*parser.parse_args_into_dataclasses(args=words))
+
+
+def read_sections(sections: Any, where: str) -> dict[str, Any]:
+    """The names and values of all sections, checked; a `lora` section switches LoRA on."""
+    if not isinstance(sections, Mapping):
+        raise ValueError(f"{where}: expected the sections {', '.join(SECTIONS)}, found {sections!r:.60}")
+    values: dict[str, Any] = {}
+    for section, content in sections.items():
+        if section not in SECTIONS:
+            raise ValueError(f"{where}: unknown section {section!r}{nearest(section, SECTIONS)}")
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{where}: section {section!r} must be a mapping, found {content!r:.60}")
+        for name, value in content.items():
+            if name not in field_names(SECTIONS[section]):
+                home = next((s for s, kind in SECTIONS.items() if name in field_names(kind)), None)
+                hint = f"; it belongs to {home!r}" if home else nearest(name, field_names(SECTIONS[section]))
+                raise ValueError(f"{where}: section {section!r} has no {name!r}{hint}")
+            values[name] = value
+    if "lora" in sections:
+        values.setdefault("use_lora", True)
+    return values
+
+
+def to_words(values: Mapping[str, Any]) -> list[str]:
+    """Command-line words that say the same: `{"r": 8, "banks": ["a", "b"]}` -> `--r 8 --banks a b`."""
+    words = []
+    for name, value in values.items():
+        if value is None or value == []:
+            continue
+        if isinstance(value, Mapping):
+            value = json.dumps(value)
+        items = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in items)]
+    return words
+
+
+def with_underscores(words: Sequence[str]) -> list[str]:
+    """The words, every option checked and spelt with underscores.
+
+    Raises:
+        ValueError: an option that does not exist, or a word before the first option.
+    """
+    known = {name for kind in SECTIONS.values() for name in field_names(kind)}
+    checked = []
+    for position, word in enumerate(words):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            if name not in known and name.removeprefix("no_") not in known:
+                raise ValueError(f"unknown option --{name}{nearest(name, known, '--')}")
+            checked += [f"--{name}", value] if equals else [f"--{name}"]
+        elif position == 0:
+            raise ValueError(f"expected an option such as --learning_rate, found {word!r}")
+        else:
+            checked.append(word)
+    return checked
+
+
+def field_names(kind: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(kind) if f.init}
+
+
+def nearest(name: str, known: Any, prefix: str = "") -> str:
+    hint = get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {prefix + hint[0]!r}?" if hint else ""
+
+
+def read_flag(words: Sequence[str] | None) -> bool | list[str]:
+    """`true` and `false` as bools, anything else as the list it is."""
+    if not words or [word.lower() for word in words] == ["false"]:
+        return False
+    return True if [word.lower() for word in words] == ["true"] else list(words)
+
+
+def read_layers(name: str, words: Sequence[str] | None) -> bool | list[int]:
+    """`true`, `false` or layer numbers.
+
+    Raises:
+        ValueError: a word that is none of these.
+    """
+    flag = read_flag(words)
+    if isinstance(flag, bool):
+        return flag
+    wrong = [word for word in flag if not word.isdecimal()]
+    if wrong:
+        raise ValueError(f"{name}: expected true, false or layer numbers, found {wrong[0]!r}")
+    return [int(word) for word in flag]

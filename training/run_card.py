@@ -1,0 +1,57 @@
+"""The model card of a training run: Hub metadata, what the model is, what was trained, and the figures measured."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from chorus_moe.training.loading import base_model
+
+
+def run_card(model: Any, metrics: Mapping[str, Any] | None = None, license_id: str | None = None) -> str:
+    """Markdown with metadata for a model or an adapter.
+
+    Args:
+        metrics: names and numbers for the table of figures.
+        license_id: the licence of the weights, which only their owner can choose; left out if None.
+    """
+    base = base_model(model)
+    is_adapter = base is not model
+    report, text = base.config.parameter_report(), base.config.text_config
+    data = ModelCardData(
+        license=license_id,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="any-to-any",
+        base_model=(base.name_or_path or None) if is_adapter else None,
+        tags=["chorus", "mixture-of-experts", "multimodal", *(["lora"] if is_adapter else [])],
+    )
+    rows = [f"| {name} | {value:,.4g} |" for name, value in (metrics or {}).items() if isinstance(value, int | float)]
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        "# Chorus adapter" if is_adapter else "# Chorus model",
+        "",
+        f"A mixture-of-experts model of {', '.join(base.config.modalities)}: {text.num_hidden_layers} layers of width "
+        f"{text.hidden_size}, {report.total:,} parameters.",
+        "",
+        "| expert bank | modalities | experts | per token | parameters |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {bank.name} | {', '.join(bank.modalities)} | {bank.num_experts} | {bank.num_experts_per_tok} | "
+            f"{report.banks[bank.name]['total']:,} |"
+            for bank in text.banks
+        ),
+        "",
+        "| modality | active parameters |",
+        "| --- | --- |",
+        *(f"| {name} | {count:,} |" for name, count in report.active.items()),
+        "",
+    ]
+    if is_adapter:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        lines += [f"The adapter holds {trained:,} trained parameters.", ""]
+    if rows:
+        lines += ["| figure | value |", "| --- | --- |", *rows, ""]
+    return "\n".join(lines)

@@ -1,0 +1,183 @@
+"""A training run from a recipe, on the stock `transformers.Trainer`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForMultimodalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from chorus_moe.modeling.configuration_chorus import ChorusConfig
+from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
+from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.processors.tokenization_chorus import add_media_tokens, build_tokenizer
+from chorus_moe.training.collator import ChorusDataCollator
+from chorus_moe.training.data import RowDataset, load_rows
+from chorus_moe.training.evaluate import text_of
+from chorus_moe.training.loading import load_processor
+from chorus_moe.training.recipe import ModelArguments, Recipe
+
+
+def run_training(recipe: Recipe) -> dict[str, Any]:
+    """Train, save and, if asked, evaluate and push; the output folder loads with the Auto classes.
+
+    Every checkpoint holds the processor as well. With `resume_from_checkpoint: auto` a run that was killed goes on from
+    its last complete checkpoint.
+
+    Returns:
+        The metrics of the run.
+
+    Raises:
+        ValueError: the recipe does not say what to train, or the output folder holds another run.
+    """
+    arguments = recipe.training
+    if recipe.data.train_data is None:
+        raise ValueError("data.train_data is missing: a file, a folder or a Hub id")
+    set_seed(arguments.seed)
+    train_rows = load_rows(recipe.data.train_data, recipe.data.train_split)
+    eval_rows = load_rows(recipe.data.eval_data, recipe.data.eval_split) if recipe.data.eval_data else None
+    checkpoint = find_checkpoint(arguments)
+    model, processor = load_or_build(recipe, train_rows, checkpoint)
+    collator = ChorusDataCollator(
+        processor,
+        max_length=recipe.data.max_length,
+        on_bad_media=recipe.data.on_bad_media,
+        max_bad_samples=recipe.data.max_bad_samples,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=collator,
+        processing_class=processor,
+    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if eval_rows is not None:
+        metrics |= trainer.evaluate()
+    metrics["num_bad_samples"] = collator.num_bad_samples
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("all", metrics)
+    if trainer.is_world_process_zero():
+        _publish(model, processor, metrics, trainer)
+    return metrics
+
+
+def _publish(model: Any, processor: Any, metrics: dict[str, Any], trainer: Trainer) -> None:
+    """Write the card into the output folder; upload model, processor and card when the recipe asks for it."""
+    from chorus_moe.training.hub import push_to_hub
+    from chorus_moe.training.run_card import run_card
+
+    card = run_card(model, metrics)
+    (Path(trainer.args.output_dir) / "README.md").write_text(card, encoding="utf-8")
+    if trainer.args.push_to_hub:
+        push_to_hub(model, processor, trainer.hub_model_id, card=card, token=trainer.args.hub_token)
+
+
+def load_or_build(recipe: Recipe, rows: RowDataset, checkpoint: str | None = None) -> tuple[Any, Any]:
+    """The model to train, with its adapter if the recipe has one, and the processor."""
+    given = recipe.model
+    if (given.model_name_or_path is None) == (given.config is None):
+        raise ValueError("give exactly one of model.model_name_or_path and model.config")
+    names = ("attn_implementation", "experts_implementation")
+    options = {name: getattr(given, name) for name in names if getattr(given, name)}
+    if given.model_name_or_path is not None:
+        model = AutoModelForMultimodalLM.from_pretrained(given.model_name_or_path, **options)
+        processor = load_processor(given.model_name_or_path)
+    else:
+        model, processor = build_model(given, rows, checkpoint, **options)
+    if recipe.lora.use_lora:
+        if given.model_name_or_path is None:
+            raise ValueError("a LoRA needs a trained model below it: set model.model_name_or_path")
+        from peft import get_peft_model
+
+        from chorus_moe.training.lora import lora_config
+
+        verbose = recipe.training.process_index == 0
+        model = get_peft_model(model, lora_config(model, verbose=verbose, **recipe.lora.to_options()))
+    return model, processor
+
+
+def build_model(
+    given: ModelArguments, rows: RowDataset, checkpoint: str | None = None, **options: Any
+) -> tuple[Any, Any]:
+    """A new model and its processor. Vocabulary and token ids that the configuration leaves out are the tokenizer's.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model.
+    """
+    if checkpoint is not None:
+        tokenizer = load_processor(checkpoint).tokenizer
+    elif given.tokenizer is not None:
+        tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
+    else:
+        tokenizer = build_tokenizer(texts_of(rows), given.tokenizer_vocab_size)
+    add_media_tokens(tokenizer)
+    values = read_config(given.config)
+    text = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        **values.get("text_config", {}),
+    }
+    if len(tokenizer) > text["vocab_size"]:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, text_config.vocab_size is {text['vocab_size']}")
+    media = {"image_token_id": ("<image>", "vision_config"), "audio_token_id": ("<audio>", "audio_config")}
+    used = {name: token for name, (token, part) in media.items() if values.get(part) is not None}
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in used.items()}
+    config = ChorusConfig(**{**ids, **values, "text_config": text})
+    model = ChorusForConditionalGeneration._from_config(config, **options)
+    return model, ChorusProcessor.from_config(config, tokenizer)
+
+
+def read_config(source: str) -> dict[str, Any]:
+    """The values of a configuration from JSON text, a config.json or the folder of one."""
+    if source.lstrip().startswith("{"):
+        return json.loads(source)
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"model.config: no configuration at {source!r}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def texts_of(rows: RowDataset) -> Iterator[str]:
+    """All texts of all rows, to train a tokenizer on."""
+    for row in rows:
+        for message in row["messages"]:
+            yield text_of(message)
+
+
+def find_checkpoint(arguments: TrainingArguments) -> str | None:
+    """Where to go on: the path in `resume_from_checkpoint`, or for "auto" the last complete checkpoint, if any.
+
+    Raises:
+        ValueError: the output folder holds checkpoints and the recipe does not say what to do with them.
+    """
+    asked, arguments.resume_from_checkpoint = arguments.resume_from_checkpoint, None
+    if asked not in (None, "auto"):
+        return asked
+    complete = complete_checkpoints(Path(arguments.output_dir))
+    if complete and asked is None:
+        raise ValueError(
+            f"{arguments.output_dir!r} holds {complete[-1].name} of an earlier run; go on with "
+            "--resume_from_checkpoint auto, or choose another --output_dir"
+        )
+    return str(complete[-1]) if complete else None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in order of their steps, without those that a kill cut short: the Trainer's state is written last."""
+    found = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.rpartition("-")[2]
+        try:
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if step.isdecimal() and state.get("global_step") == int(step):
+            found.append((int(step), path))
+    return [path for _, path in sorted(found)]
