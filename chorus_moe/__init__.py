@@ -16,12 +16,9 @@ from transformers import (
 
 from chorus_moe.modeling.audio_tower import ChorusAudioModel
 from chorus_moe.modeling.configuration_banks import MODALITY_IDS, ExpertBankConfig
-from chorus_moe.modeling.configuration_chorus import (
-    ChorusAudioConfig,
-    ChorusConfig,
-    ChorusTextConfig,
-    ChorusVisionConfig,
-)
+from chorus_moe.modeling.configuration_chorus import ChorusConfig
+from chorus_moe.modeling.configuration_text import ChorusTextConfig
+from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from chorus_moe.modeling.modeling_chorus import ChorusModel
 from chorus_moe.modeling.modeling_classification import ChorusForSequenceClassification
 from chorus_moe.modeling.modeling_contrastive import ChorusForContrastive

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from .configuration_banks import MODALITY_IDS
-from .configuration_chorus import ChorusTextConfig
+from .configuration_text import ChorusTextConfig
 from .modality_plan import ModalityPlan
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from .configuration_chorus import ChorusAudioConfig
+from .configuration_towers import ChorusAudioConfig
 from .modeling_base import ChorusPreTrainedModel
 
 

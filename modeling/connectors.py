@@ -9,7 +9,7 @@ Shape suffixes: N images or clips, L encoder tokens, P tokens after pooling, D w
 import torch
 from torch import nn
 
-from .configuration_chorus import ChorusAudioConfig, ChorusVisionConfig
+from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 
 
 class Projector(nn.Module):

@@ -15,6 +15,7 @@ CHUNK_ROWS = 512  # rows of one product: its activations stay in cache
 PADDED_ROWS = 100  # experts with more rows than this are not padded
 PADDED_EXPERTS = 4
 FEW_ROWS = 5  # mean rows per chosen expert below which weights on the right are faster
+FEW_TRAINING_ROWS = 100  # the same in float32 training, where writing the weight gradients takes most of the time
 TILE_ROWS = 16  # a product takes as long as one with rows rounded up to this
 
 
@@ -59,14 +60,14 @@ class SlotPlan(NamedTuple):
         return value_TK if self.sentinel_TK is None else value_TK.masked_fill(self.sentinel_TK, 0.0)
 
 
-def make_slot_plan(top_k_index: Tensor, num_experts: int, allow_sparse: bool) -> SlotPlan:
-    """Sort the `(T, K)` choices by expert and lay them out in slots."""
+def make_slot_plan(top_k_index: Tensor, num_experts: int, few_rows: int) -> SlotPlan:
+    """Lay the `(T, K)` choices out in slots, by expert; below `few_rows` rows in the mean, without units."""
     choices = top_k_index.reshape(-1)
     counts = torch.bincount(choices, minlength=num_experts).tolist()[:num_experts]
     num_pairs = sum(counts)
     order = choices.argsort(stable=True)[:num_pairs]
     slot = torch.arange(num_pairs)
-    is_sparse = allow_sparse and num_pairs < FEW_ROWS * sum(count > 0 for count in counts)
+    is_sparse = num_pairs < few_rows * sum(count > 0 for count in counts)
     units, shifts, num_slots = ([], [], num_pairs) if is_sparse else _make_units(counts)
     token_P = order // top_k_index.shape[1]
     if num_slots > num_pairs:

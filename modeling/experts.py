@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .configuration_banks import MODALITY_IDS, ExpertBankConfig
-from .configuration_chorus import ChorusTextConfig
+from .configuration_text import ChorusTextConfig
 from .modality_plan import ModalityPlan, add_rows, take_rows
 from .routers import ROUTER_CLASSES, BankRouting
 

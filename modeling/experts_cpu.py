@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
 
-from .expert_slots import PADDED_ROWS, SlotPlan, Unit, make_slot_plan
+from .expert_slots import FEW_ROWS, FEW_TRAINING_ROWS, PADDED_ROWS, SlotPlan, Unit, make_slot_plan
 
 CPU_EXPERTS = "cpu_mm"
 
@@ -63,6 +63,12 @@ def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     else:
         torch.bmm(left, right, out=out)
     return out
+
+
+def _transpose(source: Tensor, out: Tensor) -> None:
+    """Copy each matrix transposed, one by one: torch transposes two dimensions in blocks, three element by element."""
+    for matrix, out_matrix in zip(source, out, strict=True):
+        out_matrix.copy_(matrix.t())
 
 
 class _Workspace:
@@ -112,10 +118,7 @@ def _run_units(
             _product(active_RIC.transpose(1, 2), down_RDI.transpose(1, 2), out_RCD)
         else:
             out_RDC = _product(down_RDI, active_RIC, space.take("rows", (group, width, rows), width))
-            for out_CD, out_DC in zip(out_RCD, out_RDC, strict=True):
-                out_CD.copy_(
-                    out_DC.t()
-                )  # one matrix at a time: torch transposes two dimensions in blocks, three singly
+            _transpose(out_RDC, out_RCD)
     return output_PD
 
 
@@ -181,7 +184,11 @@ class _Experts(torch.autograd.Function):
             active_RIC = gate.forward(hidden_RHC, space.take("active", (group, single, rows), single))
             grad_RIC = space.take("grad_active", (group, single, rows), single)
             down_RDI = space.widen("down", down_EDI[experts])
-            _product(down_RDI.transpose(1, 2), grad_RCD.transpose(1, 2), grad_RIC)
+            if rows > PADDED_ROWS:
+                _product(down_RDI.transpose(1, 2), grad_RCD.transpose(1, 2), grad_RIC)
+            else:
+                buffer = space.take("grad_double", (group, rows, single), double)
+                _transpose(_product(grad_RCD, down_RDI, buffer), grad_RIC)
             if grad_weight_P is not None:
                 torch.sum(grad_RIC * active_RIC, dim=1, out=grad_weight_P[slots].view(group, rows))
             if grad_down is not None:
@@ -231,12 +238,11 @@ def _one_token(
 
 
 def _run_sparse(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan) -> Tensor:
-    """Unweighted outputs `(P, D)` of experts with few rows each: two grouped products, weights on the right."""
+    """Unweighted outputs `(P, D)` through two grouped products, weights on the right. Differentiable by itself."""
     ends_E = torch.tensor(plan.counts).cumsum(0, dtype=torch.int32)
-    hidden_PH = F.grouped_mm(hidden_TD[plan.token_P], gate_up_EHD.transpose(1, 2), offs=ends_E)
-    active_PI = hidden_PH.new_empty(hidden_PH.shape[0], down_EDI.shape[2])
-    gate.forward(hidden_PH.t().unsqueeze(0), active_PI.t().unsqueeze(0))
-    return F.grouped_mm(active_PI, down_EDI.transpose(1, 2), offs=ends_E)
+    rows_PD = hidden_TD.index_select(0, plan.token_P)
+    hidden_PH = F.grouped_mm(rows_PD, gate_up_EHD.transpose(1, 2), offs=ends_E)
+    return F.grouped_mm(gate.experts._apply_gate(hidden_PH), down_EDI.transpose(1, 2), offs=ends_E)
 
 
 def _can_group(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor) -> bool:
@@ -299,7 +305,9 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         hidden_TD = hidden_states.to(dtype)
         if not is_training and gate.is_silu and hidden_TD.shape[0] == 1:
             return _one_token(hidden_TD, top_k_index, top_k_weights, gate_up, down).to(hidden_states.dtype)
-        plan = make_slot_plan(top_k_index, len(gate_up), not is_training and _can_group(hidden_TD, gate_up, down))
+        few_rows = (FEW_TRAINING_ROWS if dtype == torch.float32 else 0) if is_training else FEW_ROWS
+        few_rows = few_rows if _can_group(hidden_TD, gate_up, down) else 0
+        plan = make_slot_plan(top_k_index, len(gate_up), few_rows)
         if plan.is_sparse:
             output_PD = _run_sparse(hidden_TD, gate_up, down, gate, plan)
             return _combine(output_PD, plan, top_k_weights).to(hidden_states.dtype)

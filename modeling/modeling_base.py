@@ -20,7 +20,7 @@ class ChorusPreTrainedModel(PreTrainedModel):
 
     config: ChorusConfig
     base_model_prefix = "model"
-    input_modalities = ("text", "image", "audio")
+    input_modalities: tuple[str, ...] = ("text", "image", "audio")
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChorusDecoderLayer", "ConformerBlock"]
     _skip_keys_device_placement = ["past_key_values"]

@@ -244,11 +244,12 @@ class ChorusModel(ChorusPreTrainedModel):
         if self.vision_tower is not None and features.get("image") is None:
             pixel_values = self.vision_tower.smallest_input()
             with frozen_batch_norm(self.vision_tower):
-                idle = idle + self.get_image_features(pixel_values).pooler_output.sum().to(embeds) * 0.0
+                idle = idle + (self.get_image_features(pixel_values).pooler_output * 0.0).sum().to(embeds)
         if self.audio_tower is not None and features.get("audio") is None:
             input_features = self.audio_tower.smallest_input()
             with frozen_batch_norm(self.audio_tower):
-                idle = idle + torch.cat(self.get_audio_features(input_features).pooler_output).sum().to(embeds) * 0.0
+                tokens = torch.cat(self.get_audio_features(input_features).pooler_output)
+                idle = idle + (tokens * 0.0).sum().to(embeds)
         return idle
 
 

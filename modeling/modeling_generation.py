@@ -1,5 +1,6 @@
 """The generative head: text, images and sound in, text out."""
 
+from copy import copy
 from itertools import accumulate
 from typing import Any
 
@@ -118,7 +119,12 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         )
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """transformers encodes images before prefill; sound is encoded here, so each input is encoded once."""
+        """transformers encodes images before prefill; sound is encoded here, so each input is encoded once.
+
+        Beams repeat the outputs in place: the caller's own are copied first, without their tensors.
+        """
+        given = model_kwargs.get("mm_encoder_outputs") or {}
+        model_kwargs["mm_encoder_outputs"] = {name: copy(output) for name, output in given.items()}
         model_kwargs = super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
         input_features = model_kwargs.pop("input_features", None)
         input_features_mask = model_kwargs.pop("input_features_mask", None)

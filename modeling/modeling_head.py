@@ -72,7 +72,7 @@ class ChorusHead(ChorusPreTrainedModel):
     def _check_gradients_reach_routers(self, outputs: ChorusModelOutput) -> None:
         if not (self.training and torch.is_grad_enabled()):
             return
-        trained = any(p.requires_grad for n, p in self.model.named_parameters() if n.endswith("router.weight"))
+        trained = any(p.requires_grad for n, p in self.model.named_parameters() if ".router." in n)
         if trained and not any(r.router_logits.requires_grad for layer in outputs.router_logits for r in layer.values()):
             raise RuntimeError(
                 "the balance loss would have no gradient: activation checkpointing runs with use_reentrant=True, which "

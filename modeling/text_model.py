@@ -19,7 +19,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention, CrossModalAttention
-from .configuration_chorus import ChorusTextConfig
+from .configuration_text import ChorusTextConfig
 from .experts import GatedMLP, MixtureOfBanks
 from .modality_plan import ModalityPlan
 from .modeling_base import ChorusPreTrainedModel, recorded_outputs

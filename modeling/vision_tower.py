@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
-from .configuration_chorus import ChorusVisionConfig
+from .configuration_towers import ChorusVisionConfig
 from .modeling_base import ChorusPreTrainedModel
 from .vision_probe import create_timm_encoder
 

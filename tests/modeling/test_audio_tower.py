@@ -8,7 +8,7 @@ import torch
 from transformers import WhisperConfig
 
 from chorus_moe.modeling.audio_tower import ChorusAudioModel
-from chorus_moe.modeling.configuration_chorus import ChorusAudioConfig
+from chorus_moe.modeling.configuration_towers import ChorusAudioConfig
 
 # float32 sums in another order: worst difference seen over 40 seeds is 1.2e-6 at features of size 4.
 ATOL = 1e-5

@@ -5,7 +5,7 @@ from math import ceil
 import pytest
 import torch
 
-from chorus_moe.modeling.configuration_chorus import ChorusAudioConfig, ChorusVisionConfig
+from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from chorus_moe.modeling.connectors import AudioConnector, VisionConnector, masked_mean_pool
 
 

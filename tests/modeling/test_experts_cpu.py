@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from chorus_moe.modeling.experts_cpu import CPU_EXPERTS
+from chorus_moe.modeling.experts_cpu import CPU_EXPERTS, cpu_mm_experts_forward
 
 NAMES = ("output", "hidden", "weights", "gate_up_proj", "down_proj")
 
@@ -195,3 +195,21 @@ def test_a_compiled_module_uses_transformers_own_function() -> None:
         compiled = torch.compile(experts, backend="eager")(hidden, index, weights)
         grouped = ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden, index, weights)
     torch.testing.assert_close(compiled, grouped)
+
+
+@pytest.mark.parametrize("implementation", [None, "eager", "grouped_mm"])
+def test_the_models_default_runs_here_and_a_users_choice_is_kept(implementation: str | None, monkeypatch) -> None:
+    from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
+
+    calls = []
+    monkeypatch.setitem(
+        type(ALL_EXPERTS_FUNCTIONS)._global_mapping,
+        CPU_EXPERTS,
+        lambda *args: calls.append(1) or cpu_mm_experts_forward(*args),
+    )
+    chosen = ChorusPreTrainedModel.get_correct_experts_implementation(
+        ChorusPreTrainedModel.__new__(ChorusPreTrainedModel), implementation
+    )
+    assert chosen == (implementation or CPU_EXPERTS)
+    run(*make(4)[:1], chosen, *make(4)[1:])
+    assert len(calls) == (implementation is None)

@@ -5,7 +5,7 @@ import timm
 import torch
 from transformers import AutoConfig, CLIPVisionConfig, ConvNextConfig, SiglipVisionConfig
 
-from chorus_moe.modeling.configuration_chorus import ChorusVisionConfig
+from chorus_moe.modeling.configuration_towers import ChorusVisionConfig
 from chorus_moe.modeling.vision_tower import ChorusVisionModel
 
 SMALL = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 32}

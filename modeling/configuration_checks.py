@@ -1,0 +1,55 @@
+"""What every configuration checks before anything is allocated; every error names the field and both numbers."""
+
+from difflib import get_close_matches
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 4_096, 1_048_576, 16_777_216, 1_073_741_824
+
+# Keys that `PreTrainedConfig` itself accepts besides its fields.
+_TRANSFORMERS_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "rope_scaling",
+    "rope_theta",
+    "partial_rotary_factor",
+    "tie_last_hidden_states",
+    "torch_dtype",
+    "transformers_weights",
+    "quantization_config",
+    "distributed_config",
+}
+
+
+def refuse_unknown_keys(config: PreTrainedConfig, keys: dict[str, Any]) -> None:
+    generation_keys = GenerationConfig._get_default_generation_params()
+    known = {name for name in config.__dataclass_fields__ if not name.startswith("_")}
+    for key in keys:
+        if key.startswith("_") or key in _TRANSFORMERS_KEYS or key in generation_keys or key in known:
+            continue
+        hint = get_close_matches(key, known, n=1)
+        raise ValueError(
+            f"{type(config).__name__}: unknown key {key!r}" + (f"; did you mean {hint[0]!r}?" if hint else "")
+        )
+
+
+def check_range(config: PreTrainedConfig, limits: dict[str, tuple[int, int]]) -> None:
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{type(config).__name__}: {name}={value} is outside {low}..{high}")
+
+
+def check_divides(config: PreTrainedConfig, whole: str, part: str) -> None:
+    if getattr(config, whole) % getattr(config, part) != 0:
+        raise ValueError(
+            f"{type(config).__name__}: {whole}={getattr(config, whole)} is not a multiple of "
+            f"{part}={getattr(config, part)}"
+        )

@@ -1,0 +1,186 @@
+"""The configuration of the decoder: attention, dense layers and sparse layers of expert banks."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .configuration_banks import ExpertBankConfig, read_expert_banks
+from .configuration_checks import (
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    check_divides,
+    check_range,
+    refuse_unknown_keys,
+)
+from .parallel_plans import expert_parallel_plan, tensor_parallel_plan
+
+DEFAULT_BANKS: dict[str, dict[str, Any]] = {"text": {}, "image": {}, "audio": {}, "common": {}}
+
+
+@strict
+class ChorusTextConfig(PreTrainedConfig):
+    r"""The decoder: attention, dense layers and sparse layers of expert banks.
+
+    Args:
+        intermediate_size: width of the feed-forward of `dense` layers.
+        head_dim: width of one head; `hidden_size // num_attention_heads` if None.
+        use_qk_norm: RMSNorm on each query and key head (Qwen3).
+        sliding_window: tokens that a `sliding_attention` layer sees.
+        layer_types: `full_attention` or `sliding_attention` for each layer; all full if None.
+        mlp_layer_types: `dense` or `sparse` for each layer; the first dense and all others sparse if None.
+        cross_modal_layers: layers with cross-modal attention on a shared query projection. If None: the full-attention
+            layers of a sliding-window model, otherwise the last layer.
+        share_cross_modal_query: one query projection for all modalities; False unties it, for ablation.
+        expert_banks: name -> settings, see [`ExpertBankConfig`]; sizes left out come from `num_experts`,
+            `num_experts_per_tok` and `moe_intermediate_size`. The default banks are `text`, `image`, `audio`, `common`.
+        shared_expert_intermediate_size: width of the always-on dense experts of a sparse layer; 0 for none.
+        router_aux_loss_coef: weight of the balance loss while training. It means the same at any number of
+            accumulation steps and ranks.
+        router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906) while training.
+        alignment_loss_coef: weight of the alignment of the two directions of cross-modal attention while training.
+        is_causal: False for a bidirectional model (classification, embedding).
+
+    Raises:
+        ValueError: a size that cannot be built, naming the field and both numbers.
+    """
+
+    model_type = "chorus_text"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32_000
+    hidden_size: int = 512
+    intermediate_size: int = 1_536
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32_768
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float = 0.0
+    use_qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    mlp_layer_types: list[str] | None = None
+    cross_modal_layers: list[int] | None = None
+    share_cross_modal_query: bool = True
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 512
+    shared_expert_intermediate_size: int = 512
+    expert_banks: dict[str, dict] | None = None
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.0
+    alignment_loss_coef: float = 0.0
+    output_router_logits: bool = False
+    is_causal: bool = True
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        refuse_unknown_keys(self, kwargs)
+        check_range(self, {"num_hidden_layers": (1, MAX_LAYERS), "num_attention_heads": (1, MAX_WIDTH)})
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            check_divides(self, "hidden_size", "num_attention_heads")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["dense"] + ["sparse"] * (self.num_hidden_layers - 1)
+        if self.cross_modal_layers is None:
+            full = [i for i, kind in enumerate(self.layer_types) if kind == "full_attention"]
+            mixed = len(full) < self.num_hidden_layers
+            self.cross_modal_layers = full if mixed else [self.num_hidden_layers - 1]
+        if self.expert_banks is None:
+            self.expert_banks = {name: dict(values) for name, values in DEFAULT_BANKS.items()}
+        self.expert_banks = {bank.name: bank.to_dict() for bank in self.banks}
+        super().__post_init__(**kwargs)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        return tensor_parallel_plan(self)
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        return expert_parallel_plan(self)
+
+    @property
+    def banks(self) -> list[ExpertBankConfig]:
+        """The expert banks in the order of the gate's columns."""
+        defaults = {
+            "num_experts": self.num_experts,
+            "num_experts_per_tok": self.num_experts_per_tok,
+            "intermediate_size": self.moe_intermediate_size,
+        }
+        return read_expert_banks(self.expert_banks or {}, defaults)
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        return [i for i, kind in enumerate(self.mlp_layer_types or []) if kind == "sparse"]
+
+    def banks_of_layer(self, layer_idx: int) -> list[ExpertBankConfig]:
+        """The banks that live in a sparse layer."""
+        return [bank for bank in self.banks if bank.layers is None or layer_idx in bank.layers]
+
+    def validate_sizes(self):
+        """Part of `@strict` validation: nothing is allocated for sizes that cannot be built."""
+        widths = ["hidden_size", "intermediate_size", "head_dim", "moe_intermediate_size"]
+        check_range(
+            self,
+            {name: (1, MAX_WIDTH) for name in widths}
+            | {
+                "num_hidden_layers": (1, MAX_LAYERS),
+                "num_attention_heads": (1, MAX_WIDTH),
+                "num_key_value_heads": (1, MAX_WIDTH),
+                "vocab_size": (1, MAX_VOCABULARY),
+                "max_position_embeddings": (1, MAX_POSITIONS),
+                "sliding_window": (1, MAX_POSITIONS),
+                "shared_expert_intermediate_size": (0, MAX_WIDTH),
+            },
+        )
+        check_divides(self, "num_attention_heads", "num_key_value_heads")
+        if self.head_dim % 2:
+            raise ValueError(f"ChorusTextConfig: head_dim={self.head_dim} must be even for rotary positions")
+        for name in ("router_aux_loss_coef", "router_z_loss_coef", "alignment_loss_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"ChorusTextConfig: {name}={getattr(self, name)} must not be negative")
+
+    def validate_layers(self):
+        """Part of `@strict` validation: layer lists fit the number of layers, banks fit the layers they name."""
+        for name, allowed in (
+            ("layer_types", ("full_attention", "sliding_attention")),
+            ("mlp_layer_types", ("dense", "sparse")),
+        ):
+            kinds = getattr(self, name)
+            if len(kinds) != self.num_hidden_layers:
+                raise ValueError(
+                    f"ChorusTextConfig: {name} has {len(kinds)} entries for num_hidden_layers={self.num_hidden_layers}"
+                )
+            for index, kind in enumerate(kinds):
+                if kind not in allowed:
+                    raise ValueError(f"ChorusTextConfig: {name}[{index}]={kind!r}; choose from {list(allowed)}")
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("ChorusTextConfig: layer_types asks for sliding_attention but sliding_window is None")
+        for layer in self.cross_modal_layers:
+            if not 0 <= layer < self.num_hidden_layers:
+                raise ValueError(
+                    f"ChorusTextConfig: cross_modal_layers names layer {layer} of num_hidden_layers="
+                    f"{self.num_hidden_layers}"
+                )
+        for bank in self.banks:
+            bank.validate(self.sparse_layers)
+        for layer in self.sparse_layers:
+            if not self.banks_of_layer(layer):
+                raise ValueError(f"ChorusTextConfig: sparse layer {layer} holds no expert bank")

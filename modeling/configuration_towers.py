@@ -1,0 +1,164 @@
+"""The configurations of the vision tower and of the audio tower.
+
+What the vision encoder yields (width, layout, tokens) is probed once and saved with the configuration, so the number of
+placeholders cannot disagree with the number of features.
+"""
+
+from math import ceil
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .configuration_checks import MAX_LAYERS, MAX_WIDTH, check_divides, check_range, refuse_unknown_keys
+from .vision_probe import probe_backbone, probe_vision_encoder
+
+
+@strict
+class ChorusVisionConfig(PreTrainedConfig):
+    r"""The vision tower: any timm architecture, or any Hugging Face vision model.
+
+    Args:
+        architecture: a timm model name, built with `pretrained=False`; weights come with the checkpoint.
+        model_args: further arguments of `timm.create_model`.
+        backbone_config: a Hugging Face vision configuration, instead of `architecture`.
+        image_size: height and width of the images, in pixels.
+        pool_size: the connector averages `pool_size x pool_size` neighbouring tokens into one.
+        hidden_size, layout, num_prefix_tokens, grid_size, num_tokens: what the encoder yields. Probed and saved when
+            None: its width, `NCHW`, `NHWC` or `NLC`, class and register tokens, (rows, columns) or None, and the tokens
+            per image without prefix.
+    """
+
+    model_type = "chorus_vision"
+    base_config_key = "vision_config"
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model", optional=True)
+    }
+
+    architecture: str | None = "vit_tiny_patch16_224"
+    model_args: dict | None = None
+    backbone_config: dict | PreTrainedConfig | None = None
+    image_size: int = 224
+    num_channels: int = 3
+    pool_size: int = 1
+    hidden_size: int | None = None
+    layout: str | None = None
+    num_prefix_tokens: int | None = None
+    grid_size: list[int] | None = None
+    num_tokens: int | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        refuse_unknown_keys(self, kwargs)
+        check_range(self, {"image_size": (1, 16_384), "num_channels": (1, 64), "pool_size": (1, 1_024)})
+        if isinstance(self.backbone_config, dict):
+            spec = self.sub_configs_defaults["backbone_config"]
+            self.backbone_config, _ = spec.create_subconfig("encoder", self.backbone_config)
+        if self.backbone_config is not None:
+            self.architecture = None
+        if self.hidden_size is None or self.num_tokens is None:
+            probe = (
+                probe_backbone(self.backbone_config, self.image_size, self.num_channels)
+                if self.backbone_config is not None
+                else probe_vision_encoder(self.architecture, self.model_args, self.image_size, self.num_channels)
+            )
+            self.hidden_size, self.layout = probe.hidden_size, probe.layout
+            self.num_prefix_tokens, self.num_tokens = probe.num_prefix_tokens, probe.num_tokens
+            self.grid_size = None if probe.grid_size is None else list(probe.grid_size)
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholder tokens of one image, after the connector's pooling."""
+        if self.grid_size is None:
+            return ceil(self.num_tokens / self.pool_size**2)
+        rows, columns = self.grid_size
+        return ceil(rows / self.pool_size) * ceil(columns / self.pool_size)
+
+    def validate_probe(self):
+        """Part of `@strict` validation."""
+        if self.layout not in ("NCHW", "NHWC", "NLC"):
+            raise ValueError(f"ChorusVisionConfig: layout={self.layout!r}; choose from NCHW, NHWC, NLC")
+        if self.grid_size is not None and self.grid_size[0] * self.grid_size[1] != self.num_tokens:
+            raise ValueError(
+                f"ChorusVisionConfig: grid_size={self.grid_size} does not hold num_tokens={self.num_tokens} tokens"
+            )
+
+
+@strict
+class ChorusAudioConfig(PreTrainedConfig):
+    r"""The audio tower: log-mel features into a Conformer (arXiv 2005.08100), or a Hugging Face audio encoder.
+
+    Args:
+        sampling_rate: samples per second that the features are computed at.
+        hop_length: samples between two feature frames.
+        max_seconds: length of one window; longer clips become several windows.
+        subsampling: feature frames that the convolutional front end turns into one token (a power of two).
+        pool_size: tokens that the connector turns into one.
+        backbone_config: a Hugging Face audio configuration, instead of the Conformer.
+    """
+
+    model_type = "chorus_audio"
+    base_config_key = "audio_config"
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper", optional=True)
+    }
+
+    sampling_rate: int = 16_000
+    num_mel_bins: int = 80
+    n_fft: int = 400
+    hop_length: int = 160
+    max_seconds: float = 30.0
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    intermediate_size: int = 1_024
+    conv_kernel_size: int = 31
+    hidden_act: str = "silu"
+    dropout: float = 0.0
+    subsampling: int = 4
+    pool_size: int = 1
+    backbone_config: dict | PreTrainedConfig | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        refuse_unknown_keys(self, kwargs)
+        if isinstance(self.backbone_config, dict):
+            spec = self.sub_configs_defaults["backbone_config"]
+            self.backbone_config, _ = spec.create_subconfig("encoder", self.backbone_config)
+        super().__post_init__(**kwargs)
+
+    @property
+    def frames_per_token(self) -> int:
+        """Feature frames behind one placeholder token."""
+        return self.subsampling * self.pool_size
+
+    def num_audio_tokens(self, num_frames: int) -> int:
+        """Placeholder tokens of a window of `num_frames` feature frames."""
+        return ceil(num_frames / self.frames_per_token)
+
+    def validate_sizes(self):
+        """Part of `@strict` validation."""
+        check_range(
+            self,
+            {
+                "sampling_rate": (1_000, 768_000),
+                "num_mel_bins": (1, 1_024),
+                "n_fft": (2, 65_536),
+                "hop_length": (1, 65_536),
+                "hidden_size": (1, MAX_WIDTH),
+                "num_hidden_layers": (1, MAX_LAYERS),
+                "num_attention_heads": (1, MAX_WIDTH),
+                "intermediate_size": (1, MAX_WIDTH),
+                "conv_kernel_size": (1, 4_095),
+                "subsampling": (1, 64),
+                "pool_size": (1, 1_024),
+            },
+        )
+        check_divides(self, "hidden_size", "num_attention_heads")
+        if self.subsampling & (self.subsampling - 1):
+            raise ValueError(f"ChorusAudioConfig: subsampling={self.subsampling} must be a power of two")
+        if self.conv_kernel_size % 2 == 0:
+            raise ValueError(f"ChorusAudioConfig: conv_kernel_size={self.conv_kernel_size} must be odd")
+        if self.max_seconds <= 0:
+            raise ValueError(f"ChorusAudioConfig: max_seconds={self.max_seconds} must be positive")

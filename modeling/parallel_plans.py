@@ -1,0 +1,48 @@
+"""Tensor- and expert-parallel plans of the decoder.
+
+Unusual here: transformers replaces nothing but layer numbers by `*` when it looks a parameter up, so banks and modalities
+are spelt out, and a plan belongs to one configuration instead of a class.
+"""
+
+from typing import Any
+
+from .configuration_banks import MODALITY_IDS
+
+GATED_MLP = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+SPLIT_EXPERTS = {
+    "experts.gate_up_proj": "packed_colwise",
+    "experts.down_proj": "rowwise",
+    "experts": "moe_tp_experts",
+}
+DISPATCHED_EXPERTS = {
+    "experts.gate_up_proj": "grouped_gemm",
+    "experts.down_proj": "grouped_gemm",
+    "experts": "ep_dispatch_experts",
+}
+
+
+def tensor_parallel_plan(config: Any) -> dict[str, str]:
+    """Heads and feed-forward widths over the ranks, for every kind of layer that a text configuration has."""
+    plan = {"layers.*.self_attn.o_proj": "rowwise"}
+    num_cross_modal = len(set(config.cross_modal_layers))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        is_shared = name == "q_proj" and config.share_cross_modal_query
+        if is_shared or num_cross_modal < config.num_hidden_layers:
+            plan[f"layers.*.self_attn.{name}"] = "colwise"
+        if num_cross_modal and not is_shared:
+            plan |= {f"layers.*.self_attn.{name}.{modality}": "colwise" for modality in MODALITY_IDS}
+    if "dense" in config.mlp_layer_types:
+        plan |= {f"layers.*.mlp.{name}": style for name, style in GATED_MLP.items()}
+    if config.sparse_layers and config.shared_expert_intermediate_size:
+        plan |= {f"layers.*.mlp.shared_experts.{name}": style for name, style in GATED_MLP.items()}
+    return plan | _experts_plan(config, SPLIT_EXPERTS)
+
+
+def expert_parallel_plan(config: Any) -> dict[str, str]:
+    """Whole experts over the ranks: each rank holds a share of every bank and tokens travel."""
+    return _experts_plan(config, DISPATCHED_EXPERTS)
+
+
+def _experts_plan(config: Any, styles: dict[str, str]) -> dict[str, str]:
+    banks = {bank.name for layer in config.sparse_layers for bank in config.banks_of_layer(layer)}
+    return {f"layers.*.mlp.banks.{bank}.{name}": style for bank in sorted(banks) for name, style in styles.items()}

@@ -1,0 +1,124 @@
+"""Rows from files and folders: media stay undecoded, mistakes name the row and the key."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from chorus_moe import ChorusProcessor
+from chorus_moe.training.collator import ChorusDataCollator
+from chorus_moe.training.data import RowDataset, find_problem, load_rows
+
+MESSAGES = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "audio"}, {"type": "text", "text": "what is it?"}]},
+    {"role": "assistant", "content": "three"},
+]
+PLAIN = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "four"}]
+
+
+def write_media(folder: Path) -> None:
+    (folder / "media").mkdir(parents=True)
+    Image.new("L", (20, 20)).save(folder / "media" / "a.png")
+    soundfile.write(folder / "media" / "a.wav", np.zeros(2_000, np.float32), 16_000)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two rows in train.jsonl: with media beside the file, and without any."""
+    write_media(tmp_path)
+    rows = [{"messages": MESSAGES, "images": ["media/a.png"], "audio": ["media/a.wav"]}, {"messages": PLAIN}]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", ""])
+def test_paths_are_relative_to_the_data_file(folder: Path, name: str, processor: ChorusProcessor) -> None:
+    rows = load_rows(folder / name)
+    assert rows[0]["images"] == [str(folder / "media" / "a.png")]
+    assert (rows[1]["images"], rows[1]["audio"]) == ([], [])
+    batch = ChorusDataCollator(processor)(list(rows))
+    assert len(batch["pixel_values"]) == len(batch["input_features"]) == 1
+
+
+def test_media_inside_a_parquet_file_stay_undecoded(tmp_path: Path, processor: ChorusProcessor) -> None:
+    picture, sound = io.BytesIO(), io.BytesIO()
+    Image.new("L", (20, 20)).save(picture, "png")
+    soundfile.write(sound, np.zeros(2_000, np.float32), 16_000, format="wav")
+    kinds = datasets.Features(
+        {
+            "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Json()}),
+            "images": datasets.List(datasets.Image(decode=False)),
+            "audio": datasets.List(datasets.Audio(decode=False)),
+        }
+    )
+    row = {
+        "messages": MESSAGES,
+        "images": [{"bytes": picture.getvalue(), "path": None}],
+        "audio": [{"bytes": sound.getvalue(), "path": None}],
+    }
+    datasets.Dataset.from_list([row], features=kinds).to_parquet(tmp_path / "train.parquet")
+    rows = load_rows(tmp_path)
+    assert rows[0]["images"][0]["bytes"] == picture.getvalue()
+    assert len(ChorusDataCollator(processor)([rows[0]])["pixel_values"]) == 1
+
+
+def test_a_saved_data_set_and_its_splits_are_read(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list([{"messages": [{"role": "assistant", "content": "three"}]}])
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "saved")
+    assert len(load_rows(tmp_path / "saved", "test")) == 1
+
+
+PROBLEMS: list[tuple[dict[str, Any], str]] = [
+    ({}, "key 'messages': expected a list of turns, found None"),
+    ({"messages": [{"content": "hi"}]}, "key 'messages', turn 0: expected a 'role'"),
+    ({"messages": [{"role": "user", "content": 3}]}, "turn 0, 'content': expected a text or a list of parts, found 3"),
+    ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "unknown part {'type': 'video'}"),
+    ({"messages": PLAIN[:1]}, "no turn has the role 'assistant'"),
+    ({"messages": MESSAGES, "images": ["a"], "audio": []}, "key 'audio': 0 items for 1 audio parts"),
+    ({"messages": PLAIN, "images": ["a"]}, "key 'images': 1 items for 0 image parts"),
+    ({"messages": MESSAGES, "images": ["none.png"], "audio": ["none.wav"]}, "no such file"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), PROBLEMS)
+def test_a_bad_row_is_described_by_its_key(row: dict[str, Any], message: str) -> None:
+    assert message in str(find_problem(row))
+
+
+def test_a_good_row_has_no_problem() -> None:
+    assert find_problem({"messages": PLAIN}) is None
+    inline = [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}, PLAIN[1]]
+    assert find_problem({"messages": inline}) is None
+
+
+def test_loading_names_source_row_and_key(folder: Path) -> None:
+    path = write_jsonl(folder / "bad.jsonl", [{"messages": PLAIN}, {"messages": PLAIN[:1]}])
+    with pytest.raises(ValueError, match=r"bad.jsonl, row 1, key 'messages': no turn has the role 'assistant'"):
+        load_rows(path)
+
+
+def test_missing_data_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no data at"):
+        load_rows(tmp_path / "none.jsonl")
+    with pytest.raises(FileNotFoundError, match="has no test.jsonl"):
+        load_rows(tmp_path, "test")
+    (tmp_path / "train.csv").write_text("a")
+    with pytest.raises(ValueError, match="unknown suffix; known are .jsonl, .json, .parquet"):
+        load_rows(tmp_path / "train.csv")
+
+
+def test_a_table_from_the_hub_may_not_name_local_files() -> None:
+    rows = RowDataset([{"messages": PLAIN, "images": ["../secret.png"]}], folder=None)
+    with pytest.raises(ValueError, match="row 0, key 'images': '../secret.png' is a path"):
+        rows[0]

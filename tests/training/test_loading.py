@@ -1,0 +1,41 @@
+"""Full models and adapters load with their processor, wherever it lies."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
+from chorus_moe.training.collator import ChorusDataCollator
+from chorus_moe.training.loading import base_model, load_model
+from chorus_moe.training.lora import lora_config
+from tests.training.conftest import make_rows
+
+
+def test_a_model_and_an_adapter_on_it_load(
+    model: ChorusForConditionalGeneration, processor: ChorusProcessor, tmp_path: Path
+) -> None:
+    batch = ChorusDataCollator(processor)(make_rows(3))
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    loaded, its_processor = load_model(tmp_path / "base")
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    assert its_processor.num_image_tokens == processor.num_image_tokens
+
+    adapted = get_peft_model(loaded, lora_config(loaded, banks=["text"], init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    again, its_processor = load_model(tmp_path / "adapter")
+    assert torch.equal(again(**batch).logits, adapted(**batch).logits)
+    assert its_processor.num_image_tokens == processor.num_image_tokens
+    merged, _ = load_model(tmp_path / "adapter", merge=True)
+    assert base_model(merged) is merged
+    assert base_model(again) is not again
+    # The adapter added to the weights instead of to the outputs: another order of float32 sums.
+    torch.testing.assert_close(merged(**batch).logits, adapted(**batch).logits, atol=1e-5, rtol=0)
+
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="which is not there; pass `base`"):
+        load_model(tmp_path / "adapter")
+    moved, _ = load_model(tmp_path / "adapter", base=str(tmp_path / "moved"))
+    assert torch.equal(moved(**batch).logits, adapted(**batch).logits)
