@@ -52,8 +52,8 @@ class ChorusExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        # The empty sums keep both parameters in the graph when the bank has no tokens.
-        unused = self.gate_up_proj[:0].sum() + self.down_proj[:0].sum()
+        # The empty sums keep both parameters and the router in the graph when the bank has no tokens.
+        unused = self.gate_up_proj[:0].sum() + self.down_proj[:0].sum() + top_k_weights[:0].sum()
         output_TD = torch.zeros_like(hidden_states) + unused.to(hidden_states.dtype)
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)

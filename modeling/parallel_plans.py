@@ -1,7 +1,7 @@
 """Tensor- and expert-parallel plans of the decoder.
 
-Unusual here: transformers replaces nothing but layer numbers by `*` when it looks a parameter up, so banks and modalities
-are spelt out, and a plan belongs to one configuration instead of a class.
+Unusual here: transformers replaces nothing but layer numbers by `*` when it looks a parameter up, so banks and
+modalities are spelt out, and a plan belongs to one configuration instead of a class.
 """
 
 from typing import Any

@@ -84,7 +84,7 @@ class SpeechAugment:
         channel: standard deviation in dB of the random frequency response.
         room: probability of a room; its decay is 0.05 to 0.3 s.
         noise: signal-to-noise ratio in dB of coloured noise, added with `noise_probability`.
-        gain: peak of the result.
+        gain: peak of the result; narrow, because the clips are levelled when they are read.
         padding: seconds of quiet put before and after, each.
     """
 
@@ -96,7 +96,7 @@ class SpeechAugment:
     room: float = 0.3
     noise: tuple[float, float] = (8.0, 40.0)
     noise_probability: float = 0.7
-    gain: tuple[float, float] = (0.1, 0.95)
+    gain: tuple[float, float] = (0.6, 0.95)
     padding: tuple[float, float] = (0.0, 0.08)
 
     def __call__(self, waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:

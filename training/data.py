@@ -146,7 +146,8 @@ def find_problem(row: Mapping[str, Any]) -> str | None:
         items = row.get(column) or []
         if len(items) != count:
             return f"key {column!r}: {len(items)} items for {count} {MEDIA_KINDS[column]} parts in 'messages'"
-        for number, item in enumerate(items):
+    for column in MEDIA_KINDS:
+        for number, item in enumerate(row.get(column) or []):
             path = item if isinstance(item, str) else None
             if path and not path.startswith(("data:", "http")) and not os.path.isfile(path):
                 return f"key {column!r}, item {number}: no such file {path!r}"

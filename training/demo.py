@@ -64,7 +64,7 @@ class DemoSettings:
     lora_lr: float = 3e-3
     lora_rank: int = 16
     questions_per_skill: int = 300
-    speech_copies: int = 3
+    speech_copies: int = 2
     speech_takes: int = 2
     replay: float = 0.5
     workers: int = 1

@@ -154,7 +154,7 @@ def synthetic_digits(settings: SynthesisSettings, cache: Path) -> SpeechClips:
 
 
 def recorded_digits(folder: Path) -> SpeechClips:
-    """Real recordings `{digit}_{speaker}_{take}.wav` of a folder, mono, resampled to 16 kHz, ordered by take.
+    """Real recordings `{digit}_{speaker}_{take}.wav` of a folder: mono, 16 kHz, same level, by speaker, digit and take.
 
     Raises:
         FileNotFoundError: the folder holds no such file.
@@ -175,7 +175,7 @@ def recorded_digits(folder: Path) -> SpeechClips:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
         if not len(samples):
             raise ValueError(f"{path}: empty recording (0 samples)")
-        waveforms.append(soxr.resample(samples.mean(axis=1), rate, SAMPLING_RATE).astype(np.float32))
+        waveforms.append(level(soxr.resample(samples.mean(axis=1), rate, SAMPLING_RATE)))
     digits = np.array([digit for _, digit, _, _ in sorted(found)])
     return SpeechClips(waveforms, digits, [speaker for speaker, *_ in sorted(found)])
 
@@ -200,6 +200,11 @@ def split_held_out(clips: SpeechClips, speaker: str, takes: int = 5) -> tuple[Sp
         )
     others = clips.by_speaker(*(name for name in names if name != speaker))
     return others, mine.select(adaptation), mine.select(test)
+
+
+def level(waveform: np.ndarray, peak: float = 0.9) -> np.ndarray:
+    """The clip as float32 with its largest sample at `peak`: speakers differ more in level than in anything else."""
+    return (waveform * (peak / max(float(np.abs(waveform).max()), 1e-4))).astype(np.float32)
 
 
 def trim_silence(waveform: np.ndarray, threshold: float = 0.02, margin: int = 320) -> np.ndarray:
@@ -260,7 +265,7 @@ def _speak(settings: SynthesisSettings) -> SpeechClips:
     waveforms, digits, speakers = [], [], []
     for voice, digit, text, rate, pitch, spread in settings.utterances():
         spoken = soxr.resample(engine.say(voice, text, rate, pitch, spread), engine.sampling_rate, SAMPLING_RATE)
-        waveforms.append(trim_silence(spoken / max(float(np.abs(spoken).max()), 1e-4) * 0.9))
+        waveforms.append(trim_silence(level(spoken)))
         digits.append(digit)
         speakers.append(voice)
     return SpeechClips(waveforms, np.array(digits), speakers)

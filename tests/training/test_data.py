@@ -19,13 +19,14 @@ MESSAGES = [
     {"role": "user", "content": [{"type": "image"}, {"type": "audio"}, {"type": "text", "text": "what is it?"}]},
     {"role": "assistant", "content": "three"},
 ]
+SOUND = np.sin(np.arange(2_000, dtype=np.float32))
 PLAIN = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "four"}]
 
 
 def write_media(folder: Path) -> None:
     (folder / "media").mkdir(parents=True)
     Image.new("L", (20, 20)).save(folder / "media" / "a.png")
-    soundfile.write(folder / "media" / "a.wav", np.zeros(2_000, np.float32), 16_000)
+    soundfile.write(folder / "media" / "a.wav", SOUND, 16_000)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -54,12 +55,12 @@ def test_paths_are_relative_to_the_data_file(folder: Path, name: str, processor:
 def test_media_inside_a_parquet_file_stay_undecoded(tmp_path: Path, processor: ChorusProcessor) -> None:
     picture, sound = io.BytesIO(), io.BytesIO()
     Image.new("L", (20, 20)).save(picture, "png")
-    soundfile.write(sound, np.zeros(2_000, np.float32), 16_000, format="wav")
+    soundfile.write(sound, SOUND, 16_000, format="wav")
     kinds = datasets.Features(
         {
             "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Json()}),
             "images": datasets.List(datasets.Image(decode=False)),
-            "audio": datasets.List(datasets.Audio(decode=False)),
+            "audio": datasets.List({"bytes": datasets.Value("binary"), "path": datasets.Value("string")}),
         }
     )
     row = {
@@ -67,7 +68,9 @@ def test_media_inside_a_parquet_file_stay_undecoded(tmp_path: Path, processor: C
         "images": [{"bytes": picture.getvalue(), "path": None}],
         "audio": [{"bytes": sound.getvalue(), "path": None}],
     }
-    datasets.Dataset.from_list([row], features=kinds).to_parquet(tmp_path / "train.parquet")
+    table = datasets.Dataset.from_list([row], features=kinds)
+    table = table.cast_column("audio", datasets.List(datasets.Audio()))
+    table.cast_column("images", datasets.List(datasets.Image())).to_parquet(tmp_path / "train.parquet")
     rows = load_rows(tmp_path)
     assert rows[0]["images"][0]["bytes"] == picture.getvalue()
     assert len(ChorusDataCollator(processor)([rows[0]])["pixel_values"]) == 1

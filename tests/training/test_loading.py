@@ -5,12 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.loading import base_model, load_model
 from chorus_moe.training.lora import lora_config
 from tests.training.conftest import make_rows
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).logits
 
 
 def test_a_model_and_an_adapter_on_it_load(
@@ -20,22 +26,22 @@ def test_a_model_and_an_adapter_on_it_load(
     model.save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
     loaded, its_processor = load_model(tmp_path / "base")
-    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
     assert its_processor.num_image_tokens == processor.num_image_tokens
 
     adapted = get_peft_model(loaded, lora_config(loaded, banks=["text"], init_lora_weights=False)).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     again, its_processor = load_model(tmp_path / "adapter")
-    assert torch.equal(again(**batch).logits, adapted(**batch).logits)
+    assert torch.equal(logits(again, batch), logits(adapted, batch))
     assert its_processor.num_image_tokens == processor.num_image_tokens
     merged, _ = load_model(tmp_path / "adapter", merge=True)
     assert base_model(merged) is merged
     assert base_model(again) is not again
     # The adapter added to the weights instead of to the outputs: another order of float32 sums.
-    torch.testing.assert_close(merged(**batch).logits, adapted(**batch).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(merged, batch), logits(adapted, batch), atol=1e-5, rtol=0)
 
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match="which is not there; pass `base`"):
         load_model(tmp_path / "adapter")
     moved, _ = load_model(tmp_path / "adapter", base=str(tmp_path / "moved"))
-    assert torch.equal(moved(**batch).logits, adapted(**batch).logits)
+    assert torch.equal(logits(moved, batch), logits(adapted, batch))

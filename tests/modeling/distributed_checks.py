@@ -1,0 +1,154 @@
+"""Run by `test_distributed.py` under torchrun on two processes: writes one line of JSON a check.
+
+Each rank holds its own part of one global batch, with other modalities than its partner. Gradients are compared with those
+of one process that sees the whole batch in one forward per part (the Trainer's accumulation), with the same formula.
+"""
+
+import copy
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers.distributed import DistributedConfig
+
+from chorus_moe import ChorusForConditionalGeneration
+from tests.conftest import tiny_batch, tiny_config
+
+Batch = dict[str, Tensor]
+MEDIA = ("pixel_values", "input_features", "input_features_mask")
+
+
+def parts(kind: str) -> list[Batch]:
+    """What rank 0 and rank 1 hold: an image with its text against text, sound or a batch without any label."""
+    batch = tiny_batch(tiny_config())
+    rows = {name: value for name, value in batch.items() if name not in MEDIA}
+    image = {name: value[:1] for name, value in rows.items()} | {"pixel_values": batch["pixel_values"][:1]}
+    sound = {name: value[1:2] for name, value in rows.items()}
+    sound |= {"input_features": batch["input_features"][:1], "input_features_mask": batch["input_features_mask"][:1]}
+    text = {name: value[:1].clone() for name, value in rows.items() if name != "mm_token_type_ids"}
+    text["input_ids"] = text["input_ids"].masked_fill(text["input_ids"] < 5, 9)
+    if kind == "no labels":
+        text["labels"] = torch.full_like(text["labels"], -100)
+    return [image, sound if kind == "audio" else text]
+
+
+def make() -> ChorusForConditionalGeneration:
+    torch.manual_seed(0)
+    return ChorusForConditionalGeneration(tiny_config(router_z_loss_coef=0.1, alignment_loss_coef=0.1)).train()
+
+
+def step(model: nn.Module, batch: Batch, num_items: Tensor, scale: float) -> None:
+    (model(**batch, num_items_in_batch=num_items).loss * scale).backward()
+
+
+def count(pieces: list[Batch]) -> Tensor:
+    return sum((piece["labels"][:, 1:] != -100).sum() for piece in pieces)
+
+
+def expected_gradients(kind: str) -> dict[str, Tensor]:
+    model, pieces = make(), parts(kind)
+    for piece in pieces:
+        step(model, piece, count(pieces), 1.0)
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def worst_difference(model: nn.Module, kind: str) -> float:
+    """Largest difference to the gradients of one process, relative to the largest gradient of the tensor (at least 1e-3)."""
+    worst = 0.0
+    expected = expected_gradients(kind)
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
+        assert parameter.grad is not None, f"{name} has no gradient"
+        gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        scale = max(float(expected[name].abs().max()), 1e-3)
+        worst = max(worst, float((gradient - expected[name]).abs().max()) / scale)
+    return worst
+
+
+def ddp(kind: str, checkpointing: bool) -> float:
+    model = make()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=False)
+    pieces = parts(kind)
+    for _ in range(2):  # the second step raises if the first left a parameter unused
+        wrapped.zero_grad()
+        # The gradients are averaged over ranks, the loss is a share of the whole: hence the factor, as in the Trainer.
+        step(wrapped, pieces[dist.get_rank()], count(pieces), dist.get_world_size())
+    return worst_difference(wrapped, kind)
+
+
+def fsdp(kind: str) -> float:
+    model = make()
+    for layer in model.model.language_model.layers:
+        fully_shard(layer)
+    for tower in (model.model.vision_tower, model.model.audio_tower):
+        fully_shard(tower)
+    fully_shard(model)
+    pieces = parts(kind)
+    for _ in range(2):
+        model.zero_grad()
+        step(model, pieces[dist.get_rank()], count(pieces), dist.get_world_size())
+    return worst_difference(model, kind)
+
+
+def parallel_plan(folder: Path, **sizes: int) -> float:
+    """Largest difference of the logits to a model that is not split."""
+    batch = tiny_batch(tiny_config())
+    del batch["labels"]
+    whole = ChorusForConditionalGeneration.from_pretrained(folder).eval()
+    split = ChorusForConditionalGeneration.from_pretrained(
+        folder, distributed_config=DistributedConfig(**sizes)
+    ).eval()
+    spread = [name for name, p in split.named_parameters() if isinstance(p, DTensor)]
+    sharded = [name for name, p in split.named_parameters() if p.shape != whole.get_parameter(name).shape]
+    assert spread or sharded, "nothing was split"
+    with torch.no_grad():
+        expected, found = whole(**batch).logits, split(**copy.copy(batch)).logits
+    found = found.full_tensor() if isinstance(found, DTensor) else found
+    real = batch["attention_mask"].bool()
+    return float((expected - found)[real].abs().max())
+
+
+def checks(folder: Path) -> dict[str, Callable[[], float]]:
+    found: dict[str, Callable[[], float]] = {}
+    for kind in ("text", "audio", "no labels"):
+        found[f"ddp, {kind}"] = lambda kind=kind: ddp(kind, False)
+        found[f"fsdp2, {kind}"] = lambda kind=kind: fsdp(kind)
+    found["ddp with checkpointing, text"] = lambda: ddp("text", True)
+    found["tensor parallel"] = lambda: parallel_plan(folder, tp_size=2)
+    found["expert parallel"] = lambda: parallel_plan(folder, tp_size=2, ep_size=2)
+    return found
+
+
+def main() -> None:
+    folder, output, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for name, check in checks(Path(folder)).items():
+        if names and name not in names:
+            continue
+        result: dict[str, Any] = {"name": name, "rank": dist.get_rank()}
+        try:
+            result["worst"] = check()
+        except Exception as error:  # the other checks still run; the test of this one fails with the message
+            result["error"] = f"{error}\n{traceback.format_exc()[-3000:]}"
+        with (Path(output) / f"{dist.get_rank()}.jsonl").open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        dist.barrier()
+    # FSDP2 leaves threads behind that may hang an orderly exit; everything is written.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Two processes that hold different modalities neither hang nor fail, and compute the gradients of one process.
+
+All checks run in one `torchrun` of two processes (`distributed_checks.py`); each test reads the result of one.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from chorus_moe import ChorusForConditionalGeneration
+from tests.conftest import tiny_config
+
+SECONDS = 120
+# float32 sums in another order, relative to the largest gradient of a tensor: worst difference seen is 4e-6.
+GRADIENTS = 1e-4
+# Logits of size 1, partial sums added by an all-reduce: worst difference seen is 5e-7.
+LOGITS = 1e-5
+
+CHECKS = [f"{way}, {kind}" for way in ("ddp", "fsdp2") for kind in ("text", "audio", "no labels")]
+CHECKS += ["ddp with checkpointing, text", "tensor parallel", "expert parallel"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    folder, output = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("results")
+    torch.manual_seed(0)
+    ChorusForConditionalGeneration(tiny_config()).save_pretrained(folder)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"]
+    command += ["tests.modeling.distributed_checks", str(folder), str(output)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, cwd=root)
+        stderr = done.stderr[-3000:]
+    except subprocess.TimeoutExpired:
+        stderr = f"the processes hung: stopped after {SECONDS} seconds"
+    found: dict[str, list[dict]] = {"stderr": [{"error": stderr}]}
+    for file in output.glob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            result = json.loads(line)
+            found.setdefault(result["name"], []).append(result)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_processes_compute_what_one_computes(results: dict[str, list[dict]], name: str) -> None:
+    ranks = results.get(name, [])
+    assert len(ranks) == 2, results["stderr"][0]["error"]
+    tolerance = LOGITS if "parallel" in name else GRADIENTS
+    for rank in ranks:
+        assert "error" not in rank, rank["error"]
+        assert rank["worst"] < tolerance

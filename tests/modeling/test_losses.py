@@ -1,0 +1,247 @@
+"""The router's losses, the alignment loss, and that their weight means the same however a step is cut up."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from chorus_moe import ChorusForConditionalGeneration
+from chorus_moe.modeling.losses import alignment_loss, mean_over_banks, share_of_batch, switch_loss, z_loss
+from chorus_moe.modeling.routers import BankRouting
+from tests.conftest import tiny_batch, tiny_config
+
+
+def routing(logits: Tensor, top_k: int = 2, mask: Tensor | None = None) -> BankRouting:
+    chosen = logits.topk(top_k, dim=-1)
+    return BankRouting(logits, chosen.values.softmax(dim=-1), chosen.indices, mask)
+
+
+def balanced(num_experts: int = 4) -> BankRouting:
+    """Each expert is chosen equally often and is equally probable."""
+    return routing(torch.stack([torch.eye(num_experts).roll(shift, 0) for shift in range(num_experts)]).flatten(0, 1), 1)
+
+
+def collapsed(expert: int, num_experts: int = 4, num_tokens: int = 16) -> BankRouting:
+    logits = torch.zeros(num_tokens, num_experts)
+    logits[:, expert] = 50.0
+    return routing(logits, 1)
+
+
+def test_the_switch_loss_is_one_at_perfect_balance():
+    assert switch_loss(balanced()).item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_switch_loss_is_the_number_of_experts_when_collapsed():
+    assert switch_loss(collapsed(2)).item() == pytest.approx(4.0, abs=1e-6)
+
+
+def test_both_banks_collapsed_is_seen():
+    # One collapses on its first expert, the other on its second: added into the same columns they would look better.
+    both = mean_over_banks([{"text": collapsed(0), "image": collapsed(1)}], switch_loss)
+    assert both.item() == pytest.approx(4.0, abs=1e-6)
+
+
+def test_two_layers_of_opposite_imbalance_do_not_cancel():
+    layers = [{"common": collapsed(0, num_experts=2)}, {"common": collapsed(1, num_experts=2)}]
+    assert mean_over_banks(layers, switch_loss).item() == pytest.approx(2.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [switch_loss, z_loss])
+def test_masked_rows_change_nothing(loss: Any):
+    logits = torch.randn(10, 4)
+    padded = torch.cat([logits, torch.randn(50, 4) * 9])
+    mask = torch.arange(60) < 10
+    assert torch.equal(loss(routing(padded, mask=mask)), loss(routing(logits)))
+
+
+@pytest.mark.parametrize("loss", [switch_loss, z_loss])
+def test_a_bank_without_tokens_counts_for_nothing_but_stays_in_the_graph(loss: Any):
+    empty = torch.zeros(0, 4, requires_grad=True)
+    full = torch.randn(6, 4)
+    total = mean_over_banks([{"image": routing(empty), "text": routing(full)}], loss)
+    total.backward()
+    assert torch.equal(total, loss(routing(full)))
+    assert empty.grad is not None
+
+
+def test_the_z_loss_is_the_mean_squared_logsumexp():
+    logits = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    expected = (torch.tensor([2.0, 2.0]).log() + torch.tensor([0.0, 1.0])).square().mean()
+    assert z_loss(routing(logits)).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_no_sparse_layer_has_no_balance_loss():
+    assert mean_over_banks([], switch_loss) is None
+
+
+def test_the_switch_loss_reads_the_choices_made_not_the_logits():
+    logits = torch.zeros(8, 4)
+    chosen = torch.zeros(8, 1, dtype=torch.long)
+    forced = BankRouting(logits, torch.ones(8, 1), chosen, None)
+    # f = (1, 0, 0, 0), P = 1/4 each.
+    assert switch_loss(forced).item() == pytest.approx(1.0, abs=1e-6)
+    assert switch_loss(forced._replace(router_logits=logits + torch.tensor([9.0, 0, 0, 0]))).item() > 3.9
+
+
+@pytest.mark.parametrize("padding", [1, 50])
+def test_padding_changes_no_loss_term(model: ChorusForConditionalGeneration, padding: int):
+    text = model.config.text_config
+    text.router_z_loss_coef = text.alignment_loss_coef = 0.1
+    batch = tiny_batch(model.config)
+    rows = ("input_ids", "attention_mask", "mm_token_type_ids")
+    longer = dict(batch)
+    for name in (*rows, "labels"):
+        fill = batch[name].new_full((3, padding), -100 if name == "labels" else 0)
+        longer[name] = torch.cat([batch[name], fill], dim=1)
+    model.train()
+    with torch.no_grad():
+        first, second = model(**batch), model(**longer)
+    for name in ("loss", "aux_loss", "z_loss", "alignment_loss"):
+        # float32 sums in another order: worst difference seen over 20 seeds is 1e-6 at losses of size 5.
+        torch.testing.assert_close(getattr(first, name), getattr(second, name), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_cached_step_reports_the_balance_of_its_own_tokens(model: ChorusForConditionalGeneration, size: int):
+    input_ids = torch.randint(5, 128, (size, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(input_ids)
+    with torch.no_grad():
+        first = model(input_ids=input_ids[:, :7], use_cache=True)
+        step = model(
+            input_ids=input_ids[:, 7:], attention_mask=mask, past_key_values=first.past_key_values,
+            output_router_logits=True,
+        )
+        whole = model(input_ids=input_ids, output_router_logits=True)
+    expected = []
+    for layer in whole.router_logits:
+        last = {}
+        for name, bank in layer.items():
+            rows = slice(7, None, 8) if len(bank.router_logits) else slice(0)
+            last[name] = BankRouting(*(None if part is None else part[rows] for part in bank))
+        expected.append(last)
+    # float32 sums in another order: worst difference seen is 2e-7.
+    torch.testing.assert_close(step.aux_loss, mean_over_banks(expected, switch_loss), rtol=0, atol=1e-5)
+
+
+def test_the_share_of_a_micro_batch_is_its_part_of_the_labels():
+    labels = torch.tensor([[5, 5, -100, 5], [-100, -100, 5, 5]])
+    assert share_of_batch(labels, torch.tensor(8)).item() == 0.5
+    assert share_of_batch(labels, None) == 1.0
+    assert share_of_batch(labels, 0).item() == 4
+
+
+def eight_texts() -> dict[str, Tensor]:
+    input_ids = torch.randint(5, 128, (8, 12), generator=torch.Generator().manual_seed(3))
+    return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+def accumulated(size: int, **coefficients: float) -> dict[str, Tensor]:
+    """Gradients of one step over eight texts in micro-batches of `size`, as the Trainer accumulates them."""
+    torch.manual_seed(0)
+    model = ChorusForConditionalGeneration(tiny_config(**coefficients)).train()
+    batch = eight_texts()
+    num_items = (batch["labels"][:, 1:] != -100).sum()
+    for start in range(0, 8, size):
+        part = {name: value[start : start + size] for name, value in batch.items()}
+        model(**part, num_items_in_batch=num_items).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("size", [4, 2, 1])
+def test_linear_terms_give_the_same_gradient_at_any_number_of_accumulation_steps(size: int):
+    options = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1}
+    whole, parts = accumulated(8, **options), accumulated(size, **options)
+    for name, gradient in whole.items():
+        # float32 sums in another order: worst difference seen is 2e-7 at gradients of size 0.1.
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("size", [8, 4, 2, 1])
+def test_the_balance_loss_of_a_step_is_the_weighted_mean_over_its_micro_batches(size: int):
+    # The balance loss is a product of two means, so it is not linear in the batch: cut into micro-batches, a step
+    # minimises the mean of their losses, weighted by their labels. Its weight does not grow with their number.
+    torch.manual_seed(0)
+    model = ChorusForConditionalGeneration(tiny_config(router_aux_loss_coef=1.0)).train()
+    batch = eight_texts()
+    num_items = (batch["labels"][:, 1:] != -100).sum()
+    total = mean = 0.0
+    with torch.no_grad():
+        for start in range(0, 8, size):
+            part = {name: value[start : start + size] for name, value in batch.items()}
+            output = model(**part, num_items_in_batch=num_items)
+            model.config.text_config.router_aux_loss_coef = 0.0
+            plain = model(**part, num_items_in_batch=num_items)
+            model.config.text_config.router_aux_loss_coef = 1.0
+            total += float(output.loss - plain.loss)
+            mean += float(output.aux_loss) * size / 8
+    assert total == pytest.approx(mean, abs=1e-5)
+    assert 1.0 < total < 1.5
+
+
+def states(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (1, 2, 8, 4), keys (1, 1, 8, 4), three image tokens before five words."""
+    generator = torch.Generator().manual_seed(seed)
+    modality = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]])
+    return torch.randn(1, 2, 8, 4, generator=generator), torch.randn(1, 1, 8, 4, generator=generator), modality
+
+
+def test_alignment_is_zero_when_both_directions_agree():
+    query, _, modality = states()
+    both = query[:, :1]
+    # With the same vectors as queries and keys the scores are symmetric, but each direction is normalised over its own
+    # partners; with one word there is nothing to normalise differently.
+    value = alignment_loss(both[:, :, :4], both[:, :, :4], modality[:, :4], None, 0.5)
+    assert 0.0 <= value.item() < 0.2
+    same = torch.ones(1, 1, 8, 4)
+    assert alignment_loss(same, same, modality, None, 0.5).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_alignment_lies_between_zero_and_log_two(causal: bool):
+    query, key, modality = states()
+    value = alignment_loss(query * 20, key * 20, modality, None, 0.5, causal)
+    assert 0.01 < value.item() < 0.6932
+
+
+def test_alignment_is_zero_and_differentiable_without_a_pair():
+    query, key, _ = states()
+    query.requires_grad_()
+    value = alignment_loss(query, key, torch.zeros(1, 8, dtype=torch.long), None, 0.5)
+    assert value.item() == 0.0
+
+
+def test_alignment_ignores_padding():
+    query, key, modality = states()
+    plain = alignment_loss(query, key, modality, None, 0.5)
+    pad = (0, 0, 3, 0)
+    padded = [torch.nn.functional.pad(x, pad, value=7.0) for x in (query, key)]
+    longer = torch.nn.functional.pad(modality, (3, 0), value=1)
+    real = torch.arange(11)[None] >= 3
+    assert torch.equal(alignment_loss(*padded, longer, real, 0.5), plain)
+
+
+def test_text_before_its_image_has_no_alignment_in_a_causal_model():
+    query, key, modality = states()
+    assert alignment_loss(query, key, modality.flip(1), None, 0.5, True).item() == 0.0
+    assert alignment_loss(query, key, modality.flip(1), None, 0.5, False).item() > 0.0
+
+
+def test_alignment_falls_under_training(model: ChorusForConditionalGeneration):
+    text = model.config.text_config
+    text.alignment_loss_coef, text.router_aux_loss_coef = 1.0, 0.0
+    layer = model.model.language_model.layers[-1].self_attn
+    for projection in (layer.q_proj, *layer.k_proj.values()):
+        projection.weight.data.mul_(20)
+    batch = tiny_batch(model.config)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=3e-3)
+    values = []
+    model.train()
+    for _ in range(6):
+        loss = model(**batch).alignment_loss
+        values.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert layer.q_proj.weight.grad.abs().sum() > 0
+    assert values[-1] < 0.9 * values[0]

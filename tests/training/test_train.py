@@ -1,0 +1,245 @@
+"""The stock Trainer trains, evaluates, resumes and survives a kill, with and without an adapter."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from chorus_moe import ChorusConfig, ChorusProcessor
+from chorus_moe.training.collator import ChorusDataCollator
+from chorus_moe.training.data import RowDataset
+from chorus_moe.training.lora import lora_config
+from chorus_moe.training.recipe import TRAINER_SETTINGS, read_recipe
+from chorus_moe.training.train import build_model, complete_checkpoints, find_checkpoint, run_training
+from tests.training.conftest import make_model, make_row, make_rows
+from tests.training.test_data import write_jsonl, write_media
+
+KINDS = ["full", "adapter"]
+TURN = {"role": "assistant", "content": "three"}
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, kind: str) -> nn.Module:
+    model = make_model(tokenizer, attention_dropout=0.1)  # dropout shows whether the random state is restored
+    if kind == "full":
+        return model
+    return get_peft_model(model, lora_config(model, banks=["image", "common"], cross_modal=True, router="train"))
+
+
+def new_trainer(
+    model: nn.Module, processor: ChorusProcessor, folder: Path, rows: list[dict[str, Any]], **settings: Any
+) -> Trainer:
+    defaults = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_steps": 2}
+    arguments = TrainingArguments(
+        str(folder),
+        **{"report_to": "none", "use_cpu": True, "disable_tqdm": True, **TRAINER_SETTINGS, **defaults, **settings},
+    )
+    return Trainer(
+        model,
+        arguments,
+        data_collator=ChorusDataCollator(processor),
+        train_dataset=rows,
+        eval_dataset=rows[:3],
+        processing_class=processor,
+    )
+
+
+def assert_equal(model: nn.Module, other: nn.Module) -> None:
+    weights, others = model.state_dict(), other.state_dict()
+    assert weights.keys() == others.keys()
+    assert not [name for name in weights if not torch.equal(weights[name], others[name])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
+    kind: str, tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor, tmp_path: Path
+) -> None:
+    rows = make_rows(6)
+    whole = new_trainer(new_model(tokenizer, kind), processor, tmp_path, rows)
+    whole.train()
+    resumed = new_trainer(new_model(tokenizer, kind), processor, tmp_path, rows)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_equal(whole.model, resumed.model)
+    fresh = new_model(tokenizer, kind).state_dict()
+    assert any(not torch.equal(fresh[name], tensor) for name, tensor in whole.model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_finds_the_loss_and_the_best_model(
+    kind: str, tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor, tmp_path: Path
+) -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 3, "save_total_limit": 2}
+    best |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    trainer = new_trainer(new_model(tokenizer, kind), processor, tmp_path, make_rows(6), **best)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 3
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_loads_with_its_processor(
+    kind: str, tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor, tmp_path: Path
+) -> None:
+    trainer = new_trainer(new_model(tokenizer, kind), processor, tmp_path, make_rows(6), max_steps=2)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    if kind == "full":
+        loaded = AutoModelForMultimodalLM.from_pretrained(checkpoint)
+    else:
+        loaded = PeftModel.from_pretrained(make_model(tokenizer), checkpoint)
+    assert_equal(trainer.model, loaded)
+    assert AutoProcessor.from_pretrained(checkpoint).to_dict() == processor.to_dict()
+
+
+class GradientRecorder(TrainerCallback):
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_router_gradients_do_not_depend_on_accumulation(
+    tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor, tmp_path: Path
+) -> None:
+    """Equal samples, because the balance loss of a batch is no sum over its samples."""
+    recorded = []
+    for accumulation in (1, 2, 4):
+        model = make_model(tokenizer, router_aux_loss_coef=1.0, router_z_loss_coef=0.1, alignment_loss_coef=1.0)
+        settings = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+        trainer = new_trainer(
+            model,
+            processor,
+            tmp_path,
+            [make_row(2)] * 4,
+            max_steps=1,
+            max_grad_norm=1e9,
+            save_strategy="no",
+            **settings,
+        )
+        trainer.add_callback(recorder := GradientRecorder())
+        trainer.train()
+        recorded.append(recorder.gradients)
+    for name in (name for name in recorded[0] if ".router." in name or ".bank_gate." in name or "q_proj" in name):
+        for other in recorded[1:]:
+            # The same float32 sum in one, two or four parts; the gradients here are up to 0.3.
+            torch.testing.assert_close(other[name], recorded[0][name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.fixture
+def recipe(config: ChorusConfig, tmp_path: Path) -> Path:
+    """A recipe that builds and trains a tiny model on files."""
+    write_media(tmp_path)
+    user = [{"type": "image"}, {"type": "audio"}, {"type": "text", "text": "what is it?"}]
+    rows = [
+        {"messages": [{"role": "user", "content": user}, TURN], "images": ["media/a.png"], "audio": ["media/a.wav"]},
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "four"}]},
+    ]
+    write_jsonl(tmp_path / "train.jsonl", rows * 4)
+    write_jsonl(tmp_path / "test.jsonl", rows)
+    values = config.to_diff_dict()
+    del values["image_token_id"], values["audio_token_id"]
+    for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"):
+        values["text_config"].pop(name, None)
+    (tmp_path / "tiny.json").write_text(json.dumps(values))
+    data = {"train_data": str(tmp_path), "eval_data": str(tmp_path)}
+    training = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "learning_rate": "1e-2"}
+    training |= {"max_steps": 4, "per_device_train_batch_size": 2, "output_dir": str(tmp_path / "out")}
+    sections = {"model": {"config": str(tmp_path / "tiny.json"), "tokenizer_vocab_size": 280}, "data": data}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(sections | {"training": training}))
+    return path
+
+
+def test_a_recipe_builds_trains_and_then_adapts_a_model(recipe: Path, tmp_path: Path) -> None:
+    metrics = run_training(read_recipe(recipe))
+    assert metrics["eval_loss"] > 0
+    assert metrics["num_bad_samples"] == 0
+    base = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out")
+    assert "eval_loss" in (tmp_path / "out" / "README.md").read_text()
+
+    sections = yaml.safe_load(recipe.read_text())
+    sections["model"] = {"model_name_or_path": str(tmp_path / "out")}
+    sections["lora"] = {"banks": ["image"], "cross_modal": True, "lora_rank": 2}
+    recipe.write_text(yaml.safe_dump(sections))
+    run_training(read_recipe(recipe, ["--output_dir", str(tmp_path / "adapter"), "--max_steps", "1"]))
+    adapter = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert adapter.peft_config["default"].r == 2
+    AutoProcessor.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_its_last_checkpoint_was(recipe: Path, tmp_path: Path) -> None:
+    words = ["--max_steps", "40", "--save_steps", "2", "--save_total_limit", "3", "--resume_from_checkpoint", "auto"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-m", "chorus_moe.training.cli", "train", "--config", str(recipe), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(
+            [*command, "--output_dir", str(killed)], env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        deadline = time.monotonic() + 120
+        while len(complete_checkpoints(killed)) < 2 and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    assert run.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    steps = [int(path.name.rpartition("-")[2]) for path in complete_checkpoints(killed)]
+    assert 0 < steps[-1] < 40
+
+    run_training(read_recipe(recipe, [*words, "--output_dir", str(killed)]))
+    run_training(read_recipe(recipe, [*words, "--output_dir", str(whole)]))
+    resumed, expected = (AutoModelForMultimodalLM.from_pretrained(folder) for folder in (killed, whole))
+    assert_equal(resumed, expected)
+    histories = [json.loads((folder / "trainer_state.json").read_text()) for folder in (killed, whole)]
+    assert histories[0]["global_step"] == histories[1]["global_step"] == 40
+
+
+def test_only_complete_checkpoints_are_resumed_from(tmp_path: Path) -> None:
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_st'), (14, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state:
+            (folder / "trainer_state.json").write_text(state)
+    settings = {"report_to": "none", "use_cpu": True}
+    assert find_checkpoint(TrainingArguments(str(tmp_path), resume_from_checkpoint="auto", **settings)) == str(
+        tmp_path / "checkpoint-10"
+    )
+    assert find_checkpoint(TrainingArguments(str(tmp_path / "new"), resume_from_checkpoint="auto", **settings)) is None
+    with pytest.raises(ValueError, match="holds checkpoint-10 of an earlier run"):
+        find_checkpoint(TrainingArguments(str(tmp_path), **settings))
+
+
+def test_a_recipe_must_say_what_to_train(recipe: Path) -> None:
+    with pytest.raises(ValueError, match="data.train_data is missing"):
+        run_training(read_recipe(None, ["--use_cpu", "true", "--report_to", "none"]))
+    with pytest.raises(ValueError, match="give exactly one of"):
+        run_training(read_recipe(recipe, ["--model_name_or_path", "somewhere"]))
+    with pytest.raises(ValueError, match="a LoRA needs a trained model"):
+        run_training(read_recipe(recipe, ["--use_lora", "true"]))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(recipe: Path) -> None:
+    given = read_recipe(recipe).model
+    given.config = json.dumps({"text_config": {"vocab_size": 100}})
+    rows = RowDataset([{"messages": [TURN]}], None)
+    with pytest.raises(ValueError, match=r"the tokenizer has 2\d\d tokens, text_config.vocab_size is 100"):
+        build_model(given, rows)
