@@ -78,8 +78,8 @@ class ChorusAudioModel(ChorusPreTrainedModel):
         return torch.zeros((1, 1, self.config.num_mel_bins), device=device or self.device, dtype=dtype or self.dtype)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The module that meets the features first: an encoder has no token embedding."""
-        return self.encoder.front_end
+        """The module whose output, one tensor, enters the blocks: an encoder has no token embedding."""
+        return self.encoder.get_input_embeddings()
 
     def _check_clips(self, input_features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         shape = tuple(input_features.shape)
@@ -117,6 +117,9 @@ class ConformerEncoder(nn.Module):
         self.front_end = ConvolutionalFrontEnd(config)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(ConformerBlock(config) for _ in range(config.num_hidden_layers))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.front_end.norm
 
     def forward(self, features_NTF: torch.Tensor, mask_NT: torch.Tensor) -> torch.Tensor:
         hidden_NTD, mask_NT = self.front_end(features_NTF, mask_NT)
@@ -229,6 +232,9 @@ class WhisperWindowEncoder(nn.Module):
                 raise ValueError(f"audio config has {name}={found}, its Whisper backbone needs {wanted}")
         self.front_end = WhisperEncoder._from_config(backbone)
         self.window = 2 * backbone.max_source_positions
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.front_end.get_input_embeddings()
 
     def forward(self, features_NTF: torch.Tensor, mask_NT: torch.Tensor) -> torch.Tensor:
         clips, frames, bins = features_NTF.shape

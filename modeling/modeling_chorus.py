@@ -174,11 +174,11 @@ class ChorusModel(ChorusPreTrainedModel):
                     "equals that of a placeholder; pass mm_token_type_ids for embeddings that are merged already"
                 )
             mm_token_type_ids = self.modality_ids(input_ids, inputs_embeds)
-        features = self._encode(pixel_values, input_features, input_features_mask, mm_encoder_outputs or {})
+        features, idle = self._encode(pixel_values, input_features, input_features_mask, mm_encoder_outputs or {})
         embeds = self.get_input_embeddings()(self._text_ids(input_ids)) if inputs_embeds is None else inputs_embeds
         embeds = self._merge(embeds, input_ids, mm_token_type_ids, features)
-        if self.training:
-            embeds = embeds + self._idle_towers(features, embeds)
+        for zero in idle:
+            embeds = embeds + zero.to(embeds)
 
         outputs = self.language_model(
             inputs_embeds=embeds,
@@ -206,21 +206,33 @@ class ChorusModel(ChorusPreTrainedModel):
         input_features: Tensor | None,
         input_features_mask: Tensor | None,
         encoded: dict[str, BaseModelOutputWithPooling],
-    ) -> dict[str, Any]:
-        """Image and audio tokens by modality, each a tensor or list whose entries are the tokens of one input."""
+    ) -> tuple[dict[str, Any], list[Tensor]]:
+        """Image and audio tokens by modality, each a tensor or list whose entries are the tokens of one input, and
+        zeros that connect the encoders which the batch did not use to the graph.
+
+        Images come before sound on every rank, idle or not: ranks that gather their shards in another order wait for
+        each other for ever.
+        """
         for name, raw in (("image", pixel_values), ("audio", input_features)):
             if raw is not None and encoded.get(name) is not None:
                 raise ValueError(f"got raw {name} inputs and mm_encoder_outputs for {name}; give one of them")
         features = {name: output.pooler_output for name, output in encoded.items() if output is not None}
+        idle = []
         if pixel_values is not None and len(pixel_values):
             features["image"] = self.get_image_features(pixel_values).pooler_output
+        elif self.training and self.vision_tower is not None and "image" not in features:
+            with frozen_batch_norm(self.vision_tower):
+                tokens = self.get_image_features(self.vision_tower.smallest_input()).pooler_output
+            idle.append((tokens * 0.0).sum())
         if input_features is not None and len(input_features):
             features["audio"] = self.get_audio_features(input_features, input_features_mask).pooler_output
-        return features
+        elif self.training and self.audio_tower is not None and "audio" not in features:
+            with frozen_batch_norm(self.audio_tower):
+                pieces = self.get_audio_features(self.audio_tower.smallest_input()).pooler_output
+            idle.append((torch.cat(pieces) * 0.0).sum())
+        return features, idle
 
-    def _merge(
-        self, embeds: Tensor, input_ids: Tensor | None, modality_BS: Tensor, features: dict[str, Any]
-    ) -> Tensor:
+    def _merge(self, embeds: Tensor, input_ids: Tensor | None, modality_BS: Tensor, features: dict[str, Any]) -> Tensor:
         """Put image and audio tokens in the place of their placeholders."""
         placeholders = {"image": self.config.image_token_id, "audio": self.config.audio_token_id}
         for name, token_id in placeholders.items():
@@ -237,20 +249,6 @@ class ChorusModel(ChorusPreTrainedModel):
                 embeds = embeds.masked_scatter(mask_BS.unsqueeze(-1).to(embeds.device), tokens)
                 features[name] = pieces if isinstance(pieces, Tensor) else tokens
         return embeds
-
-    def _idle_towers(self, features: dict[str, Any], embeds: Tensor) -> Tensor:
-        """Zero, connected to every encoder that the batch did not use."""
-        idle = embeds.new_zeros(())
-        if self.vision_tower is not None and features.get("image") is None:
-            pixel_values = self.vision_tower.smallest_input()
-            with frozen_batch_norm(self.vision_tower):
-                idle = idle + (self.get_image_features(pixel_values).pooler_output * 0.0).sum().to(embeds)
-        if self.audio_tower is not None and features.get("audio") is None:
-            input_features = self.audio_tower.smallest_input()
-            with frozen_batch_norm(self.audio_tower):
-                tokens = torch.cat(self.get_audio_features(input_features).pooler_output)
-                idle = idle + (tokens * 0.0).sum().to(embeds)
-        return idle
 
 
 class frozen_batch_norm:

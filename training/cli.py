@@ -124,3 +124,7 @@ def main() -> None:
         app()
     except (ValueError, TypeError, FileNotFoundError) as error:
         sys.exit(f"chorus-moe: {type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -23,23 +23,22 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
 
-from chorus_moe.training.augment import PictureAugment, SpeechAugment, augmented_clips
+from chorus_moe.training.augment import PictureAugment
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.demo_answers import VARIANTS, answer, load_questions, save_questions, variants_of
-from chorus_moe.training.demo_data import BASE_SKILLS, NEW_SKILLS, DigitPictures, DigitQuestions, corpus, handwritten_digits
+from chorus_moe.training.demo_data import (
+    BASE_SKILLS,
+    NEW_SKILLS,
+    DigitPictures,
+    DigitQuestions,
+    corpus,
+    handwritten_digits,
+)
 from chorus_moe.training.demo_model import build_demo
 from chorus_moe.training.demo_report import write_report
+from chorus_moe.training.demo_speech import recorded_speech_sets, synthetic_speech_sets
 from chorus_moe.training.lora import lora_config
-from chorus_moe.training.speech import (
-    ACCENTS,
-    NEW_VARIANTS,
-    TEST_VARIANTS,
-    SpeechClips,
-    SynthesisSettings,
-    recorded_digits,
-    split_held_out,
-    synthetic_digits,
-)
+from chorus_moe.training.speech import SpeechClips, recorded_digits
 
 NEW_SKILL = NEW_SKILLS[0]
 
@@ -52,8 +51,6 @@ class DemoSettings:
         base_steps, lora_steps: optimizer steps of the two stages.
         batch_size: samples a step.
         questions_per_skill: held-out questions of each skill.
-        speech_copies: augmented versions of every training clip.
-        speech_takes: prosodies in which each synthetic voice says the ten digits.
         replay: share of old skills while the new one is learnt, so that they are kept.
     """
 
@@ -64,8 +61,6 @@ class DemoSettings:
     lora_lr: float = 3e-3
     lora_rank: int = 16
     questions_per_skill: int = 300
-    speech_copies: int = 2
-    speech_takes: int = 2
     replay: float = 0.5
     workers: int = 1
     seed: int = 0
@@ -87,36 +82,33 @@ def prepare_data(
     settings: DemoSettings, cache: Path, speech_dir: Path | None, held_out_speaker: str | None
 ) -> DemoData:
     """Pictures, voices and questions; speech is synthesised and augmented once and kept in `cache`."""
-    seed, takes = settings.seed, settings.speech_takes
     train_pictures, test_pictures = handwritten_digits()
-    synthetic = synthetic_digits(SynthesisSettings(accents=tuple(ACCENTS), takes=takes, seed=seed), cache)
-    if speech_dir is not None:
-        recordings = recorded_digits(speech_dir)
-        speaker = held_out_speaker or sorted(set(recordings.speakers))[-1]
-        others, adaptation, test = split_held_out(recordings, speaker)
-        training, new_voices = synthetic + others, test
-        voices = f"real recordings of {len(set(recordings.speakers))} speakers, {speaker} held out, and synthetic voices"
+    if speech_dir is None:
+        speech = synthetic_speech_sets(cache)
     else:
-        test = synthetic_digits(SynthesisSettings(TEST_VARIANTS, takes=takes, seed=seed + 1), cache)
-        strange = synthetic_digits(SynthesisSettings(NEW_VARIANTS, takes=takes, seed=seed + 2), cache)
-        half = len(strange) // 2
-        adaptation, new_voices = strange.select(range(half)), strange.select(range(half, len(strange)))
-        training = synthetic
-        voices = f"{len(set(synthetic.speakers))} synthetic voices, {len(set(test.speakers))} held out"
-    augment = SpeechAugment()
-    clips = augmented_clips(training, augment, settings.speech_copies, cache, seed=seed)
-    adaptation_copies = max(1, 2_000 // len(adaptation))
-    adapted = augmented_clips(adaptation, augment, adaptation_copies, cache, seed=seed) + adaptation
-    stage = {"seed": seed, "picture_augment": PictureAugment()}
-    base = DigitQuestions(train_pictures, clips, BASE_SKILLS, settings.base_steps * settings.batch_size, **stage)
-    skills = {NEW_SKILL: 1 - settings.replay} | dict.fromkeys(BASE_SKILLS, settings.replay / len(BASE_SKILLS))
-    # Half of the sounds are old voices, so that the new ones do not displace them.
-    share = max(1, len(adapted) // len(clips.waveforms)) if len(adapted) > len(clips) else 1
-    mixed = adapted + clips.select(range(0, len(clips), max(1, len(clips) // (len(adapted) * share))))
-    adaptation_set = DigitQuestions(
-        train_pictures, mixed, skills, settings.lora_steps * settings.batch_size, **{**stage, "seed": seed + 1}
+        speaker = held_out_speaker or sorted(set(recorded_digits(speech_dir).speakers))[-1]
+        speech = recorded_speech_sets(speech_dir, speaker, cache)
+    augment = PictureAugment()
+    base = DigitQuestions(
+        train_pictures,
+        speech.train,
+        BASE_SKILLS,
+        settings.base_steps * settings.batch_size,
+        seed=settings.seed,
+        picture_augment=augment,
     )
-    return DemoData(base, adaptation_set, test_pictures, test, new_voices, voices)
+    # As many old voices as new ones, so that the new do not displace the old.
+    every = max(1, len(speech.train) // len(speech.adaptation))
+    skills = {NEW_SKILL: 1 - settings.replay} | dict.fromkeys(BASE_SKILLS, settings.replay / len(BASE_SKILLS))
+    adaptation = DigitQuestions(
+        train_pictures,
+        speech.adaptation + speech.train.select(range(0, len(speech.train), every)),
+        skills,
+        settings.lora_steps * settings.batch_size,
+        seed=settings.seed + 1,
+        picture_augment=augment,
+    )
+    return DemoData(base, adaptation, test_pictures, speech.test, speech.adaptation_test, speech.description)
 
 
 def held_out_questions(data: DemoData, settings: DemoSettings, folder: Path) -> None:
@@ -132,7 +124,9 @@ def held_out_questions(data: DemoData, settings: DemoSettings, folder: Path) -> 
     save_questions((voices[i] for i in range(len(voices))), folder / "new_voices")
 
 
-def train(model: Any, processor: Any, dataset: Dataset, folder: Path, steps: int, lr: float, settings: DemoSettings) -> None:
+def train(
+    model: Any, processor: Any, dataset: Dataset, folder: Path, steps: int, lr: float, settings: DemoSettings
+) -> None:
     """One stage under the stock Trainer."""
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -154,7 +148,9 @@ def train(model: Any, processor: Any, dataset: Dataset, folder: Path, steps: int
         use_cpu=not torch.cuda.is_available(),
     )
     collator = ChorusDataCollator(processor)
-    Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor).train()
+    Trainer(
+        model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor
+    ).train()
 
 
 def accuracy_by_skill(samples: Sequence[dict[str, Any]], answers: Sequence[str]) -> dict[str, list[bool]]:
@@ -254,7 +250,8 @@ def run_demo(
         agreement=(len(by_adapter) - differing, len(by_adapter)),
         stages=stages,
         seconds=time.monotonic() - started,
-        peak_gib=max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20,
+        peak_gib=max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        / 2**20,
     )
     finish("report")
     print((out / "report.md").read_text(), flush=True)

@@ -22,7 +22,7 @@ MAX_NEW_TOKENS = 5
 
 
 def save_questions(samples: Iterable[Sample], folder: Path) -> None:
-    """Write samples as `questions.jsonl` with PNG and WAV files beside it: the rows that `chorus-moe evaluate` reads."""
+    """Write samples as `questions.jsonl` with PNG and WAV files beside it, the rows `chorus-moe evaluate` reads."""
     media = folder / "media"
     media.mkdir(parents=True, exist_ok=True)
     with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
@@ -49,7 +49,9 @@ def load_questions(folder: Path) -> list[Sample]:
 
 
 @torch.inference_mode()
-def answer(model: Any, processor: Any, samples: Sequence[Sample], batch_size: int = 64, progress: Any = None) -> list[str]:
+def answer(
+    model: Any, processor: Any, samples: Sequence[Sample], batch_size: int = 64, progress: Any = None
+) -> list[str]:
     """Greedy answers, one a sample, in order."""
     model.eval()
     answers: list[str] = []

@@ -53,20 +53,25 @@ def draw_routing(path: Path, shares: Mapping[str, np.ndarray], layers: Sequence[
                 color="white" if value > 0.6 * grid.max() else "black",
             )  # fmt: skip
     axes.set_yticks(range(len(grid)), [f"layer {layer}, {name}" for layer in layers for name in MODALITY_IDS])
-    labels = [f"{name}\n{expert}" for name, share in shares.items() for expert in range(share.shape[-1])]
+    labels = [str(expert) for share in shares.values() for expert in range(share.shape[-1])]
     axes.set_xticks(range(len(labels)), labels, fontsize=8)
-    edges = np.cumsum([share.shape[-1] for share in shares.values()])[:-1]
-    for edge in edges:
-        axes.axvline(edge - 0.5, color="black", linewidth=1.2)
+    start = 0
+    for name, share in shares.items():
+        axes.text(start + share.shape[-1] / 2 - 0.5, -0.7, f"bank {name}", ha="center", fontsize=10)
+        start += share.shape[-1]
+        if start < len(labels):
+            axes.axvline(start - 0.5, color="black", linewidth=1.2)
     for layer in range(1, len(layers)):
         axes.axhline(layer * len(MODALITY_IDS) - 0.5, color="black", linewidth=1.2)
-    axes.set_xlabel("bank and expert")
+    axes.set_xlabel("expert")
     figure.colorbar(picture, label="share of the modality's routed weight (%)")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
-def draw_examples(path: Path, processor: Any, questions: Sequence[Sample], answers: Sequence[str], count: int = 3) -> None:
+def draw_examples(
+    path: Path, processor: Any, questions: Sequence[Sample], answers: Sequence[str], count: int = 3
+) -> None:
     """Picture, log-mel spectrogram, question and answer of the first questions, of different skills, that need both."""
     pyplot = _pyplot()
     chosen: dict[str, int] = {}

@@ -35,13 +35,13 @@ NO_TOWER_RECORDS = "the towers are timm's and torchaudio's: they return neither 
 
 
 class ChorusModelTester:
-    """Tiny sizes and inputs: each of the three samples holds one image, one clip and some words."""
+    """Tiny sizes and inputs: each sample holds one image, one clip and some words."""
 
     base_model_class = ChorusModel
     causal_lm_class = None
     conditional_generation_class = ChorusForConditionalGeneration
     is_training = True
-    batch_size = 3
+    batch_size = 7  # what the attention tests fill smaller batches up to, with tokens at random
     seq_length = 20
     hidden_size = 32
     num_hidden_layers = 2
@@ -95,7 +95,8 @@ class ChorusModelTester:
         config = self.get_config()
         num_audio_tokens = config.audio_config.num_audio_tokens(self.num_frames)
         input_ids = common.ids_tensor([self.batch_size, self.seq_length], IMAGE - 5) + 5
-        input_ids[:, 1 : 1 + config.vision_config.num_image_tokens] = IMAGE
+        num_image_tokens = config.vision_config.num_image_tokens if self.has_vision else 0
+        input_ids[:, 1 : 1 + num_image_tokens] = IMAGE
         input_ids[:, 7 : 7 + num_audio_tokens] = AUDIO
         return config, {
             "input_ids": input_ids,
@@ -110,6 +111,7 @@ class ChorusModelTest(common.ModelTesterMixin, common.GenerationTesterMixin, uni
     """The mixins over the inner model and the heads."""
 
     all_model_classes = (ChorusModel, ChorusForConditionalGeneration, ChorusForSequenceClassification)
+    additional_model_inputs = ["pixel_values", "input_features", "input_features_mask"]
     _is_composite = True
     # The file of the configuration names no copyright year, which the test takes for an old model.
     test_can_init_all_missing_weights_before_2023 = True

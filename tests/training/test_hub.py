@@ -1,0 +1,154 @@
+"""An export loads where the package does not exist; pushes reach a Hub with model, processor, adapter and card."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import model_info
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
+from chorus_moe.training.collator import ChorusDataCollator
+from chorus_moe.training.hub import MODEL_CLASSES, export_for_hub, push_to_hub
+from chorus_moe.training.lora import lora_config
+from tests.fake_hub import FakeHub
+from tests.training.conftest import make_rows
+
+# Loads everything in a process in which nobody can import the package, and compares with stored logits.
+PROGRAM = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "chorus_moe":
+            raise ModuleNotFoundError(f"{name} is hidden")
+
+sys.meta_path.insert(0, Refuse())
+sys.path = [entry for entry in sys.path if entry]
+import numpy as np, torch, transformers
+from PIL import Image
+from safetensors.torch import load_file
+
+source, stored = sys.argv[1:]
+torch.set_num_threads(1)
+trust = {"trust_remote_code": True}
+expected = load_file(stored)
+inputs = {name: tensor for name, tensor in expected.items() if name != "logits"}
+config = transformers.AutoConfig.from_pretrained(source, **trust)
+processor = transformers.AutoProcessor.from_pretrained(source, **trust)
+transformers.AutoImageProcessor.from_pretrained(source, **trust)
+transformers.AutoFeatureExtractor.from_pretrained(source, **trust)
+for auto in ("AutoModelForMultimodalLM", "AutoModelForImageTextToText"):
+    model = getattr(transformers, auto).from_pretrained(source, **trust).eval()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, expected["logits"]), auto
+for auto in ("AutoModel", "AutoModelForSequenceClassification"):
+    assert type(getattr(transformers, auto).from_pretrained(source, **trust)).__name__.startswith("Chorus")
+turn = {"role": "user", "content": [{"type": "image", "image": Image.new("L", (20, 20))}, {"type": "text", "text": "?"}]}
+batch = processor.apply_chat_template([turn], tokenize=True, return_dict=True, return_tensors="pt")
+model.generate(**batch, max_new_tokens=2, do_sample=False)
+assert not [name for name in sys.modules if name.split(".")[0] == "chorus_moe"]
+print("loaded")
+"""
+
+
+@pytest.fixture
+def stored(model: ChorusForConditionalGeneration, processor: ChorusProcessor, tmp_path: Path) -> Path:
+    """A batch and the model's logits for it."""
+    batch = ChorusDataCollator(processor)(make_rows(3))
+    del batch["labels"]
+    with torch.no_grad():
+        save_file(batch | {"logits": model(**batch).logits}, tmp_path / "stored.safetensors")
+    return tmp_path / "stored.safetensors"
+
+
+def load_elsewhere(source: str, stored: Path, home: Path, **environment: str) -> None:
+    variables = os.environ | {"HF_HOME": str(home), "OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, "-P", "-c", PROGRAM, source, str(stored)]
+    done = subprocess.run(command, cwd=home.parent, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "loaded"
+
+
+@pytest.mark.slow
+def test_an_export_loads_where_the_package_does_not_exist(
+    model: ChorusForConditionalGeneration, processor: ChorusProcessor, stored: Path, tmp_path: Path
+) -> None:
+    export_for_hub(model, processor, tmp_path / "export")
+    load_elsewhere(str(tmp_path / "export"), stored, tmp_path / "home")
+
+
+@pytest.mark.slow
+def test_a_pushed_model_loads_where_the_package_does_not_exist(
+    fake_hub: FakeHub, model: ChorusForConditionalGeneration, processor: ChorusProcessor, stored: Path, tmp_path: Path
+) -> None:
+    push_to_hub(model, processor, "tester/chorus")
+    info = model_info("tester/chorus")
+    assert (info.pipeline_tag, info.library_name) == ("any-to-any", "transformers")
+    load_elsewhere("tester/chorus", stored, tmp_path / "home", **fake_hub.environment(tmp_path / "home"))
+
+
+def test_an_export_names_every_auto_class_and_leaves_no_trace(
+    model: ChorusForConditionalGeneration, processor: ChorusProcessor, tmp_path: Path
+) -> None:
+    export_for_hub(model, processor, tmp_path / "export")
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["auto_map"].keys() == {"AutoConfig", *MODEL_CLASSES}
+    for reference in config["auto_map"].values():
+        assert (tmp_path / "export" / f"{reference.split('.')[0]}.py").is_file()
+    saved = json.loads((tmp_path / "export" / "processor_config.json").read_text())
+    assert saved["auto_map"] == {"AutoProcessor": "processing_chorus.ChorusProcessor"}
+
+    model.save_pretrained(tmp_path / "plain")
+    processor.save_pretrained(tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("*.py"))
+    assert "auto_map" not in (tmp_path / "plain" / "config.json").read_text()
+    assert "auto_map" not in (tmp_path / "plain" / "processor_config.json").read_text()
+
+
+def test_an_export_is_stable_over_three_rounds_with_the_package(
+    model: ChorusForConditionalGeneration, processor: ChorusProcessor, tmp_path: Path
+) -> None:
+    listings, configs = [], []
+    for number in range(3):
+        folder = export_for_hub(model, processor, tmp_path / str(number))
+        listings.append(sorted(path.name for path in folder.iterdir()))
+        configs.append((folder / "config.json").read_text() + (folder / "processor_config.json").read_text())
+        model = AutoModelForMultimodalLM.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
+    assert listings[0] == listings[1] == listings[2]
+    assert configs[0] == configs[1] == configs[2]
+
+
+def test_an_adapter_is_pushed_with_its_processor_and_card(
+    fake_hub: FakeHub, model: ChorusForConditionalGeneration, processor: ChorusProcessor
+) -> None:
+    batch = ChorusDataCollator(processor)(make_rows(3))
+    push_to_hub(model, processor, "tester/base", include_code=False)
+    base = AutoModelForMultimodalLM.from_pretrained("tester/base")
+    adapted = get_peft_model(base, lora_config(base, banks=["image"], init_lora_weights=False)).eval()
+    push_to_hub(adapted, processor, "tester/adapter")
+    files = set(fake_hub.files("tester/adapter"))
+    assert {"adapter_config.json", "adapter_model.safetensors", "processor_config.json", "README.md"} <= files
+    assert not [name for name in files if name.endswith(".py") or name == "model.safetensors"]
+    assert model_info("tester/adapter").library_name == "peft"
+    fresh = AutoModelForMultimodalLM.from_pretrained("tester/base")
+    loaded = PeftModel.from_pretrained(fresh, "tester/adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, adapted(**batch).logits)
+    with pytest.raises(ValueError, match="export model.merge_and_unload"):
+        export_for_hub(adapted, processor, "unused")
+
+
+def test_a_card_written_by_hand_is_kept(
+    fake_hub: FakeHub, model: ChorusForConditionalGeneration, processor: ChorusProcessor
+) -> None:
+    push_to_hub(model, processor, "tester/chorus", card="---\npipeline_tag: any-to-any\n---\nmine\n")
+    push_to_hub(model, processor, "tester/chorus")
+    assert fake_hub.files("tester/chorus")["README.md"].endswith(b"mine\n")
