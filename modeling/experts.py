@@ -3,7 +3,7 @@
 Unusual here:
 - a bank is addressed by name everywhere (config, LoRA, losses, statistics);
 - tokens are found once per forward, by the model, never by a bank;
-- a bank without tokens stays in the graph, with zero gradients.
+- a bank without tokens stays in the graph, with zero gradients; where no gradient is wanted it is passed by.
 
 Shape suffixes: T tokens, D hidden size, N banks of the layer, E experts in the bank, K experts per token, I expert width.
 """
@@ -17,7 +17,7 @@ from transformers.integrations import use_experts_implementation
 from .configuration_banks import MODALITY_IDS, ExpertBankConfig
 from .configuration_text import ChorusTextConfig
 from .modality_plan import ModalityPlan, add_rows, take_rows
-from .routers import ROUTER_CLASSES, BankRouting
+from .routers import ROUTER_CLASSES, BankRouting, without_autocast
 
 
 class GatedMLP(nn.Module):
@@ -75,13 +75,20 @@ class ExpertBank(nn.Module):
         self.experts = ChorusExperts(config, bank)
 
     def forward(
-        self, output_TD: Tensor, hidden_TD: Tensor, gate_T: Tensor, plan: ModalityPlan
-    ) -> tuple[Tensor, BankRouting]:
+        self, output_TD: Tensor | None, hidden_TD: Tensor, gate_T: Tensor | None, plan: ModalityPlan
+    ) -> tuple[Tensor | None, BankRouting]:
         rows = plan.rows_of(self.modalities)
-        hidden_RD, gate_R = take_rows(hidden_TD, rows), take_rows(gate_T, rows)
+        if rows is not None and len(rows) == 0 and not torch.is_grad_enabled():
+            return output_TD, self.router.no_rows(hidden_TD)
+        hidden_RD = take_rows(hidden_TD, rows)
         logits_RE, weights_RK, index_RK = self.router(hidden_RD)
-        states_RD = self.experts(hidden_RD, index_RK, (weights_RK * gate_R[:, None]).to(hidden_RD.dtype))
-        output_TD = add_rows(output_TD, rows, states_RD.to(output_TD.dtype))
+        if gate_T is None:
+            gate_R, states_weights_RK = logits_RE.new_ones(len(hidden_RD)), weights_RK
+        else:
+            gate_R = take_rows(gate_T, rows)
+            states_weights_RK = weights_RK * gate_R[:, None]
+        states_RD = self.experts(hidden_RD, index_RK, states_weights_RK.to(hidden_RD.dtype))
+        output_TD = add_rows(output_TD, rows, states_RD, hidden_TD)
         token_mask = plan.token_mask(self.modalities, rows)
         return output_TD, BankRouting(logits_RE, weights_RK, index_RK, token_mask, gate_R)
 
@@ -89,7 +96,8 @@ class ExpertBank(nn.Module):
 class BankGate(nn.Module):
     """First level of the gate: a softmax over the banks open to a token's modality, in float32.
 
-    A token that no bank is open to gets zeros. One bank needs no weights: it gets ones where it is open.
+    A token that no bank is open to gets zeros. One bank needs no weights: the gate is None, ones at the bank's rows, unless
+    a static plan shows it rows where it is closed.
     """
 
     def __init__(self, hidden_size: int, banks: list[ExpertBankConfig]):
@@ -106,11 +114,13 @@ class BankGate(nn.Module):
                 table[MODALITY_IDS[modality], column] = True
         return table
 
-    def forward(self, hidden_TD: Tensor, modality_T: Tensor) -> Tensor:
-        open_TN = self.is_open[modality_T]
+    def forward(self, hidden_TD: Tensor, plan: ModalityPlan) -> Tensor | None:
+        if self.weight is None and not plan.is_static:
+            return None
+        open_TN = self.is_open[plan.modality_T]
         if self.weight is None:
             return open_TN.float()
-        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+        with without_autocast(hidden_TD):
             logits_TN = F.linear(hidden_TD.float(), self.weight.float())
             logits_TN = logits_TN.masked_fill(~open_TN, torch.finfo(torch.float32).min)
             return logits_TN.softmax(dim=-1) * open_TN
@@ -137,9 +147,12 @@ class MixtureOfBanks(nn.Module):
 
     def forward(self, hidden_states: Tensor, plan: ModalityPlan) -> tuple[Tensor, dict[str, BankRouting]]:
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        output_TD = torch.zeros_like(hidden_TD) if self.shared_experts is None else self.shared_experts(hidden_TD)
-        gate_TN = self.bank_gate(hidden_TD, plan.modality_T)
+        output_TD = None if self.shared_experts is None else self.shared_experts(hidden_TD)
+        gate_TN = self.bank_gate(hidden_TD, plan)
         routing = {}
         for column, (name, bank) in enumerate(self.banks.items()):
-            output_TD, routing[name] = bank(output_TD, hidden_TD, gate_TN[:, column], plan)
+            gate_T = None if gate_TN is None else gate_TN[:, column]
+            output_TD, routing[name] = bank(output_TD, hidden_TD, gate_T, plan)
+        if output_TD is None:
+            output_TD = torch.zeros_like(hidden_TD)
         return output_TD.view_as(hidden_states), routing

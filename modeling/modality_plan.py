@@ -79,12 +79,11 @@ class ModalityPlan:
         A bank open to all modalities gets every row, padding included: nothing is gathered, the work on padding is
         thrown away, and `token_mask` keeps it out of losses and statistics.
         """
-        names = [name for name in MODALITY_IDS if name in set(modalities)]
-        if self.is_static or len(names) == len(MODALITY_IDS):
+        key = "+".join(sorted(modalities))
+        if self.is_static or len(set(modalities)) == len(MODALITY_IDS):
             return None
-        key = "+".join(names)
         if key not in self.real_rows:
-            parts = [self.real_rows[name] for name in names]
+            parts = [self.real_rows[name] for name in modalities]
             whole = any(part is None for part in parts)
             self.real_rows[key] = None if whole else torch.cat([p for p in parts if p is not None]).sort().values
         return self.real_rows[key]
@@ -118,6 +117,11 @@ def take_rows(states_TD: Tensor, rows: Rows) -> Tensor:
     return states_TD if rows is None else states_TD.index_select(0, rows)
 
 
-def add_rows(output_TD: Tensor, rows: Rows, states_RD: Tensor) -> Tensor:
-    """`output_TD` with a bank's output added at its rows."""
-    return output_TD + states_RD if rows is None else output_TD.index_add(0, rows, states_RD)
+def add_rows(output_TD: Tensor | None, rows: Rows, states_RD: Tensor, hidden_TD: Tensor) -> Tensor:
+    """`output_TD` with a bank's output added at its rows; None stands for zeros, shaped like `hidden_TD`."""
+    if rows is None:
+        return states_RD if output_TD is None else output_TD + states_RD.to(output_TD.dtype)
+    if output_TD is None:
+        return torch.zeros_like(hidden_TD).index_copy_(0, rows, states_RD.to(hidden_TD.dtype))
+    states_RD = states_RD.to(output_TD.dtype)
+    return output_TD.index_add(0, rows, states_RD) if torch.is_grad_enabled() else output_TD.index_add_(0, rows, states_RD)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.output_capturing import OutputRecorder
 
-from .attention import Attention, CrossModalAttention
+from .attention import Attention, CrossModalAttention, ModalityProjection
 from .configuration_chorus import ChorusConfig
 from .experts import BankGate, ChorusExperts, MixtureOfBanks
 from .experts_cpu import CPU_EXPERTS
@@ -43,6 +43,12 @@ class ChorusPreTrainedModel(PreTrainedModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """`cpu_mm` unless the user asks for another: it picks the fastest way on the CPU, and transformers' own elsewhere."""
         return super().get_correct_experts_implementation(requested_experts or CPU_EXPERTS)
+
+    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
+        """Rules of `q_proj`, `k_proj` and `v_proj` are for the ordinary layers: in a cross-modal layer these are
+        dictionaries, and the projections in them have rules of their own."""
+        dictionaries = {name for name, module in self.named_modules() if isinstance(module, ModalityProjection)}
+        return {name: style for name, style in super()._expand_parallel_plan(plan).items() if name not in dictionaries}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -90,7 +90,8 @@ class ChorusModel(ChorusPreTrainedModel):
         """
         if self.vision_tower is None:
             raise ValueError(f"got {len(pixel_values)} images but this model has no vision tower")
-        tokens = self.vision_tower(pixel_values=pixel_values.to(self.vision_tower.dtype)).last_hidden_state
+        with no_graph_if_frozen(self.vision_tower, pixel_values):
+            tokens = self.vision_tower(pixel_values=pixel_values.to(self.vision_tower.dtype)).last_hidden_state
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=self.vision_connector(tokens))
 
     @can_return_tuple
@@ -111,9 +112,10 @@ class ChorusModel(ChorusPreTrainedModel):
         """
         if self.audio_tower is None:
             raise ValueError(f"got {len(input_features)} clips but this model has no audio tower")
-        encoded = self.audio_tower(
-            input_features=input_features.to(self.audio_tower.dtype), input_features_mask=input_features_mask
-        )
+        with no_graph_if_frozen(self.audio_tower, input_features):
+            encoded = self.audio_tower(
+                input_features=input_features.to(self.audio_tower.dtype), input_features_mask=input_features_mask
+            )
         tokens, mask = self.audio_connector(encoded.last_hidden_state, encoded.attention_mask)
         pieces = [row[keep] for row, keep in zip(tokens, mask.bool(), strict=True)]
         return BaseModelOutputWithPooling(last_hidden_state=encoded.last_hidden_state, pooler_output=pieces)
@@ -249,6 +251,12 @@ class ChorusModel(ChorusPreTrainedModel):
                 embeds = embeds.masked_scatter(mask_BS.unsqueeze(-1).to(embeds.device), tokens)
                 features[name] = pieces if isinstance(pieces, Tensor) else tokens
         return embeds
+
+
+def no_graph_if_frozen(tower: nn.Module, inputs: Tensor) -> torch.set_grad_enabled:
+    """A frozen encoder keeps no activations, also where activation checkpointing makes its first layer want gradients."""
+    is_trained = inputs.requires_grad or any(parameter.requires_grad for parameter in tower.parameters())
+    return torch.set_grad_enabled(torch.is_grad_enabled() and is_trained)
 
 
 class frozen_batch_norm:

@@ -50,7 +50,8 @@ class ChorusHead(ChorusPreTrainedModel):
         )
         terms: dict[str, Tensor | None] = {"aux_loss": None, "z_loss": None, "alignment_loss": None}
         if output_router_logits or train_router:
-            self._check_gradients_reach_routers(outputs)
+            logits = [bank.router_logits for layer in outputs.router_logits for bank in layer.values()]
+            self._check_graph("balance", logits, (".router.",))
             terms["aux_loss"] = mean_over_banks(outputs.router_logits, switch_loss)
             terms["z_loss"] = mean_over_banks(outputs.router_logits, z_loss)
         if align:
@@ -63,20 +64,24 @@ class ChorusHead(ChorusPreTrainedModel):
         scaling = self.config.text_config.head_dim**-0.5
         is_causal = self.config.text_config.is_causal
         real_BS = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+        projections = tuple(
+            f"layers.{i}.self_attn.{name}" for i in self.config.text_config.cross_modal_layers for name in ("q_", "k_")
+        )
+        self._check_graph("alignment", [query for query, _ in outputs.cross_modal_states], projections)
         layers = [
             alignment_loss(query, key, modality_BS, real_BS, scaling, is_causal)
             for query, key in outputs.cross_modal_states
         ]
         return torch.stack([layer.to(layers[0].device) for layer in layers]).mean()
 
-    def _check_gradients_reach_routers(self, outputs: ChorusModelOutput) -> None:
-        if not (self.training and torch.is_grad_enabled()):
+    def _check_graph(self, term: str, sources: list[Tensor], trained: tuple[str, ...]) -> None:
+        """Refuse a loss term whose sources have no graph although parameters with these names are trained."""
+        if not (self.training and torch.is_grad_enabled()) or any(source.requires_grad for source in sources):
             return
-        trained = any(p.requires_grad for n, p in self.model.named_parameters() if ".router." in n)
-        if trained and not any(r.router_logits.requires_grad for layer in outputs.router_logits for r in layer.values()):
+        if any(p.requires_grad for n, p in self.model.named_parameters() if any(part in n for part in trained)):
             raise RuntimeError(
-                "the balance loss would have no gradient: activation checkpointing runs with use_reentrant=True, which "
-                "hides the routers from it; use gradient_checkpointing_kwargs={'use_reentrant': False}"
+                f"the {term} loss would have no gradient: activation checkpointing runs with use_reentrant=True, which "
+                "hides what it is computed from; use activation_checkpointing_kwargs={'use_reentrant': False}"
             )
 
     def _weighted_sum(self, terms: dict[str, Tensor | None], share: Tensor | float) -> Tensor | float:

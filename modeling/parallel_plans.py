@@ -1,12 +1,28 @@
 """Tensor- and expert-parallel plans of the decoder.
 
-Unusual here: transformers replaces nothing but layer numbers by `*` when it looks a parameter up, so banks and
-modalities are spelt out, and a plan belongs to one configuration instead of a class.
+Unusual here:
+- transformers replaces nothing but layer numbers by `*` when it looks a parameter up, so banks and modalities are spelt
+  out, and a plan belongs to one configuration instead of a class;
+- `k_proj` is a linear layer in one layer and a dictionary of linear layers in the next, under the same rule.
 """
 
 from typing import Any
 
+from torch import nn
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+from transformers.distributed.tensor_parallel import ColwiseParallel
+
 from .configuration_banks import MODALITY_IDS
+
+
+class ColwiseLinear(ColwiseParallel):
+    """Column-wise for linear layers; a projection by modality is left alone, its parts have rules of their own."""
+
+    def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+        return super().install_forward(module, mesh) if isinstance(module, nn.Linear) else module
+
+
+ALL_PARALLEL_STYLES.register("chorus_colwise", ColwiseLinear())
 
 GATED_MLP = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
 SPLIT_EXPERTS = {
@@ -28,7 +44,7 @@ def tensor_parallel_plan(config: Any) -> dict[str, str]:
     for name in ("q_proj", "k_proj", "v_proj"):
         is_shared = name == "q_proj" and config.share_cross_modal_query
         if is_shared or num_cross_modal < config.num_hidden_layers:
-            plan[f"layers.*.self_attn.{name}"] = "colwise"
+            plan[f"layers.*.self_attn.{name}"] = "chorus_colwise"
         if num_cross_modal and not is_shared:
             plan |= {f"layers.*.self_attn.{name}.{modality}": "colwise" for modality in MODALITY_IDS}
     if "dense" in config.mlp_layer_types:

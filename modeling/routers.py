@@ -7,6 +7,7 @@ Unusual here:
 Shape suffixes: T tokens, D hidden size, E experts in the bank, K experts per token.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,12 @@ class BankRouting(NamedTuple):
     bank_weights: Tensor | None = None
 
 
+def without_autocast(states: Tensor) -> AbstractContextManager:
+    """A context in which autocast is off. Where it is off already, the context costs nothing."""
+    kind = states.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 class SoftmaxRouter(nn.Module):
     """Linear scores, softmax over the chosen K (arXiv 1701.06538, 2401.04088).
 
@@ -48,7 +55,7 @@ class SoftmaxRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(bank.num_experts, hidden_size))
 
     def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+        with without_autocast(hidden_TD):
             logits_TE = F.linear(hidden_TD.float(), self.weight.float())
             chosen_TK, index_TK = torch.topk(logits_TE, self.top_k, dim=-1)
             if self.norm_topk_prob:
@@ -56,6 +63,12 @@ class SoftmaxRouter(nn.Module):
             else:
                 weights_TK = (chosen_TK - logits_TE.logsumexp(dim=-1, keepdim=True)).exp()
         return logits_TE, weights_TK, index_TK
+
+    def no_rows(self, hidden_TD: Tensor) -> BankRouting:
+        """What a bank without tokens decides: nothing."""
+        weights_0K = hidden_TD.new_empty(0, self.top_k, dtype=torch.float32)
+        logits_0E = hidden_TD.new_empty(0, len(self.weight), dtype=torch.float32)
+        return BankRouting(logits_0E, weights_0K, weights_0K.long(), None, weights_0K.new_empty(0))
 
 
 ROUTER_CLASSES: dict[str, type[nn.Module]] = {"softmax": SoftmaxRouter}

@@ -80,32 +80,36 @@ class SpeechAugment:
     Attributes:
         speed: factor of `change_speed`, drawn log-uniformly.
         tempo: factor of `change_tempo`, drawn log-uniformly; used with `tempo_probability` (it costs 2 ms).
-        telephone: probability of an 8 kHz telephone band (upper edge 3.2 to 4 kHz, lower edge 0 to 300 Hz).
+        crop: seconds cut off at either end, as in carelessly cut recordings; at most a tenth of the clip.
+        padding: seconds of quiet put before and after, each.
+        telephone: probability of the band of an 8 kHz recording, whose upper edge in Hz is drawn from `telephone_edge`.
         channel: standard deviation in dB of the random frequency response.
         room: probability of a room; its decay is 0.05 to 0.3 s.
         noise: signal-to-noise ratio in dB of coloured noise, added with `noise_probability`.
         gain: peak of the result; narrow, because the clips are levelled when they are read.
-        padding: seconds of quiet put before and after, each.
     """
 
     speed: tuple[float, float] = (0.85, 1.18)
     tempo: tuple[float, float] = (0.8, 1.25)
     tempo_probability: float = 0.5
+    crop: tuple[float, float] = (0.0, 0.04)
+    padding: tuple[float, float] = (0.0, 0.2)
     telephone: float = 0.5
-    channel: float = 4.0
+    telephone_edge: tuple[float, float] = (3500.0, 4000.0)
+    channel: float = 5.0
     room: float = 0.3
-    noise: tuple[float, float] = (8.0, 40.0)
-    noise_probability: float = 0.7
+    noise: tuple[float, float] = (5.0, 45.0)
+    noise_probability: float = 0.8
     gain: tuple[float, float] = (0.6, 0.95)
-    padding: tuple[float, float] = (0.0, 0.08)
 
     def __call__(self, waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """An augmented copy, float32 (samples,); the same generator state gives the same result."""
         waveform = change_speed(waveform, _log_uniform(rng, self.speed))
         if rng.random() < self.tempo_probability:
             waveform = change_tempo(waveform, _log_uniform(rng, self.tempo))
+        first, last = (min(round(rng.uniform(*self.crop) * SAMPLING_RATE), len(waveform) // 10) for _ in range(2))
         before, after = (round(rng.uniform(*self.padding) * SAMPLING_RATE) for _ in range(2))
-        waveform = np.pad(waveform, (before, after))
+        waveform = np.pad(waveform[first : len(waveform) - last], (before, after))
         noisy = rng.random() < self.noise_probability
         if noisy:
             power = float((waveform**2).mean()) * 10 ** (-rng.uniform(*self.noise) / 10)
@@ -118,7 +122,7 @@ class SpeechAugment:
         frequencies = np.fft.rfftfreq(size, 1 / SAMPLING_RATE)
         response = channel_gain(frequencies, rng, self.channel).astype(complex)
         if rng.random() < self.telephone:
-            response *= band_gain(frequencies, rng.uniform(0, 300), rng.uniform(3200, 4000))
+            response *= band_gain(frequencies, rng.uniform(0, 200), rng.uniform(*self.telephone_edge))
         if rng.random() < self.room:
             response *= np.fft.rfft(room_response(rng, rng.uniform(0.05, 0.3), rng.uniform(0.2, 0.8)), n=size)
         return np.fft.irfft(np.fft.rfft(waveform, n=size) * response, n=size)[: len(waveform)]

@@ -21,10 +21,13 @@ def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, C
             "num_key_value_heads": 2,
             "max_position_embeddings": 512,
             "cross_modal_layers": [1, 2],
+            # Nothing reads the image and audio positions of the last layer of a causal model: experts there would idle.
+            "expert_banks": {"text": {}, "image": {"layers": [1]}, "audio": {"layers": [1]}, "common": {}},
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 64,
             "shared_expert_intermediate_size": 128,
+            "initializer_range": 0.08,
             "router_aux_loss_coef": 0.01,
             "router_z_loss_coef": 0.001,
             "pad_token_id": tokenizer.pad_token_id,

@@ -8,6 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from chorus_moe.training.collator import ChorusDataCollator, clean_messages
+from chorus_moe.training.data import RowDataset
 from chorus_moe.training.generate import answer_rows
 from chorus_moe.training.loading import device_of
 
@@ -34,7 +35,7 @@ class Evaluation:
 def evaluate_rows(
     model: Any,
     processor: Any,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]] | RowDataset,
     *,
     batch_size: int = 16,
     max_new_tokens: int = 64,

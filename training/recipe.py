@@ -91,8 +91,8 @@ SECTIONS: dict[str, type] = {
     "lora": LoraArguments,
     "training": TrainingArguments,
 }
-# What the stock Trainer needs with this model: raw columns reach the collator, labels are found below PEFT's wrapper,
-# and evaluation keeps no logits.
+# What the stock Trainer needs with this model: raw columns reach the collator, labels have their name under any
+# wrapper, and evaluation keeps no logits.
 TRAINER_SETTINGS = {"remove_unused_columns": False, "label_names": ["labels"], "prediction_loss_only": True}
 
 

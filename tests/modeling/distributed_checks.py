@@ -78,7 +78,7 @@ def worst_difference(model: nn.Module, kind: str) -> float:
 def ddp(kind: str, checkpointing: bool) -> float:
     model = make()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     wrapped = DistributedDataParallel(model, find_unused_parameters=False)
     pieces = parts(kind)
     for _ in range(2):  # the second step raises if the first left a parameter unused

@@ -50,6 +50,7 @@ class ChorusModelTester:
     num_frames = 24
     num_mel_bins = 8
     has_vision = True
+    has_audio = True
 
     def get_config(self) -> ChorusConfig:
         text = {
@@ -86,9 +87,9 @@ class ChorusModelTester:
         return ChorusConfig(
             text_config=text,
             vision_config=vision if self.has_vision else None,
-            audio_config=audio,
-            image_token_id=IMAGE,
-            audio_token_id=AUDIO,
+            audio_config=audio if self.has_audio else None,
+            image_token_id=IMAGE if self.has_vision else None,
+            audio_token_id=AUDIO if self.has_audio else None,
         )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[ChorusConfig, dict[str, torch.Tensor]]:

@@ -1,4 +1,7 @@
-"""transformers' own tests of tensor and expert parallelism, in two processes on the CPU."""
+"""transformers' own tests of tensor and expert parallelism, in two processes on the CPU.
+
+They feed text only; `test_distributed.py` compares a model with towers.
+"""
 
 import unittest
 from unittest import mock
@@ -15,11 +18,18 @@ expert = transformers_suite.load("test_expert_parallel_mixin")
 pytestmark = pytest.mark.slow
 
 
+class ChorusTextTester(ChorusModelTester):
+    """No towers: the tests feed any token id of the vocabulary, placeholders too."""
+
+    has_vision = False
+    has_audio = False
+
+
 class ChorusParallelTest(tensor.TensorParallelTesterMixin, expert.ExpertParallelTesterMixin, unittest.TestCase):
     """Sharded and whole models give the same logits, gradients and text."""
 
     all_model_classes = (ChorusForConditionalGeneration,)
-    model_tester = ChorusModelTester()
+    model_tester = ChorusTextTester()
 
     def setUp(self) -> None:
         # By default only models of transformers' own list run in several processes.

@@ -35,24 +35,26 @@ import numpy as np, torch, transformers
 from PIL import Image
 from safetensors.torch import load_file
 
-source, stored = sys.argv[1:]
+*sources, stored = sys.argv[1:]
 torch.set_num_threads(1)
 trust = {"trust_remote_code": True}
 expected = load_file(stored)
 inputs = {name: tensor for name, tensor in expected.items() if name != "logits"}
-config = transformers.AutoConfig.from_pretrained(source, **trust)
-processor = transformers.AutoProcessor.from_pretrained(source, **trust)
-transformers.AutoImageProcessor.from_pretrained(source, **trust)
-transformers.AutoFeatureExtractor.from_pretrained(source, **trust)
-for auto in ("AutoModelForMultimodalLM", "AutoModelForImageTextToText"):
-    model = getattr(transformers, auto).from_pretrained(source, **trust).eval()
-    with torch.no_grad():
-        assert torch.equal(model(**inputs).logits, expected["logits"]), auto
-for auto in ("AutoModel", "AutoModelForSequenceClassification"):
-    assert type(getattr(transformers, auto).from_pretrained(source, **trust)).__name__.startswith("Chorus")
-turn = {"role": "user", "content": [{"type": "image", "image": Image.new("L", (20, 20))}, {"type": "text", "text": "?"}]}
-batch = processor.apply_chat_template([turn], tokenize=True, return_dict=True, return_tensors="pt")
-model.generate(**batch, max_new_tokens=2, do_sample=False)
+image = {"type": "image", "image": Image.new("L", (20, 20))}
+for source in sources:
+    transformers.AutoConfig.from_pretrained(source, **trust)
+    transformers.AutoImageProcessor.from_pretrained(source, **trust)
+    transformers.AutoFeatureExtractor.from_pretrained(source, **trust)
+    processor = transformers.AutoProcessor.from_pretrained(source, **trust)
+    for auto in ("AutoModel", "AutoModelForSequenceClassification"):
+        assert type(getattr(transformers, auto).from_pretrained(source, **trust)).__name__.startswith("Chorus")
+    for auto in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        model = getattr(transformers, auto).from_pretrained(source, **trust).eval()
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, expected["logits"]), auto
+    turn = {"role": "user", "content": [image, {"type": "text", "text": "?"}]}
+    batch = processor.apply_chat_template([turn], tokenize=True, return_dict=True, return_tensors="pt")
+    model.generate(**batch, max_new_tokens=2, do_sample=False)
 assert not [name for name in sys.modules if name.split(".")[0] == "chorus_moe"]
 print("loaded")
 """
@@ -68,30 +70,19 @@ def stored(model: ChorusForConditionalGeneration, processor: ChorusProcessor, tm
     return tmp_path / "stored.safetensors"
 
 
-def load_elsewhere(source: str, stored: Path, home: Path, **environment: str) -> None:
-    variables = os.environ | {"HF_HOME": str(home), "OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, "-P", "-c", PROGRAM, source, str(stored)]
-    done = subprocess.run(command, cwd=home.parent, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "loaded"
-
-
 @pytest.mark.slow
-def test_an_export_loads_where_the_package_does_not_exist(
-    model: ChorusForConditionalGeneration, processor: ChorusProcessor, stored: Path, tmp_path: Path
-) -> None:
-    export_for_hub(model, processor, tmp_path / "export")
-    load_elsewhere(str(tmp_path / "export"), stored, tmp_path / "home")
-
-
-@pytest.mark.slow
-def test_a_pushed_model_loads_where_the_package_does_not_exist(
+def test_export_and_repository_load_where_the_package_does_not_exist(
     fake_hub: FakeHub, model: ChorusForConditionalGeneration, processor: ChorusProcessor, stored: Path, tmp_path: Path
 ) -> None:
+    export_for_hub(model, processor, tmp_path / "export")
     push_to_hub(model, processor, "tester/chorus")
     info = model_info("tester/chorus")
     assert (info.pipeline_tag, info.library_name) == ("any-to-any", "transformers")
-    load_elsewhere("tester/chorus", stored, tmp_path / "home", **fake_hub.environment(tmp_path / "home"))
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | fake_hub.environment(tmp_path / "home")
+    command = [sys.executable, "-P", "-c", PROGRAM, str(tmp_path / "export"), "tester/chorus", str(stored)]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "loaded"
 
 
 def test_an_export_names_every_auto_class_and_leaves_no_trace(
@@ -115,6 +106,8 @@ def test_an_export_names_every_auto_class_and_leaves_no_trace(
 def test_an_export_is_stable_over_three_rounds_with_the_package(
     model: ChorusForConditionalGeneration, processor: ChorusProcessor, tmp_path: Path
 ) -> None:
+    model.save_pretrained(tmp_path / "first")
+    model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "first")
     listings, configs = [], []
     for number in range(3):
         folder = export_for_hub(model, processor, tmp_path / str(number))

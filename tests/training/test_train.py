@@ -144,6 +144,17 @@ def test_router_gradients_do_not_depend_on_accumulation(
             torch.testing.assert_close(other[name], recorded[0][name], atol=1e-6, rtol=1e-4)
 
 
+def test_a_run_with_broken_files_ends_and_counts_them(
+    model: nn.Module, processor: ChorusProcessor, tmp_path: Path
+) -> None:
+    rows = make_rows(5) + [{**make_row(0), "images": [b"broken"]}] * 3
+    trainer = new_trainer(model, processor, tmp_path, rows, save_strategy="no", num_train_epochs=1, max_steps=-1)
+    trainer.data_collator = ChorusDataCollator(processor, on_bad_media="skip", max_bad_samples=3)
+    assert trainer.train().global_step == 4
+    assert trainer.data_collator.num_bad_samples == 3
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 @pytest.fixture
 def recipe(config: ChorusConfig, tmp_path: Path) -> Path:
     """A recipe that builds and trains a tiny model on files."""

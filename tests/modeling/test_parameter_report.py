@@ -1,0 +1,94 @@
+"""Counts of parameters, total and active, against published shapes and against a count by hand."""
+
+import time
+
+import pytest
+
+from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
+from tests.conftest import tiny_config
+
+
+@pytest.mark.timeout(60)
+def test_the_published_shape_of_671_billion_has_37_billion_active() -> None:
+    # The shape of DeepSeek-V3 (arXiv 2412.19437), with grouped-query attention of like size in place of its own.
+    config = ChorusConfig(
+        text_config={
+            "vocab_size": 129_280,
+            "hidden_size": 7_168,
+            "intermediate_size": 18_432,
+            "num_hidden_layers": 61,
+            "num_attention_heads": 96,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 58,
+            "cross_modal_layers": [],
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 2_048,
+            "shared_expert_intermediate_size": 2_048,
+            "expert_banks": {"common": {}},
+        }
+    )
+    start = time.monotonic()
+    report = config.parameter_report()
+    # Measured: under a second when the processor is idle; nothing of the 671 billion is allocated.
+    assert time.monotonic() - start < 30
+    assert report.total == pytest.approx(671e9, rel=0.01)
+    assert report.active["text"] == pytest.approx(37e9, rel=0.01)
+
+
+def test_the_report_equals_a_count_by_hand() -> None:
+    report = tiny_config().parameter_report()
+    width, vocab, sparse = 64, 128, 2
+    queries, keys = width * width, width * 32
+    expert = 3 * width * 32
+    bank = {"total": sparse * (4 * width + 4 * expert), "active": sparse * (4 * width + 2 * expert)}
+    ordinary, cross_modal = 2 * queries + 2 * keys, 2 * queries + 3 * 2 * keys
+    assert report.banks == dict.fromkeys(["audio", "common", "image", "text"], bank)
+    assert report.parts["embeddings"] == report.parts["heads"] == vocab * width
+    assert report.parts["attention"] == 2 * ordinary + cross_modal
+    assert report.parts["dense_mlp"] == 3 * width * 96
+    assert report.parts["shared_experts"] == sparse * expert
+    assert report.parts["bank_gates"] == sparse * 4 * width
+    text = vocab * width + 3 * ordinary + 3 * width * 96 + sparse * (expert + 4 * width) + 2 * bank["active"]
+    assert report.active["text"] == text + report.parts["norms"]
+
+
+def test_the_parts_and_banks_sum_to_the_total_of_the_built_model() -> None:
+    config = tiny_config()
+    report = config.parameter_report()
+    total = sum(parameter.numel() for parameter in ChorusForConditionalGeneration(config).parameters())
+    assert report.total == total
+    assert sum(report.parts.values()) + sum(bank["total"] for bank in report.banks.values()) == total
+
+
+def test_an_encoder_is_active_for_its_own_modality_only() -> None:
+    report = tiny_config().parameter_report()
+    shared = report.active["text"]
+    connectors = report.parts["connectors"]
+    towers = report.parts["vision_tower"] + report.parts["audio_tower"]
+    assert report.active["image"] + report.active["audio"] - 2 * shared == towers + connectors
+
+
+def test_tied_embeddings_are_counted_once_and_are_active() -> None:
+    tied, untied = tiny_config(tie_word_embeddings=True), tiny_config()
+    tied.tie_word_embeddings = True
+    assert untied.parameter_report().total - tied.parameter_report().total == 128 * 64
+    assert tied.parameter_report().active["text"] == untied.parameter_report().active["text"]
+
+
+def test_a_bank_of_some_layers_counts_in_those_layers() -> None:
+    both = tiny_config(expert_banks={"common": {}, "text": {}}).parameter_report()
+    upper = tiny_config(expert_banks={"common": {}, "text": {"layers": [2]}}).parameter_report()
+    assert both.banks["text"]["total"] == 2 * upper.banks["text"]["total"]
+
+
+def test_the_printed_report_names_every_bank_and_modality() -> None:
+    text = str(tiny_config().parameter_report())
+    for word in ("total", "active for text", "active for image", "active for audio", "common"):
+        assert word in text
+
+
+def test_the_report_is_plain_data() -> None:
+    report = tiny_config().parameter_report().to_dict()
+    assert set(report) == {"total", "active", "parts", "banks"}
