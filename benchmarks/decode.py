@@ -1,8 +1,9 @@
 """Greedy `generate`: milliseconds of the prefill and tokens per second after it, batch 1 and 8.
 
-Run as `python -m benchmarks.decode`. Ours against `Qwen3MoeForCausalLM` with the same weights and against dense Qwen3 of equal
-*active* parameters; ours and Qwen3-MoE must generate the same tokens. Decoding is timed as the difference between
-generating many tokens and generating one. `bound` is the rate at which this machine could stream the active weights.
+Run as `python -m benchmarks.decode`. Ours against `Qwen3MoeForCausalLM` with the same weights and dense Qwen3 of
+equal *active* parameters; ours and Qwen3-MoE must generate the same tokens. Decoding is timed as the difference
+between generating many tokens and generating one. `bound` is the rate at which this machine could stream the active
+weights.
 """
 
 from collections.abc import Callable
@@ -92,22 +93,28 @@ def active_weights(model: Qwen3ForCausalLM) -> int:
     return sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
 
 
-def run_case(models: dict[str, PreTrainedModel], input_ids: Tensor, new_tokens: int, rounds: int) -> dict[str, float]:
+def run_case(
+    models: dict[str, PreTrainedModel], input_ids: Tensor, new_tokens: int, rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Figures of the prefill and of decoding."""
+
     def calls(count: int) -> dict[str, Callable[[], Any]]:
         return {f"{name} {count}": lambda m=model: generate(m, input_ids, count) for name, model in models.items()}
 
     timings = measure(calls(1) | calls(1 + new_tokens), rounds, memory=False)
     prefill = figures({name: timings[f"{name} 1"] for name in models})
-    values = {key.replace("_ms", "_prefill_ms").replace("_ratio", "_prefill_ratio"): v for key, v in prefill.items()}
     seconds = {
-        name: [b - a for a, b in zip(timings[f"{name} 1"].rounds, timings[f"{name} {1 + new_tokens}"].rounds, strict=True)]
+        name: [
+            b - a for a, b in zip(timings[f"{name} 1"].rounds, timings[f"{name} {1 + new_tokens}"].rounds, strict=True)
+        ]
         for name in models
     }
+    decode = {}
     for name, rounds_of in seconds.items():
-        values[f"{name}_tokens_per_second"] = len(input_ids) * new_tokens / median(rounds_of)
+        decode[f"{name}_tokens_per_second"] = len(input_ids) * new_tokens / median(rounds_of)
         if name != OURS:
-            values[f"{name}_ratio"] = median(b / a for a, b in zip(seconds[OURS], rounds_of, strict=True))
-    return values
+            decode[f"{name}_ratio"] = median(b / a for a, b in zip(seconds[OURS], rounds_of, strict=True))
+    return prefill, decode
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -131,14 +138,13 @@ def main(arguments: list[str] | None = None) -> None:
         texts = [generate(models[name], input_ids, new_tokens) for name in (OURS, "qwen3_moe")]
         if dtype == torch.float32 and not torch.equal(*texts):
             raise RuntimeError("ours and Qwen3-MoE generate different tokens from the same weights")
-        values = run_case(models, input_ids, new_tokens, parsed.rounds)
+        prefill, decode = run_case(models, input_ids, new_tokens, parsed.rounds)
         if batch == 1:
             bound = 1 / stream_seconds(active_weights(models["dense_active"]), dtype)
-            values["bound_tokens_per_second"] = bound
-            values["of_bound_ratio"] = values[f"{OURS}_tokens_per_second"] / bound
-        report.add(f"batch {batch} prompt {prompt}", values, "tokens_per_second")
-        prefill = {key.replace("_prefill", ""): value for key, value in values.items() if "_prefill" in key}
+            decode["bound_tokens_per_second"] = bound
+            decode["of_bound_ratio"] = decode[f"{OURS}_tokens_per_second"] / bound
         report.add(f"batch {batch} prompt {prompt} prefill", prefill)
+        report.add(f"batch {batch} prompt {prompt} decode", decode, "tokens_per_second")
     report.save()
 
 

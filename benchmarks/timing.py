@@ -1,10 +1,10 @@
 """How every benchmark measures: variants take turns, ratios are formed within a round, medians are reported.
 
-- The machine's speed drifts. `A B C A B C` with one ratio a round cancels the drift; timing all of A, then all of B, does not.
+- The machine's speed drifts. `A B C A B C` with one ratio a round cancels the drift; all of A, then all of B, does not.
 - With one thread the clock is the thread's own processor time, so other programs' turns are not counted. With more it
   is the wall clock.
-- Peak memory is read from the allocator's trace of one extra call: what torch allocated beyond what was there before. Buffers
-  inside matrix libraries are not seen.
+- Peak memory is read from the allocator's trace of one extra call: what torch allocated beyond what was there before.
+  Buffers inside matrix libraries are not seen.
 """
 
 import argparse
@@ -89,7 +89,9 @@ def peak_mib(call: Call) -> float:
         recorded.export_chrome_trace(str(path))
         trace = json.loads(path.read_text(encoding="utf-8"))
     held = peak = 0
-    for event in sorted((e for e in trace["traceEvents"] if e["name"] == "[memory]"), key=lambda e: e["args"]["Ev Idx"]):
+    for event in sorted(
+        (e for e in trace["traceEvents"] if e["name"] == "[memory]"), key=lambda e: e["args"]["Ev Idx"]
+    ):
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     return peak / 2**20
@@ -134,7 +136,9 @@ class Report:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        print(f"{title}; {self.machine['threads']} thread(s), torch {torch.__version__}. xN: N times as long as {OURS}.")
+        print(
+            f"{title}; {self.machine['threads']} thread(s), torch {torch.__version__}. xN: N times as long as {OURS}."
+        )
 
     def add(self, case: str, values: dict[str, float], unit: str = "ms") -> None:
         self.cases[case] = values

@@ -1,8 +1,8 @@
 """Attention: the ordinary kind, and cross-modal attention on a shared query projection.
 
 Unusual here:
-- in a cross-modal layer every modality has its own key and value projection and all share one query projection, so text
-  queries meet image keys (and the reverse) through the same W_q, in one softmax over all that the layer lets a token see;
+- in a cross-modal layer every modality has its own key and value projection and all share one query projection, so
+  text queries meet image keys (and the reverse) through the same W_q, in one softmax over all that a token may see;
 - keys and values are computed when a token enters: the KV cache, masks and attention backends are the ordinary ones.
 
 Shape suffixes: B batch, S sequence, T tokens (B * S), H heads, G key-value heads, C head size, D hidden size.
@@ -15,11 +15,25 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_banks import MODALITY_IDS
 from .configuration_text import ChorusTextConfig
 from .modality_plan import ModalityPlan
+from .norms import RMSNorm
+
+
+def rotary_tables(cos_BSC: Tensor, sin_BSC: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines `(B, 1, S, C)` for [`rotate`], from those of a rotary embedding; once a forward."""
+    first, second = sin_BSC.chunk(2, dim=-1)
+    return cos_BSC.unsqueeze(1), torch.cat((-first, second), dim=-1).unsqueeze(1)
+
+
+def rotate(states_BHSC: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions (arXiv 2104.09864) as `x * cos + (x, halves exchanged) * signed sin`: three operations."""
+    cos_B1SC, sin_B1SC = tables
+    exchanged = states_BHSC.roll(states_BHSC.shape[-1] // 2, dims=-1)
+    return torch.addcmul(states_BHSC * cos_B1SC, exchanged, sin_B1SC)
 
 
 class SharedProjection(nn.Linear):
@@ -41,8 +55,10 @@ class ModalityProjection(nn.ModuleDict):
         if plan.rows["text"] is None and not torch.is_grad_enabled():
             return self["text"](hidden_states)
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        rows = [torch.arange(len(hidden_TD), device=hidden_TD.device) if r is None else r for r in
-                (plan.rows[name] for name in MODALITY_IDS)]
+        rows = [
+            torch.arange(len(hidden_TD), device=hidden_TD.device) if r is None else r
+            for r in (plan.rows[name] for name in MODALITY_IDS)
+        ]
         states = [layer(hidden_TD.index_select(0, r)) for layer, r in zip(self.values(), rows, strict=True)]
         order = torch.cat(rows)
         back = torch.empty_like(order)
@@ -77,8 +93,8 @@ class Attention(nn.Module):
         self.k_proj = self._key_value_projection(config.hidden_size, key_size, config.attention_bias)
         self.v_proj = self._key_value_projection(config.hidden_size, key_size, config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
 
     def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         return SharedProjection(in_features, out_features, bias=bias)
@@ -96,13 +112,13 @@ class Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
         """Returns the output `(B, S, D)`, the attention map if the backend yields one, and the rotated queries
-        `(B, H, S, C)` and keys `(B, G, S, C)` of the new tokens."""
+        `(B, H, S, C)` and keys `(B, G, S, C)` of the new tokens. `position_embeddings` are [`rotary_tables`]."""
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states, plan).view(head_shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states, plan).view(head_shape)).transpose(1, 2)
         value = self.v_proj(hidden_states, plan).view(head_shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)
         new_states = (query, key)
 
         if past_key_values is not None:

@@ -8,7 +8,7 @@ from typing import Any
 # Values of `mm_token_type_ids` (transformers: 0 text, 1 image, 2 video, 3 audio). Chorus has no video encoder.
 MODALITY_IDS: dict[str, int] = {"text": 0, "image": 1, "audio": 3}
 ROUTERS = ("softmax",)
-MAX_EXPERTS = 65_536
+MAX_EXPERTS, MAX_EXPERT_WIDTH = 65_536, 1_048_576
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,8 @@ class ExpertBankConfig:
                 f"{where}: num_experts_per_tok={self.num_experts_per_tok} must be between 1 and "
                 f"num_experts={self.num_experts}"
             )
-        if self.intermediate_size < 1:
-            raise ValueError(f"{where}: intermediate_size={self.intermediate_size} must be at least 1")
+        if not 1 <= self.intermediate_size <= MAX_EXPERT_WIDTH:
+            raise ValueError(f"{where}: intermediate_size={self.intermediate_size} is outside 1..{MAX_EXPERT_WIDTH}")
         if self.router not in ROUTERS:
             raise ValueError(f"{where}: unknown router {self.router!r}; choose from {list(ROUTERS)}")
         for layer in self.layers or []:

@@ -17,6 +17,7 @@ from .configuration_checks import (
 )
 from .parallel_plans import expert_parallel_plan, tensor_parallel_plan
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
 DEFAULT_BANKS: dict[str, dict[str, Any]] = {"text": {}, "image": {}, "audio": {}, "common": {}}
 
 
@@ -151,26 +152,15 @@ class ChorusTextConfig(PreTrainedConfig):
             },
         )
         check_divides(self, "num_attention_heads", "num_key_value_heads")
-        if self.head_dim % 2:
-            raise ValueError(f"ChorusTextConfig: head_dim={self.head_dim} must be even for rotary positions")
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "alignment_loss_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"ChorusTextConfig: {name}={getattr(self, name)} must not be negative")
 
     def validate_layers(self):
-        """Part of `@strict` validation: layer lists fit the number of layers, banks fit the layers they name."""
-        for name, allowed in (
-            ("layer_types", ("full_attention", "sliding_attention")),
-            ("mlp_layer_types", ("dense", "sparse")),
-        ):
-            kinds = getattr(self, name)
-            if len(kinds) != self.num_hidden_layers:
-                raise ValueError(
-                    f"ChorusTextConfig: {name} has {len(kinds)} entries for num_hidden_layers={self.num_hidden_layers}"
-                )
-            for index, kind in enumerate(kinds):
-                if kind not in allowed:
-                    raise ValueError(f"ChorusTextConfig: {name}[{index}]={kind!r}; choose from {list(allowed)}")
+        """Part of `@strict` validation: banks fit the layers they name. transformers has checked the lists' lengths."""
+        for index, kind in enumerate(self.layer_types):
+            if kind not in LAYER_TYPES:
+                raise ValueError(f"ChorusTextConfig: layer_types[{index}]={kind!r}; choose from {list(LAYER_TYPES)}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("ChorusTextConfig: layer_types asks for sliding_attention but sliding_window is None")
         for layer in self.cross_modal_layers:

@@ -5,7 +5,8 @@ Unusual here:
 - tokens are found once per forward, by the model, never by a bank;
 - a bank without tokens stays in the graph, with zero gradients; where no gradient is wanted it is passed by.
 
-Shape suffixes: T tokens, D hidden size, N banks of the layer, E experts in the bank, K experts per token, I expert width.
+Shape suffixes: T tokens, D hidden size, N banks of the layer, E experts in the bank, K experts per token, I expert
+width.
 """
 
 import torch
@@ -96,8 +97,7 @@ class ExpertBank(nn.Module):
 class BankGate(nn.Module):
     """First level of the gate: a softmax over the banks open to a token's modality, in float32.
 
-    A token that no bank is open to gets zeros. One bank needs no weights: the gate is None, ones at the bank's rows, unless
-    a static plan shows it rows where it is closed.
+    A token that no bank is open to gets zeros. One bank needs no weights: it gets ones where it is open.
     """
 
     def __init__(self, hidden_size: int, banks: list[ExpertBankConfig]):
@@ -114,10 +114,8 @@ class BankGate(nn.Module):
                 table[MODALITY_IDS[modality], column] = True
         return table
 
-    def forward(self, hidden_TD: Tensor, plan: ModalityPlan) -> Tensor | None:
-        if self.weight is None and not plan.is_static:
-            return None
-        open_TN = self.is_open[plan.modality_T]
+    def forward(self, hidden_TD: Tensor, modality_T: Tensor) -> Tensor:
+        open_TN = self.is_open[modality_T]
         if self.weight is None:
             return open_TN.float()
         with without_autocast(hidden_TD):
@@ -148,7 +146,9 @@ class MixtureOfBanks(nn.Module):
     def forward(self, hidden_states: Tensor, plan: ModalityPlan) -> tuple[Tensor, dict[str, BankRouting]]:
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         output_TD = None if self.shared_experts is None else self.shared_experts(hidden_TD)
-        gate_TN = self.bank_gate(hidden_TD, plan)
+        # A single bank is open at every row that it is shown, except by a static plan, which shows it all rows.
+        alone = self.bank_gate.weight is None and not plan.is_static
+        gate_TN = None if alone else self.bank_gate(hidden_TD, plan.modality_T)
         routing = {}
         for column, (name, bank) in enumerate(self.banks.items()):
             gate_T = None if gate_TN is None else gate_TN[:, column]

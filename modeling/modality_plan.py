@@ -124,4 +124,6 @@ def add_rows(output_TD: Tensor | None, rows: Rows, states_RD: Tensor, hidden_TD:
     if output_TD is None:
         return torch.zeros_like(hidden_TD).index_copy_(0, rows, states_RD.to(hidden_TD.dtype))
     states_RD = states_RD.to(output_TD.dtype)
-    return output_TD.index_add(0, rows, states_RD) if torch.is_grad_enabled() else output_TD.index_add_(0, rows, states_RD)
+    return (
+        output_TD.index_add(0, rows, states_RD) if torch.is_grad_enabled() else output_TD.index_add_(0, rows, states_RD)
+    )

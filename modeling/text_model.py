@@ -18,12 +18,13 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import Attention, CrossModalAttention
+from .attention import Attention, CrossModalAttention, rotary_tables
 from .configuration_text import ChorusTextConfig
 from .experts import GatedMLP, MixtureOfBanks
 from .modality_plan import ModalityPlan
 from .modeling_base import ChorusPreTrainedModel, recorded_outputs
 from .modeling_outputs import ChorusModelOutput
+from .norms import RMSNorm
 
 
 class DenseFeedForward(GatedMLP):
@@ -44,8 +45,8 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         self.mlp = (
             MixtureOfBanks(config, layer_idx) if is_sparse else DenseFeedForward(config, config.intermediate_size)
         )
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -80,7 +81,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([ChorusDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -124,7 +125,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
 
         plan = ModalityPlan.build(mm_token_type_ids, attention_mask if padding_mask is None else padding_mask)
         masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        position_embeddings = rotary_tables(*self.rotary_emb(inputs_embeds, position_ids=position_ids))
         hidden_states = inputs_embeds
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states = layer(

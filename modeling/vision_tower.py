@@ -86,6 +86,15 @@ class ChorusVisionModel(ChorusPreTrainedModel):
         """The module that meets the pixels first: an encoder has no token embedding."""
         return self.timm_model if self.backbone is None else self.backbone.get_input_embeddings()
 
+    def train(self, mode: bool = True) -> "ChorusVisionModel":
+        """Batch norms whose own parameters are frozen keep their statistics, as an adapter cannot store changed ones."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and mode:
+                own = list(module.parameters()) or list(self.parameters())
+                module.training = any(parameter.requires_grad for parameter in own)
+        return self
+
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether timm recomputes its blocks in the backward pass; a Hugging Face backbone keeps its own flags."""

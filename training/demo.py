@@ -10,6 +10,7 @@
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -41,6 +42,7 @@ from chorus_moe.training.lora import lora_config
 from chorus_moe.training.speech import SpeechClips, recorded_digits
 
 NEW_SKILL = NEW_SKILLS[0]
+PERCEPTION = BASE_SKILLS[:2]
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,18 @@ class DemoSettings:
         base_steps, lora_steps: optimizer steps of the two stages.
         batch_size: samples a step.
         questions_per_skill: held-out questions of each skill.
+        perception: share of the base steps that ask for one medium only, at the beginning.
         replay: share of old skills while the new one is learnt, so that they are kept.
     """
 
-    base_steps: int = 1_400
+    base_steps: int = 1_200
     lora_steps: int = 250
-    batch_size: int = 64
+    batch_size: int = 48
     base_lr: float = 2e-3
     lora_lr: float = 3e-3
     lora_rank: int = 16
     questions_per_skill: int = 300
+    perception: float = 0.3
     replay: float = 0.5
     workers: int = 1
     seed: int = 0
@@ -89,13 +93,19 @@ def prepare_data(
         speaker = held_out_speaker or sorted(set(recorded_digits(speech_dir).speakers))[-1]
         speech = recorded_speech_sets(speech_dir, speaker, cache)
     augment = PictureAugment()
-    base = DigitQuestions(
-        train_pictures,
-        speech.train,
-        BASE_SKILLS,
-        settings.base_steps * settings.batch_size,
-        seed=settings.seed,
-        picture_augment=augment,
+    perception_steps = round(settings.perception * settings.base_steps)
+    # First what each medium shows, then what follows from both: from the start on together, neither is learnt for long.
+    lessons = [(PERCEPTION, perception_steps), (BASE_SKILLS, settings.base_steps - perception_steps)]
+    base = ConcatDataset(
+        DigitQuestions(
+            train_pictures,
+            speech.train,
+            skills,
+            steps * settings.batch_size,
+            seed=settings.seed + 100 * lesson,
+            picture_augment=augment,
+        )
+        for lesson, (skills, steps) in enumerate(lessons)
     )
     # As many old voices as new ones, so that the new do not displace the old.
     every = max(1, len(speech.train) // len(speech.adaptation))
@@ -141,6 +151,7 @@ def train(
         logging_steps=max(1, steps // 20),
         save_strategy="no",
         remove_unused_columns=False,
+        train_sampling_strategy="sequential",
         dataloader_num_workers=settings.workers,
         label_names=["labels"],
         seed=settings.seed,
@@ -173,8 +184,9 @@ def run_demo(
     settings: DemoSettings | None = None,
     speech_dir: Path | None = None,
     held_out_speaker: str | None = None,
+    model_card: Path | None = None,
 ) -> dict[str, Any]:
-    """Run everything below `out` and return what `report.json` holds.
+    """Run everything below `out` and return what `report.json` holds; `model_card` gets a copy of the model's card.
 
     Raises:
         FileNotFoundError: `speech_dir` holds no recordings.
@@ -253,6 +265,8 @@ def run_demo(
         peak_gib=max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         / 2**20,
     )
+    if model_card is not None:
+        shutil.copyfile(out / "merged" / "README.md", model_card)
     finish("report")
     print((out / "report.md").read_text(), flush=True)
     return result
@@ -265,8 +279,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--speech-dir", type=Path, help="folder of recordings {digit}_{speaker}_{take}.wav")
     parser.add_argument("--held-out-speaker", help="the speaker of --speech-dir kept for adaptation and testing")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model-card", type=Path, help="also write the model's card here")
     options = parser.parse_args(arguments)
-    run_demo(options.out, DemoSettings(seed=options.seed), options.speech_dir, options.held_out_speaker)
+    settings = DemoSettings(seed=options.seed)
+    run_demo(options.out, settings, options.speech_dir, options.held_out_speaker, options.model_card)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, C
             "eos_token_id": tokenizer.eos_token_id,
         },
         vision_config={
-            "architecture": "convnext_atto",
-            "model_args": {"depths": [1, 1, 1, 1], "dims": [16, 32, 64, 96], "patch_size": 1},
+            "architecture": "resnet10t",
+            "model_args": {"channels": [16, 32, 64, 96], "stem_width": 16, "output_stride": 8},
             "image_size": 16,
             "num_channels": 1,
         },

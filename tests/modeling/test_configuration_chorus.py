@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoConfig
 
 from chorus_moe import ChorusAudioConfig, ChorusConfig, ChorusTextConfig, ChorusVisionConfig
+from chorus_moe.modeling.vision_probe import probe_vision_encoder
 from tests.conftest import tiny_config
 
 TEXT = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -23,14 +24,15 @@ BANK: dict[str, Any] = {"num_experts": 4}
         ({"expert_bank": {}}, "unknown key 'expert_bank'; did you mean 'expert_banks'"),
         ({"hidden_size": 65}, "hidden_size=65 is not a multiple of num_attention_heads=4"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
-        ({"head_dim": 15}, "head_dim=15 must be even"),
+        ({"head_dim": 15}, "even rotary dimension, but got `head_dim`=15"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 is outside"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 is outside"),
         ({"num_key_value_heads": 0}, "num_key_value_heads=0 is outside"),
         ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef=-0.1 must not be negative"),
-        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden_layers=3"),
-        ({"mlp_layer_types": ["dense"] * 4}, "mlp_layer_types has 4 entries for num_hidden_layers=3"),
-        ({"mlp_layer_types": ["dense", "moe", "dense"]}, r"mlp_layer_types\[1\]='moe'"),
+        ({"layer_types": ["full_attention"]}, r"num_hidden_layers` \(3\) must be equal to .* `layer_types` \(1\)"),
+        ({"mlp_layer_types": ["dense"] * 4}, r"num_hidden_layers` \(3\) must be equal to .* `mlp_layer_types` \(4\)"),
+        ({"mlp_layer_types": ["dense", "moe", "dense"]}, "mlp_layer_types` entries must be in .* got .*'moe'"),
+        ({"layer_types": ["chunked_attention"] * 3}, r"layer_types\[0\]='chunked_attention'"),
         ({"layer_types": ["sliding_attention"] * 3}, "sliding_window is None"),
         ({"cross_modal_layers": [3]}, "cross_modal_layers names layer 3 of num_hidden_layers=3"),
         ({"expert_banks": {"text": {"layers": [1]}}}, "sparse layer 2 holds no expert bank"),
@@ -43,7 +45,7 @@ BANK: dict[str, Any] = {"num_experts": 4}
         ({"expert_banks": {"x": {"router": "hash"}}}, "unknown router 'hash'"),
         ({"expert_banks": {"x": {"layers": [0]}}}, r"layer 0 is not a sparse layer; the sparse layers are \[1, 2\]"),
         ({"expert_banks": {"x.y": {}}}, "must be a Python identifier"),
-        ({"expert_banks": {"x": {"intermediate_size": 0}}}, "intermediate_size=0 must be at least 1"),
+        ({"expert_banks": {"x": {"intermediate_size": 0}}}, "intermediate_size=0 is outside 1"),
     ],
 )
 def test_a_decoder_that_cannot_be_built_is_refused(values: dict[str, Any], message: str) -> None:
@@ -68,7 +70,7 @@ def test_a_decoder_that_cannot_be_built_is_refused(values: dict[str, Any], messa
 )
 def test_absurd_sizes_are_refused_at_once(name: str) -> None:
     start = time.monotonic()
-    with pytest.raises(Exception, match=f"{name}.*={10**9}"):
+    with pytest.raises(Exception, match=f"{name.removeprefix('moe_')}.*={10**9}"):
         ChorusTextConfig(**TEXT | {name: 10**9})
     assert time.monotonic() - start < 5
 
@@ -174,8 +176,15 @@ def test_the_probe_is_saved_and_not_repeated(tmp_path: Path, monkeypatch: pytest
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["vision_config"]
     assert (saved["hidden_size"], saved["grid_size"], saved["num_tokens"]) == (32, [4, 4], 16)
-    monkeypatch.setattr("chorus_moe.modeling.configuration_towers.probe_vision_encoder", None)
+    probed = []
+
+    def spy(architecture: str, *rest: Any) -> Any:
+        probed.append(rest[0])
+        return probe_vision_encoder(architecture, *rest)
+
+    monkeypatch.setattr("chorus_moe.modeling.configuration_towers.probe_vision_encoder", spy)
     assert ChorusConfig.from_pretrained(tmp_path).vision_config.num_image_tokens == 4
+    assert config.vision_config.model_args not in probed
 
 
 def test_a_model_may_leave_a_modality_out(tmp_path: Path) -> None:

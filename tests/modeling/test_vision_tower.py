@@ -189,3 +189,17 @@ def test_a_configuration_that_lies_about_its_tokens_is_caught():
 def test_other_channel_counts_are_built():
     config = timm_config("vit", num_channels=1)
     assert build(config)(images(config)).last_hidden_state.shape == (2, 4, 32)
+
+
+def test_a_frozen_tower_keeps_its_batch_statistics_in_training() -> None:
+    config = ChorusVisionConfig(
+        architecture="resnet10t", model_args={"channels": [8, 8, 8, 8], "stem_width": 8}, image_size=32
+    )
+    model = ChorusVisionModel(config).requires_grad_(False).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    model(torch.randn(4, 3, 32, 32))
+
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    model.requires_grad_(True).train()(torch.randn(4, 3, 32, 32))
+    assert not all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

@@ -1,0 +1,51 @@
+"""Every benchmark runs and writes figures; how fast anything is, no test says."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import decode, sparse_layer, timing, train_step
+
+EXPECTED = {
+    sparse_layer: {"grouped_mm_ratio", "eager_ratio", "qwen3_omni_ratio", "dense_active_ratio", "ernie_vl_ratio",
+                   "ernie_masks_ratio", "chorus_ms", "chorus_mib"},
+    train_step: {"qwen3_omni_ratio", "ernie_vl_ratio", "dense_active_ratio", "with_balance_ratio", "chorus_mib"},
+    decode: {"qwen3_moe_ratio", "dense_active_ratio", "of_bound_ratio", "chorus_tokens_per_second", "chorus_ms"},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads() -> Any:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("program", EXPECTED, ids=lambda program: program.__name__)
+def test_a_quick_run_writes_finite_figures(program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "figures.json"
+    program.main(["--quick", "--threads", "1", "--json", str(path)])
+    written = json.loads(path.read_text(encoding="utf-8"))
+    figures = [item for case in written["cases"].values() for item in case.items()]
+    assert EXPECTED[program] <= {key for key, _ in figures}
+    assert all(math.isfinite(value) for _, value in figures)
+    assert all(case in capsys.readouterr().out for case in list(written["cases"])[:1])
+    assert written["machine"]["threads"] == 1
+
+
+def test_peak_memory_counts_what_is_freed_within_the_call() -> None:
+    def call() -> torch.Tensor:
+        large = torch.ones(4 * 2**20 // 4)
+        return large[:8].clone()
+
+    assert timing.peak_mib(call) == pytest.approx(4, rel=0.01)
+
+
+def test_a_ratio_is_formed_within_each_round() -> None:
+    ours = timing.Timing(2.0, [1.0, 2.0, 4.0], None)
+    other = timing.Timing(6.0, [3.0, 6.0, 12.0], None)
+    assert timing.ratio(other, ours) == 3
