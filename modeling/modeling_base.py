@@ -41,7 +41,7 @@ class ChorusPreTrainedModel(PreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """`cpu_mm` unless the user asks for another: it picks the fastest way on the CPU, and transformers' own elsewhere."""
+        """`cpu_mm` unless another is asked for: the fastest way on the CPU, and transformers' own elsewhere."""
         return super().get_correct_experts_implementation(requested_experts or CPU_EXPERTS)
 
     def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:

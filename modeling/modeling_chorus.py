@@ -45,8 +45,8 @@ def check_placeholders(found: list[int], sizes: list[int], modality: str) -> Non
             next_piece += 1
         if expected != count:
             raise ValueError(
-                f"sample {sample}: found {count} {modality} placeholders for {expected} {modality} tokens; the text was "
-                f"probably truncated after the processor ran, or the {modality} was left out"
+                f"sample {sample}: found {count} {modality} placeholders for {expected} {modality} tokens; the text "
+                f"was probably truncated after the processor ran, or the {modality} was left out"
             )
     if next_piece < len(sizes):
         raise ValueError(
@@ -108,7 +108,8 @@ class ChorusModel(ChorusPreTrainedModel):
             input_features_mask: `(windows, frames)`, 1 for real frames; all real if None.
 
         Returns:
-            `last_hidden_state` of the tower and, as `pooler_output`, the audio tokens of each window, a list of `(tokens, D)`.
+            `last_hidden_state` of the tower and, as `pooler_output`, the audio tokens of each window, a list of
+            `(tokens, D)`.
         """
         if self.audio_tower is None:
             raise ValueError(f"got {len(input_features)} clips but this model has no audio tower")
@@ -172,8 +173,8 @@ class ChorusModel(ChorusPreTrainedModel):
         if mm_token_type_ids is None:
             if inputs_embeds is not None:
                 logger.warning_once(
-                    "inputs_embeds without mm_token_type_ids: image and audio tokens are found only where the embedding "
-                    "equals that of a placeholder; pass mm_token_type_ids for embeddings that are merged already"
+                    "inputs_embeds without mm_token_type_ids: image and audio tokens are found only where the "
+                    "embedding equals that of a placeholder; pass mm_token_type_ids for merged embeddings"
                 )
             mm_token_type_ids = self.modality_ids(input_ids, inputs_embeds)
         features, idle = self._encode(pixel_values, input_features, input_features_mask, mm_encoder_outputs or {})
@@ -254,7 +255,7 @@ class ChorusModel(ChorusPreTrainedModel):
 
 
 def no_graph_if_frozen(tower: nn.Module, inputs: Tensor) -> torch.set_grad_enabled:
-    """A frozen encoder keeps no activations, also where activation checkpointing makes its first layer want gradients."""
+    """A frozen encoder keeps no activations, also where checkpointing makes its first layer want gradients."""
     is_trained = inputs.requires_grad or any(parameter.requires_grad for parameter in tower.parameters())
     return torch.set_grad_enabled(torch.is_grad_enabled() and is_trained)
 

@@ -94,5 +94,7 @@ class ChorusHead(ChorusPreTrainedModel):
             "z_loss": text.router_z_loss_coef,
             "alignment_loss": text.alignment_loss_coef,
         }
-        added = [coefficients[name] * term for name, term in terms.items() if term is not None and coefficients[name] > 0]
+        added = [
+            coefficients[name] * term for name, term in terms.items() if term is not None and coefficients[name] > 0
+        ]
         return share * sum(added) if added else 0.0

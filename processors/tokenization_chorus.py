@@ -15,10 +15,11 @@ def build_tokenizer(
     image_token: str = "<image>",
     audio_token: str = "<audio>",
     model_max_length: int | None = None,
+    individual_digits: bool = True,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts`: every string has tokens and decodes to itself.
 
-    Digits are single tokens. The ids are `<pad>` 0, `<s>` 1, `</s>` 2, image 3, audio 4. Pads on the left.
+    Every digit is a token of its own unless `individual_digits` is False. The ids are `<pad>` 0, `<s>` 1, `</s>` 2, image 3, audio 4. Pads on the left.
 
     Args:
         vocab_size: at least 261; exactly 261 (bytes and special tokens) gives a character tokenizer.
@@ -37,7 +38,10 @@ def build_tokenizer(
         raise ValueError(f"vocab_size={vocab_size} is too small: bytes and special tokens need {smallest}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=individual_digits),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -1,7 +1,7 @@
 """Run by `test_distributed.py` under torchrun on two processes: writes one line of JSON a check.
 
-Each rank holds its own part of one global batch, with other modalities than its partner. Gradients are compared with those
-of one process that sees the whole batch in one forward per part (the Trainer's accumulation), with the same formula.
+Each rank holds its own part of one global batch, with other modalities than its partner. Gradients are compared with
+those of one process that sees the whole batch in one forward per part (the Trainer's accumulation).
 """
 
 import copy
@@ -63,7 +63,7 @@ def expected_gradients(kind: str) -> dict[str, Tensor]:
 
 
 def worst_difference(model: nn.Module, kind: str) -> float:
-    """Largest difference to the gradients of one process, relative to the largest gradient of the tensor (at least 1e-3)."""
+    """Largest difference to the gradients of one process, over the largest of the tensor (at least 1e-3)."""
     worst = 0.0
     expected = expected_gradients(kind)
     for name, parameter in model.named_parameters():
@@ -107,9 +107,7 @@ def parallel_plan(folder: Path, **sizes: int) -> float:
     batch = tiny_batch(tiny_config())
     del batch["labels"]
     whole = ChorusForConditionalGeneration.from_pretrained(folder).eval()
-    split = ChorusForConditionalGeneration.from_pretrained(
-        folder, distributed_config=DistributedConfig(**sizes)
-    ).eval()
+    split = ChorusForConditionalGeneration.from_pretrained(folder, distributed_config=DistributedConfig(**sizes)).eval()
     spread = [name for name, p in split.named_parameters() if isinstance(p, DTensor)]
     sharded = [name for name, p in split.named_parameters() if p.shape != whole.get_parameter(name).shape]
     assert spread or sharded, "nothing was split"

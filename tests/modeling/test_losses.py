@@ -19,7 +19,9 @@ def routing(logits: Tensor, top_k: int = 2, mask: Tensor | None = None) -> BankR
 
 def balanced(num_experts: int = 4) -> BankRouting:
     """Each expert is chosen equally often and is equally probable."""
-    return routing(torch.stack([torch.eye(num_experts).roll(shift, 0) for shift in range(num_experts)]).flatten(0, 1), 1)
+    return routing(
+        torch.stack([torch.eye(num_experts).roll(shift, 0) for shift in range(num_experts)]).flatten(0, 1), 1
+    )
 
 
 def collapsed(expert: int, num_experts: int = 4, num_tokens: int = 16) -> BankRouting:
@@ -109,7 +111,9 @@ def test_a_cached_step_reports_the_balance_of_its_own_tokens(model: ChorusForCon
     with torch.no_grad():
         first = model(input_ids=input_ids[:, :7], use_cache=True)
         step = model(
-            input_ids=input_ids[:, 7:], attention_mask=mask, past_key_values=first.past_key_values,
+            input_ids=input_ids[:, 7:],
+            attention_mask=mask,
+            past_key_values=first.past_key_values,
             output_router_logits=True,
         )
         whole = model(input_ids=input_ids, output_router_logits=True)

@@ -54,9 +54,10 @@ def test_a_static_plan_shows_every_row_and_masks_closed_ones():
 
 def test_taking_and_adding_rows_are_inverse():
     states, rows = torch.randn(5, 3), torch.tensor([1, 4])
-    output = add_rows(torch.zeros(5, 3), rows, take_rows(states, rows))
-    assert torch.equal(output[rows], states[rows])
-    assert not output[[0, 2, 3]].any()
+    for start in (torch.zeros(5, 3), None):  # None stands for zeros
+        output = add_rows(start, rows, take_rows(states, rows), states)
+        assert torch.equal(output[rows], states[rows])
+        assert not output[[0, 2, 3]].any()
     assert take_rows(states, None) is states
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration, ChorusModel
 from chorus_moe.modeling.modeling_chorus import check_placeholders, frozen_batch_norm
-from tests.conftest import AUDIO_TOKEN, IMAGE_TOKEN, tiny_batch, tiny_config
+from tests.conftest import AUDIO_TOKEN, IMAGE_TOKEN, tiny_config
 
 Batch = dict[str, Tensor]
 
@@ -36,8 +36,10 @@ def test_too_few_audio_placeholders_name_the_sample(model: ChorusForConditionalG
 
 
 def test_truncated_text_is_named_as_the_likely_reason(model: ChorusForConditionalGeneration, batch: Batch):
-    cut = {name: value[:, :9] if name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels") else value
-           for name, value in batch.items()}
+    cut = {
+        name: value[:, :9] if name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels") else value
+        for name, value in batch.items()
+    }
     with pytest.raises(ValueError, match=r"sample 2: found 3 image placeholders for 4 .* truncated"):
         model(**cut)
 
@@ -131,7 +133,9 @@ def test_a_model_without_a_tower_refuses_its_input(missing: str, batch: Batch):
         small(input_ids=batch["input_ids"] + 5, **{name: batch[name]})
 
 
-def test_a_text_only_loss_is_bit_equal_with_and_without_idle_towers(model: ChorusForConditionalGeneration, batch: Batch):
+def test_a_text_only_loss_is_bit_equal_with_and_without_idle_towers(
+    model: ChorusForConditionalGeneration, batch: Batch
+):
     model.train()
     inputs = text_of(batch)
     with_towers = model(**inputs).loss
@@ -147,7 +151,9 @@ def test_every_parameter_has_a_finite_gradient_whatever_the_batch_holds(
     model: ChorusForConditionalGeneration, batch: Batch, kind: str
 ):
     sample = {"text": [], "image": [0], "audio": [1], "all": [0, 1, 2]}[kind]
-    inputs = text_of(batch) if kind == "text" else {n: batch[n][sample] for n in ("input_ids", "attention_mask", "labels")}
+    inputs = (
+        text_of(batch) if kind == "text" else {n: batch[n][sample] for n in ("input_ids", "attention_mask", "labels")}
+    )
     if kind in ("image", "all"):
         inputs["pixel_values"] = batch["pixel_values"][: len(sample)]
     if kind in ("audio", "all"):
@@ -161,7 +167,9 @@ def test_every_parameter_has_a_finite_gradient_whatever_the_batch_holds(
 def test_idle_towers_get_zero_gradients(model: ChorusForConditionalGeneration, batch: Batch):
     model.train()(**text_of(batch)).loss.backward()
     for name, grad in gradients(model).items():
-        if any(part in name for part in ("vision_", "audio_", "banks.image", "banks.audio", "proj.image", "proj.audio")):
+        if any(
+            part in name for part in ("vision_", "audio_", "banks.image", "banks.audio", "proj.image", "proj.audio")
+        ):
             assert not grad.any(), name
 
 

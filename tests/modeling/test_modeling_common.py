@@ -94,7 +94,7 @@ class ChorusModelTester:
 
     def prepare_config_and_inputs_for_common(self) -> tuple[ChorusConfig, dict[str, torch.Tensor]]:
         config = self.get_config()
-        num_audio_tokens = config.audio_config.num_audio_tokens(self.num_frames)
+        num_audio_tokens = config.audio_config.num_audio_tokens(self.num_frames) if self.has_audio else 0
         input_ids = common.ids_tensor([self.batch_size, self.seq_length], IMAGE - 5) + 5
         num_image_tokens = config.vision_config.num_image_tokens if self.has_vision else 0
         input_ids[:, 1 : 1 + num_image_tokens] = IMAGE

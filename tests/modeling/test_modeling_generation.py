@@ -182,7 +182,9 @@ def test_encoder_outputs_replace_raw_inputs(model: ChorusForConditionalGeneratio
         expected = model(**batch).logits
         assert torch.equal(model(**bare, mm_encoder_outputs=encoded).logits, expected)
     for options in ({}, {"num_beams": 3}, {}):  # the last one: beams must not have changed the caller's outputs
-        assert torch.equal(generate(model, bare, mm_encoder_outputs=encoded, **options), generate(model, batch, **options))
+        assert torch.equal(
+            generate(model, bare, mm_encoder_outputs=encoded, **options), generate(model, batch, **options)
+        )
 
 
 def test_encoder_outputs_of_one_modality_and_raw_inputs_of_the_other(
