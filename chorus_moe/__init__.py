@@ -42,9 +42,7 @@ AutoModel.register(ChorusAudioConfig, ChorusAudioModel, exist_ok=True)
 AutoModelForMultimodalLM.register(ChorusConfig, ChorusForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(ChorusConfig, ChorusForConditionalGeneration, exist_ok=True)
 AutoModelForSequenceClassification.register(ChorusConfig, ChorusForSequenceClassification, exist_ok=True)
-AutoImageProcessor.register(
-    ChorusConfig, image_processor_classes={"torchvision": ChorusImageProcessor}, exist_ok=True
-)
+AutoImageProcessor.register(ChorusConfig, image_processor_classes={"torchvision": ChorusImageProcessor}, exist_ok=True)
 AutoFeatureExtractor.register(ChorusConfig, ChorusFeatureExtractor, exist_ok=True)
 AutoProcessor.register(ChorusConfig, ChorusProcessor, exist_ok=True)
 

@@ -5,6 +5,8 @@ Unusual here:
 - sizes are checked before anything is allocated, and every error names both numbers.
 """
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -51,7 +53,7 @@ class ChorusConfig(PreTrainedConfig):
     projection_dim: int = 256
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)
         super().__post_init__(**kwargs)
 
@@ -65,7 +67,7 @@ class ChorusConfig(PreTrainedConfig):
         """Total and active parameters by bank, tower and modality, counted on the meta device."""
         return report_parameters(self)
 
-    def validate_placeholders(self):
+    def validate_placeholders(self) -> None:
         """Part of `@strict` validation: each tower has a placeholder token of its own within the vocabulary."""
         vocab_size = self.text_config.vocab_size
         ids = {"image_token_id": self.vision_config, "audio_token_id": self.audio_config}

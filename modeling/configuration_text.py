@@ -88,7 +88,7 @@ class ChorusTextConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)
         check_range(self, {"num_hidden_layers": (1, MAX_LAYERS), "num_attention_heads": (1, MAX_WIDTH)})
         if self.num_key_value_heads is None:
@@ -135,7 +135,7 @@ class ChorusTextConfig(PreTrainedConfig):
         """The banks that live in a sparse layer."""
         return [bank for bank in self.banks if bank.layers is None or layer_idx in bank.layers]
 
-    def validate_sizes(self):
+    def validate_sizes(self) -> None:
         """Part of `@strict` validation: nothing is allocated for sizes that cannot be built."""
         widths = ["hidden_size", "intermediate_size", "head_dim", "moe_intermediate_size"]
         check_range(
@@ -156,7 +156,7 @@ class ChorusTextConfig(PreTrainedConfig):
             if getattr(self, name) < 0:
                 raise ValueError(f"ChorusTextConfig: {name}={getattr(self, name)} must not be negative")
 
-    def validate_layers(self):
+    def validate_layers(self) -> None:
         """Part of `@strict` validation: banks fit the layers they name. transformers has checked the lists' lengths."""
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:

@@ -5,6 +5,7 @@ placeholders cannot disagree with the number of features.
 """
 
 from math import ceil
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -48,7 +49,7 @@ class ChorusVisionConfig(PreTrainedConfig):
     num_tokens: int | None = None
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)
         check_range(self, {"image_size": (1, 16_384), "num_channels": (1, 64), "pool_size": (1, 1_024)})
         if isinstance(self.backbone_config, dict):
@@ -75,7 +76,7 @@ class ChorusVisionConfig(PreTrainedConfig):
         rows, columns = self.grid_size
         return ceil(rows / self.pool_size) * ceil(columns / self.pool_size)
 
-    def validate_probe(self):
+    def validate_probe(self) -> None:
         """Part of `@strict` validation."""
         if self.layout not in ("NCHW", "NHWC", "NLC"):
             raise ValueError(f"ChorusVisionConfig: layout={self.layout!r}; choose from NCHW, NHWC, NLC")
@@ -121,7 +122,7 @@ class ChorusAudioConfig(PreTrainedConfig):
     backbone_config: dict | PreTrainedConfig | None = None
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)
         if isinstance(self.backbone_config, dict):
             spec = self.sub_configs_defaults["backbone_config"]
@@ -137,7 +138,7 @@ class ChorusAudioConfig(PreTrainedConfig):
         """Placeholder tokens of a window of `num_frames` feature frames."""
         return ceil(num_frames / self.frames_per_token)
 
-    def validate_sizes(self):
+    def validate_sizes(self) -> None:
         """Part of `@strict` validation."""
         check_range(
             self,

@@ -80,7 +80,7 @@ class ExpertBank(nn.Module):
     ) -> tuple[Tensor | None, BankRouting]:
         rows = plan.rows_of(self.modalities)
         if rows is not None and len(rows) == 0 and not torch.is_grad_enabled():
-            return output_TD, self.router.no_rows(hidden_TD)
+            return output_TD, self.router.no_rows(hidden_TD)  # type: ignore[operator]
         hidden_RD = take_rows(hidden_TD, rows)
         logits_RE, weights_RK, index_RK = self.router(hidden_RD)
         if gate_T is None:

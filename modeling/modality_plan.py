@@ -8,8 +8,9 @@ Unusual here:
 Shape suffixes: B batch, S sequence, T tokens (B * S), R rows of a modality, D hidden size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class ModalityPlan:
     is_static: bool = False
 
     @classmethod
-    def build(cls, modality_BS: Tensor, attention_mask: Tensor | None) -> "ModalityPlan":
+    def build(cls, modality_BS: Tensor, attention_mask: Tensor | Mapping[str, Any] | None) -> "ModalityPlan":
         """Find the rows.
 
         Args:
@@ -104,7 +105,7 @@ class ModalityPlan:
         if self.modality_T.device == torch.device(device):
             return self
 
-        def move(value):
+        def move(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value.to(device, non_blocking=non_blocking)
             return {k: move(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -62,7 +62,9 @@ class ChorusModel(ChorusPreTrainedModel):
 
     def __init__(self, config: ChorusConfig):
         super().__init__(config)
-        text, vision, audio = config.text_config, config.vision_config, config.audio_config
+        text: Any = config.text_config
+        vision: Any = config.vision_config
+        audio: Any = config.audio_config
         self.vision_tower = ChorusVisionModel._from_config(vision) if vision is not None else None
         self.audio_tower = ChorusAudioModel._from_config(audio) if audio is not None else None
         self.vision_connector = VisionConnector(vision, text.hidden_size) if vision is not None else None
@@ -136,7 +138,7 @@ class ChorusModel(ChorusPreTrainedModel):
             if input_ids is not None:
                 found = input_ids == token_id
             else:
-                found = (inputs_embeds == self.get_input_embeddings().weight[token_id]).all(dim=-1)
+                found = (inputs_embeds == self.language_model.embed_tokens.weight[token_id]).all(dim=-1)
             modality_BS = modality_BS.masked_fill(found, MODALITY_IDS[name])
         return modality_BS
 
@@ -148,7 +150,7 @@ class ChorusModel(ChorusPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         input_features: torch.FloatTensor | None = None,
         input_features_mask: Tensor | None = None,

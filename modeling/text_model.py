@@ -92,11 +92,10 @@ class ChorusTextModel(ChorusPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
-        padding_mask: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ChorusModelOutput:
@@ -106,7 +105,6 @@ class ChorusTextModel(ChorusPreTrainedModel):
             attention_mask: `(B, past + S)`, 1 for real tokens, or masks by layer type as `generate` prepares them.
             mm_token_type_ids: `(B, S)`, 0 text, 1 image, 3 audio. The decoder alone has no placeholder tokens, so
                 without it every token is text; [`ChorusModel`] derives it from the token ids.
-            padding_mask: `(B, S)`, 1 for real tokens, for callers whose `attention_mask` is not two-dimensional.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`.
@@ -123,7 +121,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
         if mm_token_type_ids is None:
             mm_token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
 
-        plan = ModalityPlan.build(mm_token_type_ids, attention_mask if padding_mask is None else padding_mask)
+        plan = ModalityPlan.build(mm_token_type_ids, attention_mask)
         masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         position_embeddings = rotary_tables(*self.rotary_emb(inputs_embeds, position_ids=position_ids))
         hidden_states = inputs_embeds

@@ -87,7 +87,7 @@ class ChorusVisionModel(ChorusPreTrainedModel):
         return self.timm_model if self.backbone is None else self.backbone.get_input_embeddings()
 
     def train(self, mode: bool = True) -> "ChorusVisionModel":
-        """Batch norms whose own parameters are frozen keep their statistics, as an adapter cannot store changed ones."""
+        """Batch norms whose own parameters are frozen keep their statistics: no adapter could store changed ones."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and mode:

@@ -19,7 +19,8 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts`: every string has tokens and decodes to itself.
 
-    Every digit is a token of its own unless `individual_digits` is False. The ids are `<pad>` 0, `<s>` 1, `</s>` 2, image 3, audio 4. Pads on the left.
+    The ids are `<pad>` 0, `<s>` 1, `</s>` 2, image 3, audio 4. Pads on the left. Every digit is a token of its own
+    unless `individual_digits` is False.
 
     Args:
         vocab_size: at least 261; exactly 261 (bytes and special tokens) gives a character tokenizer.

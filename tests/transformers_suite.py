@@ -193,7 +193,6 @@ def _rank(rank: int, group: dict[str, Any], module: str, name: str, arguments: t
     from torch import distributed
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(group["world_size"])}
-    import faulthandler; faulthandler.dump_traceback_later(45)
     function = getattr(load(module), name)
     distributed.init_process_group(rank=rank, **group)
     try:

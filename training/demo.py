@@ -98,7 +98,7 @@ def prepare_data(
     perception_steps = round(settings.perception * settings.base_steps)
     # First what each medium shows, then what follows from both: from the start on together, neither is learnt for long.
     lessons = [(PERCEPTION, perception_steps), (REASONING, settings.base_steps - perception_steps)]
-    base = ConcatDataset(
+    base: ConcatDataset = ConcatDataset(
         DigitQuestions(
             train_pictures,
             speech.train,
@@ -197,6 +197,7 @@ def run_demo(
     from peft import get_peft_model
 
     settings = settings or DemoSettings()
+    torch.set_num_threads(1)  # products this small gain nothing from a second thread; the other core makes the batches
     started = time.monotonic()
     set_seed(settings.seed)
     out.mkdir(parents=True, exist_ok=True)

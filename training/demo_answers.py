@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import chorus_moe  # noqa: F401  registers the Auto classes
 
     disable_progress_bar()
+    torch.set_num_threads(1)
     model = AutoModelForMultimodalLM.from_pretrained(options.model)
     processor = AutoProcessor.from_pretrained(options.model)
     if options.adapter:

@@ -13,7 +13,7 @@ from tests.conftest import AUDIO_TOKEN, IMAGE_TOKEN, tiny_config
 
 Batch = dict[str, Tensor]
 NEW_TOKENS = 4
-# float32 sums in another order (cached keys, padded rows): worst difference seen over 40 seeds is 3e-7 at logits of size 1.
+# float32 sums in another order (cached keys, padded rows): worst difference seen over 40 seeds is 3e-7 at size 1.
 ATOL = 5e-6
 # Images and clips (frames) of four samples: none, one, several, mixed.
 SAMPLES: list[tuple[int, list[int]]] = [(0, []), (1, []), (2, [9, 20]), (1, [13])]
