@@ -137,11 +137,12 @@ def telephone_band(waveform: np.ndarray, high: float = 3800.0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PictureAugment:
-    """Random small rotation (degrees), shift (fraction of the width), zoom and contrast of a grey picture."""
+    """Random small rotation (degrees), slant, shift (fraction of the width), zoom and contrast of a grey picture."""
 
-    degrees: float = 12.0
-    shift: float = 0.08
-    zoom: tuple[float, float] = (0.88, 1.1)
+    degrees: float = 14.0
+    slant: float = 0.2
+    shift: float = 0.12
+    zoom: tuple[float, float] = (0.85, 1.12)
     contrast: tuple[float, float] = (0.8, 1.2)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -151,11 +152,12 @@ class PictureAugment:
         right, down = (rng.uniform(-self.shift, self.shift) * size for size in (width, height))
         cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
         x, y = (width - 1) / 2, (height - 1) / 2
-        # PIL maps output to input coordinates: rotate about the centre, then shift.
+        lean = sin + rng.uniform(-self.slant, self.slant)
+        # PIL maps output to input coordinates: rotate and slant about the centre, then shift.
         matrix = (
             cos,
-            sin,
-            x - cos * (x + right) - sin * (y + down),
+            lean,
+            x - cos * (x + right) - lean * (y + down),
             -sin,
             cos,
             y + sin * (x + right) - cos * (y + down),

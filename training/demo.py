@@ -44,7 +44,7 @@ from chorus_moe.training.speech import SpeechClips, recorded_digits
 NEW_SKILL = NEW_SKILLS[0]
 PERCEPTION = {"written": 1.0, "spoken": 1.0}
 # By how hard a skill is: a sum has nineteen answers, "same" two.
-REASONING = {"written": 0.7, "spoken": 0.5, "sum": 2.0, "larger": 1.0, "same": 0.8}
+REASONING = {"written": 0.9, "spoken": 0.6, "sum": 2.0, "larger": 1.0, "same": 0.8}
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class DemoSettings:
         replay: share of old skills while the new one is learnt, so that they are kept.
     """
 
-    base_steps: int = 1_300
-    lora_steps: int = 300
-    batch_size: int = 48
+    base_steps: int = 1_400
+    lora_steps: int = 280
+    batch_size: int = 40
     base_lr: float = 2e-3
     lora_lr: float = 3e-3
     lora_rank: int = 16

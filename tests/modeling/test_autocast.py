@@ -17,7 +17,7 @@ def test_a_router_chooses_the_same_experts_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(router(hidden)[2], expected)
         rounded = router(hidden.bfloat16())[2]
-    # Only the rounding of the input is left (8 bits): 1.1% of the tokens choose another set, all of them near ties.
+    # Only the rounding of the input to 8 bits is left, which turns near ties.
     same = (rounded.sort(dim=-1).values == expected.sort(dim=-1).values).all(dim=-1)
     assert same.float().mean() > 0.98
 
@@ -34,8 +34,8 @@ def test_a_training_step_under_autocast_is_near_the_float32_step():
         losses.append(output.loss.float())
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
         assert output.aux_loss.dtype == output.z_loss.dtype == torch.float32
-    # bfloat16 keeps 8 bits: worst loss difference seen over 10 seeds is 2e-3, worst cosine of the gradients 0.999.
-    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0.02)
+    # bfloat16 keeps 8 bits: worst loss difference seen over three seeds is 2.1e-4.
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0.005)
     assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.99
 
 

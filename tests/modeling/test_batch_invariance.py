@@ -7,8 +7,8 @@ from torch import Tensor
 from chorus_moe import ChorusForConditionalGeneration
 from tests.conftest import tiny_batch, tiny_config
 
-# float32 sums in another order: worst difference seen over 30 seeds is 4e-7 at logits of size 1.
-ATOL = 1e-5
+# float32 sums in another order: worst difference seen over four seeds is 2.1e-7.
+ATOL = 2e-6
 ROWS = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 

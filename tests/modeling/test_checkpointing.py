@@ -38,7 +38,7 @@ def test_checkpointing_changes_no_loss_no_gradient_and_no_choice(experts: str):
     assert torch.equal(expected[0], found[0])
     assert all(torch.equal(a, b) for a, b in zip(expected[2], found[2], strict=True))
     for name, gradient in expected[1].items():
-        # The same operations in the same order; the sums over a parameter's uses may change places: worst seen is 0.
+        # The same operations in the same order; the sums over a parameter's uses may change places.
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 

@@ -88,5 +88,5 @@ def test_a_picture_keeps_size_and_mode_and_repeats():
 
 def test_a_picture_without_changes_stays_itself():
     picture = Image.fromarray((np.random.default_rng(0).random((16, 16)) * 255).astype(np.uint8))
-    still = PictureAugment(degrees=0, shift=0, zoom=(1, 1), contrast=(1, 1))
+    still = PictureAugment(degrees=0, slant=0, shift=0, zoom=(1, 1), contrast=(1, 1))
     assert still(picture, np.random.default_rng(0)).tobytes() == picture.tobytes()
