@@ -29,7 +29,7 @@ def card_text(model: Any, result: Mapping[str, Any], table: Sequence[str]) -> st
         for bank in text.banks
     ]
     active = [f"| {name} | {count:,} |" for name, count in parameters.active.items()]
-    voices = result["new_voices"]
+    voices, phrasings = result["new_voices"], result["new_phrasings"]
     lines = [
         "---",
         data.to_yaml(),
@@ -69,12 +69,13 @@ def card_text(model: Any, result: Mapping[str, Any], table: Sequence[str]) -> st
         "",
         "## Evaluation",
         "",
-        "Exact match of the generated answer on held-out writers, voices and phrasings; 95% intervals in brackets.",
+        "Exact match of the generated answer on held-out writers and voices; 95% intervals in brackets.",
         "",
         *table,
         "",
         f"Voices the base model does not know: {100 * voices['before']:.1f}% before LoRA, "
-        f"{100 * voices['after']:.1f}% after ({voices['n']} questions).",
+        f"{100 * voices['after']:.1f}% after ({voices['n']} questions). Old skills in phrasings never seen: "
+        f"{100 * phrasings['before']:.1f}% before, {100 * phrasings['after']:.1f}% after ({phrasings['n']}).",
         "",
         "## Limits",
         "",

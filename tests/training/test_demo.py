@@ -37,7 +37,7 @@ def test_the_demo_trains_adapts_reloads_and_reports(tmp_path: Path, small_speech
     result = demo.run_demo(tmp_path / "out", settings, model_card=card)
 
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == result
-    assert set(result["skills"]) == {*BASE_SKILLS, "difference"}
+    assert set(result["skills"]) == {*BASE_SKILLS, "smaller"}
     for figures in result["skills"].values():
         assert set(figures) == {"n", "before", "after", "image_withheld", "audio_withheld"}
     assert 0 < result["parameters"]["active"] < result["parameters"]["total"]
