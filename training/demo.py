@@ -42,9 +42,9 @@ from chorus_moe.training.lora import lora_config
 from chorus_moe.training.speech import SpeechClips, recorded_digits
 
 QUESTION_SETS = ("test", "new_voices", "new_phrasings")
-PERCEPTION = {"written": 2.0, "spoken": 1.0}
+PERCEPTION = {"written": 1.0, "spoken": 1.0}
 # By how hard a skill is: a sum has nineteen answers, "same" two.
-REASONING = {"written": 1.2, "spoken": 0.5, "sum": 2.0, "larger": 0.9, "same": 0.7}
+REASONING = {"written": 1.0, "spoken": 0.5, "sum": 2.0, "larger": 1.0, "same": 0.8}
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class DemoSettings:
         replay: share of old skills while the new one is learnt, so that they are kept.
     """
 
-    base_steps: int = 1_400
-    lora_steps: int = 400
-    batch_size: int = 40
+    base_steps: int = 1_350
+    lora_steps: int = 420
+    batch_size: int = 44
     base_lr: float = 2e-3
     lora_lr: float = 3e-3
     lora_rank: int = 32
     questions_per_skill: int = 300
     perception: float = 0.25
-    replay: float = 0.5
+    replay: float = 0.6
     workers: int = 1
     seed: int = 0
 

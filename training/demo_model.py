@@ -20,7 +20,7 @@ def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, C
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 512,
-            "cross_modal_layers": [0, 1, 2],
+            "cross_modal_layers": [1, 2],
             # Nothing reads the image and audio positions of the last layer of a causal model: experts there would idle.
             "expert_banks": {"text": {}, "image": {"layers": [1]}, "audio": {"layers": [1]}, "common": {}},
             "num_experts": 4,
