@@ -84,13 +84,13 @@ def variants_of(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Answer the questions of a folder with a saved model.")
+    parser = argparse.ArgumentParser(description="Answer the questions of some folders with a saved model.")
     parser.add_argument("--model", required=True, help="folder of a model and its processor")
     parser.add_argument("--adapter", help="folder of a LoRA adapter of that model")
-    parser.add_argument("--questions", required=True, type=Path, help="folder written by save_questions")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--questions", required=True, nargs="+", type=Path, help="folders written by save_questions")
+    parser.add_argument("--withhold", action="store_true", help="first folder also without images and without sounds")
     parser.add_argument("--limit", type=int, help="answer the first so many questions only")
-    parser.add_argument("--out", required=True, type=Path, help="JSON file to write")
+    parser.add_argument("--out", required=True, type=Path, help="JSON file to write: folder -> variant -> answers")
     options = parser.parse_args(arguments)
 
     import chorus_moe  # noqa: F401  registers the Auto classes
@@ -103,9 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, options.adapter)
-    samples = load_questions(options.questions)[: options.limit]
-    chosen = {name: rows for name, rows in variants_of(samples).items() if name in options.variants}
-    answers = {name: answer(model, processor, rows) for name, rows in chosen.items()}
+    answers: dict[str, dict[str, list[str]]] = {}
+    for index, folder in enumerate(options.questions):
+        variants = variants_of(load_questions(folder)[: options.limit])
+        names = VARIANTS if options.withhold and index == 0 else VARIANTS[:1]
+        answers[folder.name] = {name: answer(model, processor, variants[name]) for name in names}
     options.out.write_text(json.dumps(answers))
 
 
