@@ -118,7 +118,8 @@ def test_deals_are_probabilities_and_yes_and_no_are_even():
 
 
 @pytest.mark.parametrize(
-    ("name", "bound"), [("written", 0.1), ("spoken", 0.1), ("sum", 0.1), ("larger", 0.46), ("same", 0.5), ("smaller", 0.46)]
+    ("name", "bound"),
+    [("written", 0.1), ("spoken", 0.1), ("sum", 0.1), ("larger", 0.46), ("same", 0.5), ("smaller", 0.46)],
 )
 def test_one_medium_alone_says_little(name, bound):
     for medium in SKILLS[name].needs:
