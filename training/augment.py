@@ -140,7 +140,7 @@ class PictureAugment:
     """Random small rotation (degrees), slant, shift (fraction of the width), zoom and contrast of a grey picture."""
 
     degrees: float = 12.0
-    slant: float = 0.04
+    slant: float = 0.1
     shift: float = 0.08
     zoom: tuple[float, float] = (0.88, 1.1)
     contrast: tuple[float, float] = (0.8, 1.2)
