@@ -1,4 +1,4 @@
-"""The base class of every Chorus model: what transformers needs to know, and how weights start."""
+"""The base class of every Chorus model: what transformers needs to know, how weights start, and what may be loaded."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from transformers import initialization as init
 from transformers.utils.output_capturing import OutputRecorder
 
 from .attention import Attention, CrossModalAttention, ModalityProjection
+from .checkpoint import CheckpointError, check_shapes, describe_misfit
 from .configuration_chorus import ChorusConfig
 from .experts import BankGate, ChorusExperts, MixtureOfBanks
 from .experts_cpu import CPU_EXPERTS
@@ -49,6 +50,35 @@ class ChorusPreTrainedModel(PreTrainedModel):
         dictionaries, and the projections in them have rules of their own."""
         dictionaries = {name for name, module in self.named_modules() if isinstance(module, ModalityProjection)}
         return {name: style for name, style in super()._expand_parallel_plan(plan).items() if name not in dictionaries}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but a checkpoint that does not fit is an error; see `describe_misfit` for what fits.
+
+        With `output_loading_info=True` missing and unexpected tensors are returned beside the model instead; with an
+        empty `state_dict` all weights are new; `ignore_mismatched_sizes=True` starts tensors of another shape anew.
+
+        Raises:
+            CheckpointError: naming the missing, unexpected or mismatched tensors.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        reports = bool(kwargs.get("output_loading_info"))
+        misfit = vars(loaded[0] if reports else loaded).pop("_misfit", None)
+        if misfit and not reports and kwargs.get("state_dict") != {}:
+            raise CheckpointError(misfit)
+        return loaded
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """Notes what does not fit for `from_pretrained`, which alone knows whether the caller wants it as a report, and
+        which gets no other account of the model below an adapter."""
+        if not load_config.ignore_mismatched_sizes:
+            check_shapes(model, load_config.pretrained_model_name_or_path, loading_info.mismatched_keys)
+        info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        model._misfit = describe_misfit(
+            model, load_config.pretrained_model_name_or_path, info.missing_keys, info.unexpected_keys
+        )
+        return info
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
