@@ -25,6 +25,35 @@ TOWERS = {"vision": "vision_tower", "audio": "audio_tower"}
 RESERVED = ("target_modules", "target_parameters", "modules_to_save", "layers_to_transform", "layers_pattern", "bias")
 
 
+@dataclass(frozen=True)
+class LoraTargets:
+    """What a caller of `lora_config` asks for; the arguments are explained there.
+
+    Raises:
+        ValueError: an unknown tower or way to treat routers.
+    """
+
+    banks: Banks
+    attention: Layers
+    cross_modal: Layers
+    shared_experts: Layers
+    dense: Layers
+    connectors: bool
+    towers: bool | Sequence[str]
+    router: str
+
+    def __post_init__(self) -> None:
+        if self.router not in ("frozen", "train"):
+            raise ValueError(f"router={self.router!r}; choose 'frozen' or 'train'")
+        for name in self.tower_names:
+            if name not in TOWERS:
+                raise ValueError(f"unknown tower {name!r}; choose from {list(TOWERS)}")
+
+    @property
+    def tower_names(self) -> list[str]:
+        return list(TOWERS) if self.towers is True else list(self.towers or ())
+
+
 @dataclass
 class LoraGroup:
     """What one group trains: `linears` and `parameters` get a LoRA, `saved` modules are trained whole."""
@@ -91,17 +120,8 @@ def lora_config(
     reserved = [name for name in RESERVED if name in options]
     if reserved:
         raise TypeError(f"{reserved[0]} is decided by the groups; build peft.LoraConfig yourself to set it")
-    groups = find_groups(
-        model,
-        banks=banks,
-        attention=attention,
-        cross_modal=cross_modal,
-        shared_experts=shared_experts,
-        dense=dense,
-        connectors=connectors,
-        towers=towers,
-        router=router,
-    )
+    targets = LoraTargets(banks, attention, cross_modal, shared_experts, dense, connectors, towers, router)
+    groups = find_groups(model, targets)
     parameters = [name for group in groups for name in group.parameters]
     if parameters and lora_dropout > 0:
         raise ValueError(f"lora_dropout={lora_dropout} with expert banks: PEFT has no dropout on experts; set it to 0")
@@ -141,21 +161,8 @@ def full_path_regex(names: Sequence[str]) -> str:
     return rf"(?:.*\.)?(?:{'|'.join(choices)})"
 
 
-def find_groups(
-    model: nn.Module,
-    *,
-    banks: Banks = (),
-    attention: Layers = False,
-    cross_modal: Layers = False,
-    shared_experts: Layers = False,
-    dense: Layers = False,
-    connectors: bool = False,
-    towers: bool | Sequence[str] = False,
-    router: str = "frozen",
-) -> list[LoraGroup]:
-    """The requested groups, in order, each with what it matched. Arguments and errors as in `lora_config`."""
-    if router not in ("frozen", "train"):
-        raise ValueError(f"router={router!r}; choose 'frozen' or 'train'")
+def find_groups(model: nn.Module, targets: LoraTargets) -> list[LoraGroup]:
+    """The requested groups, in order, each with what it matched. Errors as in `lora_config`."""
     if hasattr(model, "peft_config"):
         raise ValueError("the model already carries an adapter; call lora_config on the model below it")
     text = getattr(model, "config").text_config  # noqa: B009  an nn.Module by type
@@ -164,22 +171,19 @@ def find_groups(
     modules = dict(_named_modules(model))
     groups = []
     for name, wanted, existing, path in (
-        ("attention", attention, ordinary, r"self_attn\..+"),
-        ("cross_modal", cross_modal, list(text.cross_modal_layers), r"self_attn\..+"),
-        ("shared_experts", shared_experts, text.sparse_layers, r"mlp\.shared_experts\..+"),
-        ("dense", dense, dense_layers, r"mlp\.[^.]+"),
+        ("attention", targets.attention, ordinary, r"self_attn\..+"),
+        ("cross_modal", targets.cross_modal, list(text.cross_modal_layers), r"self_attn\..+"),
+        ("shared_experts", targets.shared_experts, text.sparse_layers, r"mlp\.shared_experts\..+"),
+        ("dense", targets.dense, dense_layers, r"mlp\.[^.]+"),
     ):
         if layers := _layers(name, wanted, existing):
             choice = "|".join(map(str, layers))
             groups.append(LoraGroup(name, _linears(modules, rf"language_model\.layers\.(?:{choice})\.{path}")))
-    chosen = _banks(text, banks)
+    chosen = _banks(text, targets.banks)
     groups += [_bank_group(modules, name, layers) for name, layers in chosen.items()]
-    if connectors:
+    if targets.connectors:
         groups.append(LoraGroup("connectors", _linears(modules, r"(?:vision|audio)_connector\..+")))
-    names = list(TOWERS) if towers is True else list(towers or ())
-    for name in names:
-        if name not in TOWERS:
-            raise ValueError(f"unknown tower {name!r}; choose from {list(TOWERS)}")
+    for name in targets.tower_names:
         groups.append(LoraGroup(TOWERS[name], _linears(modules, rf"{TOWERS[name]}\..+")))
     empty = [group.name for group in groups if not group.names]
     if empty:
@@ -188,7 +192,7 @@ def find_groups(
         raise ValueError(
             "no group to put a LoRA on: name banks, attention, cross_modal, shared_experts, dense, connectors or towers"
         )
-    if router == "train":
+    if targets.router == "train":
         groups.append(_router_group(modules, chosen or _banks(text, "all")))
     return groups
 

@@ -1,6 +1,8 @@
 """A LoRA group trains exactly the tensors it names, and adapters survive saving, loading and merging."""
 
 import hashlib
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusModel, ChorusProcessor
 from chorus_moe.training.collator import ChorusDataCollator
-from chorus_moe.training.lora import find_groups, full_path_regex, lora_config, lora_table
+from chorus_moe.training.lora import LoraTargets, full_path_regex, lora_config
 from tests.training.conftest import make_model, make_rows
 
 LAYERS = "model.language_model.layers"
@@ -112,9 +114,11 @@ def test_the_table_counts_what_will_be_trained(
     assert (last[0], int(last[2].replace(",", ""))) == ("all", trained)
 
 
-def test_the_table_gives_group_modules_trainable_and_share(model: ChorusForConditionalGeneration) -> None:
-    groups = find_groups(model, banks=["image"], attention=[0])
-    lines = [line.split() for line in lora_table(model, groups, {"r": 2}).splitlines()]
+def test_the_table_gives_group_modules_trainable_and_share(
+    model: ChorusForConditionalGeneration, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora_config(model, banks=["image"], attention=[0], r=2)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["group", "modules", "trainable", "share"]
     assert [line[0] for line in lines[1:]] == ["attention", "bank", "all"]
     assert [line[-3] for line in lines[1:]] == ["4", "4", "8"]
@@ -145,6 +149,11 @@ def test_a_request_that_cannot_be_met_names_what_exists(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         lora_config(model, **options)
+
+
+def test_the_targets_are_the_arguments_of_lora_config_in_their_order() -> None:
+    arguments = [name for name, p in signature(lora_config).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    assert arguments[: len(fields(LoraTargets))] == [field.name for field in fields(LoraTargets)]
 
 
 def test_a_group_this_model_lacks_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
