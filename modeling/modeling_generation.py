@@ -11,12 +11,14 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_chorus import ChorusConfig
 from .losses import share_of_batch
 from .modeling_head import ChorusHead
 from .modeling_outputs import ChorusLossOutput
+
+logger = logging.get_logger(__name__)
 
 
 class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
@@ -34,6 +36,28 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         if media and self.generation_config.suppress_tokens is None:
             # A generated placeholder would stand for an image or a clip that nobody gave.
             self.generation_config.suppress_tokens = media
+
+    def train(self, mode: bool = True) -> "ChorusForConditionalGeneration":
+        """Training mode; warns once about trained experts that labels on text alone cannot reach."""
+        super().train(mode)
+        layer, names = self.unreached_banks() if mode else (0, [])
+        if names:
+            logger.warning_once(
+                f"expert banks {names} of layer {layer}: no later layer reads image and audio positions, so the labels "
+                "of an answer give these experts no gradient and training them is time spent for nothing. Give the "
+                f"banks `layers` without {layer} in the configuration, or keep their experts in it frozen"
+            )
+        return self
+
+    def unreached_banks(self) -> tuple[int, list[str]]:
+        """The last layer, and its banks that have trained experts (or a LoRA on them) but take no text."""
+        layer = self.config.text_config.num_hidden_layers - 1
+        banks = getattr(self.model.language_model.layers[layer].mlp, "banks", {})
+        return layer, [
+            name
+            for name, bank in banks.items()
+            if "text" not in bank.modalities and any(p.requires_grad for p in bank.experts.parameters())
+        ]
 
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         return self.model.get_image_features(pixel_values, **kwargs)
