@@ -247,6 +247,13 @@ class ChorusProcessor(ChatProcessor):
         self._check_placeholders(rows["input_ids"], expanded)
         if truncation and getattr(truncation, "value", truncation) != "do_not_truncate" and max_length is not None:
             rows = truncate_rows(rows, max_length, media_ids, self.tokenizer.truncation_side)
+        for sample, ids in enumerate(rows["input_ids"]):
+            if not ids:
+                raise MediaError(
+                    f"sample {sample}: found 0 tokens, expected at least 1: no words, images or clips are left",
+                    sample,
+                    "text",
+                )
         if merged["return_mm_token_type_ids"]:
             rows["mm_token_type_ids"] = self.create_mm_token_type_ids(rows["input_ids"])
         strategy = getattr(padding, "value", padding)

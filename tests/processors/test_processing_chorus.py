@@ -1,5 +1,4 @@
 import json
-import random
 import subprocess
 import sys
 from itertools import groupby
@@ -67,48 +66,6 @@ def test_only_what_is_there_is_returned(processor):
         processor()
     with pytest.raises(MediaError, match="unknown modality: videos"):
         processor(text="a", videos=[1])
-
-
-def random_sample(rng: random.Random) -> tuple[str, list, list]:
-    """Shuffled words and placeholders with 0-3 images of random sizes and 0-2 clips of up to three windows."""
-    images = [picture(rng.randint(1, 40), rng.randint(1, 40)) for _ in range(rng.randint(0, 3))]
-    clips = [tone(rng.choice([0.01, 0.3, 0.3, 2.0, 5.0]) * rng.random()) for _ in range(rng.choice([0, 0, 1, 2]))]
-    words = [rng.choice(CORPUS) for _ in range(rng.randint(0, 3))]
-    pieces = ["<image>"] * len(images) + ["<audio>"] * len(clips) + words
-    rng.shuffle(pieces)
-    return " ".join(pieces), images, clips
-
-
-def test_counts_of_placeholders_equal_the_formulas_over_random_samples(processor):
-    """300 samples: an accepted one has the placeholders of its media, whole; each of the others a named error."""
-    rng = random.Random(0)
-    outcomes = {"whole": 0, "cut": 0, "refused": 0}
-    for _ in range(300):
-        text, images, clips = random_sample(rng)
-        num_audio = 0
-        for clip in clips:
-            frames = -(-len(clip) // 160)
-            num_audio += sum(-(-min(200, frames - start) // 8) for start in range(0, frames, 200))
-        needed = 4 * len(images) + num_audio
-        limit = rng.randint(1, 90)
-        arguments = {"images": [images], "audio": [clips], "sampling_rate": RATE, "return_tensors": "pt"}
-        if needed > limit:
-            with pytest.raises(MediaError, match=f"sample 0: .* {needed} tokens, max_length is {limit}"):
-                processor(text=[text], truncation=True, max_length=limit, **arguments)
-            outcomes["refused"] += 1
-            continue
-        batch = processor(text=[text], truncation=True, max_length=limit, **arguments)
-        types = batch["mm_token_type_ids"][0]
-        assert ((types == 1).sum().item(), (types == 3).sum().item()) == (4 * len(images), num_audio)
-        assert len(types) <= limit
-        assert len(batch.get("pixel_values", ())) == len(images)
-        if clips:
-            assert (-(-batch["input_features_mask"].sum(1) // 8)).sum() == num_audio
-        full = processor(text=[text], **arguments)
-        assert torch.equal(full["input_ids"][full["mm_token_type_ids"] > 0], batch["input_ids"][0][types > 0])
-        assert all(torch.equal(full[name], batch[name]) for name in ("pixel_values", "input_features") if name in full)
-        outcomes["cut" if full["input_ids"].shape[1] > len(types) else "whole"] += 1
-    assert min(outcomes.values()) > 20, outcomes
 
 
 def test_serving_engines_get_the_same_counts(processor):
