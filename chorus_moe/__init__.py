@@ -1,67 +1,22 @@
 """Chorus: build, fine-tune and ship your own multimodal mixture-of-experts model.
 
-Importing the package registers its classes with transformers' Auto classes.
+Importing the package registers its classes with transformers' Auto classes, which takes some seconds. Only the program
+`chorus-moe` waits until a command needs them, so that it answers `--help` at once.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoModelForSequenceClassification,
-    AutoProcessor,
-)
-
-from chorus_moe.modeling.audio_tower import ChorusAudioModel
-from chorus_moe.modeling.configuration_banks import MODALITY_IDS, ExpertBankConfig
-from chorus_moe.modeling.configuration_chorus import ChorusConfig
-from chorus_moe.modeling.configuration_text import ChorusTextConfig
-from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVisionConfig
-from chorus_moe.modeling.modeling_chorus import ChorusModel
-from chorus_moe.modeling.modeling_classification import ChorusForSequenceClassification
-from chorus_moe.modeling.modeling_contrastive import ChorusForContrastive
-from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.modeling.parameter_report import ParameterReport
-from chorus_moe.modeling.text_model import ChorusTextModel
-from chorus_moe.modeling.vision_tower import ChorusVisionModel
-from chorus_moe.processors.feature_extraction_chorus import ChorusFeatureExtractor
-from chorus_moe.processors.image_processing_chorus import ChorusImageProcessor
-from chorus_moe.processors.processing_chorus import ChorusProcessor
+import sys
+from importlib import import_module
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-for _config in (ChorusConfig, ChorusTextConfig, ChorusVisionConfig, ChorusAudioConfig):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-AutoModel.register(ChorusConfig, ChorusModel, exist_ok=True)
-AutoModel.register(ChorusTextConfig, ChorusTextModel, exist_ok=True)
-AutoModel.register(ChorusVisionConfig, ChorusVisionModel, exist_ok=True)
-AutoModel.register(ChorusAudioConfig, ChorusAudioModel, exist_ok=True)
-# The any-to-any pipeline reads the first of these two, image-text-to-text the second.
-AutoModelForMultimodalLM.register(ChorusConfig, ChorusForConditionalGeneration, exist_ok=True)
-AutoModelForImageTextToText.register(ChorusConfig, ChorusForConditionalGeneration, exist_ok=True)
-AutoModelForSequenceClassification.register(ChorusConfig, ChorusForSequenceClassification, exist_ok=True)
-AutoImageProcessor.register(ChorusConfig, image_processor_classes={"torchvision": ChorusImageProcessor}, exist_ok=True)
-AutoFeatureExtractor.register(ChorusConfig, ChorusFeatureExtractor, exist_ok=True)
-AutoProcessor.register(ChorusConfig, ChorusProcessor, exist_ok=True)
+if TYPE_CHECKING or PurePath(*sys.argv[:1]).stem != "chorus-moe":
+    from chorus_moe.auto_classes import *  # noqa: F403
+    from chorus_moe.auto_classes import __all__ as __all__
+else:
 
-__all__ = [
-    "MODALITY_IDS",
-    "ChorusAudioConfig",
-    "ChorusAudioModel",
-    "ChorusConfig",
-    "ChorusFeatureExtractor",
-    "ChorusForConditionalGeneration",
-    "ChorusForContrastive",
-    "ChorusForSequenceClassification",
-    "ChorusImageProcessor",
-    "ChorusModel",
-    "ChorusProcessor",
-    "ChorusTextConfig",
-    "ChorusTextModel",
-    "ChorusVisionConfig",
-    "ChorusVisionModel",
-    "ExpertBankConfig",
-    "ParameterReport",
-]
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module("chorus_moe.auto_classes"), name)

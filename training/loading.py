@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
 
+import chorus_moe.auto_classes  # noqa: F401  the command line has not registered them before
+
 ADAPTER_FILE = "adapter_config.json"
 
 

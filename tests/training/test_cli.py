@@ -24,6 +24,15 @@ def invoke(*words: object) -> str:
     return result.stdout
 
 
+def as_program(words: list[str], check: str) -> str:
+    """Run the program in a process of its own, then `check`; the last line that this printed."""
+    start = f"import sys; sys.argv = {['chorus-moe', *words]!r}; from chorus_moe.training.cli import app"
+    code = f"{start}; app(standalone_mode=False); {check}"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.splitlines()[-1]
+
+
 @pytest.fixture
 def folder(model: ChorusForConditionalGeneration, processor: ChorusProcessor, tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "model")
@@ -36,6 +45,27 @@ def test_the_program_lists_its_commands() -> None:
     done = subprocess.run([program, "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["inspect", "--help"]])
+def test_help_imports_neither_torch_nor_transformers(words: list[str]) -> None:
+    assert as_program(words, "print({'torch', 'transformers'} & sys.modules.keys())") == "set()"
+
+
+def test_the_program_has_every_public_name() -> None:
+    check = "import chorus_moe; print([name for name in chorus_moe.__all__ if not hasattr(chorus_moe, name)])"
+    assert as_program(["--help"], check) == "[]"
+
+
+def test_the_program_refuses_a_name_nobody_knows() -> None:
+    check = "import chorus_moe; print(hasattr(chorus_moe, 'ChorusModl'), hasattr(chorus_moe, '__wrapped__'))"
+    assert as_program(["--help"], check) == "False False"
+
+
+def test_a_command_of_the_program_knows_the_auto_classes(folder: Path) -> None:
+    words = ["generate", str(folder), "--text", "what is it?", "--max-new-tokens", "2"]
+    check = "from transformers import AutoConfig; print(AutoConfig.for_model('chorus').model_type)"
+    assert as_program(words, check) == "chorus"
 
 
 def test_an_error_of_the_users_making_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

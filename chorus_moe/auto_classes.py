@@ -1,0 +1,65 @@
+"""The public classes, registered with transformers' Auto classes when this file is imported.
+
+Registration takes the classes themselves, so it costs what they import: torch, torchvision and most of transformers.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+)
+
+from chorus_moe.modeling.audio_tower import ChorusAudioModel
+from chorus_moe.modeling.configuration_banks import MODALITY_IDS, ExpertBankConfig
+from chorus_moe.modeling.configuration_chorus import ChorusConfig
+from chorus_moe.modeling.configuration_text import ChorusTextConfig
+from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVisionConfig
+from chorus_moe.modeling.modeling_chorus import ChorusModel
+from chorus_moe.modeling.modeling_classification import ChorusForSequenceClassification
+from chorus_moe.modeling.modeling_contrastive import ChorusForContrastive
+from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
+from chorus_moe.modeling.parameter_report import ParameterReport
+from chorus_moe.modeling.text_model import ChorusTextModel
+from chorus_moe.modeling.vision_tower import ChorusVisionModel
+from chorus_moe.processors.feature_extraction_chorus import ChorusFeatureExtractor
+from chorus_moe.processors.image_processing_chorus import ChorusImageProcessor
+from chorus_moe.processors.processing_chorus import ChorusProcessor
+
+for _config in (ChorusConfig, ChorusTextConfig, ChorusVisionConfig, ChorusAudioConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+AutoModel.register(ChorusConfig, ChorusModel, exist_ok=True)
+AutoModel.register(ChorusTextConfig, ChorusTextModel, exist_ok=True)
+AutoModel.register(ChorusVisionConfig, ChorusVisionModel, exist_ok=True)
+AutoModel.register(ChorusAudioConfig, ChorusAudioModel, exist_ok=True)
+# The any-to-any pipeline reads the first of these two, image-text-to-text the second.
+AutoModelForMultimodalLM.register(ChorusConfig, ChorusForConditionalGeneration, exist_ok=True)
+AutoModelForImageTextToText.register(ChorusConfig, ChorusForConditionalGeneration, exist_ok=True)
+AutoModelForSequenceClassification.register(ChorusConfig, ChorusForSequenceClassification, exist_ok=True)
+AutoImageProcessor.register(ChorusConfig, image_processor_classes={"torchvision": ChorusImageProcessor}, exist_ok=True)
+AutoFeatureExtractor.register(ChorusConfig, ChorusFeatureExtractor, exist_ok=True)
+AutoProcessor.register(ChorusConfig, ChorusProcessor, exist_ok=True)
+
+__all__ = [
+    "MODALITY_IDS",
+    "ChorusAudioConfig",
+    "ChorusAudioModel",
+    "ChorusConfig",
+    "ChorusFeatureExtractor",
+    "ChorusForConditionalGeneration",
+    "ChorusForContrastive",
+    "ChorusForSequenceClassification",
+    "ChorusImageProcessor",
+    "ChorusModel",
+    "ChorusProcessor",
+    "ChorusTextConfig",
+    "ChorusTextModel",
+    "ChorusVisionConfig",
+    "ChorusVisionModel",
+    "ExpertBankConfig",
+    "ParameterReport",
+]
