@@ -221,20 +221,22 @@ def _accumulate(left: Tensor, right: Tensor, total: Tensor, unit: Unit) -> None:
         target[0].addmm_(left[0], right[0])
 
 
+def add_expert(output_D: Tensor, token_D: Tensor, gate_up_HD: Tensor, down_DI: Tensor, weight: float) -> None:
+    """Add one SwiGLU expert of a single token to `output_D`, in place: two matrix-vector products."""
+    hidden_H = torch.mv(gate_up_HD, token_D)
+    gate_I, up_I = hidden_H.chunk(2)
+    output_D.addmv_(down_DI, F.silu(gate_I, inplace=True).mul_(up_I), alpha=weight)
+
+
 def _one_token(
     hidden_TD: Tensor, top_k_index: Tensor, weight_TK: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor
 ) -> Tensor:
-    """SwiGLU experts of a single token: two matrix-vector products per choice, nothing gathered."""
-    dtype, token_D, single = hidden_TD.dtype, hidden_TD[0], down_EDI.shape[2]
-    chosen = [(slot, expert) for slot, expert in enumerate(top_k_index[0].tolist()) if expert < down_EDI.shape[0]]
-    output_KD = hidden_TD.new_empty(len(chosen), hidden_TD.shape[1])
-    for row, (_, expert) in enumerate(chosen):
-        hidden_H = torch.mv(gate_up_EHD[expert].to(dtype), token_D)
-        active_I = F.silu(hidden_H[:single], inplace=True).mul_(hidden_H[single:])
-        torch.mv(down_EDI[expert].to(dtype), active_I, out=output_KD[row])
-    slots = [slot for slot, _ in chosen]
-    weight_K = weight_TK[0] if len(slots) == weight_TK.shape[1] else weight_TK[0, slots]
-    return torch.mv(output_KD.t(), weight_K.to(dtype)).unsqueeze(0)
+    """SwiGLU experts of a single token, one by one, nothing gathered."""
+    dtype, output_TD = hidden_TD.dtype, torch.zeros_like(hidden_TD)
+    for expert, weight in zip(top_k_index[0].tolist(), weight_TK[0].tolist(), strict=True):
+        if expert < len(down_EDI):
+            add_expert(output_TD[0], hidden_TD[0], gate_up_EHD[expert].to(dtype), down_EDI[expert].to(dtype), weight)
+    return output_TD
 
 
 def _run_sparse(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan) -> Tensor:

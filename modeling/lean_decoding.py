@@ -1,0 +1,219 @@
+"""Decoding in `generate` with few operations: one-token steps on the CPU pass the modules by.
+
+[`lean_decoding`] opens while `generate` decodes. It reads the model once; where every module of the decoder is exactly one
+that [`lean_layers`] writes out, steps of one text token run through [`LeanDecoder`], on the same parameters and the same
+cache. Where one is not (a hook, an adapter, a quantised weight, a shard, another attention backend) or where more than
+logits is asked for, the modules run as ever. A sparse layer with experts or routers of another kind is called as a module
+within the lean step.
+
+Shape suffixes: D hidden size, C head size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from .attention import Attention, CrossModalAttention, ModalityProjection, SharedProjection, rotary_tables
+from .configuration_banks import MODALITY_IDS
+from .experts import BankGate, ChorusExperts, ExpertBank, GatedMLP, MixtureOfBanks
+from .experts_cpu import CPU_EXPERTS
+from .lean_layers import FeedForward, LeanAttention, LeanBanks, LeanDense, LeanNorm, ModuleFeedForward
+from .modeling_chorus import ChorusModel
+from .norms import RMSNorm
+from .routers import SoftmaxRouter
+from .text_model import ChorusDecoderLayer, ChorusTextModel, DenseFeedForward
+
+CACHES = (DynamicCache, StaticCache)
+CACHE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+# The classes of a dense decoder, and those of a sparse layer with all attributes that the lean step knows of.
+DENSE = {
+    **dict.fromkeys((ChorusModel, ChorusTextModel, ChorusDecoderLayer, Attention, CrossModalAttention)),
+    **dict.fromkeys((SharedProjection, ModalityProjection, RMSNorm, DenseFeedForward, LlamaRotaryEmbedding)),
+    **dict.fromkeys((nn.Linear, nn.Embedding, nn.Identity, nn.ModuleList, nn.SiLU, SiLUActivation)),
+}
+SPARSE: dict[type[nn.Module], set[str] | None] = {
+    **dict.fromkeys((nn.Linear, nn.ModuleDict, nn.SiLU, SiLUActivation, GatedMLP)),
+    MixtureOfBanks: {"shared_experts"},
+    BankGate: {"banks", "weight"},
+    ExpertBank: {"modalities"},
+    SoftmaxRouter: {"top_k", "norm_topk_prob"},
+    ChorusExperts: {
+        *("num_experts", "hidden_dim", "intermediate_dim", "config", "has_gate", "has_bias", "has_post_expert_norm"),
+        *("is_transposed", "is_concatenated"),
+    },
+}
+# A class whose forward is replaced later is no longer the one that is written out.
+FORWARDS = {kind: kind.forward for kind in DENSE | SPARSE}
+PLAIN_MODULE = vars(nn.Module()).keys()
+
+
+def is_plain(module: nn.Module, known: dict[type[nn.Module], set[str] | None], dtype: torch.dtype) -> bool:
+    """Whether a module does what its class says and nothing else, on ordinary CPU parameters."""
+    kind = type(module)
+    if kind not in known or kind.forward is not FORWARDS[kind] or "forward" in vars(module):
+        return False
+    attributes = known[kind]
+    if attributes is not None:
+        given = {name for name in vars(module).keys() - PLAIN_MODULE if not name.startswith("_")}
+        if not given <= attributes:
+            return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._compiled_call_impl)
+    return not any(hooks) and all(
+        type(p) is nn.Parameter and p.device.type == "cpu" and p.dtype == dtype for p in module.parameters(recurse=False)
+    )
+
+
+class LeanDecoder:
+    """Steps of one text token through a generative model.
+
+    Args:
+        model: [`ChorusForConditionalGeneration`] that [`can_decode`] accepts.
+    """
+
+    def __init__(self, model: Any):
+        text, config = model.model.language_model, model.config.text_config
+        self.model = model
+        self.embedding: Tensor = text.embed_tokens.weight
+        self.rotary = text.rotary_emb
+        self.final_norm = LeanNorm(text.norm)
+        self.media = {model.config.image_token_id, model.config.audio_token_id}
+        self.kinds = config.layer_types
+        self.layers = [
+            (
+                LeanNorm(layer.input_layernorm),
+                LeanAttention(layer.self_attn),
+                LeanNorm(layer.post_attention_layernorm),
+                self._feed_forward(layer.mlp),
+            )
+            for layer in text.layers
+        ]
+
+    def _feed_forward(self, mlp: Any) -> FeedForward:
+        if type(mlp) is DenseFeedForward:
+            return LeanDense(mlp)
+        if not all(is_plain(module, SPARSE, self.embedding.dtype) for module in mlp.modules()):
+            return ModuleFeedForward(mlp)
+        for bank in mlp.banks.values():
+            experts = bank.experts
+            if experts.config._experts_implementation != CPU_EXPERTS or experts._is_expert_parallel:
+                return ModuleFeedForward(mlp)
+        return LeanBanks(mlp, mlp.bank_gate.is_open[MODALITY_IDS["text"]].tolist())
+
+    def step(
+        self,
+        mm_token_type_ids: Tensor | None,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        **others: Any,
+    ) -> Tensor | None:
+        """Last hidden state `(1, 1, D)` of one text token, with the cache one position longer. None, and nothing done,
+        if the inputs are anything else or ask for anything more."""
+        if input_ids is None or input_ids.shape != (1, 1) or any(value is not None for value in others.values()):
+            return None
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not self._knows(past_key_values):
+            return None
+        token = int(input_ids)
+        is_media = token in self.media or (mm_token_type_ids is not None and bool(mm_token_type_ids.any()))
+        total = int(past_key_values.get_seq_length()) + 1  # type: ignore[union-attr]
+        masks, first = self._read_mask(attention_mask, total)
+        if is_media or first is None:
+            return None
+        position = total - 1 if position_ids is None else int(position_ids)
+        return self._run(token, position, past_key_values, first, total, masks).view(1, 1, -1)
+
+    def _knows(self, cache: Any) -> bool:
+        """Whether the cache is a stock one that holds one sequence already."""
+        return (
+            type(cache) in CACHES
+            and not cache.offloading
+            and len(cache.layers) == len(self.layers)
+            and all(
+                type(layer) in CACHE_LAYERS
+                and layer.is_initialized
+                and layer.keys.shape[0] == 1
+                and layer.keys.dtype == self.embedding.dtype
+                for layer in cache.layers
+            )
+        )
+
+    def _read_mask(self, attention_mask: Any, total: int) -> tuple[dict[str, Tensor | None], int | None]:
+        """Masks by kind of layer, and how many padding tokens stand in front; None for padding elsewhere."""
+        if isinstance(attention_mask, dict):
+            return attention_mask, 0
+        masks = dict.fromkeys(self.kinds)
+        if attention_mask is None:
+            return masks, 0
+        if attention_mask.shape != (1, total):
+            return masks, None
+        real = int(attention_mask.count_nonzero())
+        is_left = real == total or not attention_mask[0, : total - real].any()
+        return masks, total - real if is_left and real else None
+
+    def _run(
+        self, token: int, position: int, cache: Cache, first: int, total: int, masks: dict[str, Tensor | None]
+    ) -> Tensor:
+        residual_D = self.embedding[token]
+        position_ids = torch.tensor([[position]])
+        cos_BHSC, sin_BHSC = rotary_tables(*self.rotary(residual_D, position_ids=position_ids))
+        tables = cos_BHSC.view(-1), sin_BHSC.view(-1)
+        for (norm, attention, feed_norm, feed), layer, kind in zip(self.layers, cache.layers, self.kinds, strict=True):
+            residual_D = attention(residual_D, norm(residual_D), tables, layer, first, total, masks[kind])
+            residual_D = feed(residual_D, feed_norm(residual_D))
+        return self.final_norm(residual_D)
+
+
+def can_decode(model: Any) -> bool:
+    """Whether everything but the sparse layers of a generative model can be passed by, as it stands now."""
+    text, config = model.model.language_model, model.config.text_config
+    within = [model.model, text, text.embed_tokens, text.norm, text.rotary_emb, text.layers]
+    for layer in text.layers:
+        within += [layer, layer.input_layernorm, layer.post_attention_layernorm, *layer.self_attn.modules()]
+        within += layer.mlp.modules() if type(layer.mlp) is DenseFeedForward else []
+    asked = (config.output_attentions, config.output_hidden_states, config.output_router_logits)
+    return (
+        config._attn_implementation == "sdpa"
+        and config.is_causal
+        and config.rms_norm_eps > 0
+        and not model.training
+        and not any(asked)
+        and text.embed_tokens.max_norm is None
+        and not nn.modules.module._has_any_global_hook()
+        and all(is_plain(module, DENSE, text.embed_tokens.weight.dtype) for module in within)
+    )
+
+
+_decoder: ContextVar[LeanDecoder | None] = ContextVar("lean_decoder", default=None)
+
+
+@contextmanager
+def lean_decoding(model: Any) -> Iterator[None]:
+    """Within it, and within this thread, the model's [`lean_decoder`] takes its one-token steps, if the model allows."""
+    token = _decoder.set(LeanDecoder(model) if can_decode(model) else None)
+    try:
+        yield
+    finally:
+        _decoder.reset(token)
+
+
+def lean_decoder(model: Any) -> LeanDecoder | None:
+    """The decoder that is open for this very model, if one is."""
+    decoder = _decoder.get()
+    return decoder if decoder is not None and decoder.model is model else None
