@@ -1,10 +1,10 @@
 """Decoding in `generate` with few operations: one-token steps on the CPU pass the modules by.
 
-[`lean_decoding`] opens while `generate` decodes. It reads the model once; where every module of the decoder is exactly one
-that [`lean_layers`] writes out, steps of one text token run through [`LeanDecoder`], on the same parameters and the same
-cache. Where one is not (a hook, an adapter, a quantised weight, a shard, another attention backend) or where more than
-logits is asked for, the modules run as ever. A sparse layer with experts or routers of another kind is called as a module
-within the lean step.
+[`lean_decoding`] opens while `generate` decodes. It reads the model once; where every module of the decoder is exactly
+one that `lean_layers` writes out, steps of one text token run through [`LeanDecoder`], on the same parameters and the
+same cache. Where one is not (a hook, an adapter, a quantised weight, a shard, another attention backend), or where more
+than logits is asked for, the modules run as ever. A sparse layer with experts or routers of another kind is called as a
+module within the lean step.
 
 Shape suffixes: D hidden size, C head size.
 """
@@ -40,6 +40,9 @@ from .text_model import ChorusDecoderLayer, ChorusTextModel, DenseFeedForward
 
 CACHES = (DynamicCache, StaticCache)
 CACHE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+# Positions whose rotations are computed at once, and the kinds of rotation that depend on the length of the sequence.
+POSITIONS = 128
+CHANGING_ROTATIONS = ("dynamic", "longrope")
 # The classes of a dense decoder, and those of a sparse layer with all attributes that the lean step knows of.
 DENSE = {
     **dict.fromkeys((ChorusModel, ChorusTextModel, ChorusDecoderLayer, Attention, CrossModalAttention)),
@@ -74,7 +77,8 @@ def is_plain(module: nn.Module, known: dict[type[nn.Module], set[str] | None], d
             return False
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._compiled_call_impl)
     return not any(hooks) and all(
-        type(p) is nn.Parameter and p.device.type == "cpu" and p.dtype == dtype for p in module.parameters(recurse=False)
+        type(p) is nn.Parameter and p.device.type == "cpu" and p.dtype == dtype
+        for p in module.parameters(recurse=False)
     )
 
 
@@ -93,6 +97,8 @@ class LeanDecoder:
         self.final_norm = LeanNorm(text.norm)
         self.media = {model.config.image_token_id, model.config.audio_token_id}
         self.kinds = config.layer_types
+        self.tables: list[tuple[Tensor, Tensor]] = []
+        self.first_position = 0
         self.layers = [
             (
                 LeanNorm(layer.input_layernorm),
@@ -170,14 +176,23 @@ class LeanDecoder:
     def _run(
         self, token: int, position: int, cache: Cache, first: int, total: int, masks: dict[str, Tensor | None]
     ) -> Tensor:
-        residual_D = self.embedding[token]
-        position_ids = torch.tensor([[position]])
-        cos_BHSC, sin_BHSC = rotary_tables(*self.rotary(residual_D, position_ids=position_ids))
-        tables = cos_BHSC.view(-1), sin_BHSC.view(-1)
+        residual_D = self.embedding[token].clone()
+        tables = self._tables(position)
         for (norm, attention, feed_norm, feed), layer, kind in zip(self.layers, cache.layers, self.kinds, strict=True):
             residual_D = attention(residual_D, norm(residual_D), tables, layer, first, total, masks[kind])
             residual_D = feed(residual_D, feed_norm(residual_D))
         return self.final_norm(residual_D)
+
+    def _tables(self, position: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines `(C,)` of a position; made for many positions at once where they are fixed."""
+        index = position - self.first_position
+        if not 0 <= index < len(self.tables):
+            count = 1 if self.rotary.rope_type in CHANGING_ROTATIONS else POSITIONS
+            position_ids = torch.arange(position, position + count).unsqueeze(0)
+            cos_BHSC, sin_BHSC = rotary_tables(*self.rotary(self.embedding, position_ids=position_ids))
+            self.tables = list(zip(cos_BHSC[0, 0], sin_BHSC[0, 0], strict=True))
+            self.first_position, index = position, 0
+        return self.tables[index]
 
 
 def can_decode(model: Any) -> bool:
@@ -205,7 +220,7 @@ _decoder: ContextVar[LeanDecoder | None] = ContextVar("lean_decoder", default=No
 
 @contextmanager
 def lean_decoding(model: Any) -> Iterator[None]:
-    """Within it, and within this thread, the model's [`lean_decoder`] takes its one-token steps, if the model allows."""
+    """Within it, and within this thread, a [`LeanDecoder`] takes the model's one-token steps, if the model allows."""
     token = _decoder.set(LeanDecoder(model) if can_decode(model) else None)
     try:
         yield

@@ -1,7 +1,7 @@
 """The layers of the decoder for a single text token, in as few operations as it takes.
 
-A token of a small model costs more in calls than in arithmetic. Each class here reads the parameters of one module of the
-ordinary model, copies none of them, and computes what that module computes for one row of text:
+A token of a small model costs more in calls than in arithmetic. Each class here reads the parameters of one module of
+the ordinary model, copies none of them, and computes what that module computes for one row of text:
 - matrix-vector products that add to the residual stream, weighted by the router, in the same call;
 - scales of norms and weights of routers are Python numbers: on the CPU reading one costs less than an operation;
 - the query heads that share a key head stand as rows of one attention product: nothing is repeated, nothing masked;
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from .attention import ModalityProjection
-from .experts_cpu import add_expert
+from .experts_cpu import OneTokenExpert, add_product
 from .modality_plan import ModalityPlan
 
 # Positions that a buffer of keys and values has free when it is made: at least so many, or a quarter of what it holds.
@@ -58,8 +58,8 @@ class KeyValueBuffer:
     """Appends one position to a layer of a cache.
 
     A `DynamicLayer` gets views of a buffer with room at its end. It stays an ordinary layer: whoever crops, reorders or
-    replaces its tensors leaves other objects in it than were put there, and the next append starts from a copy of those.
-    Every other kind of layer appends in its own way.
+    replaces its tensors leaves other objects in it than were put there, and the next append starts from a copy of
+    those. Every other kind of layer appends in its own way.
     """
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class LeanAttention:
         total: int,
         mask: Tensor | None,
     ) -> Tensor:
-        """The new residual stream `(D,)`, not in place.
+        """The new residual stream `(D,)`, in place.
 
         Args:
             tables: cosines and signed sines of the position, each `(C,)`.
@@ -140,7 +140,7 @@ class LeanAttention:
         if mask is None:
             key, value = self._visible(key, value, first, total)
         attended = F.scaled_dot_product_attention(self.query, key, value, attn_mask=mask, scale=self.scaling)
-        return torch.addmv(residual_D, self.output, attended.reshape(-1))
+        return add_product(residual_D, self.output, attended.reshape(-1))
 
     def _visible(self, key: Tensor, value: Tensor, first: int, total: int) -> tuple[Tensor, Tensor]:
         """The keys and values that the token may see, of those that a cache layer holds: it holds the last of `total`
@@ -163,7 +163,7 @@ class LeanDense:
 
     def __call__(self, residual_D: Tensor, states_D: Tensor) -> Tensor:
         active_I = F.silu(torch.mv(self.gate, states_D), inplace=True).mul_(torch.mv(self.up, states_D))
-        return residual_D.addmv_(self.down, active_I)
+        return add_product(residual_D, self.down, active_I)
 
 
 class LeanBank:
@@ -173,8 +173,9 @@ class LeanBank:
         self.router: Tensor = bank.router.weight
         self.top_k: int = bank.router.top_k
         self.is_normalised: bool = bank.router.norm_topk_prob
-        self.gate_up = bank.experts.gate_up_proj.unbind(0)
-        self.down = bank.experts.down_proj.unbind(0)
+        gate_up, down = bank.experts.gate_up_proj, bank.experts.down_proj
+        self.experts = list(zip(gate_up.unbind(0), down.unbind(0), strict=True))
+        self.one = OneTokenExpert(down.shape[2], down.dtype)
 
     def __call__(self, residual_D: Tensor, states_D: Tensor, bank_weight: float) -> None:
         logits_E = torch.mv(self.router.float(), states_D.float())
@@ -186,7 +187,8 @@ class LeanBank:
             total = logits_E.logsumexp(0).item()
             weights = [math.exp(value - total) for value in chosen]
         for expert, weight in zip(index_K.tolist(), weights, strict=True):
-            add_expert(residual_D, states_D, self.gate_up[expert], self.down[expert], bank_weight * weight)
+            gate_up_HD, down_DI = self.experts[expert]
+            self.one.add(residual_D, states_D, gate_up_HD, down_DI, bank_weight * weight)
 
 
 class LeanBanks:
