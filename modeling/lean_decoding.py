@@ -12,6 +12,7 @@ Shape suffixes: D hidden size, C head size.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -215,20 +216,31 @@ def can_decode(model: Any) -> bool:
     )
 
 
-_decoder: ContextVar[LeanDecoder | None] = ContextVar("lean_decoder", default=None)
+class _Decoding:
+    """A model that is decoding; it is read at its first step, since a `generate` of one token has none."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    @cached_property
+    def decoder(self) -> LeanDecoder | None:
+        return LeanDecoder(self.model) if can_decode(self.model) else None
+
+
+_decoding: ContextVar[_Decoding | None] = ContextVar("lean_decoding", default=None)
 
 
 @contextmanager
 def lean_decoding(model: Any) -> Iterator[None]:
     """Within it, and within this thread, a [`LeanDecoder`] takes the model's one-token steps, if the model allows."""
-    token = _decoder.set(LeanDecoder(model) if can_decode(model) else None)
+    token = _decoding.set(_Decoding(model))
     try:
         yield
     finally:
-        _decoder.reset(token)
+        _decoding.reset(token)
 
 
 def lean_decoder(model: Any) -> LeanDecoder | None:
     """The decoder that is open for this very model, if one is."""
-    decoder = _decoder.get()
-    return decoder if decoder is not None and decoder.model is model else None
+    decoding = _decoding.get()
+    return decoding.decoder if decoding is not None and decoding.model is model else None
