@@ -16,8 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.activations import SiLUActivation
+from torch import Tensor
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -27,60 +26,18 @@ from transformers.cache_utils import (
     StaticLayer,
     StaticSlidingWindowLayer,
 )
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from .attention import Attention, CrossModalAttention, ModalityProjection, SharedProjection, rotary_tables
+from .attention import rotary_tables
 from .configuration_banks import MODALITY_IDS
-from .experts import BankGate, ChorusExperts, ExpertBank, GatedMLP, MixtureOfBanks
-from .experts_cpu import CPU_EXPERTS
+from .lean_checks import can_decode, is_plain_mixture
 from .lean_layers import FeedForward, LeanAttention, LeanBanks, LeanDense, LeanNorm, ModuleFeedForward
-from .modeling_chorus import ChorusModel
-from .norms import RMSNorm
-from .routers import SoftmaxRouter
-from .text_model import ChorusDecoderLayer, ChorusTextModel, DenseFeedForward
+from .text_model import DenseFeedForward
 
 CACHES = (DynamicCache, StaticCache)
 CACHE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 # Positions whose rotations are computed at once, and the kinds of rotation that depend on the length of the sequence.
 POSITIONS = 128
 CHANGING_ROTATIONS = ("dynamic", "longrope")
-# The classes of a dense decoder, and those of a sparse layer with all attributes that the lean step knows of.
-DENSE = {
-    **dict.fromkeys((ChorusModel, ChorusTextModel, ChorusDecoderLayer, Attention, CrossModalAttention)),
-    **dict.fromkeys((SharedProjection, ModalityProjection, RMSNorm, DenseFeedForward, LlamaRotaryEmbedding)),
-    **dict.fromkeys((nn.Linear, nn.Embedding, nn.Identity, nn.ModuleList, nn.SiLU, SiLUActivation)),
-}
-SPARSE: dict[type[nn.Module], set[str] | None] = {
-    **dict.fromkeys((nn.Linear, nn.ModuleDict, nn.SiLU, SiLUActivation, GatedMLP)),
-    MixtureOfBanks: {"shared_experts"},
-    BankGate: {"banks", "weight"},
-    ExpertBank: {"modalities"},
-    SoftmaxRouter: {"top_k", "norm_topk_prob"},
-    ChorusExperts: {
-        *("num_experts", "hidden_dim", "intermediate_dim", "config", "has_gate", "has_bias", "has_post_expert_norm"),
-        *("is_transposed", "is_concatenated"),
-    },
-}
-# A class whose forward is replaced later is no longer the one that is written out.
-FORWARDS = {kind: kind.forward for kind in DENSE | SPARSE}
-PLAIN_MODULE = vars(nn.Module()).keys()
-
-
-def is_plain(module: nn.Module, known: dict[type[nn.Module], set[str] | None], dtype: torch.dtype) -> bool:
-    """Whether a module does what its class says and nothing else, on ordinary CPU parameters."""
-    kind = type(module)
-    if kind not in known or kind.forward is not FORWARDS[kind] or "forward" in vars(module):
-        return False
-    attributes = known[kind]
-    if attributes is not None:
-        given = {name for name in vars(module).keys() - PLAIN_MODULE if not name.startswith("_")}
-        if not given <= attributes:
-            return False
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._compiled_call_impl)
-    return not any(hooks) and all(
-        type(p) is nn.Parameter and p.device.type == "cpu" and p.dtype == dtype
-        for p in module.parameters(recurse=False)
-    )
 
 
 class LeanDecoder:
@@ -113,12 +70,8 @@ class LeanDecoder:
     def _feed_forward(self, mlp: Any) -> FeedForward:
         if type(mlp) is DenseFeedForward:
             return LeanDense(mlp)
-        if not all(is_plain(module, SPARSE, self.embedding.dtype) for module in mlp.modules()):
+        if not is_plain_mixture(mlp, self.embedding.dtype):
             return ModuleFeedForward(mlp)
-        for bank in mlp.banks.values():
-            experts = bank.experts
-            if experts.config._experts_implementation != CPU_EXPERTS or experts._is_expert_parallel:
-                return ModuleFeedForward(mlp)
         return LeanBanks(mlp, mlp.bank_gate.is_open[MODALITY_IDS["text"]].tolist())
 
     def step(
@@ -133,7 +86,9 @@ class LeanDecoder:
     ) -> Tensor | None:
         """Last hidden state `(1, 1, D)` of one text token, with the cache one position longer. None, and nothing done,
         if the inputs are anything else or ask for anything more."""
-        if input_ids is None or input_ids.shape != (1, 1) or any(value is not None for value in others.values()):
+        if input_ids is None or input_ids.shape != (1, 1):
+            return None
+        if any(value is not None and value is not False for value in others.values()):
             return None
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not self._knows(past_key_values):
             return None
@@ -196,26 +151,6 @@ class LeanDecoder:
         return self.tables[index]
 
 
-def can_decode(model: Any) -> bool:
-    """Whether everything but the sparse layers of a generative model can be passed by, as it stands now."""
-    text, config = model.model.language_model, model.config.text_config
-    within = [model.model, text, text.embed_tokens, text.norm, text.rotary_emb, text.layers]
-    for layer in text.layers:
-        within += [layer, layer.input_layernorm, layer.post_attention_layernorm, *layer.self_attn.modules()]
-        within += layer.mlp.modules() if type(layer.mlp) is DenseFeedForward else []
-    asked = (config.output_attentions, config.output_hidden_states, config.output_router_logits)
-    return (
-        config._attn_implementation == "sdpa"
-        and config.is_causal
-        and config.rms_norm_eps > 0
-        and not model.training
-        and not any(asked)
-        and text.embed_tokens.max_norm is None
-        and not nn.modules.module._has_any_global_hook()
-        and all(is_plain(module, DENSE, text.embed_tokens.weight.dtype) for module in within)
-    )
-
-
 class _Decoding:
     """A model that is decoding; it is read at its first step, since a `generate` of one token has none."""
 
@@ -242,5 +177,7 @@ def lean_decoding(model: Any) -> Iterator[None]:
 
 def lean_decoder(model: Any) -> LeanDecoder | None:
     """The decoder that is open for this very model, if one is."""
+    if torch.compiler.is_compiling():
+        return None
     decoding = _decoding.get()
     return decoding.decoder if decoding is not None and decoding.model is model else None

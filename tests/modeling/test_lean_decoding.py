@@ -14,7 +14,8 @@ from transformers import Cache, DynamicCache, StaticCache
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling import lean_decoding as module
 from chorus_moe.modeling.attention import Attention
-from chorus_moe.modeling.lean_decoding import LeanDecoder, can_decode, lean_decoding
+from chorus_moe.modeling.lean_checks import can_decode
+from chorus_moe.modeling.lean_decoding import LeanDecoder, lean_decoding
 from chorus_moe.modeling.lean_layers import LeanBanks, ModuleFeedForward
 from tests.conftest import tiny_config
 from tests.modeling.test_modeling_generation import collate, sample_inputs
@@ -257,6 +258,8 @@ CHANGES = {
     "training": lambda model: model.train(),
     "another dtype": lambda model: model.model.language_model.layers[1].self_attn.o_proj.double(),
     "eager attention": lambda model: model.set_attn_implementation("eager"),
+    "unknown option": lambda model: setattr(model.model.language_model.layers[1].self_attn, "sharpness", 2.0),
+    "unknown child": lambda model: model.model.language_model.add_module("exit_head", nn.Identity()),
     "low rank adapter": lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])),
     "parametrization": lambda model: nn.utils.parametrizations.weight_norm(
         model.model.language_model.layers[0].mlp.up_proj
