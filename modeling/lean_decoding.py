@@ -77,7 +77,7 @@ class LeanDecoder:
     def step(
         self,
         mm_token_type_ids: Tensor | None,
-        input_ids: Tensor | None = None,
+        input_ids: Tensor,
         past_key_values: Cache | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
@@ -86,8 +86,6 @@ class LeanDecoder:
     ) -> Tensor | None:
         """Last hidden state `(1, 1, D)` of one text token, with the cache one position longer. None, and nothing done,
         if the inputs are anything else or ask for anything more."""
-        if input_ids is None or input_ids.shape != (1, 1):
-            return None
         if any(value is not None and value is not False for value in others.values()):
             return None
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not self._knows(past_key_values):
@@ -96,7 +94,7 @@ class LeanDecoder:
         is_media = token in self.media or (mm_token_type_ids is not None and bool(mm_token_type_ids.any()))
         total = int(past_key_values.get_seq_length()) + 1  # type: ignore[union-attr]
         masks, first = self._read_mask(attention_mask, total)
-        if is_media or first is None:
+        if is_media or first is None or (position_ids is not None and position_ids.shape != (1, 1)):
             return None
         position = total - 1 if position_ids is None else int(position_ids)
         return self._run(token, position, past_key_values, first, total, masks).view(1, 1, -1)
@@ -152,7 +150,7 @@ class LeanDecoder:
 
 
 class _Decoding:
-    """A model that is decoding; it is read at its first step, since a `generate` of one token has none."""
+    """A model that is decoding. It is read at its first step: `generate` of one token, or of a batch, has none."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -175,9 +173,9 @@ def lean_decoding(model: Any) -> Iterator[None]:
         _decoding.reset(token)
 
 
-def lean_decoder(model: Any) -> LeanDecoder | None:
-    """The decoder that is open for this very model, if one is."""
-    if torch.compiler.is_compiling():
+def lean_decoder(model: Any, input_ids: Tensor | None) -> LeanDecoder | None:
+    """The decoder that is open for this very model, if one is and the input is one token of one sample."""
+    if torch.compiler.is_compiling() or input_ids is None or input_ids.shape != (1, 1):
         return None
     decoding = _decoding.get()
     return decoding.decoder if decoding is not None and decoding.model is model else None

@@ -115,7 +115,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         self, output_router_logits: bool | None, mm_token_type_ids: Tensor | None, **inputs: Any
     ) -> tuple[ChorusModelOutput, dict[str, Tensor | None]]:
         """As in [`ChorusHead`]; while `generate` decodes, a [`LeanDecoder`] takes the steps that it can."""
-        decoder = lean_decoder(self)
+        decoder = lean_decoder(self, inputs.get("input_ids"))
         if decoder is not None and not output_router_logits:
             last_hidden_state = decoder.step(mm_token_type_ids, **inputs)
             if last_hidden_state is not None:

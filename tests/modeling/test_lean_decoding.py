@@ -21,8 +21,9 @@ from tests.conftest import tiny_config
 from tests.modeling.test_modeling_generation import collate, sample_inputs
 
 TOKENS = [7, 9, 100, 31, 9, 64]
-# Sums in another order: worst difference seen over all cases of this file and three seeds, at logits of size 2.
-ATOL = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+# Sums in another order: worst differences seen over all cases, two caches and three seeds, at logits up to 1.9, are
+# 1.1e-6 and 0.053. In bfloat16 the modules and the lean step are both roundings of the same float32 text.
+ATOL = {torch.float32: 1e-5, torch.bfloat16: 0.1}
 ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -109,13 +110,16 @@ def test_a_lean_step_equals_the_modules(case: str, cache: str, steps: list[int])
 
 
 @pytest.mark.parametrize("case", ["default", "one bank", "query and key norms", "sliding window"])
-def test_a_lean_step_equals_the_modules_in_bfloat16(case: str, steps: list[int]):
+def test_a_lean_step_in_bfloat16_is_as_near_to_float32_as_the_modules(case: str, steps: list[int]):
     model = make_model(torch.bfloat16, **CASES[case])
     batch = prompt(model, dtype=torch.bfloat16)
-    expected = decode(model, batch, make_cache("dynamic", model), lean=False)
+    modules = decode(model, batch, make_cache("dynamic", model), lean=False)
     found = decode(model, batch, make_cache("dynamic", model), lean=True)
-    torch.testing.assert_close(found, expected, rtol=0, atol=ATOL[torch.bfloat16])
+    torch.testing.assert_close(found, modules, rtol=0, atol=ATOL[torch.bfloat16])
     assert steps == TOKENS
+    exact = decode(model.float(), prompt(model), make_cache("dynamic", model), lean=False)
+    # Mean square errors over three seeds: 2.0e-5 and 3.7e-5; single cases vary by a factor of 1.5.
+    assert (found - exact).square().mean() < 2 * (modules - exact).square().mean()
 
 
 @pytest.mark.parametrize(
