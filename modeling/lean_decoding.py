@@ -94,7 +94,7 @@ class LeanDecoder:
         is_media = token in self.media or (mm_token_type_ids is not None and bool(mm_token_type_ids.any()))
         total = int(past_key_values.get_seq_length()) + 1  # type: ignore[union-attr]
         masks, first = self._read_mask(attention_mask, total)
-        if is_media or first is None or (position_ids is not None and position_ids.shape != (1, 1)):
+        if token < 0 or is_media or first is None or (position_ids is not None and position_ids.shape != (1, 1)):
             return None
         position = total - 1 if position_ids is None else int(position_ids)
         return self._run(token, position, past_key_values, first, total, masks).view(1, 1, -1)
