@@ -221,20 +221,36 @@ def _accumulate(left: Tensor, right: Tensor, total: Tensor, unit: Unit) -> None:
         target[0].addmm_(left[0], right[0])
 
 
+class OneTokenExpert:
+    """SwiGLU experts of width I for a single token: two matrix-vector products each, nothing gathered."""
+
+    def __init__(self, width: int, dtype: torch.dtype):
+        self.hidden_H = torch.empty(2 * width, dtype=dtype)
+        self.gate_I, self.up_I = self.hidden_H.chunk(2)
+
+    def add(self, output_D: Tensor, token_D: Tensor, gate_up_HD: Tensor, down_DI: Tensor, weight: float) -> None:
+        """Add one expert's weighted output to `output_D`, in place."""
+        torch.mv(gate_up_HD, token_D, out=self.hidden_H)
+        F.silu(self.gate_I, inplace=True).mul_(self.up_I)
+        add_product(output_D, down_DI, self.gate_I, weight)
+
+
+def add_product(output_D: Tensor, weight_DI: Tensor, states_I: Tensor, scale: float = 1.0) -> Tensor:
+    """`output_D += scale * weight_DI @ states_I`. In bfloat16, `addmv_` is slower than a product and a sum."""
+    if output_D.dtype in (torch.float32, torch.float64):
+        return output_D.addmv_(weight_DI, states_I, alpha=scale)
+    return output_D.add_(torch.mv(weight_DI, states_I), alpha=scale)
+
+
 def _one_token(
     hidden_TD: Tensor, top_k_index: Tensor, weight_TK: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor
 ) -> Tensor:
-    """SwiGLU experts of a single token: two matrix-vector products per choice, nothing gathered."""
-    dtype, token_D, single = hidden_TD.dtype, hidden_TD[0], down_EDI.shape[2]
-    chosen = [(slot, expert) for slot, expert in enumerate(top_k_index[0].tolist()) if expert < down_EDI.shape[0]]
-    output_KD = hidden_TD.new_empty(len(chosen), hidden_TD.shape[1])
-    for row, (_, expert) in enumerate(chosen):
-        hidden_H = torch.mv(gate_up_EHD[expert].to(dtype), token_D)
-        active_I = F.silu(hidden_H[:single], inplace=True).mul_(hidden_H[single:])
-        torch.mv(down_EDI[expert].to(dtype), active_I, out=output_KD[row])
-    slots = [slot for slot, _ in chosen]
-    weight_K = weight_TK[0] if len(slots) == weight_TK.shape[1] else weight_TK[0, slots]
-    return torch.mv(output_KD.t(), weight_K.to(dtype)).unsqueeze(0)
+    dtype, output_TD = hidden_TD.dtype, torch.zeros_like(hidden_TD)
+    one = OneTokenExpert(down_EDI.shape[2], dtype)
+    for expert, weight in zip(top_k_index[0].tolist(), weight_TK[0].tolist(), strict=True):
+        if expert < len(down_EDI):
+            one.add(output_TD[0], hidden_TD[0], gate_up_EHD[expert].to(dtype), down_EDI[expert].to(dtype), weight)
+    return output_TD
 
 
 def _run_sparse(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan) -> Tensor:

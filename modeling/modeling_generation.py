@@ -1,5 +1,7 @@
 """The generative head: text, images and sound in, text out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from itertools import accumulate
 from typing import Any
@@ -14,9 +16,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_chorus import ChorusConfig
+from .lean_decoding import lean_decoder, lean_decoding
 from .losses import share_of_batch
 from .modeling_head import ChorusHead
-from .modeling_outputs import ChorusLossOutput
+from .modeling_outputs import ChorusLossOutput, ChorusModelOutput
 
 logger = logging.get_logger(__name__)
 
@@ -131,6 +134,23 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             audio_hidden_states=outputs.audio_hidden_states,
             **terms,
         )
+
+    def _run(
+        self, output_router_logits: bool | None, mm_token_type_ids: Tensor | None, **inputs: Any
+    ) -> tuple[ChorusModelOutput, dict[str, Tensor | None]]:
+        """As in [`ChorusHead`]; while `generate` decodes, a [`LeanDecoder`] takes the steps that it can."""
+        decoder = lean_decoder(self, inputs.get("input_ids"))
+        if decoder is not None and not output_router_logits:
+            last_hidden_state = decoder.step(mm_token_type_ids, **inputs)
+            if last_hidden_state is not None:
+                cache = inputs["past_key_values"]
+                return ChorusModelOutput(last_hidden_state=last_hidden_state, past_key_values=cache), {}
+        return super()._run(output_router_logits, mm_token_type_ids, **inputs)
+
+    @contextmanager
+    def _optimize_model_for_decode(self) -> Iterator[None]:
+        with super()._optimize_model_for_decode(), lean_decoding(self):
+            yield
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config: Any

@@ -1,0 +1,109 @@
+"""What lean decoding may pass by: modules that are exactly those which `lean_layers` writes out.
+
+Every class is listed with the children, parameters and attributes that are known of it. A module with anything more (an
+option added later, a hook, an adapter, a quantised or sharded weight, a replaced forward) runs as it is.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from .attention import Attention, CrossModalAttention, ModalityProjection, SharedProjection
+from .experts import BankGate, ChorusExperts, ExpertBank, GatedMLP, MixtureOfBanks
+from .experts_cpu import CPU_EXPERTS
+from .modeling_chorus import ChorusModel
+from .norms import RMSNorm
+from .routers import SoftmaxRouter
+from .text_model import ChorusDecoderLayer, ChorusTextModel, DenseFeedForward
+
+ATTENTION = {
+    *("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "config", "layer_idx", "head_dim", "scaling"),
+    *("num_key_value_groups", "attention_dropout", "is_causal", "sliding_window"),
+}
+GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+# Children, parameters, buffers and public attributes; None for a class that is not ours to change.
+KNOWN: dict[type[nn.Module], set[str] | None] = {
+    **dict.fromkeys((nn.Linear, nn.Embedding, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.SiLU, SiLUActivation)),
+    LlamaRotaryEmbedding: None,
+    ChorusModel: {"vision_tower", "audio_tower", "vision_connector", "audio_connector", "language_model"},
+    ChorusTextModel: {"embed_tokens", "layers", "norm", "rotary_emb"},
+    ChorusDecoderLayer: {
+        *("self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "gradient_checkpointing"),
+    },
+    Attention: ATTENTION,
+    CrossModalAttention: ATTENTION,
+    SharedProjection: {"weight", "bias", "in_features", "out_features"},
+    ModalityProjection: {"text", "image", "audio"},
+    RMSNorm: {"weight", "eps", "normalized_shape", "elementwise_affine"},
+    DenseFeedForward: GATED,
+    GatedMLP: GATED,
+    MixtureOfBanks: {"shared_experts", "bank_gate", "banks"},
+    BankGate: {"banks", "weight", "is_open"},
+    ExpertBank: {"modalities", "router", "experts"},
+    SoftmaxRouter: {"weight", "top_k", "norm_topk_prob"},
+    ChorusExperts: {
+        *("gate_up_proj", "down_proj", "act_fn", "num_experts", "hidden_dim", "intermediate_dim", "config"),
+        *("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated"),
+    },
+}
+# A class whose forward is replaced later is no longer the one that is written out.
+FORWARDS = {kind: kind.forward for kind in KNOWN}
+OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def parts(module: nn.Module) -> set[str]:
+    """Names of children, parameters, buffers and public attributes; transformers gives its models attributes of its
+    own, which are left out."""
+    names = {*module._modules, *module._parameters, *module._buffers}
+    if not isinstance(module, PreTrainedModel):
+        names |= {name for name in vars(module).keys() - OF_EVERY_MODULE if not name.startswith("_")}
+    return names
+
+
+def is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a module does what its class says and nothing else, on ordinary CPU parameters of this dtype."""
+    kind = type(module)
+    if kind not in KNOWN or kind.forward is not FORWARDS[kind] or "forward" in vars(module):
+        return False
+    known = KNOWN[kind]
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._compiled_call_impl)
+    return (
+        (known is None or parts(module) <= known)
+        and not any(hooks)
+        and all(
+            type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.dtype == dtype
+            for parameter in module.parameters(recurse=False)
+        )
+    )
+
+
+def is_plain_mixture(mlp: Any, dtype: torch.dtype) -> bool:
+    """Whether a sparse layer is one of softmax routers and SwiGLU experts that run as `cpu_mm`."""
+    return all(is_plain(module, dtype) for module in mlp.modules()) and not any(
+        bank.experts.config._experts_implementation != CPU_EXPERTS or bank.experts._is_expert_parallel
+        for bank in mlp.banks.values()
+    )
+
+
+def can_decode(model: Any) -> bool:
+    """Whether all of a generative model but its head and its sparse layers can be passed by, as it stands now."""
+    text, config = model.model.language_model, model.config.text_config
+    within = [model.model, text, text.embed_tokens, text.norm, text.rotary_emb, text.layers]
+    for layer in text.layers:
+        within += [layer, layer.input_layernorm, layer.post_attention_layernorm, *layer.self_attn.modules()]
+        within += layer.mlp.modules() if type(layer.mlp) is DenseFeedForward else []
+    asked = (config.output_attentions, config.output_hidden_states, config.output_router_logits)
+    return (
+        config._attn_implementation == "sdpa"
+        and config.is_causal
+        and config.rms_norm_eps > 0
+        and not model.training
+        and not any(asked)
+        and text.embed_tokens.max_norm is None
+        and not nn.modules.module._has_any_global_hook()
+        and all(is_plain(module, text.embed_tokens.weight.dtype) for module in within)
+    )

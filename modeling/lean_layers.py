@@ -1,0 +1,228 @@
+"""The layers of the decoder for a single text token, in as few operations as it takes.
+
+A token of a small model costs more in calls than in arithmetic. Each class here reads the parameters of one module of
+the ordinary model, copies no matrix, and computes what that module computes for one row of text:
+- matrix-vector products that add to the residual stream, weighted by the router, in the same call;
+- scales of norms and weights of routers are Python numbers: on the CPU reading one costs less than an operation;
+- the query heads that share a key head stand as rows of one attention product: nothing is repeated, nothing masked;
+- keys and values are appended in place where an ordinary cache would copy all of them for each token.
+
+Shape suffixes: D hidden size, H heads, G key-value heads, C head size, S positions in the cache, E experts in the bank,
+K experts per token, I expert width.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from .attention import ModalityProjection
+from .experts_cpu import OneTokenExpert, add_product
+from .modality_plan import ModalityPlan
+
+# Positions that a buffer of keys and values has free when it is made: at least so many, or a quarter of what it holds.
+SPARE_POSITIONS = 128
+
+FeedForward = Callable[[Tensor, Tensor], Tensor]
+
+
+class LeanNorm:
+    """[`RMSNorm`] of one token `(D,)`."""
+
+    def __init__(self, norm: Any):
+        self.weight: Tensor = norm.weight
+        self.eps: float = norm.eps
+        self.zero = torch.zeros_like(norm.weight)
+        self.size = len(norm.weight)
+        self.is_narrow = self.zero.itemsize < 4
+
+    def __call__(self, states_D: Tensor) -> Tensor:
+        wide_D = states_D.float() if self.is_narrow else states_D
+        mean = torch.dot(wide_D, wide_D).item() / self.size
+        return torch.addcmul(self.zero, states_D, self.weight, value=(mean + self.eps) ** -0.5)
+
+
+def project(linear: Any, states_D: Tensor, out: Tensor) -> Tensor:
+    """A linear layer of one token, written to `out`."""
+    if linear.bias is None:
+        return torch.mv(linear.weight, states_D, out=out)
+    return torch.addmv(linear.bias, linear.weight, states_D, out=out)
+
+
+class KeyValueBuffer:
+    """Appends one position to a layer of a cache.
+
+    A `DynamicLayer` gets views of a buffer with room at its end. It stays an ordinary layer: whoever crops, reorders or
+    replaces its tensors leaves other objects in it than were put there, and the next append starts from a copy of
+    those. Every other kind of layer appends in its own way.
+    """
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.buffer = torch.empty(0)
+
+    def append(self, layer: CacheLayerMixin, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `(1, G, S, C)` of the layer with `new` `(2, 1, G, 1, C)` at their end."""
+        if type(layer) is not DynamicLayer:
+            return layer.update(*new.unbind(0))
+        length = layer.keys.shape[2]
+        if layer.keys is not self.keys or layer.values is not self.values or length == self.buffer.shape[3]:
+            room = length + max(SPARE_POSITIONS, length // 4)
+            self.buffer = new.new_empty(*new.shape[:3], room, new.shape[4])
+            torch.stack((layer.keys, layer.values), out=self.buffer.narrow(3, 0, length))
+        self.buffer.narrow(3, length, 1).copy_(new)
+        layer.keys, layer.values = self.keys, self.values = self.buffer.narrow(3, 0, length + 1).unbind(0)
+        return self.keys, self.values
+
+
+class LeanAttention:
+    """[`Attention`] and [`CrossModalAttention`] of one text token, added to the residual stream."""
+
+    def __init__(self, attention: Any):
+        text = [
+            proj["text"] if isinstance(proj, ModalityProjection) else proj
+            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+        ]
+        size, dtype = attention.head_dim, attention.o_proj.weight.dtype
+        self.output: Tensor = attention.o_proj.weight
+        self.scaling: float = attention.scaling
+        self.window: int | None = attention.sliding_window
+        heads, groups = (linear.out_features // size for linear in text[:2])
+        query_key_value = torch.empty(heads + 2 * groups, size, dtype=dtype)
+        self.query_key = query_key_value[: heads + groups]
+        self.query = query_key_value[:heads].view(1, groups, heads // groups, size)
+        self.key_value = query_key_value[heads:].view(2, 1, groups, 1, size)
+        parts = query_key_value.view(-1).split([linear.out_features for linear in text])
+        self.projections = list(zip(text, parts, strict=True))
+        self.exchange = torch.arange(size).roll(size // 2)
+        self.norm_weight = None
+        if not isinstance(attention.q_norm, nn.Identity):
+            # A row for each head: so few numbers that a copy costs nothing and spares one product a layer.
+            weights = attention.q_norm.weight.expand(heads, size), attention.k_norm.weight.expand(groups, size)
+            self.norm_weight = torch.cat(weights)
+            self.eps = torch.full((), attention.q_norm.eps, dtype=torch.promote_types(dtype, torch.float32))
+        self.memory = KeyValueBuffer()
+
+    def __call__(
+        self,
+        residual_D: Tensor,
+        states_D: Tensor,
+        tables: tuple[Tensor, Tensor],
+        layer: CacheLayerMixin,
+        first: int,
+        total: int,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """The new residual stream `(D,)`, in place.
+
+        Args:
+            tables: cosines and signed sines of the position, each `(C,)`.
+            layer: of the cache.
+            first, total: the real tokens are the positions from `first` to `total`, the new one included.
+            mask: over all keys that the layer of the cache returns; replaces `first`.
+        """
+        for linear, part in self.projections:
+            project(linear, states_D, part)
+        if self.norm_weight is not None:
+            norm = torch.linalg.vector_norm(self.query_key, dim=-1, keepdim=True, dtype=self.eps.dtype)
+            self.query_key.mul_(torch.addcmul(self.eps, norm, norm, value=1 / self.query_key.shape[1]).rsqrt_())
+            self.query_key.mul_(self.norm_weight)
+        cos_C, sin_C = tables
+        exchanged = self.query_key.index_select(1, self.exchange)
+        self.query_key.mul_(cos_C).addcmul_(exchanged, sin_C)
+        key, value = self.memory.append(layer, self.key_value)
+        if mask is None:
+            key, value = self._visible(key, value, first, total)
+        attended = F.scaled_dot_product_attention(self.query, key, value, attn_mask=mask, scale=self.scaling)
+        return add_product(residual_D, self.output, attended.reshape(-1))
+
+    def _visible(self, key: Tensor, value: Tensor, first: int, total: int) -> tuple[Tensor, Tensor]:
+        """The keys and values that the token may see, of those that a cache layer holds: it holds the last of `total`
+        positions, and behind them, if it is static, room for more."""
+        held = key.shape[2]
+        last = min(held, total)
+        if self.window is not None:
+            first = max(first, total - self.window)
+        start = max(0, first - (total - last))
+        if start or last != held:
+            key, value = key[:, :, start:last], value[:, :, start:last]
+        return key, value
+
+
+class LeanDense:
+    """[`GatedMLP`] of one token, added to the residual stream in place."""
+
+    def __init__(self, mlp: Any):
+        self.gate, self.up, self.down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+
+    def __call__(self, residual_D: Tensor, states_D: Tensor) -> Tensor:
+        active_I = F.silu(torch.mv(self.gate, states_D), inplace=True).mul_(torch.mv(self.up, states_D))
+        return add_product(residual_D, self.down, active_I)
+
+
+class LeanBank:
+    """[`ExpertBank`] with a [`SoftmaxRouter`]: weights and choices of one token, and the chosen experts."""
+
+    def __init__(self, bank: Any):
+        self.router: Tensor = bank.router.weight
+        self.top_k: int = bank.router.top_k
+        self.is_normalised: bool = bank.router.norm_topk_prob
+        gate_up, down = bank.experts.gate_up_proj, bank.experts.down_proj
+        self.experts = list(zip(gate_up.unbind(0), down.unbind(0), strict=True))
+        self.one = OneTokenExpert(down.shape[2], down.dtype)
+
+    def __call__(self, residual_D: Tensor, states_D: Tensor, bank_weight: float) -> None:
+        logits_E = torch.mv(self.router.float(), states_D.float())
+        chosen_K, index_K = torch.topk(logits_E, self.top_k)
+        chosen = chosen_K.tolist()
+        if self.is_normalised:
+            weights = softmax(chosen)
+        else:
+            total = logits_E.logsumexp(0).item()
+            weights = [math.exp(value - total) for value in chosen]
+        for expert, weight in zip(index_K.tolist(), weights, strict=True):
+            gate_up_HD, down_DI = self.experts[expert]
+            self.one.add(residual_D, states_D, gate_up_HD, down_DI, bank_weight * weight)
+
+
+class LeanBanks:
+    """[`MixtureOfBanks`] of one text token, added to the residual stream in place."""
+
+    def __init__(self, mixture: Any, is_open: list[bool]):
+        self.shared = None if mixture.shared_experts is None else LeanDense(mixture.shared_experts)
+        self.gate: Tensor | None = mixture.bank_gate.weight
+        self.banks = [(i, LeanBank(bank)) for i, bank in enumerate(mixture.banks.values()) if is_open[i]]
+
+    def __call__(self, residual_D: Tensor, states_D: Tensor) -> Tensor:
+        weights = [1.0]
+        if self.gate is not None and len(self.banks) > 1:
+            logits = torch.mv(self.gate.float(), states_D.float()).tolist()
+            weights = softmax([logits[column] for column, _ in self.banks])
+        if self.shared is not None:
+            self.shared(residual_D, states_D)
+        for (_, bank), weight in zip(self.banks, weights, strict=False):
+            bank(residual_D, states_D, weight)
+        return residual_D
+
+
+class ModuleFeedForward:
+    """A feed-forward that is not written out here: the module itself, called with one text token."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.plan = ModalityPlan.build(torch.zeros(1, 1, dtype=torch.long), None)
+
+    def __call__(self, residual_D: Tensor, states_D: Tensor) -> Tensor:
+        return residual_D.add_(self.module(states_D.view(1, 1, -1), self.plan)[0].view(-1))
+
+
+def softmax(values: list[float]) -> list[float]:
+    largest = max(values)
+    powers = [math.exp(value - largest) for value in values]
+    total = sum(powers)
+    return [power / total for power in powers]
