@@ -12,7 +12,7 @@ from .attention import Attention, CrossModalAttention, ModalityProjection
 from .configuration_chorus import ChorusConfig
 from .experts import BankGate, ChorusExperts, MixtureOfBanks
 from .experts_cpu import CPU_EXPERTS
-from .routers import SoftmaxRouter
+from .routers import Router
 
 
 class ChorusPreTrainedModel(PreTrainedModel):
@@ -24,6 +24,7 @@ class ChorusPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChorusDecoderLayer", "ConformerBlock"]
     _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -57,8 +58,11 @@ class ChorusPreTrainedModel(PreTrainedModel):
         if isinstance(module, ChorusExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, SoftmaxRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, Router):
+            for parameter in module.parameters():
+                init.normal_(parameter, mean=0.0, std=std)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, BankGate):
             init.copy_(module.is_open, module.open_table())
             if module.weight is not None:
