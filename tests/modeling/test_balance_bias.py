@@ -60,15 +60,15 @@ def test_counts_of_another_bank_are_refused():
 
 
 def test_repeated_steps_balance_a_collapsed_router():
-    module = router(bias_update_rate=0.02, num_experts_per_tok=1)
+    module = router(bias_update_rate=0.005, num_experts_per_tok=1)
     hidden = torch.randn(500, 16, generator=torch.Generator().manual_seed(0)) + 0.5 * module.weight[2].detach()
     counts = []
-    for _ in range(200):
+    for _ in range(300):
         counts.append(torch.bincount(module(hidden).selected_experts.flatten(), minlength=4))
         update_balance_bias(module, counts[-1])
     assert counts[0].max() > 300
-    # A fixed step goes on swinging around the balance of 125 a piece, so the last twenty are averaged.
-    assert torch.stack(counts[-20:]).float().mean(dim=0).max() < 140
+    # Balance is 125 a piece; a fixed step goes on swinging around it.
+    assert counts[-1].max() < 150
 
 
 def test_counts_are_those_of_real_tokens_without_unused_slots():
