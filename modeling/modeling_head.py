@@ -64,6 +64,10 @@ class ChorusHead(ChorusPreTrainedModel):
             self._check_graph("balance", logits, (".router.",))
             terms["aux_loss"] = balance_loss(outputs.router_logits, banks)
             terms["z_loss"] = mean_over_banks(outputs.router_logits, z_loss)
+        if inputs.get("sample_experts"):
+            banks_of_layers = [bank for layer in outputs.router_logits for bank in layer.values()]
+            drawn = [bank.log_probs for bank in banks_of_layers if bank.log_probs is not None]
+            self._check_graph("policy-gradient", drawn, (".router.",))
         if align:
             terms["alignment_loss"] = self._alignment(outputs, mm_token_type_ids, inputs.get("attention_mask"))
         if not keep_routing:
