@@ -60,8 +60,9 @@ class ChorusHead(ChorusPreTrainedModel):
         )
         terms: dict[str, Tensor | None] = {"aux_loss": None, "z_loss": None, "alignment_loss": None}
         if output_router_logits or train_router:
-            logits = [bank.router_logits for layer in outputs.router_logits for bank in layer.values()]
-            self._check_graph("balance", logits, (".router.",))
+            if train_router:
+                logits = [bank.router_logits for layer in outputs.router_logits for bank in layer.values()]
+                self._check_graph("balance", logits, (".router.",))
             terms["aux_loss"] = balance_loss(outputs.router_logits, banks)
             terms["z_loss"] = mean_over_banks(outputs.router_logits, z_loss)
         if inputs.get("sample_experts"):
