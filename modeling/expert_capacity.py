@@ -99,22 +99,34 @@ def serve(scores_RE: Tensor, index_RK: Tensor, places: Places, capacity_L: Tenso
         return Served(index_RK, index_RK.sum(), index_RK.sum())
     index_RK = index_RK.masked_fill(~places.is_counted_R[:, None], num_experts)
     wanted_R = (index_RK < num_experts).sum(dim=-1)
-    chosen_RE = asking_RE = _expert_mask(index_RK, num_experts)
+    chosen_RE = _expert_mask(index_RK, num_experts)
+    asking_RE = chosen_RE.clone()
     refused_RE = asking_RE & ~_accepted(asking_RE, places, capacity_L)
     if overflow == "drop":
         lost_RK = refused_RE.gather(1, index_RK.clamp(max=num_experts - 1))
         num_dropped = refused_RE.sum()
         return Served(index_RK.masked_fill(lost_RK, num_experts), torch.zeros_like(num_dropped), num_dropped)
-    left_RE, slots_K = scores_RE.detach(), torch.arange(top_k, device=index_RK.device)
-    while bool(refused_RE.any()):
-        left_RE = left_RE.masked_fill(refused_RE, CLOSED)
-        sorted_RE, order_RE = left_RE.sort(dim=-1, descending=True, stable=True)
-        is_closed_RK = (slots_K >= wanted_R[:, None]) | (sorted_RE[:, :top_k] == CLOSED)
-        index_RK = order_RE[:, :top_k].masked_fill(is_closed_RK, num_experts)
-        asking_RE = _expert_mask(index_RK, num_experts)
+    order_RE = scores_RE.detach().sort(dim=-1, descending=True, stable=True).indices
+    closed_RE = scores_RE == CLOSED
+    while True:
+        rows = refused_RE.any(dim=-1).nonzero().squeeze(1)
+        if not len(rows):
+            break
+        closed_RE |= refused_RE
+        asking_RE[rows] = _ask(order_RE[rows], closed_RE[rows], wanted_R[rows])
         refused_RE = asking_RE & ~_accepted(asking_RE, places, capacity_L)
     num_dropped = wanted_R.sum() - asking_RE.sum()
+    place_RK = asking_RE.gather(1, order_RE).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    index_RK = order_RE.gather(1, place_RK)
+    index_RK = index_RK.masked_fill(~asking_RE.gather(1, index_RK), num_experts)
     return Served(index_RK, (asking_RE & ~chosen_RE).sum(), num_dropped)
+
+
+def _ask(order_RE: Tensor, closed_RE: Tensor, wanted_R: Tensor) -> Tensor:
+    """`(R, E)`: True for the best `wanted_R` experts of each row that are not closed to it."""
+    is_open_RE = ~closed_RE.gather(1, order_RE)
+    is_asked_RE = is_open_RE & (is_open_RE.cumsum(dim=-1) <= wanted_R[:, None])
+    return torch.zeros_like(is_asked_RE).scatter_(1, order_RE, is_asked_RE)
 
 
 def _expert_mask(index_RK: Tensor, num_experts: int) -> Tensor:

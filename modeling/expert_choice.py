@@ -29,16 +29,16 @@ def router_probabilities(logits_TE: Tensor, router: str) -> Tensor:
     return (F.logsigmoid(logits_TE) if router == "sigmoid" else logits_TE).softmax(dim=-1)
 
 
-def open_experts(scores_TE: Tensor, num_groups: int, topk_groups: int) -> Tensor:
-    """`(T, E)`: True for the experts of a token's best groups; a group is worth the sum of its two best scores.
+def limit_groups(scores_TE: Tensor, num_groups: int, topk_groups: int) -> Tensor:
+    """Close the experts outside a token's best groups; a group is worth the sum of its two best scores.
 
     DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): a token then talks to at most `topk_groups` devices.
     """
     scores_TGM = scores_TE.unflatten(-1, (num_groups, -1))
     value_TG = scores_TGM.topk(min(2, scores_TGM.shape[-1]), dim=-1).values.sum(dim=-1)
     _, groups = best_experts(value_TG, topk_groups)
-    is_open_TG = torch.zeros_like(value_TG, dtype=torch.bool).scatter_(1, groups, True)
-    return is_open_TG[..., None].expand_as(scores_TGM).flatten(1)
+    is_closed_TG = torch.ones_like(value_TG, dtype=torch.bool).scatter_(1, groups, False)
+    return scores_TGM.masked_fill(is_closed_TG[..., None], CLOSED).flatten(1)
 
 
 def best_experts(scores_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -25,8 +25,8 @@ from .expert_choice import (
     draw_log_probability,
     experts_for_complexity,
     keep_best,
+    limit_groups,
     normalised_entropy,
-    open_experts,
     perturbed,
 )
 from .routing_options import RowOptions
@@ -126,10 +126,10 @@ class Router(nn.Module):
         """The whole way from logits to weights, with every option."""
         bank = self.bank
         log_weights_TE = self.log_weights(logits_TE)
-        scores_TE, closed_TE = self._rank(logits_TE)
+        scores_TE = self._rank(logits_TE)
         if options.is_sampled:
-            if closed_TE is not None:
-                log_weights_TE = log_weights_TE.masked_fill(closed_TE, torch.finfo(torch.float32).min)
+            if self.limits_groups:
+                log_weights_TE = log_weights_TE.masked_fill(scores_TE == CLOSED, torch.finfo(torch.float32).min)
             scores_TE = perturbed(log_weights_TE)
         _, index_TK = best_experts(scores_TE, self.top_k)
         kept_T = self._slots(log_weights_TE, options)
@@ -147,17 +147,16 @@ class Router(nn.Module):
         weights_TK = weights_TK.masked_fill(served.selected_experts >= bank.num_experts, 0.0)
         return ExpertChoice(logits_TE, weights_TK, *served[:1], log_probs_T, *served[1:])
 
-    def _rank(self, logits_TE: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What ranks the experts, and which are closed."""
+    def _rank(self, logits_TE: Tensor) -> Tensor:
+        """What ranks the experts; `CLOSED` for those that a token may not choose."""
         if self.e_score_correction_bias is None and not self.limits_groups:
-            return logits_TE, None
+            return logits_TE
         scores_TE = self.choice_scores(logits_TE.detach())
         if self.e_score_correction_bias is not None:
             scores_TE = scores_TE + self.e_score_correction_bias
-        if not self.limits_groups:
-            return scores_TE, None
-        closed_TE = ~open_experts(scores_TE, self.bank.num_groups, self.bank.topk_groups)
-        return scores_TE.masked_fill(closed_TE, CLOSED), closed_TE
+        if self.limits_groups:
+            scores_TE = limit_groups(scores_TE, self.bank.num_groups, self.bank.topk_groups)
+        return scores_TE
 
     def _slots(self, log_weights_TE: Tensor, options: RowOptions) -> Tensor | None:
         """How many experts each token visits; None for K."""

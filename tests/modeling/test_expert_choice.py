@@ -16,8 +16,8 @@ from chorus_moe.modeling.expert_choice import (
     draw_log_probability,
     experts_for_complexity,
     keep_best,
+    limit_groups,
     normalised_entropy,
-    open_experts,
     perturbed,
     router_probabilities,
 )
@@ -58,13 +58,14 @@ def test_values_of_the_best_carry_gradients(size: int):
 def test_a_group_is_worth_its_two_best():
     # Sums of the two best: 1.5, 1.6, 0.5, 1.5; the tie of the first and the last goes to the first.
     scores = torch.tensor([[0.9, 0.6, 0.1, 0.8, 0.8, 0.0, 0.3, 0.2, 0.0, 0.75, 0.75, 0.7]])
-    opened = open_experts(scores, num_groups=4, topk_groups=2)
-    assert opened[0].tolist() == [True] * 6 + [False] * 6
+    limited = limit_groups(scores, num_groups=4, topk_groups=2)
+    assert torch.equal(limited[0, :6], scores[0, :6])
+    assert limited[0, 6:].tolist() == [-torch.inf] * 6
 
 
 def test_groups_of_one_expert_are_worth_that_expert():
-    opened = open_experts(torch.tensor([[0.1, 0.4, 0.3]]), num_groups=3, topk_groups=2)
-    assert opened[0].tolist() == [False, True, True]
+    limited = limit_groups(torch.tensor([[0.25, 0.5, 0.75]]), num_groups=3, topk_groups=2)
+    assert limited[0].tolist() == [-torch.inf, 0.5, 0.75]
 
 
 def test_entropy_is_one_when_all_experts_are_alike_and_zero_when_one_is_certain():
