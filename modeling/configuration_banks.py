@@ -1,13 +1,16 @@
 """The configuration of one expert bank: a router and its experts, open to some modalities."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
 # Values of `mm_token_type_ids` (transformers: 0 text, 1 image, 2 video, 3 audio). Chorus has no video encoder.
 MODALITY_IDS: dict[str, int] = {"text": 0, "image": 1, "audio": 3}
-ROUTERS = ("softmax",)
+ROUTERS = ("softmax", "sigmoid", "attention")
+BALANCES = ("switch", "cv2", "variance", "bias", "none")
+OVERFLOWS = ("reroute", "drop")
+PRESETS = ("uniform", "specific_then_common")
 MAX_EXPERTS, MAX_EXPERT_WIDTH = 65_536, 1_048_576
 
 
@@ -21,9 +24,22 @@ class ExpertBankConfig:
         num_experts: experts in the bank.
         num_experts_per_tok: experts that a token visits.
         intermediate_size: width of one expert.
-        router: how experts are chosen, one of `ROUTERS`.
         layers: indices of the sparse layers that hold the bank; all sparse layers if None.
+        router: how experts are scored, one of `ROUTERS`.
         norm_topk_prob: whether the weights of the chosen experts are divided by their sum.
+        routed_scaling_factor: factor on the weights of the chosen experts.
+        router_jitter_noise: while training, what the router reads is multiplied by a number between 1 - noise and
+            1 + noise (Switch Transformer, arXiv 2101.03961).
+        num_groups, topk_groups: experts lie in `num_groups` groups of neighbours and a token chooses within its best
+            `topk_groups`, all if None (DeepSeek-V3, arXiv 2412.19437).
+        balance: what keeps the load even, one of `BALANCES`; `bias` for the sigmoid router, otherwise `switch`.
+        bias_update_rate: step of the correction bias at each optimizer step, with `balance="bias"`.
+        expert_capacity: tokens of one sequence that an expert takes at most: a number, or a factor (float) on the even
+            share of the sequence so far, see `expert_capacity.py`; unlimited if None.
+        capacity_overflow: a choice that finds its expert full goes to the token's next best expert (`reroute`) or is
+            dropped (`drop`).
+        capacity_in_eval: whether capacity holds outside training as well.
+        adaptive_experts: visit between 1 and `num_experts_per_tok` experts, by the complexity of the token.
     """
 
     name: str
@@ -31,13 +47,35 @@ class ExpertBankConfig:
     num_experts_per_tok: int
     intermediate_size: int
     modalities: list[str] = field(default_factory=list)
-    router: str = "softmax"
     layers: list[int] | None = None
+    router: str = "softmax"
     norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    router_jitter_noise: float = 0.0
+    num_groups: int = 1
+    topk_groups: int | None = None
+    balance: str | None = None
+    bias_update_rate: float = 1e-3
+    expert_capacity: int | float | None = None
+    capacity_overflow: str = "reroute"
+    capacity_in_eval: bool = False
+    adaptive_experts: bool = False
+
+    def __post_init__(self) -> None:
+        if self.balance is None:
+            object.__setattr__(self, "balance", "bias" if self.router == "sigmoid" else "switch")
 
     @property
     def is_open_to_all(self) -> bool:
         return set(self.modalities) == set(MODALITY_IDS)
+
+    @property
+    def has_balance_loss(self) -> bool:
+        return self.balance not in ("bias", "none")
+
+    def limits_capacity(self, is_training: bool) -> bool:
+        """Whether experts can be full."""
+        return self.expert_capacity is not None and (is_training or self.capacity_in_eval)
 
     def to_dict(self) -> dict[str, Any]:
         """The bank as it stands in `config.expert_banks[name]`: every field but the name."""
@@ -53,12 +91,26 @@ class ExpertBankConfig:
         if not self.modalities:
             raise ValueError(f"{where}: `modalities` is empty; choose from {list(MODALITY_IDS)}")
         for modality in self.modalities:
-            if modality not in MODALITY_IDS:
-                raise ValueError(f"{where}: unknown modality {modality!r}; choose from {list(MODALITY_IDS)}")
+            check_name(where, "modality", modality, MODALITY_IDS)
         if len(set(self.modalities)) != len(self.modalities):
             raise ValueError(f"{where}: `modalities` names one twice: {self.modalities}")
+        self._validate_sizes(where)
+        check_name(where, "router", self.router, ROUTERS)
+        check_name(where, "balance", self.balance, BALANCES)
+        check_name(where, "capacity_overflow", self.capacity_overflow, OVERFLOWS)
+        self._validate_routing(where)
+        for layer in self.layers or []:
+            if layer not in sparse_layers:
+                raise ValueError(f"{where}: layer {layer} is not a sparse layer; the sparse layers are {sparse_layers}")
+
+    def _validate_sizes(self, where: str) -> None:
         if not 1 <= self.num_experts <= MAX_EXPERTS:
             raise ValueError(f"{where}: num_experts={self.num_experts} is outside 1..{MAX_EXPERTS}")
+        if self.num_experts == 1:
+            raise ValueError(
+                f"{where}: num_experts=1 leaves a router nothing to choose from; a feed-forward that sees every token "
+                "is shared_expert_intermediate_size, or a layer of type 'dense'"
+            )
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"{where}: num_experts_per_tok={self.num_experts_per_tok} must be between 1 and "
@@ -66,11 +118,68 @@ class ExpertBankConfig:
             )
         if not 1 <= self.intermediate_size <= MAX_EXPERT_WIDTH:
             raise ValueError(f"{where}: intermediate_size={self.intermediate_size} is outside 1..{MAX_EXPERT_WIDTH}")
-        if self.router not in ROUTERS:
-            raise ValueError(f"{where}: unknown router {self.router!r}; choose from {list(ROUTERS)}")
-        for layer in self.layers or []:
-            if layer not in sparse_layers:
-                raise ValueError(f"{where}: layer {layer} is not a sparse layer; the sparse layers are {sparse_layers}")
+
+    def _validate_routing(self, where: str) -> None:
+        if not self.routed_scaling_factor > 0:
+            raise ValueError(f"{where}: routed_scaling_factor={self.routed_scaling_factor} must be positive")
+        if not 0 <= self.router_jitter_noise < 1:
+            raise ValueError(f"{where}: router_jitter_noise={self.router_jitter_noise} must be at least 0 and below 1")
+        if not self.bias_update_rate > 0:
+            raise ValueError(f"{where}: bias_update_rate={self.bias_update_rate} must be positive")
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            raise ValueError(f"{where}: num_groups={self.num_groups} does not divide num_experts={self.num_experts}")
+        if self.topk_groups is not None:
+            if not 1 <= self.topk_groups <= self.num_groups:
+                raise ValueError(
+                    f"{where}: topk_groups={self.topk_groups} must be between 1 and num_groups={self.num_groups}"
+                )
+            open_experts = self.topk_groups * self.num_experts // self.num_groups
+            if open_experts < self.num_experts_per_tok:
+                raise ValueError(
+                    f"{where}: topk_groups={self.topk_groups} of num_groups={self.num_groups} leave {open_experts} "
+                    f"experts to choose num_experts_per_tok={self.num_experts_per_tok} from"
+                )
+        capacity = self.expert_capacity
+        if capacity is not None and (isinstance(capacity, bool) or not capacity > 0):
+            raise ValueError(
+                f"{where}: expert_capacity={capacity} must be a positive number of tokens (int) or a positive factor "
+                "(float); leave it out for no limit"
+            )
+        if capacity is None and self.capacity_in_eval:
+            raise ValueError(f"{where}: capacity_in_eval=True needs an expert_capacity, which is None")
+        if self.adaptive_experts and self.num_experts_per_tok == 1:
+            raise ValueError(
+                f"{where}: adaptive_experts chooses between 1 and num_experts_per_tok=1 experts, which is no choice"
+            )
+
+
+def check_name(where: str, what: str, value: Any, known: Collection[str]) -> None:
+    """Raise ValueError, with the nearest name, for a name that is not known."""
+    if value not in known:
+        hint = get_close_matches(str(value), list(known), n=1)
+        meant = f"; did you mean {hint[0]!r}?" if hint else ""
+        raise ValueError(f"{where}: unknown {what} {value!r}{meant}; choose from {list(known)}")
+
+
+def preset_banks(preset: str, sparse_layers: list[int]) -> dict[str, dict[str, Any]]:
+    """The banks that a preset stands for.
+
+    `uniform`: one bank a modality and one for all, in every sparse layer. `specific_then_common`: the banks of one
+    modality in the lower half of the sparse layers, the common bank in the upper half.
+
+    Raises:
+        ValueError: an unknown preset, or too few sparse layers to have two halves.
+    """
+    check_name("ChorusTextConfig", "preset of expert_banks", preset, PRESETS)
+    if preset == "uniform":
+        return {name: {} for name in (*MODALITY_IDS, "common")}
+    if len(sparse_layers) < 2:
+        raise ValueError(
+            f"ChorusTextConfig: expert_banks={preset!r} needs at least 2 sparse layers, found {len(sparse_layers)}"
+        )
+    half = len(sparse_layers) // 2
+    banks: dict[str, dict[str, Any]] = {name: {"layers": sparse_layers[:half]} for name in MODALITY_IDS}
+    return banks | {"common": {"layers": sparse_layers[half:]}}
 
 
 def read_expert_banks(banks: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[ExpertBankConfig]:

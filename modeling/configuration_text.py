@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_banks import ExpertBankConfig, read_expert_banks
+from .configuration_banks import ExpertBankConfig, preset_banks, read_expert_banks
 from .configuration_checks import (
     MAX_LAYERS,
     MAX_POSITIONS,
@@ -18,7 +18,6 @@ from .configuration_checks import (
 from .parallel_plans import expert_parallel_plan, tensor_parallel_plan
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-DEFAULT_BANKS: dict[str, dict[str, Any]] = {"text": {}, "image": {}, "audio": {}, "common": {}}
 
 
 @strict
@@ -36,9 +35,10 @@ class ChorusTextConfig(PreTrainedConfig):
             layers of a sliding-window model, otherwise the last layer.
         share_cross_modal_query: one query projection for all modalities; False unties it, for ablation.
         expert_banks: name -> settings, see [`ExpertBankConfig`]; sizes left out come from `num_experts`,
-            `num_experts_per_tok` and `moe_intermediate_size`. The default banks are `text`, `image`, `audio`, `common`.
+            `num_experts_per_tok` and `moe_intermediate_size`. Or the name of a preset, see `preset_banks`: `uniform`
+            (the default) or `specific_then_common`.
         shared_expert_intermediate_size: width of the always-on dense experts of a sparse layer; 0 for none.
-        router_aux_loss_coef: weight of the balance loss while training. It means the same at any number of
+        router_aux_loss_coef: weight of the balance losses while training. It means the same at any number of
             accumulation steps and ranks.
         router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906) while training.
         alignment_loss_coef: weight of the alignment of the two directions of cross-modal attention while training.
@@ -76,7 +76,7 @@ class ChorusTextConfig(PreTrainedConfig):
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 512
     shared_expert_intermediate_size: int = 512
-    expert_banks: dict[str, dict] | None = None
+    expert_banks: dict[str, dict] | str | None = None
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.0
     alignment_loss_coef: float = 0.0
@@ -104,8 +104,8 @@ class ChorusTextConfig(PreTrainedConfig):
             full = [i for i, kind in enumerate(self.layer_types) if kind == "full_attention"]
             mixed = len(full) < self.num_hidden_layers
             self.cross_modal_layers = full if mixed else [self.num_hidden_layers - 1]
-        if self.expert_banks is None:
-            self.expert_banks = {name: dict(values) for name, values in DEFAULT_BANKS.items()}
+        if self.expert_banks is None or isinstance(self.expert_banks, str):
+            self.expert_banks = preset_banks(self.expert_banks or "uniform", self.sparse_layers)
         self.expert_banks = {bank.name: bank.to_dict() for bank in self.banks}
         super().__post_init__(**kwargs)
 
@@ -125,7 +125,7 @@ class ChorusTextConfig(PreTrainedConfig):
             "num_experts_per_tok": self.num_experts_per_tok,
             "intermediate_size": self.moe_intermediate_size,
         }
-        return read_expert_banks(self.expert_banks or {}, defaults)
+        return read_expert_banks(self.expert_banks or {}, defaults)  # type: ignore[arg-type]
 
     @property
     def sparse_layers(self) -> list[int]:

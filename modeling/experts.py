@@ -71,27 +71,47 @@ class ExpertBank(nn.Module):
 
     def __init__(self, config: ChorusTextConfig, bank: ExpertBankConfig):
         super().__init__()
+        self.name = bank.name
         self.modalities = bank.modalities
+        self.num_experts = bank.num_experts
         self.router = ROUTER_CLASSES[bank.router](config.hidden_size, bank)
         self.experts = ChorusExperts(config, bank)
+        self.may_skip_slots = bank.adaptive_experts or bank.expert_capacity is not None
+
+    def _visitable(self, index_RK: Tensor) -> Tensor:
+        """Choices with sentinels, as the experts can take them.
+
+        transformers' functions skip an id of E or more, and mask its gradient, only where a flag is set. Of experts
+        spread over ranks each rank has fewer than E, and the exchange of tokens between them knows no id of nobody:
+        there, an unused slot visits expert 0 with weight 0.
+        """
+        # Below whatever an adapter wraps around them.
+        experts = next(module for module in self.experts.modules() if isinstance(module, ChorusExperts))
+        experts._is_expert_parallel = True  # type: ignore[assignment]
+        return index_RK if experts.num_experts == self.num_experts else index_RK.remainder(self.num_experts)
 
     def forward(
         self, output_TD: Tensor | None, hidden_TD: Tensor, gate_T: Tensor | None, plan: ModalityPlan
     ) -> tuple[Tensor | None, BankRouting]:
         rows = plan.rows_of(self.modalities)
         if rows is not None and len(rows) == 0 and not torch.is_grad_enabled():
-            return output_TD, self.router.no_rows(hidden_TD)  # type: ignore[operator]
+            return output_TD, self.router.no_rows(hidden_TD)
         hidden_RD = take_rows(hidden_TD, rows)
-        logits_RE, weights_RK, index_RK = self.router(hidden_RD)
+        token_mask = plan.token_mask(self.modalities, rows)
+        options = plan.row_options(self.name, self.modalities, rows, token_mask)
+        choice = self.router(hidden_RD, options)
+        logits_RE, weights_RK, index_RK = choice[:3]
         if gate_T is None:
             gate_R, states_weights_RK = logits_RE.new_ones(len(hidden_RD)), weights_RK
         else:
             gate_R = take_rows(gate_T, rows)
             states_weights_RK = weights_RK * gate_R[:, None]
-        states_RD = self.experts(hidden_RD, index_RK, states_weights_RK.to(hidden_RD.dtype))
+        visited_RK = index_RK
+        if self.may_skip_slots or (options is not None and options.budget_R is not None):
+            visited_RK = self._visitable(index_RK)
+        states_RD = self.experts(hidden_RD, visited_RK, states_weights_RK.to(hidden_RD.dtype))
         output_TD = add_rows(output_TD, rows, states_RD, hidden_TD)
-        token_mask = plan.token_mask(self.modalities, rows)
-        return output_TD, BankRouting(logits_RE, weights_RK, index_RK, token_mask, gate_R)
+        return output_TD, BankRouting(logits_RE, weights_RK, index_RK, token_mask, gate_R, rows, *choice[3:])
 
 
 class BankGate(nn.Module):

@@ -43,8 +43,10 @@ KNOWN: dict[type[nn.Module], set[str] | None] = {
     GatedMLP: GATED,
     MixtureOfBanks: {"shared_experts", "bank_gate", "banks"},
     BankGate: {"banks", "weight", "is_open"},
-    ExpertBank: {"modalities", "router", "experts"},
-    SoftmaxRouter: {"weight", "top_k", "norm_topk_prob"},
+    ExpertBank: {"name", "modalities", "num_experts", "router", "experts", "may_skip_slots"},
+    SoftmaxRouter: {
+        *("weight", "bank", "top_k", "norm_topk_prob", "limits_groups", "is_plain", "e_score_correction_bias"),
+    },
     ChorusExperts: {
         *("gate_up_proj", "down_proj", "act_fn", "num_experts", "hidden_dim", "intermediate_dim", "config"),
         *("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated"),
@@ -84,7 +86,10 @@ def is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
 def is_plain_mixture(mlp: Any, dtype: torch.dtype) -> bool:
     """Whether a sparse layer is one of softmax routers and SwiGLU experts that run as `cpu_mm`."""
     return all(is_plain(module, dtype) for module in mlp.modules()) and not any(
-        bank.experts.config._experts_implementation != CPU_EXPERTS or bank.experts._is_expert_parallel
+        bank.experts.config._experts_implementation != CPU_EXPERTS
+        or bank.experts.num_experts != bank.num_experts  # spread over ranks
+        or bank.may_skip_slots
+        or not bank.router.is_plain
         for bank in mlp.banks.values()
     )
 
@@ -103,6 +108,8 @@ def can_decode(model: Any) -> bool:
         and config.rms_norm_eps > 0
         and not model.training
         and not any(asked)
+        # A limited capacity is refused with a cache, by the modules.
+        and not any(bank.limits_capacity(False) for bank in text.banks.values())
         and text.embed_tokens.max_norm is None
         and not nn.modules.module._has_any_global_hook()
         and all(is_plain(module, text.embed_tokens.weight.dtype) for module in within)

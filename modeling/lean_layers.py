@@ -178,14 +178,14 @@ class LeanBank:
 
     def __call__(self, residual_D: Tensor, states_D: Tensor, bank_weight: float) -> None:
         logits_E = torch.mv(self.router.float(), states_D.float())
-        chosen_K, index_K = torch.topk(logits_E, self.top_k)
-        chosen = chosen_K.tolist()
+        chosen_E, index_E = logits_E.sort(descending=True, stable=True)  # ties as in `best_experts`
+        chosen, index = chosen_E[: self.top_k].tolist(), index_E[: self.top_k].tolist()
         if self.is_normalised:
             weights = softmax(chosen)
         else:
             total = logits_E.logsumexp(0).item()
             weights = [math.exp(value - total) for value in chosen]
-        for expert, weight in zip(index_K.tolist(), weights, strict=True):
+        for expert, weight in zip(index, weights, strict=True):
             gate_up_HD, down_DI = self.experts[expert]
             self.one.add(residual_D, states_D, gate_up_HD, down_DI, bank_weight * weight)
 

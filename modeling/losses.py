@@ -2,61 +2,122 @@
 
 Unusual here:
 - a balance loss is taken over one bank of one layer and then averaged, so banks and layers cannot cancel;
-- it reads the choices actually made, over real tokens allowed to use the bank.
+- it reads the choices actually made, over real tokens allowed to use the bank; unused slots are no choices;
+- the load that `cv2` and `variance` measure is that of the choices. Choices have no gradient, so it comes from the mean
+  probabilities P: `load = f + P - stopgrad(P)` has the value of f and the gradient of P (straight through).
 
 Shape suffixes: T tokens, E experts, K experts per token, B batch, H heads, Q query tokens, P tokens of the partner.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from .configuration_banks import MODALITY_IDS
+from .configuration_banks import MODALITY_IDS, ExpertBankConfig
+from .expert_choice import router_probabilities
 from .routers import BankRouting
 
 RoutingOfLayer = dict[str, BankRouting]
 
 
-def _counted(routing: BankRouting) -> tuple[Tensor, Tensor]:
-    """Logits and choices of the rows that count."""
-    if routing.token_mask is None:
-        return routing.router_logits, routing.selected_experts
-    return routing.router_logits[routing.token_mask], routing.selected_experts[routing.token_mask]
+def counted_logits(routing: BankRouting) -> Tensor:
+    """Logits of the rows that count."""
+    return routing.router_logits if routing.token_mask is None else routing.router_logits[routing.token_mask]
 
 
-def switch_loss(routing: BankRouting) -> Tensor:
+def expert_counts(routing: BankRouting) -> Tensor:
+    """`(E,)` int64: how often real tokens of the bank chose each expert."""
+    chosen_TK, num_experts = routing.selected_experts, routing.router_logits.shape[-1]
+    if routing.token_mask is not None:
+        chosen_TK = chosen_TK.masked_fill(~routing.token_mask[:, None], num_experts)
+    return torch.bincount(chosen_TK.reshape(-1), minlength=num_experts + 1)[:num_experts]
+
+
+def _load(routing: BankRouting, router: str) -> tuple[Tensor, Tensor]:
+    """`f_E`, the share of the choices that fell on each expert, and `P_E`, its mean probability; at least one row."""
+    logits_TE = counted_logits(routing)
+    count_E = expert_counts(routing)
+    share_E = count_E.to(logits_TE.dtype) / count_E.sum().clamp(min=1)
+    return share_E, router_probabilities(logits_TE, router).mean(dim=0)
+
+
+def switch_loss(routing: BankRouting, router: str = "softmax") -> Tensor:
     """`E * sum_e f_e P_e` (Switch Transformer, arXiv 2101.03961, equations 4 to 6), 1 at perfect balance.
 
     `f_e` is the share of the choices that fell on expert e and `P_e` its mean probability. The largest value, E / K for
     choices and E for top 1, is reached when the router has collapsed. A bank without tokens gives 0.
     """
-    logits_TE, chosen_TK = _counted(routing)
-    num_tokens, num_experts = logits_TE.shape
-    if num_tokens == 0:
+    logits_TE = counted_logits(routing)
+    if len(logits_TE) == 0:
         return logits_TE.sum()
-    share_E = torch.bincount(chosen_TK.reshape(-1), minlength=num_experts)[:num_experts] / chosen_TK.numel()
-    return num_experts * (share_E.to(logits_TE.dtype) * logits_TE.softmax(dim=-1).mean(dim=0)).sum()
+    share_E, mean_E = _load(routing, router)
+    return logits_TE.shape[-1] * (share_E * mean_E).sum()
+
+
+def variance_loss(routing: BankRouting, router: str = "softmax") -> Tensor:
+    """Sum over experts of the squared deviation of the load from its mean 1 / E, straight through (see above).
+
+    0 at perfect balance, `1 / K - 1 / E` when all tokens choose the same K experts. A bank without tokens gives 0.
+    """
+    logits_TE = counted_logits(routing)
+    if len(logits_TE) == 0:
+        return logits_TE.sum()
+    share_E, mean_E = _load(routing, router)
+    load_E = share_E + mean_E - mean_E.detach()
+    return (load_E - 1 / logits_TE.shape[-1]).square().sum()
+
+
+def cv2_loss(routing: BankRouting, router: str = "softmax") -> Tensor:
+    """Squared coefficient of variation of the load: its variance over the square of its mean (arXiv 1701.06538,
+    equation 7), straight through (see above).
+
+    0 at perfect balance, `E / K - 1` when all tokens choose the same K experts: E times `variance`, so that the same
+    coefficient serves banks of any size. A bank without tokens gives 0.
+    """
+    return routing.router_logits.shape[-1] * variance_loss(routing, router)
+
+
+BALANCE_LOSSES: dict[str, Callable[[BankRouting, str], Tensor]] = {
+    "switch": switch_loss,
+    "cv2": cv2_loss,
+    "variance": variance_loss,
+}
 
 
 def z_loss(routing: BankRouting) -> Tensor:
     """Mean of `logsumexp(logits)^2` (ST-MoE, arXiv 2202.08906, equation 5). A bank without tokens gives 0."""
-    logits_TE, _ = _counted(routing)
+    logits_TE = counted_logits(routing)
     if len(logits_TE) == 0:
         return logits_TE.sum()
     return logits_TE.logsumexp(dim=-1).square().mean()
 
 
+def balance_loss(layers: Iterable[RoutingOfLayer], banks: Mapping[str, ExpertBankConfig]) -> Tensor | None:
+    """Each bank's own balance loss, averaged over banks and layers that have one; None if none has."""
+    balanced = [{name: routing for name, routing in layer.items() if banks[name].has_balance_loss} for layer in layers]
+
+    def loss(name: str, routing: BankRouting) -> Tensor:
+        return BALANCE_LOSSES[banks[name].balance](routing, banks[name].router)
+
+    return _mean(balanced, loss)
+
+
 def mean_over_banks(layers: Iterable[RoutingOfLayer], loss: Callable[[BankRouting], Tensor]) -> Tensor | None:
-    """Average of a loss over every bank of every layer that had tokens; None if there is no sparse layer.
+    """Average of a loss over every bank of every layer that had tokens; None if there is no sparse layer."""
+    return _mean(layers, lambda _, routing: loss(routing))
+
+
+def _mean(layers: Iterable[RoutingOfLayer], loss: Callable[[str, BankRouting], Tensor]) -> Tensor | None:
+    """Average of a loss of a bank's name and routing over all that had tokens.
 
     Banks without tokens are left out of the mean but stay in the graph, so that every rank of a distributed run sends
     gradients for the same parameters.
     """
     values, counts = [], []
     for layer in layers:
-        for routing in layer.values():
-            values.append(loss(routing))
+        for name, routing in layer.items():
+            values.append(loss(name, routing))
             has_tokens = len(routing.router_logits) if routing.token_mask is None else routing.token_mask.any()
             counts.append(float(bool(has_tokens)))
     if not values:

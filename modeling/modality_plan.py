@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .configuration_banks import MODALITY_IDS
+from .routing_options import RoutingOptions, RowOptions
 
 Rows = Tensor | None
 
@@ -29,6 +30,7 @@ class ModalityPlan:
         real_T: True for real tokens, False for padding; None when there is no padding.
         rows: modality -> indices of its tokens, padding included; None for all tokens. Empty under compilation.
         real_rows: the same without padding.
+        options: what the caller asked of the routers; None for nothing.
     """
 
     modality_T: Tensor
@@ -36,9 +38,16 @@ class ModalityPlan:
     rows: dict[str, Rows] = field(default_factory=dict)
     real_rows: dict[str, Rows] = field(default_factory=dict)
     is_static: bool = False
+    options: RoutingOptions | None = None
+    options_of_banks: dict[str, RowOptions | None] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, modality_BS: Tensor, attention_mask: Tensor | Mapping[str, Any] | None) -> "ModalityPlan":
+    def build(
+        cls,
+        modality_BS: Tensor,
+        attention_mask: Tensor | Mapping[str, Any] | None,
+        options: RoutingOptions | None = None,
+    ) -> "ModalityPlan":
         """Find the rows.
 
         Args:
@@ -54,7 +63,7 @@ class ModalityPlan:
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             real_T = attention_mask[:, -modality_BS.shape[1] :].reshape(-1).bool()
         if torch.compiler.is_compiling():
-            return cls(modality_T, real_T, is_static=True)
+            return cls(modality_T, real_T, is_static=True, options=options)
         if real_T is not None and bool(real_T.all()):
             real_T = None
         if not modality_T.any():
@@ -69,10 +78,10 @@ class ModalityPlan:
                     f"this model knows {MODALITY_IDS}"
                 )
         if real_T is None:
-            return cls(modality_T, None, rows, rows)
+            return cls(modality_T, None, rows, rows, options=options)
         all_real = real_T.nonzero().squeeze(1)
         real_rows = {name: all_real if r is None else r[real_T[r]] for name, r in rows.items()}
-        return cls(modality_T, real_T, rows, real_rows)
+        return cls(modality_T, real_T, rows, real_rows, options=options)
 
     def rows_of(self, modalities: Iterable[str]) -> Rows:
         """Indices of the real tokens of some modalities, in order; None for every token.
@@ -100,6 +109,17 @@ class ModalityPlan:
             open_T = open_T | (self.modality_T == MODALITY_IDS[name])
         return open_T if self.real_T is None else open_T & self.real_T
 
+    def row_options(
+        self, bank: str, modalities: Iterable[str], rows: Rows, token_mask: Tensor | None
+    ) -> RowOptions | None:
+        """What the caller asked of one bank, for its rows; worked out for the first layer that holds it."""
+        if self.options is None:
+            return None
+        if bank not in self.options_of_banks:
+            found = self.options.of_rows(bank, modalities, self.modality_T, rows, token_mask)
+            self.options_of_banks[bank] = found
+        return self.options_of_banks[bank]
+
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "ModalityPlan":
         """The plan on another device (layers of one model may live on several)."""
         if self.modality_T.device == torch.device(device):
@@ -110,7 +130,11 @@ class ModalityPlan:
                 return value.to(device, non_blocking=non_blocking)
             return {k: move(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}
+        if self.options is not None:
+            options = {f.name: move(getattr(self.options, f.name)) for f in fields(self.options)}
+            moved |= {"options": replace(self.options, **options), "options_of_banks": {}}
+        return replace(self, **moved)
 
 
 def take_rows(states_TD: Tensor, rows: Rows) -> Tensor:

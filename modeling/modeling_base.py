@@ -13,7 +13,7 @@ from .checkpoint import CheckpointError, check_shapes, describe_misfit
 from .configuration_chorus import ChorusConfig
 from .experts import BankGate, ChorusExperts, MixtureOfBanks
 from .experts_cpu import CPU_EXPERTS
-from .routers import SoftmaxRouter
+from .routers import Router
 
 
 class ChorusPreTrainedModel(PreTrainedModel):
@@ -87,8 +87,11 @@ class ChorusPreTrainedModel(PreTrainedModel):
         if isinstance(module, ChorusExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, SoftmaxRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, Router):
+            for parameter in module.parameters():
+                init.normal_(parameter, mean=0.0, std=std)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, BankGate):
             init.copy_(module.is_open, module.open_table())
             if module.weight is not None:

@@ -1,12 +1,13 @@
 """The generative head: text, images and sound in, text out."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
@@ -87,6 +88,9 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        complexity_scores: Tensor | None = None,
+        expert_budget: Mapping[str, int] | None = None,
+        sample_experts: Collection[str] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ChorusLossOutput:
         """Inputs as in [`ChorusModel`].
@@ -95,6 +99,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             labels: `(B, S)`, token ids, -100 where nothing is to be learned. A batch without any label has loss 0.
             output_router_logits: also return the routing of every layer, and the balance loss and z-loss.
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
+            complexity_scores, expert_budget, sample_experts: options of the routers, see [`ChorusTextModel`]. In
+                `generate`, `complexity_scores` are those of the prompt; generated tokens use the router's entropy.
 
         Returns:
             [`ChorusLossOutput`]; in training `loss` holds the weighted auxiliary terms, in evaluation it never does.
@@ -113,6 +119,9 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             input_features_mask=input_features_mask,
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
+            complexity_scores=complexity_scores,
+            expert_budget=expert_budget,
+            sample_experts=sample_experts,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -151,6 +160,20 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
     def _optimize_model_for_decode(self) -> Iterator[None]:
         with super()._optimize_model_for_decode(), lean_decoding(self):
             yield
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Complexity scores of the tokens that this step feeds: the prompt's own, and NaN for what was generated."""
+        scores = kwargs.pop("complexity_scores", None)
+        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        if scores is not None:
+            cache, fed = inputs.get("past_key_values"), inputs.get("inputs_embeds")
+            start = int(cache.get_seq_length()) if cache is not None else 0
+            stop = start + (inputs["input_ids"] if fed is None else fed).shape[1]
+            scores = F.pad(scores.float(), (0, max(0, stop - scores.shape[1])), value=torch.nan)
+            inputs["complexity_scores"] = scores[:, start:stop]
+        return inputs
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config: Any

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_chorus import ChorusConfig
-from .losses import alignment_loss, mean_over_banks, switch_loss, z_loss
+from .losses import alignment_loss, balance_loss, mean_over_banks, z_loss
 from .modeling_base import ChorusPreTrainedModel
 from .modeling_chorus import ChorusModel
 from .modeling_outputs import ChorusModelOutput
@@ -38,27 +38,43 @@ class ChorusHead(ChorusPreTrainedModel):
         text = self.config.text_config
         if output_router_logits is None:
             output_router_logits = text.output_router_logits
-        train_router = self.training and (text.router_aux_loss_coef > 0 or text.router_z_loss_coef > 0)
+        banks = self.model.language_model.banks
+        train_router = self.training and (
+            text.router_z_loss_coef > 0
+            or (text.router_aux_loss_coef > 0 and any(bank.has_balance_loss for bank in banks.values()))
+        )
+        # Whoever samples wants the probabilities.
+        keep_routing = bool(output_router_logits or inputs.get("sample_experts") or self._counts_choices())
         align = self.training and text.alignment_loss_coef > 0
         if mm_token_type_ids is None and inputs.get("input_ids") is not None:
             mm_token_type_ids = self.model.modality_ids(inputs["input_ids"])
         outputs = self.model(
             mm_token_type_ids=mm_token_type_ids,
-            output_router_logits=output_router_logits or train_router,
+            output_router_logits=keep_routing or train_router,
             output_cross_modal_states=align,
             **inputs,
         )
         terms: dict[str, Tensor | None] = {"aux_loss": None, "z_loss": None, "alignment_loss": None}
         if output_router_logits or train_router:
-            logits = [bank.router_logits for layer in outputs.router_logits for bank in layer.values()]
-            self._check_graph("balance", logits, (".router.",))
-            terms["aux_loss"] = mean_over_banks(outputs.router_logits, switch_loss)
+            if train_router:
+                logits = [bank.router_logits for layer in outputs.router_logits for bank in layer.values()]
+                self._check_graph("balance", logits, (".router.",))
+            terms["aux_loss"] = balance_loss(outputs.router_logits, banks)
             terms["z_loss"] = mean_over_banks(outputs.router_logits, z_loss)
+        if inputs.get("sample_experts"):
+            banks_of_layers = [bank for layer in outputs.router_logits for bank in layer.values()]
+            drawn = [bank.log_probs for bank in banks_of_layers if bank.log_probs is not None]
+            self._check_graph("policy-gradient", drawn, (".router.",))
         if align:
             terms["alignment_loss"] = self._alignment(outputs, mm_token_type_ids, inputs.get("attention_mask"))
-        if not output_router_logits:
+        if not keep_routing:
             outputs.router_logits = None
         return outputs, terms
+
+    def _counts_choices(self) -> bool:
+        """Whether whoever moves a balance bias must see the choices of this forward, whatever was asked for."""
+        banks = self.model.language_model.banks.values()
+        return self.training and any(bank.balance == "bias" for bank in banks)
 
     def _alignment(self, outputs: ChorusModelOutput, modality_BS: Tensor, attention_mask: Tensor | None) -> Tensor:
         scaling = self.config.text_config.head_dim**-0.5

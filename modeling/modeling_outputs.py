@@ -41,7 +41,9 @@ class ChorusLossOutput(ModelOutput):
     Args:
         loss: the head's own loss plus, while training, the weighted terms below.
         logits: scores of the head.
-        aux_loss: balance loss averaged over banks and layers, 1 at perfect balance, not weighted.
+        router_logits: routing, with `output_router_logits=True`, with sampled experts, and while training a bank that
+            is balanced by its bias, whose choices are to be counted.
+        aux_loss: each bank's own balance loss averaged over the banks and layers that have one, not weighted.
         z_loss: router z-loss, not weighted.
         alignment_loss: alignment of the two directions of cross-modal attention, not weighted.
     """
@@ -67,6 +69,7 @@ class ChorusContrastiveOutput(ModelOutput):
         loss: symmetric cross-entropy averaged over the pairs of modalities, plus the weighted terms below.
         text_embeds, image_embeds, audio_embeds: unit vectors `(B, projection_dim)`, or None without that modality.
         logits_per_pair: `"text-image"` -> `(B, B)` scaled similarities, and so on.
+        router_logits: as in [`ChorusLossOutput`], the layers of one modality's run after those of another's.
     """
 
     loss: Tensor | None = None

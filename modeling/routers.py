@@ -2,19 +2,45 @@
 
 Unusual here:
 - all arithmetic is float32, also under autocast, so that precision never changes a choice;
+- a router differs from another in how it scores; what follows is shared, in `expert_choice` and `expert_capacity`;
 - a router returns its logits, weights and choices; losses and statistics read the choices actually made.
 
 Shape suffixes: T tokens, D hidden size, E experts in the bank, K experts per token.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_banks import ExpertBankConfig
+from .expert_capacity import serve
+from .expert_choice import (
+    CLOSED,
+    best_experts,
+    choice_weights,
+    draw_log_probability,
+    experts_for_complexity,
+    keep_best,
+    limit_groups,
+    normalised_entropy,
+    perturbed,
+)
+from .routing_options import RowOptions
+
+
+class ExpertChoice(NamedTuple):
+    """What a router decided for its rows; the fields are those of [`BankRouting`]."""
+
+    router_logits: Tensor
+    routing_weights: Tensor
+    selected_experts: Tensor
+    log_probs: Tensor | None = None
+    num_rerouted: Tensor | None = None
+    num_dropped: Tensor | None = None
 
 
 class BankRouting(NamedTuple):
@@ -22,10 +48,14 @@ class BankRouting(NamedTuple):
 
     Args:
         router_logits: `(T, E)` float32.
-        routing_weights: `(T, K)` float32, before the weight of the bank itself.
-        selected_experts: `(T, K)` int64.
+        routing_weights: `(T, K)` float32, before the weight of the bank itself; zero in unused slots.
+        selected_experts: `(T, K)` int64, best first; E in slots that a token does not use (sentinels).
         token_mask: `(T,)` bool, the rows that count in losses and statistics; None when all do.
         bank_weights: `(T,)` float32, the weight of the bank for each row.
+        rows: `(T,)` int64, which tokens of the flattened batch the rows are; None when they are all of them.
+        log_probs: `(T,)` float32, log-probability of the ordered draw, where experts were sampled.
+        num_rerouted: how many choices another expert took over, where capacity was limited; an int64 scalar.
+        num_dropped: how many choices were lost for want of room; an int64 scalar.
     """
 
     router_logits: Tensor
@@ -33,6 +63,10 @@ class BankRouting(NamedTuple):
     selected_experts: Tensor
     token_mask: Tensor | None
     bank_weights: Tensor | None = None
+    rows: Tensor | None = None
+    log_probs: Tensor | None = None
+    num_rerouted: Tensor | None = None
+    num_dropped: Tensor | None = None
 
 
 def without_autocast(states: Tensor) -> AbstractContextManager:
@@ -41,34 +75,192 @@ def without_autocast(states: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-class SoftmaxRouter(nn.Module):
-    """Linear scores, softmax over the chosen K (arXiv 1701.06538, 2401.04088).
+class Router(nn.Module):
+    """What all routers share. A subclass scores; experts are weighed by a softmax unless it says otherwise.
 
     With `norm_topk_prob` the weights are the softmax over the chosen logits, which equals the softmax over all experts
     divided by the sum over the chosen. With K = E this is the dense, softly gated mixture.
+
+    `e_score_correction_bias`, where the bank is balanced by it, is added to the scores for the choice only. It is
+    float32 whatever the model is cast to: its steps of 0.001 would be lost in bfloat16.
     """
 
     def __init__(self, hidden_size: int, bank: ExpertBankConfig):
         super().__init__()
+        self.bank = bank
         self.top_k = bank.num_experts_per_tok
         self.norm_topk_prob = bank.norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(bank.num_experts, hidden_size))
+        bias = torch.zeros(bank.num_experts, dtype=torch.float32) if bank.balance == "bias" else None
+        self.e_score_correction_bias: Tensor | None
+        self.register_buffer("e_score_correction_bias", bias)
+        self.limits_groups = bank.topk_groups not in (None, bank.num_groups)
+        self.is_plain = not (self.limits_groups or bank.adaptive_experts or bank.routed_scaling_factor != 1.0)
+        self.is_plain = self.is_plain and bias is None
 
-    def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def score(self, hidden_TD: Tensor) -> Tensor:
+        """Logits `(T, E)` of float32 states."""
+        raise NotImplementedError
+
+    def log_weights(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE if self.norm_topk_prob else logits_TE.log_softmax(dim=-1)
+
+    def choice_scores(self, logits_TE: Tensor) -> Tensor:
+        """What the correction bias is added to, and what a group sums."""
+        return logits_TE.softmax(dim=-1)
+
+    def forward(self, hidden_TD: Tensor, options: RowOptions | None = None) -> ExpertChoice:
         with without_autocast(hidden_TD):
-            logits_TE = F.linear(hidden_TD.float(), self.weight.float())
-            chosen_TK, index_TK = torch.topk(logits_TE, self.top_k, dim=-1)
+            hidden_TD = hidden_TD.float()
+            noise = self.bank.router_jitter_noise
+            if noise and self.training:
+                hidden_TD = hidden_TD * torch.empty_like(hidden_TD).uniform_(1 - noise, 1 + noise)
+            logits_TE = self.score(hidden_TD)
+            if not self.is_plain or options is not None:
+                return self.choose(logits_TE, options or RowOptions())
+            chosen_TK, index_TK = best_experts(logits_TE, self.top_k)
             if self.norm_topk_prob:
                 weights_TK = chosen_TK.softmax(dim=-1)
             else:
-                weights_TK = (chosen_TK - logits_TE.logsumexp(dim=-1, keepdim=True)).exp()
-        return logits_TE, weights_TK, index_TK
+                weights_TK = self.log_weights(logits_TE).gather(1, index_TK).exp()
+            return ExpertChoice(logits_TE, weights_TK, index_TK)
+
+    def choose(self, logits_TE: Tensor, options: RowOptions) -> ExpertChoice:
+        """The whole way from logits to weights, with every option."""
+        bank = self.bank
+        log_weights_TE = self.log_weights(logits_TE)
+        scores_TE = self._rank(logits_TE)
+        kept_T = self._slots(log_weights_TE, options)
+        if options.is_sampled:
+            if self.limits_groups:
+                log_weights_TE = log_weights_TE.masked_fill(scores_TE == CLOSED, torch.finfo(torch.float32).min)
+            scores_TE = perturbed(log_weights_TE)
+        _, index_TK = best_experts(scores_TE, self.top_k)
+        if kept_T is not None:
+            index_TK = keep_best(index_TK, kept_T, bank.num_experts)
+        log_probs_T = draw_log_probability(log_weights_TE, index_TK) if options.is_sampled else None
+        if options.places is None:
+            weights_TK = self._weigh(log_weights_TE, index_TK)
+            return ExpertChoice(logits_TE, weights_TK, index_TK, log_probs_T)
+        capacity_L = options.places.capacity(bank.expert_capacity, self.top_k, bank.num_experts)
+        served = serve(scores_TE, index_TK, options.places, capacity_L, bank.capacity_overflow)
+        if bank.capacity_overflow == "reroute":
+            index_TK = served.selected_experts
+        weights_TK = self._weigh(log_weights_TE, index_TK)
+        weights_TK = weights_TK.masked_fill(served.selected_experts >= bank.num_experts, 0.0)
+        return ExpertChoice(logits_TE, weights_TK, *served[:1], log_probs_T, *served[1:])
+
+    def _rank(self, logits_TE: Tensor) -> Tensor:
+        """What ranks the experts; `CLOSED` for those that a token may not choose."""
+        if self.e_score_correction_bias is None and not self.limits_groups:
+            return logits_TE
+        scores_TE = self.choice_scores(logits_TE.detach())
+        if self.e_score_correction_bias is not None:
+            scores_TE = scores_TE + self.e_score_correction_bias
+        if self.limits_groups:
+            scores_TE = limit_groups(scores_TE, self.bank.num_groups, self.bank.topk_groups)
+        return scores_TE
+
+    def _slots(self, log_weights_TE: Tensor, options: RowOptions) -> Tensor | None:
+        """How many experts each token visits; None for K."""
+        kept_T = None
+        if self.bank.adaptive_experts:
+            complexity_T = normalised_entropy(log_weights_TE.detach())
+            if options.complexity_R is not None:
+                complexity_T = torch.where(options.complexity_R.isnan(), complexity_T, options.complexity_R)
+            kept_T = experts_for_complexity(complexity_T, self.top_k)
+        if options.budget_R is not None:
+            kept_T = options.budget_R if kept_T is None else torch.minimum(kept_T, options.budget_R)
+        return kept_T
+
+    def _weigh(self, log_weights_TE: Tensor, index_TK: Tensor) -> Tensor:
+        weights_TK = choice_weights(log_weights_TE, index_TK, self.norm_topk_prob)
+        factor = self.bank.routed_scaling_factor
+        return weights_TK if factor == 1.0 else weights_TK * factor
 
     def no_rows(self, hidden_TD: Tensor) -> BankRouting:
         """What a bank without tokens decides: nothing."""
         weights_0K = hidden_TD.new_empty(0, self.top_k, dtype=torch.float32)
-        logits_0E = hidden_TD.new_empty(0, len(self.weight), dtype=torch.float32)
-        return BankRouting(logits_0E, weights_0K, weights_0K.long(), None, weights_0K.new_empty(0))
+        logits_0E = hidden_TD.new_empty(0, self.bank.num_experts, dtype=torch.float32)
+        index_0K = weights_0K.long()
+        return BankRouting(logits_0E, weights_0K, index_0K, None, weights_0K.new_empty(0), index_0K.new_empty(0))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        after = self.e_score_correction_bias
+        if after is not None and after.dtype != torch.float32:
+            no_data = before.is_meta or after.is_meta
+            self.e_score_correction_bias = after.float() if no_data else before.to(after.device)
+        return self
 
 
-ROUTER_CLASSES: dict[str, type[nn.Module]] = {"softmax": SoftmaxRouter}
+class SoftmaxRouter(Router):
+    """Linear scores, softmax over the chosen K (arXiv 1701.06538, 2401.04088)."""
+
+    def __init__(self, hidden_size: int, bank: ExpertBankConfig):
+        super().__init__(hidden_size, bank)
+        self.weight = nn.Parameter(torch.empty(bank.num_experts, hidden_size))
+
+    def score(self, hidden_TD: Tensor) -> Tensor:
+        return F.linear(hidden_TD, self.weight.float())
+
+
+class SigmoidRouter(SoftmaxRouter):
+    """Linear scores, each expert weighed by its own sigmoid (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+
+    def __init__(self, hidden_size: int, bank: ExpertBankConfig):
+        super().__init__(hidden_size, bank)
+        self.is_plain = False
+
+    def log_weights(self, logits_TE: Tensor) -> Tensor:
+        return F.logsigmoid(logits_TE)
+
+    def choice_scores(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE.sigmoid()
+
+
+class AttentionRouter(Router):
+    """A light transformer layer: the token attends to learned keys of the experts, then is compared with them.
+
+        q = W_q norm(x)                                       H heads of C, H * C = M
+        z = q + concat_h softmax_e(q_h . k_eh / sqrt(C)) v_eh     attention over the E experts
+        z = z + W_down silu(W_up norm(z))                     feed-forward of width 2M
+        logits_e = norm(z) . k_e
+
+    `norm` divides by the root mean square. Experts are scored in the light of each other, where a linear router scores
+    each alone. The token attends to experts and not to tokens, so routing stays causal and needs no cache.
+    """
+
+    NUM_HEADS, HEAD_DIM = 4, 16
+
+    def __init__(self, hidden_size: int, bank: ExpertBankConfig):
+        super().__init__(hidden_size, bank)
+        width = self.NUM_HEADS * self.HEAD_DIM
+        self.query = nn.Parameter(torch.empty(width, hidden_size))
+        self.expert_keys = nn.Parameter(torch.empty(bank.num_experts, width))
+        self.expert_values = nn.Parameter(torch.empty(bank.num_experts, width))
+        self.up = nn.Parameter(torch.empty(2 * width, width))
+        self.down = nn.Parameter(torch.empty(width, 2 * width))
+
+    def score(self, hidden_TD: Tensor) -> Tensor:
+        keys_EM = self.expert_keys.float()
+        query_TM = F.linear(_norm(hidden_TD), self.query.float())
+        heads = (self.NUM_HEADS, self.HEAD_DIM)
+        query_HTC, keys_HEC, values_HEC = (
+            part.unflatten(-1, heads).transpose(0, 1) for part in (query_TM, keys_EM, self.expert_values.float())
+        )
+        attention_HTE = (query_HTC @ keys_HEC.transpose(1, 2) * self.HEAD_DIM**-0.5).softmax(dim=-1)
+        state_TM = query_TM + (attention_HTE @ values_HEC).transpose(0, 1).flatten(1)
+        state_TM = state_TM + F.linear(F.silu(F.linear(_norm(state_TM), self.up.float())), self.down.float())
+        return F.linear(_norm(state_TM), keys_EM)
+
+
+def _norm(states: Tensor) -> Tensor:
+    return F.rms_norm(states, states.shape[-1:])
+
+
+ROUTER_CLASSES: dict[str, type[Router]] = {
+    "softmax": SoftmaxRouter,
+    "sigmoid": SigmoidRouter,
+    "attention": AttentionRouter,
+}

@@ -1,5 +1,6 @@
 """The decoder: attention and feed-forward layers over one sequence of text, image and audio tokens."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .modality_plan import ModalityPlan
 from .modeling_base import ChorusPreTrainedModel, recorded_outputs
 from .modeling_outputs import ChorusModelOutput
 from .norms import RMSNorm
+from .routing_options import read_routing_options
 
 
 class DenseFeedForward(GatedMLP):
@@ -83,6 +85,9 @@ class ChorusTextModel(ChorusPreTrainedModel):
         self.layers = nn.ModuleList([ChorusDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.banks = {bank.name: bank for bank in config.banks}
+        if any(bank.balance == "bias" for bank in self.banks.values()):
+            self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -97,6 +102,9 @@ class ChorusTextModel(ChorusPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         use_cache: bool | None = None,
+        complexity_scores: Tensor | None = None,
+        expert_budget: Mapping[str, int] | None = None,
+        sample_experts: Collection[str] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ChorusModelOutput:
         """Run the layers.
@@ -105,9 +113,15 @@ class ChorusTextModel(ChorusPreTrainedModel):
             attention_mask: `(B, past + S)`, 1 for real tokens, or masks by layer type as `generate` prepares them.
             mm_token_type_ids: `(B, S)`, 0 text, 1 image, 3 audio. The decoder alone has no placeholder tokens, so
                 without it every token is text; [`ChorusModel`] derives it from the token ids.
+            complexity_scores: `(B, S)`, between 0 and 1, sets how many experts of an adaptive bank each token visits;
+                the router's entropy does without it, and where it is NaN.
+            expert_budget: modality -> how many experts of each bank its tokens visit at most.
+            sample_experts: names of banks that draw their experts from the router's distribution; their routing then
+                carries the log-probability of the draw.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; an option of the routers that does not fit,
+                see `read_routing_options`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -115,13 +129,23 @@ class ChorusTextModel(ChorusPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if mm_token_type_ids is None:
+            mm_token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        options = read_routing_options(
+            self.banks,
+            mm_token_type_ids,
+            position_ids,
+            self.training,
+            past_key_values,
+            complexity_scores,
+            expert_budget,
+            sample_experts,
+        )
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        if mm_token_type_ids is None:
-            mm_token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
 
-        plan = ModalityPlan.build(mm_token_type_ids, attention_mask)
+        plan = ModalityPlan.build(mm_token_type_ids, attention_mask, options)
         masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         position_embeddings = rotary_tables(*self.rotary_emb(inputs_embeds, position_ids=position_ids))
         hidden_states = inputs_embeds

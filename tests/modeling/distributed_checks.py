@@ -39,12 +39,24 @@ def parts(kind: str) -> list[Batch]:
     text["input_ids"] = text["input_ids"].masked_fill(text["input_ids"] < 5, 9)
     if kind == "no labels":
         text["labels"] = torch.full_like(text["labels"], -100)
-    return [image, sound if kind == "audio" else text]
+    return [image, sound if kind in ("audio", "routing") else text]
 
 
-def make() -> ChorusForConditionalGeneration:
+# Every router, balance loss and limit; what is drawn at random would differ between ranks by itself.
+ROUTING: dict[str, Any] = {
+    "text": {"router": "sigmoid", "num_groups": 2, "topk_groups": 1},
+    "image": {"router": "attention", "balance": "cv2", "adaptive_experts": True},
+    "audio": {"expert_capacity": 1.5, "capacity_overflow": "drop"},
+    "common": {"balance": "variance", "expert_capacity": 4},
+}
+
+
+def make(kind: str) -> ChorusForConditionalGeneration:
     torch.manual_seed(0)
-    return ChorusForConditionalGeneration(tiny_config(router_z_loss_coef=0.1, alignment_loss_coef=0.1)).train()
+    options = {"router_z_loss_coef": 0.1, "alignment_loss_coef": 0.1}
+    if kind == "routing":
+        options |= {"expert_banks": ROUTING, "router_aux_loss_coef": 1.0}
+    return ChorusForConditionalGeneration(tiny_config(**options)).train()
 
 
 def step(model: nn.Module, batch: Batch, num_items: Tensor, scale: float) -> None:
@@ -56,7 +68,7 @@ def count(pieces: list[Batch]) -> Tensor:
 
 
 def expected_gradients(kind: str) -> dict[str, Tensor]:
-    model, pieces = make(), parts(kind)
+    model, pieces = make(kind), parts(kind)
     for piece in pieces:
         step(model, piece, count(pieces), 1.0)
     return {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -76,7 +88,7 @@ def worst_difference(model: nn.Module, kind: str) -> float:
 
 
 def ddp(kind: str, checkpointing: bool) -> float:
-    model = make()
+    model = make(kind)
     if checkpointing:
         model.activation_checkpointing_enable()
     wrapped = DistributedDataParallel(model, find_unused_parameters=False)
@@ -89,7 +101,7 @@ def ddp(kind: str, checkpointing: bool) -> float:
 
 
 def fsdp(kind: str) -> float:
-    model = make()
+    model = make(kind)
     for layer in model.model.language_model.layers:
         fully_shard(layer)
     for tower in (model.model.vision_tower, model.model.audio_tower):
@@ -118,14 +130,36 @@ def parallel_plan(folder: Path, **sizes: int) -> float:
     return float((expected - found)[real].abs().max())
 
 
+def expert_parallel_training(folder: Path) -> float:
+    """Largest difference of the feed-forwards' gradients to a model that is not split, where some slots are unused."""
+    whole = make("routing")
+    size = DistributedConfig(tp_size=2, ep_size=2)
+    split = ChorusForConditionalGeneration.from_pretrained(folder, distributed_config=size).train()
+    batch = tiny_batch(tiny_config())
+    for model in (whole, split):
+        model(**copy.copy(batch)).loss.backward()
+    worst = 0.0
+    for name, parameter in split.named_parameters():
+        if ".mlp." not in name:
+            continue
+        expected, found = whole.get_parameter(name).grad, parameter.grad
+        found = found.full_tensor() if isinstance(found, DTensor) else found
+        worst = max(worst, float((found - expected).abs().max()) / max(float(expected.abs().max()), 1e-3))
+    return worst
+
+
 def checks(folder: Path) -> dict[str, Callable[[], float]]:
     found: dict[str, Callable[[], float]] = {}
-    for kind in ("text", "audio", "no labels"):
+    for kind in ("text", "audio", "no labels", "routing"):
         found[f"ddp, {kind}"] = lambda kind=kind: ddp(kind, False)
         found[f"fsdp2, {kind}"] = lambda kind=kind: fsdp(kind)
     found["ddp with checkpointing, text"] = lambda: ddp("text", True)
+    found["ddp with checkpointing, routing"] = lambda: ddp("routing", True)
+    found["training with unused slots, experts apart"] = lambda: expert_parallel_training(folder / "routing")
     found["tensor parallel"] = lambda: parallel_plan(folder, tp_size=2)
     found["expert parallel"] = lambda: parallel_plan(folder, tp_size=2, ep_size=2)
+    found["tensor parallel, routing"] = lambda: parallel_plan(folder / "routing", tp_size=2)
+    found["expert parallel, routing"] = lambda: parallel_plan(folder / "routing", tp_size=2, ep_size=2)
     return found
 
 

@@ -71,6 +71,46 @@ def test_reentrant_checkpointing_is_refused_where_it_would_drop_the_alignment_lo
         model(**tiny_batch(model.config))
 
 
+def test_reentrant_checkpointing_is_refused_where_it_would_drop_the_gradient_of_a_draw():
+    model = make(router_aux_loss_coef=0.0, router_z_loss_coef=0.0, alignment_loss_coef=0.0)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(RuntimeError, match=r"policy-gradient loss would have no gradient.*use_reentrant.*False"):
+        model(**tiny_batch(model.config), sample_experts=("text",))
+
+
+ROUTING = {
+    "text": {"router": "sigmoid", "num_groups": 2, "topk_groups": 1},
+    "image": {"router": "attention", "balance": "cv2", "adaptive_experts": True, "router_jitter_noise": 0.3},
+    "audio": {"expert_capacity": 1.5, "capacity_overflow": "drop"},
+    "common": {"balance": "variance", "expert_capacity": 4, "router_jitter_noise": 0.3},
+}
+
+
+def test_checkpointing_repeats_every_decision_noise_included():
+    plain, checkpointed = make(expert_banks=ROUTING), make(expert_banks=ROUTING)
+    checkpointed.activation_checkpointing_enable()
+    results = []
+    for model in (plain, checkpointed):
+        torch.manual_seed(5)
+        output = model(**tiny_batch(model.config), sample_experts=("image",))
+        output.loss.backward()
+        results.append((output.loss, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    assert torch.equal(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        # The same operations in the same order; the sums over a parameter's uses may change places.
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_balance_bias_is_counted_also_under_reentrant_checkpointing():
+    banks = {"common": {"balance": "bias"}, "text": {"balance": "none"}}
+    options = {"router_z_loss_coef": 0.0, "alignment_loss_coef": 0.0}
+    model = make(expert_banks=banks, **options)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    output = model(**tiny_batch(model.config))
+    output.loss.backward()
+    assert len(output.router_logits) == 2
+
+
 def test_reentrant_checkpointing_works_without_auxiliary_losses():
     options = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, "alignment_loss_coef": 0.0}
     plain, checkpointed = make(**options), make(**options)

@@ -41,6 +41,11 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "sliding_window": 6,
     },
+    "sigmoid router": {"expert_banks": {"text": {"router": "sigmoid"}, "common": {}}},
+    "attention router": {"expert_banks": {"text": {}, "common": {"router": "attention"}}},
+    "adaptive experts": {"expert_banks": {"text": {"adaptive_experts": True}, "common": {}}},
+    "groups of experts": {"expert_banks": {"text": {"num_experts": 4, "num_groups": 2, "topk_groups": 1}}},
+    "balance bias": {"expert_banks": {"text": {"balance": "bias"}, "common": {}}},
     "changing rotation": {"rope_parameters": ROPE, "max_position_embeddings": 8},
 }
 
@@ -306,6 +311,24 @@ def test_a_changed_sparse_layer_is_called_within_a_lean_step(change: str, steps:
     found = decode(model, prompt(model), make_cache("dynamic", model), lean=True)
     torch.testing.assert_close(found, expected, rtol=0, atol=ATOL[torch.float32])
     assert steps == TOKENS
+
+
+def test_a_limited_capacity_is_refused_with_a_cache_also_while_decoding():
+    model = make_model(expert_banks={"common": {"expert_capacity": 2.0, "capacity_in_eval": True}})
+    with pytest.raises(ValueError, match="limits the capacity of its experts"):
+        model.generate(**prompt(model), max_new_tokens=3, do_sample=False)
+
+
+def test_options_of_a_call_are_the_modules_to_follow(steps: list[int]):
+    model = make_model(num_experts=4, num_experts_per_tok=2)
+    batch, options = prompt(model), {"max_new_tokens": 4, "do_sample": False}
+    plain = model.generate(**batch, **options)
+    assert steps
+    steps.clear()
+    model.generate(**batch, **options, expert_budget={"text": 1})
+    assert not steps
+    assert torch.equal(model.generate(**batch, **options), plain)
+    assert steps
 
 
 def test_an_adapted_model_generates_with_its_adapter(steps: list[int]):

@@ -1,4 +1,4 @@
-"""The router's losses, the alignment loss, and that their weight means the same however a step is cut up."""
+"""The router's losses and the alignment loss as functions: analytic values, gradients, what counts."""
 
 from typing import Any
 
@@ -7,14 +7,31 @@ import torch
 from torch import Tensor
 
 from chorus_moe import ChorusForConditionalGeneration
-from chorus_moe.modeling.losses import alignment_loss, mean_over_banks, share_of_batch, switch_loss, z_loss
+from chorus_moe.modeling.configuration_banks import read_expert_banks
+from chorus_moe.modeling.losses import (
+    BALANCE_LOSSES,
+    alignment_loss,
+    balance_loss,
+    cv2_loss,
+    expert_counts,
+    mean_over_banks,
+    switch_loss,
+    variance_loss,
+    z_loss,
+)
 from chorus_moe.modeling.routers import BankRouting
-from tests.conftest import tiny_batch, tiny_config
+from tests.conftest import tiny_batch
 
 
 def routing(logits: Tensor, top_k: int = 2, mask: Tensor | None = None) -> BankRouting:
     chosen = logits.topk(top_k, dim=-1)
     return BankRouting(logits, chosen.values.softmax(dim=-1), chosen.indices, mask)
+
+
+def settings(**values: Any) -> Any:
+    """The configuration of one bank."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 8}
+    return read_expert_banks({"common": values}, sizes)[0]
 
 
 def balanced(num_experts: int = 4) -> BankRouting:
@@ -38,18 +55,83 @@ def test_the_switch_loss_is_the_number_of_experts_when_collapsed():
     assert switch_loss(collapsed(2)).item() == pytest.approx(4.0, abs=1e-6)
 
 
-def test_both_banks_collapsed_is_seen():
+# The largest value of each loss over E experts, all tokens choosing the same one.
+WORST = {"switch": lambda e: e, "cv2": lambda e: e - 1, "variance": lambda e: 1 - 1 / e}
+LOSSES = [*BALANCE_LOSSES.values(), z_loss]
+
+
+@pytest.mark.parametrize("loss", [cv2_loss, variance_loss])
+def test_the_load_losses_are_zero_at_perfect_balance(loss: Any):
+    assert loss(balanced()).item() == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", BALANCE_LOSSES)
+@pytest.mark.parametrize("num_experts", [2, 4, 7])
+def test_a_collapsed_bank_has_the_largest_loss(kind: str, num_experts: int):
+    found = BALANCE_LOSSES[kind](collapsed(1, num_experts))
+    assert found.item() == pytest.approx(WORST[kind](num_experts), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", BALANCE_LOSSES)
+def test_both_banks_collapsed_is_seen(kind: str):
     # One collapses on its first expert, the other on its second: added into the same columns they would look better.
-    both = mean_over_banks([{"text": collapsed(0), "image": collapsed(1)}], switch_loss)
-    assert both.item() == pytest.approx(4.0, abs=1e-6)
+    banks = {name: settings(balance=kind) for name in ("text", "image")}
+    both = balance_loss([{"text": collapsed(0), "image": collapsed(1)}], banks)
+    assert both.item() == pytest.approx(WORST[kind](4), rel=1e-5)
 
 
-def test_two_layers_of_opposite_imbalance_do_not_cancel():
+@pytest.mark.parametrize("kind", BALANCE_LOSSES)
+def test_two_layers_of_opposite_imbalance_do_not_cancel(kind: str):
     layers = [{"common": collapsed(0, num_experts=2)}, {"common": collapsed(1, num_experts=2)}]
-    assert mean_over_banks(layers, switch_loss).item() == pytest.approx(2.0, abs=1e-6)
+    assert balance_loss(layers, {"common": settings(balance=kind)}).item() == pytest.approx(WORST[kind](2), rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", [switch_loss, z_loss])
+def test_each_bank_has_its_own_loss_and_some_have_none():
+    banks = {kind: settings(balance=kind) for kind in ("switch", "cv2", "bias", "none")}
+    layer = {kind: collapsed(0) for kind in banks}
+    assert balance_loss([layer], banks).item() == pytest.approx((4.0 + 3.0) / 2, rel=1e-5)
+    assert balance_loss([{"bias": layer["bias"], "none": layer["none"]}], banks) is None
+
+
+@pytest.mark.parametrize("loss", [cv2_loss, variance_loss])
+def test_the_gradient_of_the_load_goes_straight_through_to_the_probabilities(loss: Any):
+    logits = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
+    made = routing(logits)
+    count = torch.bincount(made.selected_experts.flatten(), minlength=4) / 24
+    pull = 2 * (count.double() - 0.25) * (4 if loss is cv2_loss else 1)
+    expected = torch.autograd.grad((pull * logits.softmax(dim=-1).mean(dim=0)).sum(), logits)[0]
+    found = torch.autograd.grad(loss(made), logits)[0]
+    # The share of the choices is taken in float32 by the test, in float64 by the loss.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", BALANCE_LOSSES)
+def test_descent_on_a_balance_loss_spreads_the_choices(kind: str):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(400, 8, generator=generator) + 1.0
+    weight = (
+        torch.randn(4, 8, generator=generator) * 0.1 + torch.tensor([0.5, 0.0, 0.0, 0.0])[:, None]
+    ).requires_grad_()
+    before = cv2_loss(routing(hidden @ weight.T, 1)).item()
+    optimizer = torch.optim.Adam([weight], lr=0.02)
+    for _ in range(300):
+        optimizer.zero_grad()
+        BALANCE_LOSSES[kind](routing(hidden @ weight.T, 1), "softmax").backward()
+        optimizer.step()
+    assert before > 2.5
+    assert cv2_loss(routing(hidden @ weight.T, 1)).item() < 0.2
+
+
+@pytest.mark.parametrize("kind", BALANCE_LOSSES)
+def test_sentinels_are_no_choices(kind: str):
+    made = routing(torch.randn(10, 4))
+    cut = made._replace(selected_experts=made.selected_experts[:, :1])
+    padded = made._replace(selected_experts=torch.cat([cut.selected_experts, torch.full((10, 1), 4)], dim=1))
+    assert torch.equal(BALANCE_LOSSES[kind](padded, "softmax"), BALANCE_LOSSES[kind](cut, "softmax"))
+    assert expert_counts(padded).sum() == 10
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_masked_rows_change_nothing(loss: Any):
     logits = torch.randn(10, 4)
     padded = torch.cat([logits, torch.randn(50, 4) * 9])
@@ -57,7 +139,7 @@ def test_masked_rows_change_nothing(loss: Any):
     assert torch.equal(loss(routing(padded, mask=mask)), loss(routing(logits)))
 
 
-@pytest.mark.parametrize("loss", [switch_loss, z_loss])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_bank_without_tokens_counts_for_nothing_but_stays_in_the_graph(loss: Any):
     empty = torch.zeros(0, 4, requires_grad=True)
     full = torch.randn(6, 4)
@@ -84,103 +166,6 @@ def test_the_switch_loss_reads_the_choices_made_not_the_logits():
     # f = (1, 0, 0, 0), P = 1/4 each.
     assert switch_loss(forced).item() == pytest.approx(1.0, abs=1e-6)
     assert switch_loss(forced._replace(router_logits=logits + torch.tensor([9.0, 0, 0, 0]))).item() > 3.9
-
-
-@pytest.mark.parametrize("padding", [1, 50])
-def test_padding_changes_no_loss_term(model: ChorusForConditionalGeneration, padding: int):
-    text = model.config.text_config
-    text.router_z_loss_coef = text.alignment_loss_coef = 0.1
-    batch = tiny_batch(model.config)
-    rows = ("input_ids", "attention_mask", "mm_token_type_ids")
-    longer = dict(batch)
-    for name in (*rows, "labels"):
-        fill = batch[name].new_full((3, padding), -100 if name == "labels" else 0)
-        longer[name] = torch.cat([batch[name], fill], dim=1)
-    model.train()
-    with torch.no_grad():
-        first, second = model(**batch), model(**longer)
-    for name in ("loss", "aux_loss", "z_loss", "alignment_loss"):
-        # float32 sums in another order: worst difference seen over four seeds is 4.8e-7 at losses of size 5.
-        torch.testing.assert_close(getattr(first, name), getattr(second, name), rtol=0, atol=5e-6)
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_cached_step_reports_the_balance_of_its_own_tokens(model: ChorusForConditionalGeneration, size: int):
-    input_ids = torch.randint(5, 128, (size, 8), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(input_ids)
-    with torch.no_grad():
-        first = model(input_ids=input_ids[:, :7], use_cache=True)
-        step = model(
-            input_ids=input_ids[:, 7:],
-            attention_mask=mask,
-            past_key_values=first.past_key_values,
-            output_router_logits=True,
-        )
-        whole = model(input_ids=input_ids, output_router_logits=True)
-    expected = []
-    for layer in whole.router_logits:
-        last = {}
-        for name, bank in layer.items():
-            rows = slice(7, None, 8) if len(bank.router_logits) else slice(0)
-            last[name] = BankRouting(*(None if part is None else part[rows] for part in bank))
-        expected.append(last)
-    # float32 sums in another order (cached keys), at losses of size 1.
-    torch.testing.assert_close(step.aux_loss, mean_over_banks(expected, switch_loss), rtol=0, atol=1e-5)
-
-
-def test_the_share_of_a_micro_batch_is_its_part_of_the_labels():
-    labels = torch.tensor([[5, 5, -100, 5], [-100, -100, 5, 5]])
-    assert share_of_batch(labels, torch.tensor(8)).item() == 0.5
-    assert share_of_batch(labels, None) == 1.0
-    assert share_of_batch(labels, 0).item() == 4
-
-
-def eight_texts() -> dict[str, Tensor]:
-    input_ids = torch.randint(5, 128, (8, 12), generator=torch.Generator().manual_seed(3))
-    return {"input_ids": input_ids, "labels": input_ids.clone()}
-
-
-def accumulated(size: int, **coefficients: float) -> dict[str, Tensor]:
-    """Gradients of one step over eight texts in micro-batches of `size`, as the Trainer accumulates them."""
-    torch.manual_seed(0)
-    model = ChorusForConditionalGeneration(tiny_config(**coefficients)).train()
-    batch = eight_texts()
-    num_items = (batch["labels"][:, 1:] != -100).sum()
-    for start in range(0, 8, size):
-        part = {name: value[start : start + size] for name, value in batch.items()}
-        model(**part, num_items_in_batch=num_items).loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-@pytest.mark.parametrize("size", [4, 2, 1])
-def test_linear_terms_give_the_same_gradient_at_any_number_of_accumulation_steps(size: int):
-    options = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.1}
-    whole, parts = accumulated(8, **options), accumulated(size, **options)
-    for name, gradient in whole.items():
-        # float32 sums in another order: one micro-batch or several, at gradients of size 0.1.
-        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=2e-6, msg=name)
-
-
-@pytest.mark.parametrize("size", [8, 4, 2, 1])
-def test_the_balance_loss_of_a_step_is_the_weighted_mean_over_its_micro_batches(size: int):
-    # The balance loss is a product of two means, so it is not linear in the batch: cut into micro-batches, a step
-    # minimises the mean of their losses, weighted by their labels. Its weight does not grow with their number.
-    torch.manual_seed(0)
-    model = ChorusForConditionalGeneration(tiny_config(router_aux_loss_coef=1.0)).train()
-    batch = eight_texts()
-    num_items = (batch["labels"][:, 1:] != -100).sum()
-    total = mean = 0.0
-    with torch.no_grad():
-        for start in range(0, 8, size):
-            part = {name: value[start : start + size] for name, value in batch.items()}
-            output = model(**part, num_items_in_batch=num_items)
-            model.config.text_config.router_aux_loss_coef = 0.0
-            plain = model(**part, num_items_in_batch=num_items)
-            model.config.text_config.router_aux_loss_coef = 1.0
-            total += float(output.loss - plain.loss)
-            mean += float(output.aux_loss) * size / 8
-    assert total == pytest.approx(mean, abs=1e-5)
-    assert 1.0 < total < 1.5
 
 
 def states(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from transformers.models.auto import modeling_auto
 
@@ -147,6 +148,31 @@ class ChorusModelTest(common.ModelTesterMixin, common.GenerationTesterMixin, uni
 
     @unittest.skip("refused on purpose: reentrant checkpointing hides the routers from the balance loss")
     def test_training_gradient_checkpointing_use_reentrant_true(self) -> None: ...
+
+
+class ChorusRoutingTester(ChorusModelTester):
+    """A bank for every router, balance and limit."""
+
+    def get_config(self) -> ChorusConfig:
+        config = super().get_config()
+        values = config.text_config.to_dict()
+        values["expert_banks"] = {
+            "text": {"router": "sigmoid", "num_groups": 2, "topk_groups": 1, "routed_scaling_factor": 2.0},
+            "image": {"router": "attention", "balance": "cv2", "adaptive_experts": True},
+            "audio": {"expert_capacity": 1.5, "capacity_overflow": "drop", "norm_topk_prob": False},
+            "common": {"balance": "variance", "expert_capacity": 4, "router_jitter_noise": 0.01},
+        }
+        config.text_config = type(config.text_config)(**values)
+        return config
+
+
+@pytest.mark.slow
+class ChorusRoutingTest(ChorusModelTest):
+    """The same mixins with every routing option."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.model_tester = ChorusRoutingTester()
 
 
 def words(original: Any, shape: list[int], vocab_size: int, *arguments: Any, **options: Any) -> torch.Tensor:

@@ -62,6 +62,19 @@ def test_the_parts_and_banks_sum_to_the_total_of_the_built_model() -> None:
     assert sum(report.parts.values()) + sum(bank["total"] for bank in report.banks.values()) == total
 
 
+def test_every_router_counts_whole_for_each_token_of_its_bank() -> None:
+    banks = {
+        "text": {"router": "attention", "layers": [1]},
+        "image": {"router": "sigmoid", "layers": [1]},
+        "common": {},
+    }
+    report = tiny_config(expert_banks=banks).parameter_report()
+    width, expert, inner = 64, 3 * 64 * 32, 64
+    attention = inner * width + 2 * 4 * inner + 2 * (2 * inner * inner)
+    assert report.banks["text"] == {"total": attention + 4 * expert, "active": attention + 2 * expert}
+    assert report.banks["image"] == {"total": 4 * width + 4 * expert, "active": 4 * width + 2 * expert}
+
+
 def test_an_encoder_is_active_for_its_own_modality_only() -> None:
     report = tiny_config().parameter_report()
     shared = report.active["text"]

@@ -1,0 +1,81 @@
+"""What a bank's configuration refuses, with the reason, and what presets stand for."""
+
+from typing import Any
+
+import pytest
+
+from chorus_moe import ChorusConfig, ChorusTextConfig
+from tests.conftest import tiny_config
+
+TEXT = {"vocab_size": 32, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 5, "num_experts": 8}
+
+
+def bank(**values: Any) -> Any:
+    return ChorusTextConfig(**TEXT, expert_banks={"common": values}).banks[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"router": "sigmoyd"}, "unknown router 'sigmoyd'; did you mean 'sigmoid'"),
+        ({"balance": "cv"}, "unknown balance 'cv'; did you mean 'cv2'"),
+        ({"capacity_overflow": "dropp"}, "unknown capacity_overflow 'dropp'; did you mean 'drop'"),
+        ({"modalities": ["imgae"]}, "unknown modality 'imgae'; did you mean 'image'"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 must be between 1 and num_experts=8"),
+        ({"num_experts": 1, "num_experts_per_tok": 1}, "num_experts=1 leaves.*shared_expert_intermediate_size"),
+        ({"num_groups": 3}, "num_groups=3 does not divide num_experts=8"),
+        ({"num_groups": 0}, "num_groups=0 does not divide num_experts=8"),
+        ({"num_groups": 4, "topk_groups": 5}, "topk_groups=5 must be between 1 and num_groups=4"),
+        ({"num_groups": 8, "topk_groups": 1}, "leave 1 experts to choose num_experts_per_tok=2 from"),
+        ({"expert_capacity": 0}, "expert_capacity=0 must be a positive number"),
+        ({"expert_capacity": -0.5}, "expert_capacity=-0.5 must be a positive number"),
+        ({"expert_capacity": True}, "expert_capacity=True must be a positive number"),
+        ({"capacity_in_eval": True}, "capacity_in_eval=True needs an expert_capacity"),
+        ({"adaptive_experts": True, "num_experts_per_tok": 1}, "num_experts_per_tok=1 experts, which is no choice"),
+        ({"routed_scaling_factor": 0.0}, "routed_scaling_factor=0.0 must be positive"),
+        ({"router_jitter_noise": 1.0}, "router_jitter_noise=1.0 must be at least 0 and below 1"),
+        ({"bias_update_rate": 0.0}, "bias_update_rate=0.0 must be positive"),
+        ({"balanse": "cv2"}, "unknown key 'balanse'; did you mean 'balance'"),
+    ],
+)
+def test_a_bank_that_cannot_be_built_is_refused_with_the_reason(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=f"expert bank 'common': .*{message}"):
+        bank(**values)
+
+
+@pytest.mark.parametrize(("router", "balance"), [("softmax", "switch"), ("attention", "switch"), ("sigmoid", "bias")])
+def test_the_balance_of_a_router_without_a_word_about_it(router: str, balance: str) -> None:
+    assert bank(router=router).balance == balance
+
+
+def test_a_number_of_tokens_and_a_factor_stay_apart_in_a_saved_configuration(tmp_path: Any) -> None:
+    config = tiny_config(expert_banks={"text": {"expert_capacity": 2}, "common": {"expert_capacity": 2.0}})
+    config.save_pretrained(tmp_path)
+    banks = ChorusConfig.from_pretrained(tmp_path).text_config.expert_banks
+    kinds = {name: type(values["expert_capacity"]) for name, values in banks.items()}
+    assert kinds == {"text": int, "common": float}
+
+
+def test_the_uniform_preset_has_four_banks_in_every_sparse_layer() -> None:
+    config = ChorusTextConfig(**TEXT, expert_banks="uniform")
+    assert config.to_dict() == ChorusTextConfig(**TEXT).to_dict()
+    assert all(len(config.banks_of_layer(layer)) == 4 for layer in config.sparse_layers)
+
+
+def test_specific_then_common_splits_the_sparse_layers_in_two_halves() -> None:
+    config = ChorusTextConfig(**TEXT, expert_banks="specific_then_common")
+    names = {layer: [bank.name for bank in config.banks_of_layer(layer)] for layer in config.sparse_layers}
+    specific = ["audio", "image", "text"]
+    assert names == {1: specific, 2: specific, 3: ["common"], 4: ["common"]}
+
+
+def test_a_saved_preset_is_the_banks_it_stood_for() -> None:
+    saved = ChorusTextConfig(**TEXT, expert_banks="specific_then_common").to_dict()["expert_banks"]
+    assert saved["text"]["layers"] == [1, 2]
+
+
+def test_a_preset_that_does_not_exist_or_does_not_fit_is_refused() -> None:
+    with pytest.raises(Exception, match="preset of expert_banks 'unifrom'; did you mean 'uniform'"):
+        ChorusTextConfig(**TEXT, expert_banks="unifrom")
+    with pytest.raises(Exception, match="needs at least 2 sparse layers, found 1"):
+        ChorusTextConfig(**TEXT | {"num_hidden_layers": 2}, expert_banks="specific_then_common")
