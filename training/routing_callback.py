@@ -104,7 +104,9 @@ def move_balance_bias(model: nn.Module, counters: RoutingCounters) -> None:
         counters: this rank's own; they are summed over ranks here.
     """
     routers = biased_routers(model)
-    places = [(layer, name) for layer, banks in counters.banks.items() for name in banks if name in routers.get(layer, {})]
+    places = [
+        (layer, name) for layer, banks in counters.banks.items() for name in banks if name in routers.get(layer, {})
+    ]
     counts = sum_over_ranks([counters.banks[layer][name].choices_ME.sum(dim=0) for layer, name in places])
     for (layer, name), count_E in zip(places, counts, strict=True):
         update_balance_bias(routers[layer][name], count_E)

@@ -180,4 +180,6 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> list[Tensor]:
         return tensors
     flat = torch.cat([tensor.reshape(-1).to(tensors[0].device) for tensor in tensors])
     dist.all_reduce(flat)
-    return [part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+    return [
+        part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
+    ]

@@ -36,8 +36,8 @@ class RoutingObserver:
         summarise(observer.counters)
 
     Padding is left out, and so are slots that a token does not use. Prompt and generated tokens count alike, each once,
-    as the cache lets each pass once. With a static cache `generate` hands on masks that say nothing about padding, which
-    is then counted; a compiled decoder is not observed.
+    as the cache lets each pass once. With a static cache `generate` hands on masks that say nothing about padding,
+    which is then counted; a compiled decoder is not observed.
 
     Args:
         model: any Chorus model, also below PEFT or DistributedDataParallel.

@@ -1,5 +1,6 @@
 """A heat map of routing: where the tokens of each modality go, by layer, bank and expert."""
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from chorus_moe.modeling.configuration_banks import MODALITY_IDS
 
 # Inches of a cell, and of the whole at most. Numbers are written where a cell is large enough to read them.
-CELL, MAX_SIZE, READABLE = (0.42, 0.3), (24.0, 40.0), (0.3, 0.2)
+CELL, MAX_SIZE, READABLE = (0.42, 0.3), (24.0, 24.0), (0.3, 0.2)
 MARGIN = (2.6, 1.6)
 
 
@@ -59,8 +60,7 @@ def draw_routing(path: Path, shares: Mapping[str, np.ndarray], layers: Sequence[
         middle = np.arange(len(layers)) * len(modalities) + (len(modalities) - 1) / 2
         labels = [f"layer {layer} ({', '.join(modalities)})" for layer in layers]
         axes.set_yticks(middle, labels, fontsize=7)
-    every = max(1, round(0.2 / width))
-    ticks = _ticks(shares, every)
+    ticks = _ticks(shares, every=math.ceil(0.3 / width))
     axes.set_xticks([place for place, _ in ticks], [str(expert) for _, expert in ticks], fontsize=8)
     start = 0
     for name, share in shares.items():
@@ -75,7 +75,7 @@ def draw_routing(path: Path, shares: Mapping[str, np.ndarray], layers: Sequence[
     for layer in range(1, len(layers)):
         axes.axhline(layer * len(modalities) - 0.5, color="black", linewidth=1.2)
     axes.set_xlabel("expert")
-    figure.colorbar(picture, label="share of the modality's routed weight (%)")
+    figure.colorbar(picture, label="share of the modality's routed weight (%)", aspect=5 * max(sizes[1], 4.0), pad=0.02)
     figure.savefig(path, dpi=130 if max(sizes) < 16 else 90)
     pyplot.close(figure)
 

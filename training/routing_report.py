@@ -66,7 +66,9 @@ def count_rows(
 def routing_table(summary: RoutingSummary) -> str:
     """One line for each bank of each layer."""
     name_width = max(len("bank"), *(len(bank.bank) for bank in summary.banks))
-    heads = ("tokens", "load entropy", "router entropy", "dead", "strongest", "rerouted", "dropped", "bits: expert", "bank")
+    heads = "tokens, load entropy, router entropy, dead, strongest, rerouted, dropped, expert bits, bank bits".split(
+        ", "
+    )
     lines = [f"{'layer':>5}  {'bank':<{name_width}}" + "".join(f"{head:>{len(head) + 2}}" for head in heads)]
     shown = set()
     for bank in summary.banks:

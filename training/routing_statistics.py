@@ -1,8 +1,8 @@
 """What counters say about routing: pure functions of counts, and a summary of a model.
 
 Mutual information is the plug-in estimate from the counts, in bits. It is biased upwards by about
-`(rows - 1) * (columns - 1) / (2 ln 2 * n)` bits for n observations (Miller 1955): 0.001 bits for three modalities, eight
-experts and 10,000 tokens, but 0.5 bits for 20.
+`(rows - 1) * (columns - 1) / (2 ln 2 * n)` bits for n observations (Miller 1955): 0.001 bits for three modalities,
+eight experts and 10,000 tokens, but 0.5 bits for 20.
 
 Shape suffixes: E experts in the bank, M modalities, N banks of a layer.
 """
@@ -129,8 +129,8 @@ def summarise(counters: RoutingCounters) -> RoutingSummary:
     for layer, banks in counters.banks.items():
         gate_MN = np.stack([bank.gate_M.cpu().numpy() for bank in banks.values()], axis=1)
         information[layer] = mutual_information(gate_MN) if len(banks) > 1 else math.nan
-    banks = [bank_statistics(layer, bank) for layer, found in counters.banks.items() for bank in found.values()]
-    return RoutingSummary(banks, information)
+    statistics = [bank_statistics(layer, bank) for layer, found in counters.banks.items() for bank in found.values()]
+    return RoutingSummary(statistics, information)
 
 
 def routing_metrics(summary: RoutingSummary) -> dict[str, float]:
