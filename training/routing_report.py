@@ -19,6 +19,17 @@ from chorus_moe.training.routing_pictures import can_draw, draw_routing
 from chorus_moe.training.routing_statistics import RoutingSummary, routing_shares, summarise
 
 PICTURE, FIGURES = "routing.png", "routing.json"
+HEADS = (
+    "tokens",
+    "load entropy",
+    "router entropy",
+    "dead",
+    "strongest",
+    "rerouted",
+    "dropped",
+    "expert bits",
+    "bank bits",
+)
 
 
 @torch.inference_mode()
@@ -66,10 +77,7 @@ def count_rows(
 def routing_table(summary: RoutingSummary) -> str:
     """One line for each bank of each layer."""
     name_width = max(len("bank"), *(len(bank.bank) for bank in summary.banks))
-    heads = "tokens, load entropy, router entropy, dead, strongest, rerouted, dropped, expert bits, bank bits".split(
-        ", "
-    )
-    lines = [f"{'layer':>5}  {'bank':<{name_width}}" + "".join(f"{head:>{len(head) + 2}}" for head in heads)]
+    lines = [f"{'layer':>5}  {'bank':<{name_width}}" + "".join(f"{head:>{len(head) + 2}}" for head in HEADS)]
     shown = set()
     for bank in summary.banks:
         information = math.nan if bank.layer in shown else summary.bank_information[bank.layer]
@@ -85,7 +93,7 @@ def routing_table(summary: RoutingSummary) -> str:
             _cell(bank.expert_information, ".3f"),
             _cell(information, ".3f"),
         )
-        row = "".join(f"{cell:>{len(head) + 2}}" for cell, head in zip(cells, heads, strict=True))
+        row = "".join(f"{cell:>{len(head) + 2}}" for cell, head in zip(cells, HEADS, strict=True))
         lines.append(f"{bank.layer:>5}  {bank.bank:<{name_width}}{row}")
     lines.append("bits: what an expert of the bank, and in each layer the bank, tell about the modality of a token")
     return "\n".join(lines)
