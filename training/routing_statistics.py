@@ -55,7 +55,7 @@ def entropy_bits(count: np.ndarray) -> float:
     if not total > 0:
         return math.nan
     share = count[count > 0] / total
-    return float(-(share * np.log2(share)).sum())
+    return abs(float((share * np.log2(share)).sum()))
 
 
 @dataclass(frozen=True)
