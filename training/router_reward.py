@@ -3,19 +3,22 @@
 The experts of the named banks are drawn from the router's distribution. The reward of a token is how much more likely
 its label became than with the best-ranked experts, which is REINFORCE with a self-critical baseline (arXiv 1612.00563):
 
-    loss = - mean over rows of the bank of gain * log p(draw),    gain = log p(label | draw) - log p(label | ranked)
+    loss = - mean over rows of the bank of gain * log p(draw)
+    gain = log p(label | draw) - log p(label | ranked)
 
 Unusual here:
 - it reaches routers that the language loss cannot: with one expert a token and normalised weights that loss has no
   gradient with respect to the router at all;
-- the gradient flows through log p(draw) alone; everything else learns from the language loss of the sampled forward;
+- its gradient reaches the routers of these banks and nothing else: `log p(draw)` is taken anew from detached states.
+  Everything else learns from the language loss of the sampled forward, as ever;
 - a token without a label (an image, a question) is paid the mean gain of the labels that come after it in its sample;
 - the baseline is one more forward, in evaluation mode and without a graph. Dropout lowers every gain alike; do without.
 
 Shape suffixes: B batch, S sequence, R rows of a bank, V vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +27,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from chorus_moe.modeling.configuration_banks import check_name
+from chorus_moe.modeling.expert_choice import draw_log_probability
 from chorus_moe.modeling.losses import RoutingOfLayer, share_of_batch
+from chorus_moe.modeling.routers import ExpertChoice, Router, without_autocast
 from chorus_moe.training.loading import base_model
 
 
@@ -55,6 +60,28 @@ def token_gains(sampled_BS: Tensor, ranked_BS: Tensor, labels_BS: Tensor) -> Ten
 
     later_BS = from_here_on(gain_BS) / from_here_on(has_label_BS.float()).clamp(min=1)
     return torch.where(has_label_BS, gain_BS, later_BS)
+
+
+@contextmanager
+def own_log_probabilities(model: nn.Module, banks: Collection[str]) -> Iterator[None]:
+    """Within the block, the log-probability of a draw depends on the weights of its router alone, not on what made its
+    input. The block must hold the backward pass as well, since activation checkpointing runs a layer again there."""
+
+    def replace(router: nn.Module, arguments: tuple[Any, ...], choice: ExpertChoice) -> ExpertChoice:
+        if not isinstance(router, Router) or choice.log_probs is None:
+            return choice
+        with without_autocast(arguments[0]):
+            logits_TE = router.score(arguments[0].detach().float())
+            log_weights_TE = router.open_log_weights(logits_TE)
+            return choice._replace(log_probs=draw_log_probability(log_weights_TE, choice.selected_experts))
+
+    routers = [module for module in model.modules() if isinstance(module, Router) and module.bank.name in banks]
+    handles = [router.register_forward_hook(replace) for router in routers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def policy_gradient_loss(layers: Iterable[RoutingOfLayer], gain_BS: Tensor, banks: Sequence[str]) -> Tensor:
@@ -96,7 +123,7 @@ class RouterRewardTrainer(Trainer):
     of a labelled token in nats since the log before, on this rank: below 0 while the draw is worse than the ranking.
 
     Args:
-        router_reward_banks: names of the banks; without a capacity and not balanced by a bias.
+        router_reward_banks: names of the banks; without a capacity, a balance bias or noise.
         router_reward_coef: weight of the loss.
 
     Raises:
@@ -116,10 +143,11 @@ class RouterRewardTrainer(Trainer):
         for name in router_reward_banks:
             check_name("router_reward_banks", "bank", name, known)
             bank = known[name]
-            if bank.expert_capacity is not None or bank.balance == "bias":
+            if bank.expert_capacity is not None or bank.balance == "bias" or bank.router_jitter_noise:
                 raise ValueError(
-                    f"router_reward_banks names {name!r}, which has expert_capacity={bank.expert_capacity} and balance="
-                    f"{bank.balance!r}: a capacity and a bias change what was drawn, so its probability is not known"
+                    f"router_reward_banks names {name!r}, which has expert_capacity={bank.expert_capacity}, balance="
+                    f"{bank.balance!r} and router_jitter_noise={bank.router_jitter_noise}: a capacity, a balance bias "
+                    "and noise change what is drawn, so its probability is not known"
                 )
             part = f".banks.{name}.router."
             if not any(part in path and parameter.requires_grad for path, parameter in self.model.named_parameters()):
@@ -128,6 +156,10 @@ class RouterRewardTrainer(Trainer):
         self.router_reward_coef = router_reward_coef
         self._gain: Tensor | float = 0.0
         self._num_labels = 0
+
+    def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
+        with own_log_probabilities(model, self.router_reward_banks):
+            return super().training_step(model, *arguments, **options)
 
     def compute_loss(
         self,

@@ -57,8 +57,8 @@ def test_the_bias_moves_once_per_optimizer_step_whatever_the_accumulation(tmp_pa
         ).train()
         found.append(biases(model))
     assert found[0] == found[1] == found[2]
-    # Two steps of 0.02 against expert 0, which has all tokens; recentring spreads them over four experts.
-    assert found[0][0] == pytest.approx([-0.06, 0.02, 0.02, 0.02], abs=1e-7)
+    # Twice 0.02 down for the expert that has most tokens, twice 0.02 up for the one that has fewest.
+    assert max(found[0][0]) - min(found[0][0]) == pytest.approx(0.08, abs=1e-7)
 
 
 class Evaluations(TrainerCallback):
