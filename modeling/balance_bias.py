@@ -24,19 +24,23 @@ def balance_counts(
     """Layer -> bank -> `(E,)` int64: how often real tokens chose each expert in one forward.
 
     Args:
-        router_logits: the output of that name, one entry for each sparse layer.
+        router_logits: the output of that name: one entry for each sparse layer, once for every run of the decoder (the
+            contrastive head runs it once a modality).
         sparse_layers: `config.text_config.sparse_layers`.
 
     Raises:
-        ValueError: as many entries as sparse layers are expected.
+        ValueError: no entry, or not whole runs.
     """
     layers = list(router_logits)
-    if len(layers) != len(sparse_layers):
+    if not layers or len(layers) % len(sparse_layers):
         raise ValueError(f"found the routing of {len(layers)} layers for {len(sparse_layers)} sparse layers")
-    return {
-        index: {name: expert_counts(routing) for name, routing in layer.items()}
-        for index, layer in zip(sparse_layers, layers, strict=True)
-    }
+    counts: dict[int, dict[str, Tensor]] = {index: {} for index in sparse_layers}
+    for place, layer in enumerate(layers):
+        found = counts[sparse_layers[place % len(sparse_layers)]]
+        for name, routing in layer.items():
+            count_E = expert_counts(routing)
+            found[name] = found[name] + count_E if name in found else count_E
+    return counts
 
 
 def biased_routers(model: nn.Module) -> dict[int, dict[str, Router]]:

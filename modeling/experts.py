@@ -76,12 +76,19 @@ class ExpertBank(nn.Module):
         self.num_experts = bank.num_experts
         self.router = ROUTER_CLASSES[bank.router](config.hidden_size, bank)
         self.experts = ChorusExperts(config, bank)
-        if bank.adaptive_experts or bank.expert_capacity is not None:
-            self._expect_sentinels()
+        self.may_skip_slots = bank.adaptive_experts or bank.expert_capacity is not None
 
-    def _expect_sentinels(self) -> None:
-        """transformers' functions skip an id of E or more, and mask its gradient, only where this flag is set."""
-        self.experts._is_expert_parallel = True  # type: ignore[assignment]
+    def _visitable(self, index_RK: Tensor) -> Tensor:
+        """Choices with sentinels, as the experts can take them.
+
+        transformers' functions skip an id of E or more, and mask its gradient, only where a flag is set. Of experts
+        spread over ranks each rank has fewer than E, and the exchange of tokens between them knows no id of nobody:
+        there, an unused slot visits expert 0 with weight 0.
+        """
+        # Below whatever an adapter wraps around them.
+        experts = next(module for module in self.experts.modules() if isinstance(module, ChorusExperts))
+        experts._is_expert_parallel = True  # type: ignore[assignment]
+        return index_RK if experts.num_experts == self.num_experts else index_RK.remainder(self.num_experts)
 
     def forward(
         self, output_TD: Tensor | None, hidden_TD: Tensor, gate_T: Tensor | None, plan: ModalityPlan
@@ -92,8 +99,6 @@ class ExpertBank(nn.Module):
         hidden_RD = take_rows(hidden_TD, rows)
         token_mask = plan.token_mask(self.modalities, rows)
         options = plan.row_options(self.name, self.modalities, rows, token_mask)
-        if options is not None and options.budget_R is not None:
-            self._expect_sentinels()
         choice = self.router(hidden_RD, options)
         logits_RE, weights_RK, index_RK = choice[:3]
         if gate_T is None:
@@ -102,10 +107,8 @@ class ExpertBank(nn.Module):
             gate_R = take_rows(gate_T, rows)
             states_weights_RK = weights_RK * gate_R[:, None]
         visited_RK = index_RK
-        if self.experts.num_experts < self.num_experts:
-            # Experts over several ranks: the exchange of tokens knows no id of nobody, so an unused slot, of weight 0,
-            # visits expert 0.
-            visited_RK = index_RK.remainder(self.num_experts)
+        if self.may_skip_slots or (options is not None and options.budget_R is not None):
+            visited_RK = self._visitable(index_RK)
         states_RD = self.experts(hidden_RD, visited_RK, states_weights_RK.to(hidden_RD.dtype))
         output_TD = add_rows(output_TD, rows, states_RD, hidden_TD)
         return output_TD, BankRouting(logits_RE, weights_RK, index_RK, token_mask, gate_R, rows, *choice[3:])

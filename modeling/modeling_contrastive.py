@@ -15,6 +15,9 @@ from .configuration_chorus import ChorusConfig
 from .modeling_classification import pool_tokens
 from .modeling_head import ChorusHead
 from .modeling_outputs import ChorusContrastiveOutput
+from .routers import BankRouting
+
+Routing = tuple[dict[str, BankRouting], ...]
 
 
 class ChorusForContrastive(ChorusHead):
@@ -42,30 +45,40 @@ class ChorusForContrastive(ChorusHead):
         pooled = pool_tokens(hidden_BSD, mask_BS, self.config.text_config.is_causal)
         return F.normalize(self.projections[name](pooled), dim=-1)
 
-    def _decode(self, name: str, tokens_BSD: Tensor, mask_BS: Tensor, **kwargs: Any) -> Tensor:
+    def _decode(self, name: str, mask_BS: Tensor | None, **inputs: Any) -> tuple[Tensor, Routing]:
+        """Unit vectors, and the routing if it was asked for."""
+        decoded = self.model.language_model(attention_mask=mask_BS, **inputs)
+        return self._embed(name, decoded.last_hidden_state, mask_BS), decoded.router_logits or ()
+
+    def _decode_tokens(self, name: str, tokens_BSD: Tensor, mask_BS: Tensor, **kwargs: Any) -> tuple[Tensor, Routing]:
         modality_BS = torch.full(tokens_BSD.shape[:2], MODALITY_IDS[name], device=tokens_BSD.device)
-        decoded = self.model.language_model(
-            inputs_embeds=tokens_BSD, attention_mask=mask_BS, mm_token_type_ids=modality_BS, **kwargs
-        )
-        return self._embed(name, decoded.last_hidden_state, mask_BS)
+        return self._decode(name, mask_BS, inputs_embeds=tokens_BSD, mm_token_type_ids=modality_BS, **kwargs)
+
+    def _decode_images(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Routing]:
+        tokens = self.model.get_image_features(pixel_values).pooler_output
+        mask = torch.ones_like(tokens[..., 0], dtype=torch.long)
+        return self._decode_tokens("image", tokens, mask, **kwargs)
+
+    def _decode_audio(
+        self, input_features: Tensor, input_features_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Routing]:
+        pieces = self.model.get_audio_features(input_features, input_features_mask).pooler_output
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(p[:, 0], dtype=torch.long) for p in pieces], True)
+        return self._decode_tokens("audio", nn.utils.rnn.pad_sequence(pieces, True), mask, **kwargs)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Unit vectors `(B, projection_dim)` of texts without placeholders."""
-        decoded = self.model.language_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        return self._embed("text", decoded.last_hidden_state, attention_mask)
+        return self._decode("text", attention_mask, input_ids=input_ids, **kwargs)[0]
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """Unit vectors `(images, projection_dim)`."""
-        tokens = self.model.get_image_features(pixel_values).pooler_output
-        return self._decode("image", tokens, torch.ones_like(tokens[..., 0], dtype=torch.long), **kwargs)
+        return self._decode_images(pixel_values, **kwargs)[0]
 
     def get_audio_features(
         self, input_features: Tensor, input_features_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         """Unit vectors `(windows, projection_dim)`."""
-        pieces = self.model.get_audio_features(input_features, input_features_mask).pooler_output
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(p[:, 0], dtype=torch.long) for p in pieces], True)
-        return self._decode("audio", nn.utils.rnn.pad_sequence(pieces, True), mask, **kwargs)
+        return self._decode_audio(input_features, input_features_mask, **kwargs)[0]
 
     @can_return_tuple
     def forward(
@@ -89,13 +102,17 @@ class ChorusForContrastive(ChorusHead):
         Raises:
             ValueError: the modalities given have different numbers of rows.
         """
-        embeds: dict[str, Tensor] = {}
+        if self._counts_choices():
+            kwargs["output_router_logits"] = True
+        decoded: dict[str, tuple[Tensor, Routing]] = {}
         if input_ids is not None:
-            embeds["text"] = self.get_text_features(input_ids, attention_mask, **kwargs)
+            decoded["text"] = self._decode("text", attention_mask, input_ids=input_ids, **kwargs)
         if pixel_values is not None:
-            embeds["image"] = self.get_image_features(pixel_values, **kwargs)
+            decoded["image"] = self._decode_images(pixel_values, **kwargs)
         if input_features is not None:
-            embeds["audio"] = self.get_audio_features(input_features, input_features_mask, **kwargs)
+            decoded["audio"] = self._decode_audio(input_features, input_features_mask, **kwargs)
+        embeds = {name: vectors for name, (vectors, _) in decoded.items()}
+        routing = tuple(layer for _, layers in decoded.values() for layer in layers)
         sizes = {name: len(vectors) for name, vectors in embeds.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"contrastive batches need one row of each modality a sample, got {sizes}")
@@ -113,4 +130,5 @@ class ChorusForContrastive(ChorusHead):
             image_embeds=embeds.get("image"),
             audio_embeds=embeds.get("audio"),
             logits_per_pair=logits,
+            router_logits=routing or None,
         )

@@ -43,12 +43,8 @@ class ChorusHead(ChorusPreTrainedModel):
             text.router_z_loss_coef > 0
             or (text.router_aux_loss_coef > 0 and any(bank.has_balance_loss for bank in banks.values()))
         )
-        # Whoever moves the balance bias counts the choices of this forward; whoever samples wants the probabilities.
-        keep_routing = bool(
-            output_router_logits
-            or inputs.get("sample_experts")
-            or (self.training and any(bank.balance == "bias" for bank in banks.values()))
-        )
+        # Whoever samples wants the probabilities.
+        keep_routing = bool(output_router_logits or inputs.get("sample_experts") or self._counts_choices())
         align = self.training and text.alignment_loss_coef > 0
         if mm_token_type_ids is None and inputs.get("input_ids") is not None:
             mm_token_type_ids = self.model.modality_ids(inputs["input_ids"])
@@ -74,6 +70,11 @@ class ChorusHead(ChorusPreTrainedModel):
         if not keep_routing:
             outputs.router_logits = None
         return outputs, terms
+
+    def _counts_choices(self) -> bool:
+        """Whether whoever moves a balance bias must see the choices of this forward, whatever was asked for."""
+        banks = self.model.language_model.banks.values()
+        return self.training and any(bank.balance == "bias" for bank in banks)
 
     def _alignment(self, outputs: ChorusModelOutput, modality_BS: Tensor, attention_mask: Tensor | None) -> Tensor:
         scaling = self.config.text_config.head_dim**-0.5

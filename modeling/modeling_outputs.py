@@ -69,6 +69,7 @@ class ChorusContrastiveOutput(ModelOutput):
         loss: symmetric cross-entropy averaged over the pairs of modalities, plus the weighted terms below.
         text_embeds, image_embeds, audio_embeds: unit vectors `(B, projection_dim)`, or None without that modality.
         logits_per_pair: `"text-image"` -> `(B, B)` scaled similarities, and so on.
+        router_logits: as in [`ChorusLossOutput`], the layers of one modality's run after those of another's.
     """
 
     loss: Tensor | None = None

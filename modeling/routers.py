@@ -117,9 +117,11 @@ class Router(nn.Module):
             logits_TE = self.score(hidden_TD)
             if not self.is_plain or options is not None:
                 return self.choose(logits_TE, options or RowOptions())
-            log_weights_TE = self.log_weights(logits_TE)
-            chosen_TK, index_TK = best_experts(log_weights_TE, self.top_k)
-            weights_TK = chosen_TK.softmax(dim=-1) if self.norm_topk_prob else chosen_TK.exp()
+            chosen_TK, index_TK = best_experts(logits_TE, self.top_k)
+            if self.norm_topk_prob:
+                weights_TK = chosen_TK.softmax(dim=-1)
+            else:
+                weights_TK = self.log_weights(logits_TE).gather(1, index_TK).exp()
             return ExpertChoice(logits_TE, weights_TK, index_TK)
 
     def choose(self, logits_TE: Tensor, options: RowOptions) -> ExpertChoice:
@@ -127,11 +129,11 @@ class Router(nn.Module):
         bank = self.bank
         log_weights_TE = self.log_weights(logits_TE)
         scores_TE = self._rank(logits_TE)
+        kept_T = self._slots(log_weights_TE, options)
         if options.is_sampled:
             log_weights_TE = self.open_log_weights(logits_TE)
             scores_TE = perturbed(log_weights_TE)
         _, index_TK = best_experts(scores_TE, self.top_k)
-        kept_T = self._slots(log_weights_TE, options)
         if kept_T is not None:
             index_TK = keep_best(index_TK, kept_T, bank.num_experts)
         log_probs_T = draw_log_probability(log_weights_TE, index_TK) if options.is_sampled else None

@@ -86,6 +86,8 @@ class ChorusTextModel(ChorusPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.banks = {bank.name: bank for bank in config.banks}
+        if any(bank.balance == "bias" for bank in self.banks.values()):
+            self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -158,6 +158,8 @@ def checks(folder: Path) -> dict[str, Callable[[], float]]:
     found["training with unused slots, experts apart"] = lambda: expert_parallel_training(folder / "routing")
     found["tensor parallel"] = lambda: parallel_plan(folder, tp_size=2)
     found["expert parallel"] = lambda: parallel_plan(folder, tp_size=2, ep_size=2)
+    found["tensor parallel, routing"] = lambda: parallel_plan(folder / "routing", tp_size=2)
+    found["expert parallel, routing"] = lambda: parallel_plan(folder / "routing", tp_size=2, ep_size=2)
     return found
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from chorus_moe import ChorusForConditionalGeneration, ChorusTextConfig
+from chorus_moe import ChorusForConditionalGeneration, ChorusForContrastive, ChorusTextConfig
 from chorus_moe.modeling.balance_bias import balance_counts, biased_routers, update_balance_bias
 from chorus_moe.modeling.routers import SigmoidRouter
 from tests.conftest import tiny_batch, tiny_config
@@ -98,6 +98,18 @@ def test_a_bank_with_a_loss_alone_keeps_its_routing_to_itself():
     output = model(**tiny_batch(model.config))
     assert output.router_logits is None
     assert output.aux_loss is not None
+
+
+def test_the_contrastive_head_counts_the_choices_of_all_its_runs():
+    torch.manual_seed(0)
+    config = tiny_config(expert_banks={"common": {"balance": "bias"}})
+    model = ChorusForContrastive(config).train()
+    ids = torch.randint(5, 128, (2, 6), generator=torch.Generator().manual_seed(0))
+    output = model(input_ids=ids, pixel_values=torch.randn(2, 3, 32, 32))
+    counts = balance_counts(output.router_logits, config.text_config.sparse_layers)
+    # Two texts of six tokens and two images of four, two experts each.
+    assert [int(layer["common"].sum()) for layer in counts.values()] == [40, 40]
+    assert model.eval()(input_ids=ids, pixel_values=torch.randn(2, 3, 32, 32)).router_logits is None
 
 
 def test_counts_of_another_number_of_layers_are_refused():

@@ -25,6 +25,7 @@ LOGITS = 5e-6
 
 CHECKS = [f"{way}, {kind}" for way in ("ddp", "fsdp2") for kind in ("text", "audio", "no labels", "routing")]
 CHECKS += ["ddp with checkpointing, text", "ddp with checkpointing, routing", "tensor parallel", "expert parallel"]
+CHECKS += ["tensor parallel, routing", "expert parallel, routing"]
 CHECKS += ["training with unused slots, experts apart"]
 
 

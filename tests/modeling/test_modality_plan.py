@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from chorus_moe.modeling.modality_plan import ModalityPlan, add_rows, take_rows
+from chorus_moe.modeling.routing_options import RoutingOptions
 
 MIXED = torch.tensor([[0, 1, 3, 0], [1, 0, 0, 3]])
 MASK = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
@@ -66,3 +67,31 @@ def test_a_plan_on_its_own_device_is_itself():
     assert plan.to("cpu") is plan
     moved = plan.to("meta")
     assert moved.rows["image"].device.type == moved.modality_T.device.type == "meta"
+
+
+def test_options_move_with_their_plan():
+    options = RoutingOptions(torch.rand(8), {"image": 1}, frozenset(["text"]), torch.zeros(8).long(), frozenset())
+    plan = ModalityPlan.build(MIXED, MASK, options)
+    plan.row_options("image", ["image"], plan.rows_of(["image"]), None)
+    moved = plan.to("meta")
+    assert moved.options.complexity_T.device.type == moved.options.sequence_T.device.type == "meta"
+    assert (moved.options.budget, moved.options.sampled_banks) == ({"image": 1}, frozenset(["text"]))
+    assert moved.options_of_banks == {}
+
+
+def test_options_are_those_of_the_rows_of_a_bank():
+    options = RoutingOptions(torch.arange(8) / 8, {"image": 1}, frozenset(["text"]), None, frozenset())
+    plan = ModalityPlan.build(MIXED, MASK, options)
+    found = {}
+    for name in ("image", "text", "audio"):
+        found[name] = plan.row_options(name, [name], plan.rows_of([name]), None)
+    assert found["image"].budget_R.tolist() == [1]
+    assert found["text"].budget_R is None
+    assert found["text"].complexity_R.tolist() == [0.0, 0.375, 0.75]
+    assert [found[name].is_sampled for name in found] == [False, True, False]
+
+
+def test_nothing_asked_is_no_option_at_all():
+    plan = ModalityPlan.build(MIXED, MASK, RoutingOptions(None, {"image": 1}, frozenset(), None, frozenset()))
+    assert plan.row_options("text", ["text"], plan.rows_of(["text"]), None) is None
+    assert ModalityPlan.build(MIXED, MASK).row_options("text", ["text"], None, None) is None
