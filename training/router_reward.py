@@ -29,6 +29,7 @@ from transformers import Trainer
 from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.expert_choice import draw_log_probability
 from chorus_moe.modeling.losses import RoutingOfLayer, share_of_batch
+from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.modeling.routers import ExpertChoice, Router, without_autocast
 from chorus_moe.training.loading import base_model
 
@@ -127,8 +128,8 @@ class RouterRewardTrainer(Trainer):
         router_reward_coef: weight of the loss.
 
     Raises:
-        ValueError: no bank or an unknown one, one that cannot be sampled, one whose routers are frozen, or a
-            coefficient that is not positive.
+        ValueError: a model that generates no text, no bank or an unknown one, one that cannot be sampled or whose routers
+            are frozen, or a coefficient that is not positive.
     """
 
     def __init__(
@@ -139,7 +140,10 @@ class RouterRewardTrainer(Trainer):
             raise ValueError(f"router_reward_banks={router_reward_banks!r}; give the names of banks, as in ['common']")
         if not router_reward_coef > 0:
             raise ValueError(f"router_reward_coef={router_reward_coef} must be positive")
-        known = {bank.name: bank for bank in base_model(self.model).config.text_config.banks}
+        base = base_model(self.model)
+        if not isinstance(base, ChorusForConditionalGeneration):
+            raise ValueError(f"{type(base).__name__} predicts no tokens, so there is no likelihood to be rewarded by")
+        known = {bank.name: bank for bank in base.config.text_config.banks}
         for name in router_reward_banks:
             check_name("router_reward_banks", "bank", name, known)
             bank = known[name]

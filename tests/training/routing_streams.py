@@ -28,6 +28,15 @@ def skewed_model(**text: Any) -> ChorusForConditionalGeneration:
     return model
 
 
+def rewarded_model() -> ChorusForConditionalGeneration:
+    """The same, to be rewarded instead of balanced."""
+    return skewed_model(expert_banks={"common": {"balance": "none", "num_experts_per_tok": 1}})
+
+
+def router_weights(model: nn.Module) -> list[list[float]]:
+    return [module.weight.flatten().tolist() for module in model.modules() if isinstance(module, Router)]
+
+
 def token_rows(count: int, length: int = 16) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(5, 128, (count, length), generator=generator)

@@ -12,10 +12,24 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForMultimodalLM, TrainerCallback
 
+from chorus_moe import ChorusForContrastive
 from chorus_moe.modeling.balance_bias import biased_routers
 from chorus_moe.training.lora import lora_config
+from chorus_moe.training.recipe import read_recipe
 from chorus_moe.training.routing_callback import RoutingCallback
-from tests.training.routing_streams import make_trainer, skewed_model, stack, token_rows
+from chorus_moe.training.routing_observer import RoutingObserver
+from chorus_moe.training.train import run_training
+from tests.conftest import tiny_config
+from tests.training.routing_streams import (
+    BIASED,
+    make_trainer,
+    rewarded_model,
+    router_weights,
+    skewed_model,
+    stack,
+    token_rows,
+)
+from tests.training.test_train import recipe  # noqa: F401  a fixture
 
 SECONDS = 120
 
@@ -209,6 +223,24 @@ def test_nothing_is_left_on_the_model_after_training(tmp_path: Path) -> None:
     assert not model.model.language_model._forward_pre_hooks
 
 
+def test_a_recipe_moves_the_bias_by_itself(recipe: Path) -> None:  # noqa: F811
+    values = json.loads((recipe.parent / "tiny.json").read_text())
+    values["text_config"]["expert_banks"] = {"common": {"balance": "bias", "bias_update_rate": 0.01}}
+    (recipe.parent / "tiny.json").write_text(json.dumps(values))
+    run_training(read_recipe(recipe, ["--max_steps", "2", "--save_strategy", "no"]))
+    loaded = AutoModelForMultimodalLM.from_pretrained(recipe.parent / "out")
+    assert all(any(bias) for bias in biases(loaded))
+
+
+def test_the_contrastive_head_is_balanced_over_all_its_runs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ChorusForContrastive(tiny_config(expert_banks=BIASED)).train()
+    with RoutingObserver(model, training_only=True) as observer:
+        model(input_ids=torch.randint(5, 128, (2, 6)), pixel_values=torch.randn(2, 3, 32, 32))
+    # Two texts of six tokens, two images of four.
+    assert [bank.tokens_M.tolist() for bank in observer.counters.all()] == [[12, 8, 0]] * 2
+
+
 @pytest.mark.slow
 def test_two_processes_move_the_bias_as_one_does(tmp_path: Path) -> None:
     """Each rank sees half of the batch; the integer counts of both make one step, the same on both."""
@@ -229,4 +261,7 @@ def test_two_processes_move_the_bias_as_one_does(tmp_path: Path) -> None:
         "choices": [bank.choices_ME.tolist() for bank in callback.last.all()],
         "strongest": metric(trainer, "routing_strongest_share"),
     }
+    rewarded = [rank.pop("rewarded") for rank in found]
     assert found == [expected, expected]
+    # Every rank draws for itself; the gradients are averaged, so the routers stay the same on both.
+    assert rewarded[0] == rewarded[1] != router_weights(rewarded_model())
