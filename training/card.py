@@ -1,5 +1,6 @@
 """The model card: Hub metadata, and figures that a program measured."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ def card_text(model: Any, result: Mapping[str, Any], table: Sequence[str], pictu
         model: its config gives the architecture and the parameters.
         result: what the demo's `report.json` holds.
         table: lines of the accuracy table.
-        picture: a heat map of routing that lies beside the card.
+        picture: a heat map of routing, to lie beside the card.
     """
     text, parameters = model.config.text_config, model.config.parameter_report()
     data = ModelCardData(
@@ -93,7 +94,9 @@ def card_text(model: Any, result: Mapping[str, Any], table: Sequence[str], pictu
 def write_model_card(
     folder: Path, model: Any, result: Mapping[str, Any], table: Sequence[str], picture: Path | None = None
 ) -> Path:
-    """Write the card as `README.md` of a model folder, where the Hub shows it."""
+    """Write the card as `README.md` of a model folder, where the Hub shows it, with a copy of its picture."""
     path = folder / "README.md"
+    if picture is not None:
+        shutil.copyfile(picture, folder / picture.name)
     path.write_text(card_text(model, result, table, picture), encoding="utf-8")
     return path

@@ -91,7 +91,7 @@ def write_report(
     parameters = model.config.parameter_report()
     counters = count_rows(model, processor, questions[:192])
     draw_accuracy(out / "accuracy.png", before, after)
-    picture = write_routing(out / "merged", counters)
+    picture = write_routing(out, counters)
     draw_examples(out / "examples.png", processor, questions, answers)
     result = {
         "skills": _skill_figures(before, after),
@@ -129,7 +129,7 @@ def write_report(
         "",
         "Share of each modality's routed weight by bank and expert, after LoRA.",
         "",
-        "![Bank and expert use by modality](merged/routing.png)",
+        "![Bank and expert use by modality](routing.png)",
         "",
         "```",
         routing_table(summarise(counters)),

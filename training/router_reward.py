@@ -128,8 +128,8 @@ class RouterRewardTrainer(Trainer):
         router_reward_coef: weight of the loss.
 
     Raises:
-        ValueError: a model that generates no text, no bank or an unknown one, one that cannot be sampled or whose routers
-            are frozen, or a coefficient that is not positive.
+        ValueError: a model that generates no text, no bank or an unknown one, one that cannot be sampled or whose
+            routers are frozen, or a coefficient that is not positive.
     """
 
     def __init__(
