@@ -40,7 +40,7 @@ from chorus_moe.training.speech import TEST_VARIANTS, SpeechClips, SynthesisSett
 
 SKILLS = {"written": 2.0, "spoken": 1.0}
 VARIANTS = ("plain", "reward", "switch")
-STEPS, QUESTIONS, BATCH, COEF = 400, 200, 24, 1.0
+STEPS, QUESTIONS, BATCH, COEF = 260, 200, 24, 1.0
 QUICK_STEPS, QUICK_QUESTIONS = 2, 4
 
 

@@ -103,6 +103,8 @@ def move_balance_bias(model: nn.Module, counters: RoutingCounters) -> None:
         model: the decoder or anything around it.
         counters: this rank's own; they are summed over ranks here.
     """
+    if all(bank.balance != "bias" for bank in counters.config.banks):
+        return
     routers = biased_routers(model)
     places = [
         (layer, name) for layer, banks in counters.banks.items() for name in banks if name in routers.get(layer, {})
