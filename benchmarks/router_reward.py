@@ -10,8 +10,8 @@ Compared, from the same weights and on the same data:
 - switch: the Switch balance loss, which moves routers towards an even load whatever the experts are good for.
 
 Reported on held-out pictures and voices, with the best-ranked experts: accuracy of the generated answers, load entropy
-of the routers (mean over layers; 0 collapsed, 1 even), bits that an expert tells about the modality, and the seconds of
-training. Nothing is sampled at the test.
+of the routers (mean over layers; 0 collapsed, 1 even), bits that an expert tells about the modality, and the processor seconds
+of training. Nothing is sampled at the test.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def collapsed_model(balance: str, seed: int) -> tuple[ChorusForConditionalGenera
 
 
 def train(model: Any, processor: Any, questions: DigitQuestions, variant: str, coef: float, seed: int) -> float:
-    """Seconds of training, with the data made on the way."""
+    """Processor seconds of training, with the data made on the way."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -91,10 +91,10 @@ def train(model: Any, processor: Any, questions: DigitQuestions, variant: str, c
             trainer: Trainer = RouterRewardTrainer(**parts, router_reward_banks=["common"], router_reward_coef=coef)
         else:
             trainer = Trainer(**parts)
-        started = time.perf_counter()
+        started = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
-        return time.perf_counter() - started
+        return time.process_time() - started
 
 
 def test_rows(questions: DigitQuestions) -> list[dict[str, Any]]:
