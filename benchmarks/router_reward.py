@@ -10,8 +10,8 @@ Compared, from the same weights and on the same data:
 - switch: the Switch balance loss, which moves routers towards an even load whatever the experts are good for.
 
 Reported on held-out pictures and voices, with the best-ranked experts: accuracy of the generated answers, load entropy
-of the routers (mean over layers; 0 collapsed, 1 even), bits that an expert tells about the modality, and the processor seconds
-of training. Nothing is sampled at the test.
+of the routers (mean over layers; 0 collapsed, 1 even), bits that an expert tells about the modality, and the processor
+seconds of training. Nothing is sampled at the test. One seed shows whether routers move; accuracy wants several.
 """
 
 import contextlib
