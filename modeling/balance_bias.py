@@ -44,12 +44,17 @@ def balance_counts(
 
 
 def biased_routers(model: nn.Module) -> dict[int, dict[str, Router]]:
-    """Layer -> bank -> router, for the routers that have a correction bias; the keys are those of `balance_counts`."""
+    """Layer -> bank -> router, for the routers that have a correction bias; the keys are those of `balance_counts`.
+
+    An adapter trains a copy of a router, and several adapters have one each: the one that is trained is found.
+    """
     found: dict[int, dict[str, Router]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Router) and module.e_score_correction_bias is not None:
             layer = int(name.split(".mlp.banks.")[0].rsplit(".", 1)[1])
-            found.setdefault(layer, {})[module.bank.name] = module
+            routers = found.setdefault(layer, {})
+            if module.bank.name not in routers or any(parameter.requires_grad for parameter in module.parameters()):
+                routers[module.bank.name] = module
     return found
 
 

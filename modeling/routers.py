@@ -131,8 +131,7 @@ class Router(nn.Module):
         scores_TE = self._rank(logits_TE)
         kept_T = self._slots(log_weights_TE, options)
         if options.is_sampled:
-            if self.limits_groups:
-                log_weights_TE = log_weights_TE.masked_fill(scores_TE == CLOSED, torch.finfo(torch.float32).min)
+            log_weights_TE = self.open_log_weights(logits_TE)
             scores_TE = perturbed(log_weights_TE)
         _, index_TK = best_experts(scores_TE, self.top_k)
         if kept_T is not None:
@@ -148,6 +147,13 @@ class Router(nn.Module):
         weights_TK = self._weigh(log_weights_TE, index_TK)
         weights_TK = weights_TK.masked_fill(served.selected_experts >= bank.num_experts, 0.0)
         return ExpertChoice(logits_TE, weights_TK, *served[:1], log_probs_T, *served[1:])
+
+    def open_log_weights(self, logits_TE: Tensor) -> Tensor:
+        """The log-weights that experts are drawn by: those outside a token's best groups are never drawn."""
+        log_weights_TE = self.log_weights(logits_TE)
+        if not self.limits_groups:
+            return log_weights_TE
+        return log_weights_TE.masked_fill(self._rank(logits_TE) == CLOSED, torch.finfo(torch.float32).min)
 
     def _rank(self, logits_TE: Tensor) -> Tensor:
         """What ranks the experts; `CLOSED` for those that a token may not choose."""

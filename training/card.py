@@ -1,19 +1,23 @@
 """The model card: Hub metadata, and figures that a program measured."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from chorus_moe.training.run_card import routing_section
 
-def card_text(model: Any, result: Mapping[str, Any], table: Sequence[str]) -> str:
+
+def card_text(model: Any, result: Mapping[str, Any], table: Sequence[str], picture: Path | None = None) -> str:
     """The card of a model trained by the demo, as Markdown with metadata.
 
     Args:
         model: its config gives the architecture and the parameters.
         result: what the demo's `report.json` holds.
         table: lines of the accuracy table.
+        picture: a heat map of routing, to lie beside the card.
     """
     text, parameters = model.config.text_config, model.config.parameter_report()
     data = ModelCardData(
@@ -73,6 +77,7 @@ def card_text(model: Any, result: Mapping[str, Any], table: Sequence[str]) -> st
         "",
         *table,
         "",
+        *routing_section(picture),
         f"Voices the base model does not know: {100 * voices['before']:.1f}% before LoRA, "
         f"{100 * voices['after']:.1f}% after ({voices['n']} questions). Old skills in phrasings never seen: "
         f"{100 * phrasings['before']:.1f}% before, {100 * phrasings['after']:.1f}% after ({phrasings['n']}).",
@@ -86,8 +91,12 @@ def card_text(model: Any, result: Mapping[str, Any], table: Sequence[str]) -> st
     return "\n".join(lines)
 
 
-def write_model_card(folder: Path, model: Any, result: Mapping[str, Any], table: Sequence[str]) -> Path:
-    """Write the card as `README.md` of a model folder, where the Hub shows it."""
+def write_model_card(
+    folder: Path, model: Any, result: Mapping[str, Any], table: Sequence[str], picture: Path | None = None
+) -> Path:
+    """Write the card as `README.md` of a model folder, where the Hub shows it, with a copy of its picture."""
     path = folder / "README.md"
-    path.write_text(card_text(model, result, table), encoding="utf-8")
+    if picture is not None:
+        shutil.copyfile(picture, folder / picture.name)
+    path.write_text(card_text(model, result, table, picture), encoding="utf-8")
     return path

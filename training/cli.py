@@ -1,4 +1,4 @@
-"""The command line: `chorus-moe train | evaluate | generate | inspect | export | demo`.
+"""The command line: `chorus-moe train | evaluate | generate | routing | inspect | export | demo`.
 
 Commands import what they need when they run, so that `--help` is quick.
 """
@@ -73,6 +73,30 @@ def generate(
 
     row = user_turn(text, [str(path) for path in image or []], [str(path) for path in audio or []])
     print(answer_rows(*load_model(model, base=base), [row], max_new_tokens=max_new_tokens)[0])
+
+
+@app.command()
+def routing(
+    model: Annotated[str, typer.Option(help="model or adapter: a folder or a Hub id")],
+    data: Annotated[str, typer.Option(help="rows to route, answers included: file, folder or Hub id")],
+    out: Annotated[Path, typer.Option(help="folder for routing.json and routing.png")],
+    split: Annotated[str, typer.Option()] = "test",
+    base: BaseName = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="use the first so many rows")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+) -> None:
+    """What the experts do: load, dead experts, overflow and modality, by layer and bank, with a heat map."""
+    from chorus_moe.training.data import load_rows
+    from chorus_moe.training.loading import load_model
+    from chorus_moe.training.routing_report import FIGURES, count_rows, routing_table, write_routing
+    from chorus_moe.training.routing_statistics import summarise
+
+    rows = load_rows(data, split)
+    chosen = [rows[index] for index in range(min(limit or len(rows), len(rows)))]
+    counters = count_rows(*load_model(model, base=base), chosen, batch_size=batch_size, progress=True)
+    print(routing_table(summarise(counters)))
+    picture = write_routing(out, counters)
+    print(f"wrote {out / FIGURES}" + (f" and {picture}" if picture else "; install matplotlib for the heat map"))
 
 
 @app.command()

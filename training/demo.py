@@ -39,6 +39,8 @@ from chorus_moe.training.demo_model import build_demo
 from chorus_moe.training.demo_report import write_report
 from chorus_moe.training.demo_speech import recorded_speech_sets, synthetic_speech_sets
 from chorus_moe.training.lora import lora_config
+from chorus_moe.training.routing_callback import RoutingCallback
+from chorus_moe.training.routing_report import PICTURE
 from chorus_moe.training.speech import SpeechClips, recorded_digits
 
 QUESTION_SETS = ("test", "new_voices", "new_phrasings")
@@ -172,9 +174,11 @@ def train(
         use_cpu=not torch.cuda.is_available(),
     )
     collator = ChorusDataCollator(processor)
-    Trainer(
+    trainer = Trainer(
         model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor
-    ).train()
+    )
+    RoutingCallback.add_to(trainer)
+    trainer.train()
 
 
 def accuracy_by_skill(samples: Sequence[dict[str, Any]], answers: Sequence[str]) -> dict[str, list[bool]]:
@@ -201,7 +205,8 @@ def run_demo(
     held_out_speaker: str | None = None,
     model_card: Path | None = None,
 ) -> dict[str, Any]:
-    """Run everything below `out` and return what `report.json` holds; `model_card` gets a copy of the model's card.
+    """Run everything below `out` and return what `report.json` holds; `model_card` gets a copy of the model's card,
+    with its picture beside it.
 
     Raises:
         FileNotFoundError: `speech_dir` holds no recordings.
@@ -287,6 +292,7 @@ def run_demo(
     )
     if model_card is not None:
         shutil.copyfile(out / "merged" / "README.md", model_card)
+        shutil.copyfile(out / "merged" / PICTURE, model_card.with_name(PICTURE))
     finish("report")
     print((out / "report.md").read_text(), flush=True)
     return result

@@ -7,25 +7,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from chorus_moe.modeling.configuration_banks import MODALITY_IDS
 from chorus_moe.training.demo_data import Sample
+from chorus_moe.training.routing_pictures import pyplot_without_display
 
 Marks = Mapping[str, Sequence[bool]]
 BARS = {"before LoRA": "#b8c4d6", "after LoRA": "#2f6db3", "image withheld": "#d98032", "sound withheld": "#7a9f45"}
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def draw_accuracy(path: Path, before: Marks, after: Mapping[str, Marks]) -> None:
     """Bars of accuracy in percent: four for each skill."""
-    pyplot = _pyplot()
+    pyplot = pyplot_without_display()
     series = dict(zip(BARS, (before, after["full"], after["image_withheld"], after["audio_withheld"]), strict=True))
     figure, axes = pyplot.subplots(figsize=(10, 3.8), layout="constrained")
     for index, (name, marks) in enumerate(series.items()):
@@ -40,40 +31,11 @@ def draw_accuracy(path: Path, before: Marks, after: Mapping[str, Marks]) -> None
     pyplot.close(figure)
 
 
-def draw_routing(path: Path, shares: Mapping[str, np.ndarray], layers: Sequence[int]) -> None:
-    """A heat map: rows are modalities in each sparse layer, columns the experts of each bank."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(10, 0.45 * len(layers) * len(MODALITY_IDS) + 1.6), layout="constrained")
-    grid = np.concatenate([share.reshape(-1, share.shape[-1]) for share in shares.values()], axis=1)
-    picture = axes.imshow(100 * grid, cmap="Blues", aspect="auto", vmin=0)
-    for (row, column), value in np.ndenumerate(grid):
-        if value >= 0.005:
-            axes.text(
-                column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8,
-                color="white" if value > 0.6 * grid.max() else "black",
-            )  # fmt: skip
-    axes.set_yticks(range(len(grid)), [f"layer {layer}, {name}" for layer in layers for name in MODALITY_IDS])
-    labels = [str(expert) for share in shares.values() for expert in range(share.shape[-1])]
-    axes.set_xticks(range(len(labels)), labels, fontsize=8)
-    start = 0
-    for name, share in shares.items():
-        axes.text(start + share.shape[-1] / 2 - 0.5, -0.7, f"bank {name}", ha="center", fontsize=10)
-        start += share.shape[-1]
-        if start < len(labels):
-            axes.axvline(start - 0.5, color="black", linewidth=1.2)
-    for layer in range(1, len(layers)):
-        axes.axhline(layer * len(MODALITY_IDS) - 0.5, color="black", linewidth=1.2)
-    axes.set_xlabel("expert")
-    figure.colorbar(picture, label="share of the modality's routed weight (%)")
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
 def draw_examples(
     path: Path, processor: Any, questions: Sequence[Sample], answers: Sequence[str], count: int = 3
 ) -> None:
     """Picture, log-mel spectrogram, question and answer of the first questions, of different skills, that need both."""
-    pyplot = _pyplot()
+    pyplot = pyplot_without_display()
     chosen: dict[str, int] = {}
     for index, sample in enumerate(questions):
         if sample["images"] and sample["audio"] and sample["skill"] not in ("written", "spoken"):

@@ -9,14 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from chorus_moe.modeling.configuration_banks import MODALITY_IDS
-from chorus_moe.modeling.modality_plan import ModalityPlan, take_rows
 from chorus_moe.training.card import write_model_card
 from chorus_moe.training.demo_data import SKILLS, Sample, best_blind_accuracy
-from chorus_moe.training.demo_pictures import draw_accuracy, draw_examples, draw_routing
+from chorus_moe.training.demo_pictures import draw_accuracy, draw_examples
+from chorus_moe.training.routing_report import count_rows, routing_table, write_routing
+from chorus_moe.training.routing_statistics import summarise
 
 Marks = Mapping[str, Sequence[bool]]
 EXTRA = {
@@ -36,43 +33,6 @@ def wilson_interval(marks: Sequence[bool], z: float = 1.96) -> tuple[float, floa
 
 def rate(marks: Sequence[bool]) -> float:
     return sum(marks) / len(marks)
-
-
-@torch.inference_mode()
-def routing_shares(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-    """Where the tokens of each modality go: bank -> `(sparse layers, modalities, experts)`.
-
-    Each entry is the share of a modality's routed weight (bank gate times router) in that layer; over all banks and
-    experts the shares of a layer and modality sum to one. Padding is left out.
-    """
-    inputs = processor.apply_chat_template(
-        [sample["messages"] for sample in samples],
-        images=[sample["images"] for sample in samples],
-        audio=[sample["audio"] for sample in samples],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    outputs = model.eval()(**inputs, output_router_logits=True)
-    plan = ModalityPlan.build(inputs["mm_token_type_ids"], inputs["attention_mask"])
-    text = model.config.text_config
-    shares = {
-        bank.name: np.zeros((len(text.sparse_layers), len(MODALITY_IDS), bank.num_experts)) for bank in text.banks
-    }
-    for row, layer in enumerate(outputs.router_logits):
-        for bank in text.banks_of_layer(text.sparse_layers[row]):
-            routing = layer[bank.name]
-            modality_T = take_rows(plan.modality_T, plan.rows_of(bank.modalities))
-            weights_TK = routing.routing_weights * routing.bank_weights[:, None]
-            if routing.token_mask is not None:
-                weights_TK = weights_TK * routing.token_mask[:, None]
-            for column, value in enumerate(MODALITY_IDS.values()):
-                mine = modality_T == value
-                used = torch.zeros(bank.num_experts)
-                used.index_add_(0, routing.selected_experts[mine].flatten(), weights_TK[mine].flatten().float())
-                shares[bank.name][row, column] = used.numpy()
-    total = sum(share.sum(axis=2, keepdims=True) for share in shares.values())
-    return {name: share / np.maximum(total, 1e-12) for name, share in shares.items()}
 
 
 def _skill_figures(before: Marks, after: Mapping[str, Marks]) -> dict[str, dict[str, float]]:
@@ -129,9 +89,9 @@ def write_report(
 ) -> dict[str, Any]:
     """Write `report.json`, `report.md`, the pictures and the model card of `out/merged`; returns the JSON."""
     parameters = model.config.parameter_report()
-    shares = routing_shares(model, processor, questions[:192])
+    counters = count_rows(model, processor, questions[:192])
     draw_accuracy(out / "accuracy.png", before, after)
-    draw_routing(out / "routing.png", shares, model.config.text_config.sparse_layers)
+    picture = write_routing(out, counters)
     draw_examples(out / "examples.png", processor, questions, answers)
     result = {
         "skills": _skill_figures(before, after),
@@ -171,6 +131,10 @@ def write_report(
         "",
         "![Bank and expert use by modality](routing.png)",
         "",
+        "```",
+        routing_table(summarise(counters)),
+        "```",
+        "",
         "## Size, time and memory",
         "",
         "```",
@@ -187,5 +151,5 @@ def write_report(
     ]
     (out / "report.json").write_text(json.dumps(result, indent=2) + "\n")
     (out / "report.md").write_text("\n".join(lines))
-    write_model_card(out / "merged", model, result, table=_skill_table(before, after, new_skill))
+    write_model_card(out / "merged", model, result, table=_skill_table(before, after, new_skill), picture=picture)
     return result

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,7 @@ def push_to_hub(
     repo_id: str,
     *,
     card: str | None = None,
+    files: Sequence[Path] = (),
     private: bool | None = None,
     token: str | None = None,
     include_code: bool = True,
@@ -106,6 +107,7 @@ def push_to_hub(
 
     Args:
         card: text of the README; None writes one unless the repository has one.
+        files: further files to upload beside the card, such as its pictures.
         include_code: also upload the code of a full model.
     """
     api = HfApi(token=token)
@@ -122,4 +124,6 @@ def push_to_hub(
             (folder / "README.md").write_text(card or run_card(model), encoding="utf-8")
         else:
             (folder / "README.md").unlink(missing_ok=True)
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
         return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url

@@ -77,10 +77,21 @@ class LoraArguments:
         }
 
 
+@dataclass
+class RoutingArguments:
+    """How routers learn beyond the losses of the configuration, see `router_reward`."""
+
+    router_reward_banks: list[str] | None = field(
+        default=None, metadata={"help": "expert banks whose routers also learn from sampled experts and their reward"}
+    )
+    router_reward_coef: float = field(default=0.1, metadata={"help": "weight of the policy-gradient loss"})
+
+
 class Recipe(NamedTuple):
     model: ModelArguments
     data: DataArguments
     lora: LoraArguments
+    routing: RoutingArguments
     training: TrainingArguments
 
 
@@ -89,6 +100,7 @@ SECTIONS: dict[str, type] = {
     "model": ModelArguments,
     "data": DataArguments,
     "lora": LoraArguments,
+    "routing": RoutingArguments,
     "training": TrainingArguments,
 }
 # What the stock Trainer needs with this model: raw columns reach the collator, labels have their name under any
@@ -100,7 +112,8 @@ def read_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """A recipe from a YAML file and words such as `["--learning_rate", "1e-4"]`, which win.
 
     Args:
-        path: YAML with the sections `model`, `data`, `lora` and `training`, each a mapping; None for overrides alone.
+        path: YAML with the sections `model`, `data`, `lora`, `routing` and `training`, each a mapping; None for
+            overrides alone.
 
     Raises:
         ValueError: an unknown section or name, naming the nearest one.

@@ -1,6 +1,7 @@
 """The model card of a training run: Hub metadata, what the model is, what was trained, and the figures measured."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -8,12 +9,18 @@ from huggingface_hub import ModelCardData
 from chorus_moe.training.loading import base_model
 
 
-def run_card(model: Any, metrics: Mapping[str, Any] | None = None, license_id: str | None = None) -> str:
+def run_card(
+    model: Any,
+    metrics: Mapping[str, Any] | None = None,
+    license_id: str | None = None,
+    picture: Path | None = None,
+) -> str:
     """Markdown with metadata for a model or an adapter.
 
     Args:
         metrics: names and numbers for the table of figures.
         license_id: the licence of the weights, which only their owner can choose; left out if None.
+        picture: a heat map of routing that lies beside the card.
     """
     base = base_model(model)
     is_adapter = base is not model
@@ -54,4 +61,19 @@ def run_card(model: Any, metrics: Mapping[str, Any] | None = None, license_id: s
         lines += [f"The adapter holds {trained:,} trained parameters.", ""]
     if rows:
         lines += ["| figure | value |", "| --- | --- |", *rows, ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *routing_section(picture)])
+
+
+def routing_section(picture: Path | None) -> list[str]:
+    """Lines of a card that show the heat map beside it; none without a picture."""
+    if picture is None:
+        return []
+    return [
+        "## Where the tokens go",
+        "",
+        "Share of each modality's routed weight (bank gate times router) by layer, bank and expert; grey where nothing",
+        "of the modality enters.",
+        "",
+        f"![Bank and expert use by modality]({picture.name})",
+        "",
+    ]

@@ -16,7 +16,12 @@ from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import RowDataset, load_rows
 from chorus_moe.training.evaluate import text_of
 from chorus_moe.training.loading import load_processor
-from chorus_moe.training.recipe import ModelArguments, Recipe
+from chorus_moe.training.recipe import ModelArguments, Recipe, RoutingArguments
+from chorus_moe.training.router_reward import RouterRewardTrainer
+from chorus_moe.training.routing_callback import RoutingCallback
+from chorus_moe.training.routing_counters import RoutingCounters
+from chorus_moe.training.routing_observer import RoutingObserver
+from chorus_moe.training.routing_report import write_routing
 
 
 def run_training(recipe: Recipe) -> dict[str, Any]:
@@ -45,7 +50,8 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         on_bad_media=recipe.data.on_bad_media,
         max_bad_samples=recipe.data.max_bad_samples,
     )
-    trainer = Trainer(
+    trainer = new_trainer(
+        recipe.routing,
         model=model,
         args=arguments,
         train_dataset=train_rows,
@@ -53,27 +59,46 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         data_collator=collator,
         processing_class=processor,
     )
+    callback = RoutingCallback.add_to(trainer)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    counters = callback.last
     if eval_rows is not None:
-        metrics |= trainer.evaluate()
+        with RoutingObserver(model) as observer:
+            metrics |= trainer.evaluate()
+        counters = observer.counters.over_ranks()
     metrics["num_bad_samples"] = collator.num_bad_samples
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
-        _publish(model, processor, metrics, trainer)
+        _publish(model, processor, metrics, trainer, counters)
     return metrics
 
 
-def _publish(model: Any, processor: Any, metrics: dict[str, Any], trainer: Trainer) -> None:
-    """Write the card into the output folder; upload model, processor and card when the recipe asks for it."""
+def new_trainer(routing: RoutingArguments, **parts: Any) -> Trainer:
+    """The stock Trainer, or the one that also rewards routers."""
+    if not routing.router_reward_banks:
+        return Trainer(**parts)
+    return RouterRewardTrainer(
+        **parts, router_reward_banks=routing.router_reward_banks, router_reward_coef=routing.router_reward_coef
+    )
+
+
+def _publish(
+    model: Any, processor: Any, metrics: dict[str, Any], trainer: Trainer, counters: RoutingCounters | None
+) -> None:
+    """Write the card and its picture of routing (of the evaluation data, or without them of the last logged steps) into
+    the output folder; upload model, processor and card when the recipe asks for it."""
     from chorus_moe.training.hub import push_to_hub
     from chorus_moe.training.run_card import run_card
 
-    card = run_card(model, metrics)
-    (Path(trainer.args.output_dir) / "README.md").write_text(card, encoding="utf-8")
+    folder = Path(trainer.args.output_dir)
+    picture = write_routing(folder, counters) if counters is not None and counters.num_tokens else None
+    card = run_card(model, metrics, picture=picture)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     if trainer.args.push_to_hub:
-        push_to_hub(model, processor, trainer.hub_model_id, card=card, token=trainer.args.hub_token)
+        pictures = [picture] if picture else []
+        push_to_hub(model, processor, trainer.hub_model_id, card=card, files=pictures, token=trainer.args.hub_token)
 
 
 def load_or_build(recipe: Recipe, rows: RowDataset, checkpoint: str | None = None) -> tuple[Any, Any]:

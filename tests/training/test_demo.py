@@ -45,6 +45,9 @@ def test_the_demo_trains_adapts_reloads_and_reports(tmp_path: Path, small_speech
         with Image.open(tmp_path / "out" / name) as picture:
             picture.verify()
     assert f"{result['parameters']['total']:,}" in card.read_text()
+    assert "(routing.png)" in card.read_text()
+    shown = [tmp_path / "routing.png", tmp_path / "out" / "merged" / "routing.png"]
+    assert all(path.read_bytes() == (tmp_path / "out" / "routing.png").read_bytes() for path in shown)
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
 
 
