@@ -139,10 +139,10 @@ def telephone_band(waveform: np.ndarray, high: float = 3800.0) -> np.ndarray:
 class PictureAugment:
     """Random small rotation (degrees), slant, shift (fraction of the width), zoom and contrast of a grey picture."""
 
-    degrees: float = 12.0
-    slant: float = 0.1
-    shift: float = 0.08
-    zoom: tuple[float, float] = (0.88, 1.1)
+    degrees: float = 15.0
+    slant: float = 0.25
+    shift: float = 0.1
+    zoom: tuple[float, float] = (0.8, 1.15)
     contrast: tuple[float, float] = (0.8, 1.2)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:

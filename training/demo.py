@@ -1,8 +1,8 @@
 """The demo: a trimodal expert model learns from nothing, is fine-tuned with LoRA, saved, reloaded and examined.
 
 1. real handwriting, synthetic (or real) speech and text questions;
-2. stage 1 trains a small base model; stage 2 adapts named banks and the cross-modal layers with LoRA to a question type
-   and to voices that the base does not know;
+2. each encoder learns its own medium and is frozen; stage 1 trains connectors and decoder on top, from nothing; stage 2
+   adapts named banks and the cross-modal layers with LoRA to a question type and to voices that the base does not know;
 3. adapter and merged model are saved and loaded in a fresh process, which answers the held-out questions;
 4. a report says what was reached, what each modality is worth, and where the tokens went.
 """
@@ -14,13 +14,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -35,6 +35,7 @@ from chorus_moe.training.demo_data import (
     corpus,
     handwritten_digits,
 )
+from chorus_moe.training.demo_encoders import EncoderLesson, LoneDigitCollator, LoneDigits
 from chorus_moe.training.demo_model import build_demo
 from chorus_moe.training.demo_report import write_report
 from chorus_moe.training.demo_speech import recorded_speech_sets, synthetic_speech_sets
@@ -44,11 +45,12 @@ from chorus_moe.training.routing_report import PICTURE
 from chorus_moe.training.speech import SpeechClips, recorded_digits
 
 QUESTION_SETS = ("test", "new_voices", "new_phrasings")
-PERCEPTION = {"written": 1.0, "spoken": 1.0}
 # By how hard a skill is: a sum has nineteen answers, "same" two.
 REASONING = {"written": 1.3, "spoken": 0.5, "sum": 2.0, "larger": 1.0, "same": 0.8}
-# The old question that the new one resembles most needs the most reminding.
-REPLAY = {"written": 1.0, "spoken": 0.5, "sum": 1.5, "larger": 3.0, "same": 0.8}
+# The old questions that the new one resembles most, in words or in sense, need the most reminding.
+REPLAY = {"written": 3.0, "spoken": 1.5, "sum": 1.2, "larger": 2.5, "same": 0.8}
+# A real speaker of whom there are a few recordings is learnt by listening.
+REPLAY_OF_SPEAKER = REPLAY | {"spoken": 6.0}
 
 
 @dataclass(frozen=True)
@@ -56,21 +58,23 @@ class DemoSettings:
     """How much of everything: the defaults take some eight minutes on two processor cores.
 
     Args:
+        picture_steps, sound_steps: optimizer steps of each encoder alone.
         base_steps, lora_steps: optimizer steps of the two stages.
         batch_size: samples a step.
         questions_per_skill: held-out questions of each skill.
-        perception: share of the base steps that ask for one medium only, at the beginning.
         replay: share of old skills while the new one is learnt, so that they are kept.
     """
 
-    base_steps: int = 1_300
-    lora_steps: int = 360
+    picture_steps: int = 1_400
+    sound_steps: int = 700
+    base_steps: int = 1_100
+    lora_steps: int = 450
     batch_size: int = 44
+    encoder_lr: float = 2e-3
     base_lr: float = 2e-3
-    lora_lr: float = 3e-3
+    lora_lr: float = 2e-3
     lora_rank: int = 32
     questions_per_skill: int = 300
-    perception: float = 0.25
     replay: float = 0.65
     workers: int = 1
     seed: int = 0
@@ -78,8 +82,9 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class DemoData:
-    """Training sets of the two stages and held-out media; `new_voices` are what stage 2 adapts to."""
+    """What the encoders (by modality) and the two stages learn from, and held-out media."""
 
+    alone: dict[str, LoneDigits]
     base: Dataset
     adaptation: Dataset
     test_pictures: DigitPictures
@@ -93,29 +98,32 @@ def prepare_data(
 ) -> DemoData:
     """Pictures, voices and questions; speech is synthesised and augmented once and kept in `cache`."""
     train_pictures, test_pictures = handwritten_digits()
+    replay, old_voices = (
+        REPLAY,
+        1.0,
+    )  # as many clips of old voices as of new ones, so that the new do not displace the old
     if speech_dir is None:
         speech = synthetic_speech_sets(cache)
     else:
+        replay, old_voices = REPLAY_OF_SPEAKER, 0.33
         speaker = held_out_speaker or sorted(set(recorded_digits(speech_dir).speakers))[-1]
         speech = recorded_speech_sets(speech_dir, speaker, cache)
     augment = PictureAugment()
-    perception_steps = round(settings.perception * settings.base_steps)
-    # First what each medium shows, then what follows from both: from the start on together, neither is learnt for long.
-    lessons = [(PERCEPTION, perception_steps), (REASONING, settings.base_steps - perception_steps)]
-    base: ConcatDataset = ConcatDataset(
-        DigitQuestions(
-            train_pictures,
-            speech.train,
-            skills,
-            steps * settings.batch_size,
-            seed=settings.seed + 100 * lesson,
-            picture_augment=augment,
-        )
-        for lesson, (skills, steps) in enumerate(lessons)
+    pictures, clips = (steps * settings.batch_size for steps in (settings.picture_steps, settings.sound_steps))
+    alone = {
+        "image": LoneDigits(train_pictures, pictures, seed=settings.seed, picture_augment=augment),
+        "audio": LoneDigits(speech.train, clips, seed=settings.seed),
+    }
+    base = DigitQuestions(
+        train_pictures,
+        speech.train,
+        REASONING,
+        settings.base_steps * settings.batch_size,
+        seed=settings.seed,
+        picture_augment=augment,
     )
-    # As many old voices as new ones, so that the new do not displace the old.
-    every = max(1, len(speech.train) // len(speech.adaptation))
-    replayed = {name: settings.replay * weight / sum(REPLAY.values()) for name, weight in REPLAY.items()}
+    every = max(1, round(len(speech.train) / len(speech.adaptation) / old_voices))
+    replayed = {name: settings.replay * weight / sum(replay.values()) for name, weight in replay.items()}
     adaptation = DigitQuestions(
         train_pictures,
         speech.adaptation + speech.train.select(range(0, len(speech.train), every)),
@@ -124,7 +132,7 @@ def prepare_data(
         seed=settings.seed + 1,
         picture_augment=augment,
     )
-    return DemoData(base, adaptation, test_pictures, speech.test, speech.adaptation_test, speech.description)
+    return DemoData(alone, base, adaptation, test_pictures, speech.test, speech.adaptation_test, speech.description)
 
 
 def held_out_questions(data: DemoData, settings: DemoSettings, folder: Path) -> None:
@@ -150,7 +158,7 @@ def held_out_questions(data: DemoData, settings: DemoSettings, folder: Path) -> 
 
 
 def train(
-    model: Any, processor: Any, dataset: Dataset, folder: Path, steps: int, lr: float, settings: DemoSettings
+    model: Any, dataset: Dataset, collator: Callable, folder: Path, steps: int, lr: float, settings: DemoSettings
 ) -> None:
     """One stage under the stock Trainer."""
     arguments = TrainingArguments(
@@ -173,11 +181,9 @@ def train(
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
     )
-    collator = ChorusDataCollator(processor)
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=dataset, data_collator=collator, processing_class=processor
-    )
-    RoutingCallback.add_to(trainer)
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator)
+    if not isinstance(model, EncoderLesson):
+        RoutingCallback.add_to(trainer)
     trainer.train()
 
 
@@ -232,7 +238,16 @@ def run_demo(
 
     model, processor = build_demo(corpus())
     print(model.config.parameter_report(), flush=True)
-    train(model, processor, data.base, out / "stage1", settings.base_steps, settings.base_lr, settings)
+    for modality, lesson in data.alone.items():
+        collator = LoneDigitCollator(processor, modality)
+        encoder = EncoderLesson(model.model, modality)
+        steps = len(lesson) // settings.batch_size
+        train(encoder, lesson, collator, out / "encoders", steps, settings.encoder_lr, settings)
+    for tower in (model.model.vision_tower, model.model.audio_tower):
+        tower.requires_grad_(False)
+    finish("encoders, each alone")
+    questions = ChorusDataCollator(processor)
+    train(model, data.base, questions, out / "stage1", settings.base_steps, settings.base_lr, settings)
     model.save_pretrained(out / "base")
     processor.save_pretrained(out / "base")
     finish("stage 1, base model from nothing")
@@ -249,7 +264,7 @@ def run_demo(
         r=settings.lora_rank, lora_alpha=2 * settings.lora_rank,
     )  # fmt: skip
     adapted = get_peft_model(model, chosen)
-    train(adapted, processor, data.adaptation, out / "stage2", settings.lora_steps, settings.lora_lr, settings)
+    train(adapted, data.adaptation, questions, out / "stage2", settings.lora_steps, settings.lora_lr, settings)
     adapted.save_pretrained(out / "adapter")
     merged = adapted.merge_and_unload()
     merged.save_pretrained(out / "merged")

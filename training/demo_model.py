@@ -45,7 +45,7 @@ def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, C
             "hop_length": 160,
             "max_seconds": 4.0,
             "hidden_size": 80,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": 1,
             "num_attention_heads": 4,
             "intermediate_size": 160,
             "conv_kernel_size": 15,

@@ -31,7 +31,9 @@ def small_speech(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_demo_trains_adapts_reloads_and_reports(tmp_path: Path, small_speech: None) -> None:
-    settings = demo.DemoSettings(base_steps=4, lora_steps=2, batch_size=8, questions_per_skill=2, workers=0)
+    settings = demo.DemoSettings(
+        picture_steps=2, sound_steps=2, base_steps=4, lora_steps=2, batch_size=8, questions_per_skill=2, workers=0
+    )
     card = tmp_path / "card.md"
 
     result = demo.run_demo(tmp_path / "out", settings, model_card=card)

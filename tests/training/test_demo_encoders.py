@@ -1,0 +1,72 @@
+"""Each encoder of the demo learns its own medium first."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from chorus_moe.training.augment import PictureAugment
+from chorus_moe.training.demo_data import DigitPictures, corpus, handwritten_digits
+from chorus_moe.training.demo_encoders import EncoderLesson, LoneDigitCollator, LoneDigits
+from chorus_moe.training.demo_model import build_demo
+from chorus_moe.training.speech import SpeechClips
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    return build_demo(corpus())
+
+
+@pytest.fixture(scope="module")
+def pictures() -> DigitPictures:
+    return handwritten_digits()[0]
+
+
+def clips() -> SpeechClips:
+    """A tone a digit, of different lengths."""
+    waves = [np.sin(np.arange(4_000 + 300 * digit) * 0.02 * (digit + 1)).astype(np.float32) for digit in range(10)]
+    return SpeechClips(waves, np.arange(10), ["tone"] * 10)
+
+
+def test_an_item_is_a_function_of_seed_and_index(pictures: DigitPictures):
+    first, again = (LoneDigits(pictures, 20, seed=3, picture_augment=PictureAugment()) for _ in range(2))
+    assert [digit for _, digit in map(first.__getitem__, range(20))] == [again[i][1] for i in range(20)]
+    assert np.array_equal(np.asarray(first[7][0]), np.asarray(again[7][0]))
+    with pytest.raises(IndexError, match="item 20 of 20"):
+        first[20]
+
+
+def test_a_clip_scores_the_same_alone_and_beside_a_longer_one(demo: tuple[Any, Any]):
+    model, processor = demo
+    lesson, collate = EncoderLesson(model.model, "audio").eval(), LoneDigitCollator(processor, "audio")
+    short, long = clips().waveforms[0], clips().waveforms[9]
+    with torch.inference_mode():
+        alone = lesson(**collate([(short, 0)]))["logits"]
+        beside = lesson(**collate([(short, 0), (long, 9)]))["logits"]
+    # Products over other numbers of rows: 1e-6 seen at logits of size 1.
+    torch.testing.assert_close(beside[:1], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_a_lesson_teaches_the_tower_and_connector_of_the_model(
+    modality: str, demo: tuple[Any, Any], pictures: DigitPictures
+):
+    model, processor = demo
+    lesson = EncoderLesson(model.model, modality).train()
+    data = LoneDigits(pictures if modality == "image" else clips(), 16)
+    batch = LoneDigitCollator(processor, modality)([data[i] for i in range(16)])
+    optimizer = torch.optim.AdamW(lesson.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(12):
+        loss = lesson(**batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    mine = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    prefix = "vision" if modality == "image" else "audio"
+    assert {f"{prefix}_tower", f"{prefix}_connector"} <= mine
+    assert "language_model" not in mine
