@@ -18,7 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-ModelName = Annotated[str, typer.Argument(help="model or adapter: a folder or a Hub id")]
+MODEL_HELP = "model or adapter: a folder or a Hub id"
+ModelName = Annotated[str, typer.Argument(help=MODEL_HELP)]
+ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
 BaseName = Annotated[str | None, typer.Option(help="model below an adapter, when it is not where it was trained")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
@@ -38,7 +40,7 @@ def train(
 
 @app.command()
 def evaluate(
-    model: ModelName,
+    model: ModelOption,
     data: Annotated[str, typer.Option(help="rows that end with the right answer: file, folder or Hub id")],
     split: Annotated[str, typer.Option()] = "test",
     base: BaseName = None,
@@ -60,7 +62,7 @@ def evaluate(
 
 @app.command()
 def generate(
-    model: ModelName,
+    model: ModelOption,
     text: Annotated[str, typer.Option(help="the question")],
     image: Annotated[list[Path] | None, typer.Option(help="picture file; may be repeated")] = None,
     audio: Annotated[list[Path] | None, typer.Option(help="sound file; may be repeated")] = None,
@@ -77,7 +79,7 @@ def generate(
 
 @app.command()
 def routing(
-    model: Annotated[str, typer.Option(help="model or adapter: a folder or a Hub id")],
+    model: ModelOption,
     data: Annotated[str, typer.Option(help="rows to route, answers included: file, folder or Hub id")],
     out: Annotated[Path, typer.Option(help="folder for routing.json and routing.png")],
     split: Annotated[str, typer.Option()] = "test",

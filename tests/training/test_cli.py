@@ -63,7 +63,7 @@ def test_the_program_refuses_a_name_nobody_knows() -> None:
 
 
 def test_a_command_of_the_program_knows_the_auto_classes(folder: Path) -> None:
-    words = ["generate", str(folder), "--text", "what is it?", "--max-new-tokens", "2"]
+    words = ["generate", "--model", str(folder), "--text", "what is it?", "--max-new-tokens", "2"]
     check = "from transformers import AutoConfig; print(AutoConfig.for_model('chorus').model_type)"
     assert as_program(words, check) == "chorus"
 
@@ -84,7 +84,7 @@ def test_inspect_prints_a_table_or_json(folder: Path, model: ChorusForConditiona
 
 def test_evaluate_prints_accuracy_and_loss(folder: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "test.jsonl", [{"messages": PLAIN}] * 2)
-    values = json.loads(invoke("evaluate", folder, "--data", data, "--max-new-tokens", 2, "--json"))
+    values = json.loads(invoke("evaluate", "--model", folder, "--data", data, "--max-new-tokens", 2, "--json"))
     assert values["num_rows"] == 2
     assert values["loss"] > 0
 
@@ -93,7 +93,7 @@ def test_generate_answers_pictures_and_sound(folder: Path, tmp_path: Path) -> No
     Image.new("L", (20, 20)).save(tmp_path / "a.png")
     soundfile.write(tmp_path / "a.wav", SOUND, 16_000)
     media = ["--image", tmp_path / "a.png", "--audio", tmp_path / "a.wav"]
-    printed = invoke("generate", folder, "--text", "what is it?", *media, "--max-new-tokens", 3)
+    printed = invoke("generate", "--model", folder, "--text", "what is it?", *media, "--max-new-tokens", 3)
     assert printed.endswith("\n")
 
 
