@@ -1,0 +1,89 @@
+"""The demo's encoders learn their own medium first, each alone; the decoder then reads tokens that already mean something.
+
+A step of an encoder costs a fifth of a step of the whole model, and a decoder that is shown noise learns nothing from it
+for hundreds of steps. The classifier used here is thrown away; tower and connector are the model's own.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from chorus_moe.training.augment import PictureAugment
+from chorus_moe.training.demo_data import DigitPictures
+from chorus_moe.training.speech import SAMPLING_RATE, SpeechClips
+
+
+class EncoderLesson(nn.Module):
+    """Tower and connector of one modality under a classifier of ten digits.
+
+    Args:
+        model: a ChorusModel.
+        modality: "image" or "audio".
+    """
+
+    def __init__(self, model: Any, modality: str):
+        super().__init__()
+        is_image = modality == "image"
+        self.tower = model.vision_tower if is_image else model.audio_tower
+        self.connector = model.vision_connector if is_image else model.audio_connector
+        self.encode: Callable[..., Any] = model.get_image_features if is_image else model.get_audio_features
+        width = model.config.text_config.hidden_size
+        self.weigh = nn.Linear(width, 1)
+        self.classify = nn.Linear(width, 10)
+
+    def forward(self, labels: Tensor | None = None, **media: Tensor) -> dict[str, Tensor]:
+        """`logits` `(N, 10)` of the tokens' weighted mean, and `loss` when there are `labels` `(N,)`."""
+        pieces = list(self.encode(**media).pooler_output)
+        lengths = torch.tensor([len(piece) for piece in pieces], device=pieces[0].device)
+        tokens_NLD = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+        padded_NL = torch.arange(tokens_NLD.shape[1], device=lengths.device) >= lengths[:, None]
+        weights_NL1 = self.weigh(tokens_NLD).masked_fill(padded_NL[..., None], -torch.inf).softmax(dim=1)
+        logits = self.classify((weights_NL1 * tokens_NLD).sum(dim=1))
+        outputs = {"logits": logits}
+        return outputs if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)} | outputs
+
+
+class LoneDigits(Dataset):
+    """`length` pictures or clips, each digit equally often, item i a function of (seed, i): `(medium, digit)`."""
+
+    def __init__(
+        self,
+        media: DigitPictures | SpeechClips,
+        length: int,
+        *,
+        seed: int = 0,
+        picture_augment: PictureAugment | None = None,
+    ):
+        self.items: Sequence[Any] = media.images if isinstance(media, DigitPictures) else media.waveforms
+        self.rows = [np.flatnonzero(media.digits == digit) for digit in range(10)]
+        self.length, self.seed, self.picture_augment = length, seed, picture_augment
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"item {index} of {self.length}")
+        rng = np.random.default_rng((self.seed, index))
+        digit = int(rng.integers(10))
+        item = self.items[rng.choice(self.rows[digit])]
+        return (self.picture_augment(item, rng) if self.picture_augment else item), digit
+
+
+class LoneDigitCollator:
+    """Batches of one modality for [`EncoderLesson`], through the processor's own parts."""
+
+    def __init__(self, processor: Any, modality: str):
+        self.processor, self.modality = processor, modality
+
+    def __call__(self, items: Sequence[tuple[Any, int]]) -> Mapping[str, Tensor]:
+        media = [medium for medium, _ in items]
+        if self.modality == "image":
+            batch = dict(self.processor.image_processor(media, return_tensors="pt"))
+        else:
+            batch = dict(self.processor.feature_extractor(media, sampling_rate=SAMPLING_RATE, return_tensors="pt"))
+        return batch | {"labels": torch.tensor([digit for _, digit in items])}
