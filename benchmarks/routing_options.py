@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.timing import OURS, Report, figures, measure, parse
 from chorus_moe.modeling.balance_bias import balance_counts, update_balance_bias
@@ -63,9 +63,12 @@ OPTIONS: dict[str, Option] = {
 
 
 class Variant:
-    """A layer with one option, for one shape of input. All variants hold the same experts."""
+    """A layer with one option, for one shape of input, around the experts that all variants share.
 
-    def __init__(self, option: Option, sizes: dict[str, int], hidden_BSD: Tensor):
+    Experts and gradients of their own would make the variants differ by which memory they get, by up to a factor of 2.
+    """
+
+    def __init__(self, option: Option, sizes: dict[str, int], hidden_BSD: Tensor, experts: nn.Module | None):
         config = ChorusTextConfig(
             **sizes,
             vocab_size=64,
@@ -78,11 +81,12 @@ class Variant:
         self.option = option
         self.banks = {bank.name: bank for bank in config.banks}
         self.layer = MixtureOfBanks(config, 0)
-        generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for _, parameter in sorted(self.layer.named_parameters(), key=lambda named: ".router." in named[0]):
-                parameter.normal_(std=0.05, generator=generator)
+            for parameter in self.layer.parameters():
+                parameter.normal_(std=0.05)
         self.layer.to(hidden_BSD.dtype)
+        if experts is not None:
+            self.layer.banks[BANK].experts = experts
         self.hidden_BSD = hidden_BSD
         self.modality_BS = torch.zeros(hidden_BSD.shape[:2], dtype=torch.long)
 
@@ -105,10 +109,10 @@ class Variant:
         plan = self.prepare(is_training=True)
 
         def step() -> None:
-            self.layer.zero_grad(set_to_none=True)
             output_BSD, routing = self.layer(self.hidden_BSD.detach().requires_grad_(), plan)
             (output_BSD.sum() + self.routing_loss(routing)).backward()
             self.move_bias(routing)
+            self.layer.zero_grad(set_to_none=True)
 
         return step
 
@@ -129,11 +133,13 @@ class Variant:
 def calls_of(kind: str, sizes: dict[str, int], hidden_BSD: Tensor, names: list[str]) -> dict[str, Callable[[], Any]]:
     """Option -> what is timed."""
     calls: dict[str, Callable[[], Any]] = {}
+    experts = None
     for name in names:
         option = OPTIONS[name]
         if kind == "forward" and not option.in_eval:
             continue
-        variant = Variant(option, sizes, hidden_BSD)
+        variant = Variant(option, sizes, hidden_BSD, experts)
+        experts = variant.layer.banks[BANK].experts
         if kind == "once a forward":
             calls[name] = lambda v=variant: v.prepare(is_training=True)  # type: ignore[misc]
         else:
