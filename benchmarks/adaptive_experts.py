@@ -7,7 +7,8 @@ Run as `python -m benchmarks.adaptive_experts`. Two parts:
   layer with four experts for every token, `used` the measured share of its slots, `mflops` the work of the experts;
 - three decoders learn the demo's questions in as many steps: `chorus` with four experts for every token, `adaptive`
   with one to four by the entropy of its router, `half` with two. `mflops` is the computation of the decoder on a token,
-  in the mean, with the slots used on the held-out questions; `experts` is how many a token visits in a bank.
+  in the mean, with the slots used on the held-out questions; `experts` is how many a token visits in a bank. The loss is
+  given again with budgets that the models were not trained with.
 """
 
 import argparse
@@ -38,6 +39,11 @@ from chorus_moe.modeling.routers import BankRouting
 TOKENS = (1, 16, 256, 2048)
 TOP_K = 4
 ADAPTIVE = NO_BALANCE | {"adaptive_experts": True}
+BUDGETS = {
+    "held-out, 2 experts": dict.fromkeys(MODALITY_IDS, 2),
+    "held-out, 2 for media": {"image": 2, "audio": 2},
+    "held-out, 1 expert": dict.fromkeys(MODALITY_IDS, 1),
+}
 EXPERTS: dict[str, Any] = {"num_experts": 8, "moe_intermediate_size": 64}
 
 
@@ -118,6 +124,8 @@ def lessons(parsed: argparse.Namespace, report: Report) -> None:
             scores.append(score(lesson, models))
             rows = scores[-1]
             for name, model in models.items():
+                for row, budget in BUDGETS.items():
+                    rows.setdefault(row, {})[f"{name}_loss"] = lesson.held_out_loss(model, expert_budget=budget)
                 visited, unused = experts_used(model, lesson.held_out)
                 for modality, experts in visited.items():
                     rows.setdefault(f"experts of {modality}", {})[f"{name}_experts"] = experts

@@ -191,13 +191,13 @@ class Lesson:
         return [self.encode(self.test[start : start + size]) for start in range(0, len(self.test), size)]
 
     @torch.no_grad()
-    def held_out_loss(self, model: ChorusForConditionalGeneration) -> float:
-        """Nats for each token of the held-out answers."""
+    def held_out_loss(self, model: ChorusForConditionalGeneration, **options: Any) -> float:
+        """Nats for each token of the held-out answers; `options` go to the model."""
         model.eval()
         total, tokens = 0.0, 0
         for batch in self.held_out:
             count = int((batch["labels"][:, 1:] != -100).sum())
-            total, tokens = total + model(**batch).loss.item() * count, tokens + count
+            total, tokens = total + model(**batch, **options).loss.item() * count, tokens + count
         return total / tokens
 
 
