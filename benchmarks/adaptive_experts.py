@@ -7,8 +7,8 @@ Run as `python -m benchmarks.adaptive_experts`. Two parts:
   layer with four experts for every token, `used` the measured share of its slots, `mflops` the work of the experts;
 - three decoders learn the demo's questions in as many steps: `chorus` with four experts for every token, `adaptive`
   with one to four by the entropy of its router, `half` with two. `mflops` is the computation of the decoder on a token,
-  in the mean, with the slots used on the held-out questions; `experts` is how many a token visits in a bank. The loss is
-  given again with budgets that the models were not trained with.
+  in the mean, with the slots used on the held-out questions; `experts` is how many a token visits in a bank. The loss
+  is given again with budgets that the models were not trained with.
 """
 
 import argparse
