@@ -18,18 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.digit_lessons import (
-    Batch,
-    Lesson,
-    LessonSettings,
-    TokenMix,
-    decoder_mflops,
-    lesson_options,
-    media,
-    score,
-    unit_of,
-    with_text,
-)
+from benchmarks.computation import TokenMix, decoder_mflops
+from benchmarks.digit_lessons import Batch, Lesson, LessonSettings, lesson_options, media, score, unit_of, with_text
 from benchmarks.routing_options import BANK, NO_BALANCE, QUICK, SEQUENCE, SIZES, Option, Variant
 from benchmarks.timing import OURS, Report, figures, measure, parse
 from chorus_moe.modeling.configuration_banks import MODALITY_IDS

@@ -19,15 +19,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from benchmarks.computation import ENCODERS
 from benchmarks.timing import Timing
-from chorus_moe.modeling.configuration_banks import MODALITY_IDS
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.modeling.parameter_report import ParameterReport
 from chorus_moe.training.augment import PictureAugment
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.demo_answers import answer
@@ -36,7 +35,6 @@ from chorus_moe.training.demo_encoders import EncoderLesson, LoneDigitCollator, 
 from chorus_moe.training.demo_model import build_demo
 from chorus_moe.training.speech import TEST_VARIANTS, SpeechClips, SynthesisSettings, synthetic_digits
 
-ENCODERS = ("vision_tower", "vision_connector", "audio_tower", "audio_connector")
 # By how hard a skill is: a sum has nineteen answers, "same" two.
 SKILLS = {"written": 1.3, "spoken": 0.7, "sum": 2.0, "larger": 1.0, "same": 0.8}
 TRAIN_VOICES = SynthesisSettings()
@@ -162,7 +160,8 @@ class Lesson:
 
     def learn(self, models: Models) -> dict[str, Timing]:
         """Train all models on the same batches, in turns; how long their steps took."""
-        settings, rounds = self.settings, {name: [] for name in models}  # type: dict[str, list[float]]
+        settings = self.settings
+        rounds: dict[str, list[float]] = {name: [] for name in models}
         take_step = {name: _stepper(model.train(), settings.steps, settings.lr) for name, model in models.items()}
         for step in range(settings.steps):
             rows = range(step * settings.batch_size, (step + 1) * settings.batch_size)
@@ -232,48 +231,3 @@ def _stepper(model: nn.Module, steps: int, lr: float) -> Any:
         optimizer.zero_grad(set_to_none=True)
 
     return take_step
-
-
-@dataclass(frozen=True)
-class TokenMix:
-    """What the held-out questions consist of: share of each modality, and tokens that a token sees in the mean."""
-
-    shares: dict[str, float]
-    visible: float
-
-    @classmethod
-    def of(cls, batches: Sequence[Batch]) -> "TokenMix":
-        counts, lengths = dict.fromkeys(MODALITY_IDS, 0), []
-        for batch in batches:
-            real_BS: Tensor = batch["attention_mask"].bool()
-            lengths += real_BS.sum(dim=-1).tolist()
-            for name, value in MODALITY_IDS.items():
-                counts[name] += int((real_BS & (batch["mm_token_type_ids"] == value)).sum())
-        total = sum(counts.values())
-        visible = sum(length * (length + 1) / 2 for length in lengths) / total
-        return cls({name: count / total for name, count in counts.items()}, visible)
-
-    def mean(self, values: Mapping[str, float]) -> float:
-        return sum(share * values[name] for name, share in self.shares.items())
-
-
-def active_in_decoder(config: ChorusConfig) -> tuple[ParameterReport, dict[str, float]]:
-    """The report, and modality -> parameters of the decoder that work on one of its tokens, encoders left out."""
-    with torch.device("meta"):
-        model = ChorusForConditionalGeneration(config).model
-    report = config.parameter_report()
-    encoders = {
-        "image": (model.vision_tower, model.vision_connector),
-        "audio": (model.audio_tower, model.audio_connector),
-    }
-    sizes = {name: sum(p.numel() for part in parts for p in part.parameters()) for name, parts in encoders.items()}
-    return report, {name: count - sizes.get(name, 0) for name, count in report.active.items()}
-
-
-def decoder_mflops(config: ChorusConfig, mix: TokenMix) -> float:
-    """Million floating-point operations of the decoder on a token in the mean, forward: two for each active parameter,
-    and four for each token seen and each channel of the attention heads (scores, then values)."""
-    text: Any = config.text_config
-    _, active = active_in_decoder(config)
-    attention = 4 * mix.visible * text.num_attention_heads * text.head_dim * text.num_hidden_layers
-    return (2 * mix.mean(active) + attention) / 1e6

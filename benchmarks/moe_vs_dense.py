@@ -15,18 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from benchmarks.digit_lessons import (
-    Lesson,
-    LessonSettings,
-    TokenMix,
-    active_in_decoder,
-    decoder_mflops,
-    lesson_options,
-    media,
-    score,
-    unit_of,
-    with_text,
-)
+from benchmarks.computation import TokenMix, active_in_decoder, decoder_mflops
+from benchmarks.digit_lessons import Lesson, LessonSettings, lesson_options, media, score, unit_of, with_text
 from benchmarks.timing import OURS, Report, figures, parse
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 

@@ -44,7 +44,10 @@ class EncoderLesson(nn.Module):
         weights_NL1 = self.weigh(tokens_NLD).masked_fill(padded_NL[..., None], -torch.inf).softmax(dim=1)
         logits = self.classify((weights_NL1 * tokens_NLD).sum(dim=1))
         outputs = {"logits": logits}
-        return outputs if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)} | outputs
+        if labels is None:
+            return outputs
+        # Smoothed labels carry over to unknown speakers better (docs/log.md, 2026-11-24).
+        return {"loss": nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)} | outputs
 
 
 class LoneDigits(Dataset):
