@@ -7,6 +7,7 @@ Run as `python -m benchmarks.routing_options`. For each number of tokens three c
 
 No option here changes how much the experts compute: the budget is K, the entropy of the untrained router asks for K
 experts, and what is drawn are K experts as well. Where options only exist in training, they are measured there only.
+Each option takes turns with the plain layer alone, so compare ratios; `chorus_ms` is that of the last pair.
 The balance losses are added to the loss; `bias` counts the choices and moves the bias, once a step.
 """
 
