@@ -5,8 +5,8 @@ Run as `python -m benchmarks.routing_options`. For each number of tokens three c
 - `forward` and `training` (forward and backward): the layer, with the plan that the model has worked out;
 - `once a forward`: that plan, which all layers of a model share, with the options that the call asks for.
 
-No option here changes how much the experts compute: the budget is K, the entropy of the untrained router asks for K
-experts, and what is drawn are K experts as well. Where options only exist in training, they are measured there only.
+No option here saves the experts much work: the budget is K, an untrained router uses over 99% of the adaptive slots,
+and K experts are drawn. Where options only exist in training, they are measured there only.
 Each option takes turns with the plain layer alone, so compare ratios; `chorus_ms` is that of the last pair.
 The balance losses are added to the loss; `bias` counts the choices and moves the bias, once a step.
 """
