@@ -66,15 +66,13 @@ def normalised_entropy(log_weights_TE: Tensor) -> Tensor:
     return entropy_T / math.log(log_weights_TE.shape[-1])
 
 
-def experts_for_complexity(complexity_T: Tensor, top_k: int) -> Tensor:
-    """`clamp(ceil(complexity * K), 1, K)`: how many experts a token visits, for a complexity between 0 and 1."""
-    return (complexity_T * top_k).ceil().clamp(1, top_k).long()
+def unused_slots(limit_T: Tensor, top_k: int) -> Tensor:
+    """`(T, K)`: True in all slots but a token's first `ceil(limit)`; the first slot is always used.
 
-
-def keep_best(index_TK: Tensor, kept_T: Tensor, num_experts: int) -> Tensor:
-    """Sentinels in all slots but a token's first `kept_T`."""
-    slots_K = torch.arange(index_TK.shape[1], device=index_TK.device)
-    return index_TK.masked_fill(slots_K >= kept_T[:, None], num_experts)
+    For a complexity between 0 and 1 the limit is `complexity * K`.
+    """
+    slots_K = torch.arange(top_k, device=limit_T.device)
+    return slots_K >= limit_T.clamp(min=1)[:, None]
 
 
 def perturbed(log_weights_TE: Tensor) -> Tensor:
@@ -86,26 +84,31 @@ def perturbed(log_weights_TE: Tensor) -> Tensor:
 def draw_log_probability(log_weights_TE: Tensor, index_TK: Tensor) -> Tensor:
     """Log-probability `(T,)` of drawing just these experts in this order (Plackett-Luce); sentinels are no draws.
 
-    Each draw is a softmax over the experts that are left; differentiable with respect to the log-weights.
+    Each draw is a softmax over the experts that are left; differentiable with respect to the log-weights. What is left
+    is summed from the last draw to the first: what nobody drew, then one drawn expert more each time.
     """
-    num_experts = log_weights_TE.shape[-1]
-    low = torch.finfo(log_weights_TE.dtype).min
-    left_TE, total_T = log_weights_TE, log_weights_TE.new_zeros(len(log_weights_TE))
-    for index_T in index_TK.unbind(dim=1):
-        index_T1 = index_T.clamp(max=num_experts - 1)[:, None]
-        drawn_T = log_weights_TE.gather(1, index_T1).squeeze(1) - left_TE.logsumexp(dim=-1)
-        total_T = total_T + drawn_T.masked_fill(index_T >= num_experts, 0.0)
-        left_TE = left_TE.scatter(1, index_T1, low)
-    return total_T
+    num_experts, low = log_weights_TE.shape[-1], torch.finfo(log_weights_TE.dtype).min
+    # The sentinel's column weighs nothing.
+    weights_TE1 = F.pad(log_weights_TE, (0, 1), value=low)
+    chosen_TK = weights_TE1.gather(1, index_TK)
+    left_T = weights_TE1.scatter(1, index_TK, low).logsumexp(dim=-1)
+    left = []
+    for chosen_T in reversed(chosen_TK.unbind(dim=1)):
+        left_T = torch.logaddexp(left_T, chosen_T)
+        left.append(left_T)
+    drawn_TK = chosen_TK - torch.stack(left[::-1], dim=1)
+    return drawn_TK.masked_fill(index_TK >= num_experts, 0.0).sum(dim=1)
 
 
-def choice_weights(log_weights_TE: Tensor, index_TK: Tensor, is_normalised: bool) -> Tensor:
-    """Weights of the chosen experts, divided by their sum if normalised; zero, with zero gradient, in unused slots."""
-    num_experts = log_weights_TE.shape[-1]
-    is_unused_TK = index_TK >= num_experts
-    chosen_TK = log_weights_TE.gather(1, index_TK.clamp(max=num_experts - 1))
-    if is_normalised:
-        weights_TK = chosen_TK.masked_fill(is_unused_TK, torch.finfo(chosen_TK.dtype).min).softmax(dim=-1)
-    else:
-        weights_TK = chosen_TK.exp()
-    return weights_TK.masked_fill(is_unused_TK, 0.0)
+def choice_weights(
+    log_weights_TE: Tensor, index_TK: Tensor, is_normalised: bool, is_unused_TK: Tensor | None = None
+) -> Tensor:
+    """Weights of the chosen experts, divided by their sum if normalised; zero, with zero gradient, in unused slots.
+
+    An unused slot may hold any expert, but not the sentinel.
+    """
+    chosen_TK = log_weights_TE.gather(1, index_TK)
+    if is_unused_TK is not None:
+        chosen_TK = chosen_TK.masked_fill(is_unused_TK, torch.finfo(chosen_TK.dtype).min)
+    weights_TK = chosen_TK.softmax(dim=-1) if is_normalised else chosen_TK.exp()
+    return weights_TK if is_unused_TK is None else weights_TK.masked_fill(is_unused_TK, 0.0)

@@ -85,8 +85,9 @@ class ExpertBank(nn.Module):
         spread over ranks each rank has fewer than E, and the exchange of tokens between them knows no id of nobody:
         there, an unused slot visits expert 0 with weight 0.
         """
-        # Below whatever an adapter wraps around them.
-        experts = next(module for module in self.experts.modules() if isinstance(module, ChorusExperts))
+        experts = self.experts
+        if not isinstance(experts, ChorusExperts):  # an adapter is wrapped around them
+            experts = next(module for module in experts.modules() if isinstance(module, ChorusExperts))
         experts._is_expert_parallel = True  # type: ignore[assignment]
         return index_RK if experts.num_experts == self.num_experts else index_RK.remainder(self.num_experts)
 

@@ -23,11 +23,10 @@ from .expert_choice import (
     best_experts,
     choice_weights,
     draw_log_probability,
-    experts_for_complexity,
-    keep_best,
     limit_groups,
     normalised_entropy,
     perturbed,
+    unused_slots,
 )
 from .routing_options import RowOptions
 
@@ -129,23 +128,22 @@ class Router(nn.Module):
         bank = self.bank
         log_weights_TE = self.log_weights(logits_TE)
         scores_TE = self._rank(logits_TE)
-        kept_T = self._slots(log_weights_TE, options)
+        is_unused_TK = self._unused(log_weights_TE, options)
         if options.is_sampled:
             log_weights_TE = self.open_log_weights(logits_TE)
             scores_TE = perturbed(log_weights_TE)
-        _, index_TK = best_experts(scores_TE, self.top_k)
-        if kept_T is not None:
-            index_TK = keep_best(index_TK, kept_T, bank.num_experts)
+        _, best_TK = best_experts(scores_TE, self.top_k)
+        index_TK = best_TK if is_unused_TK is None else best_TK.masked_fill(is_unused_TK, bank.num_experts)
         log_probs_T = draw_log_probability(log_weights_TE, index_TK) if options.is_sampled else None
         if options.places is None:
-            weights_TK = self._weigh(log_weights_TE, index_TK)
+            weights_TK = self._weigh(log_weights_TE, best_TK, is_unused_TK)
             return ExpertChoice(logits_TE, weights_TK, index_TK, log_probs_T)
         capacity_L = options.places.capacity(bank.expert_capacity, self.top_k, bank.num_experts)
         served = serve(scores_TE, index_TK, options.places, capacity_L, bank.capacity_overflow)
+        is_lost_TK = served.selected_experts >= bank.num_experts
         if bank.capacity_overflow == "reroute":
-            index_TK = served.selected_experts
-        weights_TK = self._weigh(log_weights_TE, index_TK)
-        weights_TK = weights_TK.masked_fill(served.selected_experts >= bank.num_experts, 0.0)
+            best_TK, is_unused_TK = served.selected_experts.clamp(max=bank.num_experts - 1), is_lost_TK
+        weights_TK = self._weigh(log_weights_TE, best_TK, is_unused_TK).masked_fill(is_lost_TK, 0.0)
         return ExpertChoice(logits_TE, weights_TK, *served[:1], log_probs_T, *served[1:])
 
     def open_log_weights(self, logits_TE: Tensor) -> Tensor:
@@ -166,20 +164,19 @@ class Router(nn.Module):
             scores_TE = limit_groups(scores_TE, self.bank.num_groups, self.bank.topk_groups)
         return scores_TE
 
-    def _slots(self, log_weights_TE: Tensor, options: RowOptions) -> Tensor | None:
-        """How many experts each token visits; None for K."""
-        kept_T = None
+    def _unused(self, log_weights_TE: Tensor, options: RowOptions) -> Tensor | None:
+        """`(T, K)`: the slots that a token does not use; None where it uses all."""
+        limit_T = options.budget_R
         if self.bank.adaptive_experts:
             complexity_T = normalised_entropy(log_weights_TE.detach())
             if options.complexity_R is not None:
                 complexity_T = torch.where(options.complexity_R.isnan(), complexity_T, options.complexity_R)
-            kept_T = experts_for_complexity(complexity_T, self.top_k)
-        if options.budget_R is not None:
-            kept_T = options.budget_R if kept_T is None else torch.minimum(kept_T, options.budget_R)
-        return kept_T
+            wanted_T = complexity_T * self.top_k
+            limit_T = wanted_T if limit_T is None else torch.minimum(wanted_T, limit_T)
+        return None if limit_T is None else unused_slots(limit_T, self.top_k)
 
-    def _weigh(self, log_weights_TE: Tensor, index_TK: Tensor) -> Tensor:
-        weights_TK = choice_weights(log_weights_TE, index_TK, self.norm_topk_prob)
+    def _weigh(self, log_weights_TE: Tensor, index_TK: Tensor, is_unused_TK: Tensor | None) -> Tensor:
+        weights_TK = choice_weights(log_weights_TE, index_TK, self.norm_topk_prob, is_unused_TK)
         factor = self.bank.routed_scaling_factor
         return weights_TK if factor == 1.0 else weights_TK * factor
 

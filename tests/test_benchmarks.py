@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, router_reward, sparse_layer, timing, train_step
+from benchmarks import (
+    adaptive_experts,
+    decode,
+    moe_vs_dense,
+    router_reward,
+    routing_options,
+    sparse_layer,
+    timing,
+    train_step,
+)
 
 EXPECTED = {
     sparse_layer: {"grouped_mm_ratio", "eager_ratio", "qwen3_omni_ratio", "dense_active_ratio", "ernie_vl_ratio",
@@ -16,6 +25,11 @@ EXPECTED = {
     train_step: {"qwen3_omni_ratio", "ernie_vl_ratio", "dense_active_ratio", "with_balance_ratio", "chorus_mib"},
     router_reward: {"accuracy", "loss", "load_entropy", "strongest_share", "expert_bits", "train_seconds"},
     decode: {"qwen3_moe_ratio", "dense_active_ratio", "of_bound_ratio", "chorus_tokens_per_second", "chorus_ms"},
+    routing_options: {f"{name}_ratio" for name in routing_options.OPTIONS} - {"chorus_ratio"} | {"chorus_ms"},
+    adaptive_experts: {"adaptive_simple_ratio", "adaptive_mixed_used", "adaptive_experts", "half_accuracy",
+                       "chorus_mflops", "adaptive_loss"},
+    moe_vs_dense: {"dense_ratio", "dense_total", "equal_active_active", "chorus_mflops", "equal_active_accuracy",
+                   "dense_loss", "chorus_ms"},
 }  # fmt: skip
 
 

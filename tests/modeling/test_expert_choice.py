@@ -14,12 +14,11 @@ from chorus_moe.modeling.expert_choice import (
     best_experts,
     choice_weights,
     draw_log_probability,
-    experts_for_complexity,
-    keep_best,
     limit_groups,
     normalised_entropy,
     perturbed,
     router_probabilities,
+    unused_slots,
 )
 
 SIZES = [1, FEW_TOKENS, FEW_TOKENS + 1, 300]
@@ -76,13 +75,13 @@ def test_entropy_is_one_when_all_experts_are_alike_and_zero_when_one_is_certain(
 
 @given(st.floats(0, 1, width=32), st.integers(1, 16))
 def test_the_number_of_experts_is_the_rounded_up_share_of_k(complexity: float, top_k: int):
-    found = experts_for_complexity(torch.tensor([complexity]), top_k).item()
+    found = (~unused_slots(torch.tensor([complexity]) * top_k, top_k)).sum().item()
     assert found == min(max(1, int(torch.tensor(complexity).mul(top_k).ceil())), top_k)
 
 
-def test_slots_beyond_the_number_kept_hold_the_sentinel():
-    index = torch.tensor([[3, 1, 0], [2, 0, 1]])
-    assert keep_best(index, torch.tensor([1, 5]), 4).tolist() == [[3, 4, 4], [2, 0, 1]]
+def test_slots_beyond_the_number_kept_are_unused_and_the_first_never_is():
+    unused = [[False, True, True], [False, False, False], [False, True, True]]
+    assert unused_slots(torch.tensor([1, 5, 0]), 3).tolist() == unused
 
 
 def test_draws_have_the_probabilities_that_their_logarithm_says():
@@ -134,10 +133,11 @@ def test_sentinels_are_no_draws():
 @pytest.mark.parametrize("is_normalised", [True, False])
 def test_unused_slots_have_no_weight_and_no_gradient(is_normalised: bool):
     log_weights = torch.randn(3, 5).log_softmax(dim=-1).requires_grad_()
-    index = torch.tensor([[1, 0, 5], [2, 5, 5], [5, 5, 5]])
-    weights = choice_weights(log_weights, index, is_normalised)
+    index = torch.tensor([[1, 0, 4], [2, 4, 3], [0, 2, 1]])
+    is_unused = torch.tensor([[False, False, True], [False, True, True], [True, True, True]])
+    weights = choice_weights(log_weights, index, is_normalised, is_unused)
     weights.square().sum().backward()
-    assert torch.equal(weights > 0, index < 5)
+    assert torch.equal(weights > 0, ~is_unused)
     assert log_weights.grad.isfinite().all()
     assert not log_weights.grad[2].any()
     if is_normalised:
