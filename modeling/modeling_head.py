@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .configuration_chorus import ChorusConfig
 from .losses import alignment_loss, balance_loss, mean_over_banks, z_loss
 from .modeling_base import ChorusPreTrainedModel
 from .modeling_chorus import ChorusModel
 from .modeling_outputs import ChorusModelOutput
+
+logger = logging.get_logger(__name__)
 
 
 class ChorusHead(ChorusPreTrainedModel):
@@ -73,8 +76,23 @@ class ChorusHead(ChorusPreTrainedModel):
 
     def _counts_choices(self) -> bool:
         """Whether whoever moves a balance bias must see the choices of this forward, whatever was asked for."""
-        banks = self.model.language_model.banks.values()
-        return self.training and any(bank.balance == "bias" for bank in banks)
+        names = [name for name, bank in self.model.language_model.banks.items() if bank.balance == "bias"]
+        if not (self.training and names):
+            return False
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._nobody_counts():
+            logger.warning_once(
+                f"expert banks {names} are balanced by a bias that moves only when somebody counts their choices and "
+                "calls `update_balance_bias` once an optimizer step. `RoutingCallback` does it for a Trainer "
+                "(`chorus-moe train` adds it); nothing seems to do it here"
+            )
+        return True
+
+    def _nobody_counts(self) -> bool:
+        """Whether routers learn while no observer is attached to the decoder."""
+        decoder = self.model.language_model
+        return not decoder._forward_hooks and any(
+            parameter.requires_grad for name, parameter in decoder.named_parameters() if ".router." in name
+        )
 
     def _alignment(self, outputs: ChorusModelOutput, modality_BS: Tensor, attention_mask: Tensor | None) -> Tensor:
         scaling = self.config.text_config.head_dim**-0.5

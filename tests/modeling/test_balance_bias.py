@@ -1,5 +1,6 @@
 """The correction bias: one fixed step from integer counts, float32 for ever, nothing moved by evaluation."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusForContrastive, ChorusTextConfig
+from chorus_moe.modeling import modeling_head
 from chorus_moe.modeling.balance_bias import balance_counts, biased_routers, update_balance_bias
 from chorus_moe.modeling.routers import SigmoidRouter
 from tests.conftest import tiny_batch, tiny_config
@@ -152,3 +154,21 @@ def test_neither_a_forward_nor_an_optimizer_moves_the_bias():
     optimizer.step()
     model.eval()(**tiny_batch(model.config))
     assert all(torch.equal(model.get_buffer(name), bias) for name, bias in expected.items())
+
+
+def test_a_bias_that_nobody_moves_is_warned_of_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    modeling_head.logger.warning_once.__func__.cache_clear()
+
+    def warnings(model: ChorusForConditionalGeneration) -> int:
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+        return sum("update_balance_bias" in record.getMessage() for record in caplog.records)
+
+    model = biased()
+    assert warnings(model.eval()) == 0
+    assert warnings(model.train().requires_grad_(False)) == 0
+    observer = model.requires_grad_(True).model.language_model.register_forward_hook(lambda *_: None)
+    assert warnings(model) == 0
+    observer.remove()
+    assert warnings(model) == 1
+    assert warnings(model) == 1
