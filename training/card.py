@@ -77,11 +77,11 @@ def card_text(model: Any, result: Mapping[str, Any], table: Sequence[str], pictu
         "",
         *table,
         "",
-        *routing_section(picture),
         f"Voices the base model does not know: {100 * voices['before']:.1f}% before LoRA, "
         f"{100 * voices['after']:.1f}% after ({voices['n']} questions). Old skills in phrasings never seen: "
         f"{100 * phrasings['before']:.1f}% before, {100 * phrasings['after']:.1f}% after ({phrasings['n']}).",
         "",
+        *routing_section(picture),
         "## Limits",
         "",
         "Isolated English digits, 8 x 8 pixel handwriting, short clips. Accuracy on other voices, microphones, pens or",
