@@ -1,9 +1,9 @@
 """Spoken digits: synthetic voices (eSpeak NG through ctypes) and a folder of real recordings.
 
 Unusual here:
-- eSpeak NG is not repeatable within a process: the whole set is spoken once, in a fresh process that runs this file, and
-  cached as plain arrays keyed by the settings. Some voices differ even between fresh processes (320 of 4,480 clips of
-  the demo), so runs that are to be compared must share a cache;
+- eSpeak NG is not repeatable within a process: the whole set is spoken once, in a fresh process that runs this file,
+  and cached as plain arrays keyed by the settings. Some voices differ even between fresh processes (320 of 4,480 clips
+  of the demo), so runs that are to be compared must share a cache;
 - accents are made by giving a foreign voice the words in its own spelling ("sri" for "three" in German);
 - speakers are the unit of every split, never clips.
 
