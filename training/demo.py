@@ -55,7 +55,7 @@ REPLAY_OF_SPEAKER = REPLAY | {"spoken": 6.0}
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much of everything: the defaults take some eight minutes on two processor cores.
+    """How much of everything: the defaults take six to seven minutes on two processor cores.
 
     Args:
         picture_steps, sound_steps: optimizer steps of each encoder alone.
