@@ -1,7 +1,8 @@
 """The demo's encoders learn their own medium first, each alone; the decoder then reads tokens that mean something.
 
 A step of an encoder costs a sixth (pictures) to a third (sound) of a step of the whole model, and a decoder that is
-shown noise learns nothing from it for hundreds of steps. The classifier used here is thrown away; tower and connector are the model's own.
+shown noise learns nothing from it for hundreds of steps. The classifier used here is thrown away; tower and connector
+are the model's own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
