@@ -1,0 +1,65 @@
+"""What an operation on a model's banks did, and when it must not be done.
+
+Operations (compose, add, prune, merge, convert, exchange) change weights and configuration together and return a report.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationReport:
+    """What changed.
+
+    Args:
+        operation: what was done, such as `add_bank`.
+        subject: what it was done to: a bank, a modality, a checkpoint.
+        parameters_before, parameters_after: parameters of the whole model.
+        experts: `bank -> {layer: (experts before, experts after)}`, for the banks that changed.
+        notes: anything else worth a line.
+    """
+
+    operation: str
+    subject: str
+    parameters_before: int
+    parameters_after: int
+    experts: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.operation} {self.subject}: {self.parameters_before:,} -> {self.parameters_after:,} parameters "
+            f"({self.parameters_after - self.parameters_before:+,})"
+        ]
+        for bank, layers in self.experts.items():
+            counts = ", ".join(f"layer {layer}: {before} -> {after}" for layer, (before, after) in layers.items())
+            lines.append(f"  experts of {bank}: {counts}")
+        return "\n".join(lines + [f"  {note}" for note in self.notes])
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def refuse_adapters(model: nn.Module, operation: str) -> None:
+    """An operation would leave an adapter's tensors behind in the wrong shape or on the wrong expert.
+
+    Raises:
+        ValueError: the model carries adapters (PEFT), naming some of the adapted modules.
+    """
+    adapted = [
+        name
+        for name, module in model.named_modules()
+        if any(hasattr(module, mark) for mark in ("lora_A", "lora_embedding_A", "base_layer"))
+    ]
+    if adapted:
+        more = f" and {len(adapted) - 3} more" if len(adapted) > 3 else ""
+        raise ValueError(
+            f"{operation}: {len(adapted)} modules carry adapters ({', '.join(adapted[:3])}{more}); merge them "
+            "(`merge_and_unload()`) or unload them first"
+        )
