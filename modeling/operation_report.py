@@ -1,6 +1,7 @@
 """What an operation on a model's banks did, and when it must not be done.
 
-Operations (compose, add, prune, merge, convert, exchange) change weights and configuration together and return a report.
+Operations (compose, add, prune, merge, convert, exchange) change weights and configuration together, and return a
+report.
 """
 
 from dataclasses import asdict, dataclass, field
