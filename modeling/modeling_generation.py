@@ -101,7 +101,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             output_router_logits: also return the routing of every layer, and the balance loss and z-loss.
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
             complexity_scores, expert_budget, sample_experts, closed_banks: options of the routers and banks, see
-                [`ChorusTextModel`]. In `generate`, `complexity_scores` are those of the prompt; generated tokens use the router's entropy.
+                [`ChorusTextModel`]. In `generate`, `complexity_scores` are those of the prompt; generated tokens use
+                the router's entropy.
 
         Returns:
             [`ChorusLossOutput`]; in training `loss` holds the weighted auxiliary terms, in evaluation it never does.
