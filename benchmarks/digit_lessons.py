@@ -131,7 +131,7 @@ class Lesson:
             LoneDigitCollator(self.processor, modality),
         )
         size = self.settings.batch_size
-        take_step = _stepper(lesson, self.settings.encoder_steps, self.settings.lr)
+        take_step = stepper(lesson, self.settings.encoder_steps, self.settings.lr)
         for step in range(self.settings.encoder_steps):
             take_step(collate([digits[index] for index in range(step * size, (step + 1) * size)]))
 
@@ -162,7 +162,7 @@ class Lesson:
         """Train all models on the same batches, in turns; how long their steps took."""
         settings = self.settings
         rounds: dict[str, list[float]] = {name: [] for name in models}
-        take_step = {name: _stepper(model.train(), settings.steps, settings.lr) for name, model in models.items()}
+        take_step = {name: stepper(model.train(), settings.steps, settings.lr) for name, model in models.items()}
         for step in range(settings.steps):
             rows = range(step * settings.batch_size, (step + 1) * settings.batch_size)
             batch = self.encode([self.questions[row] for row in rows])
@@ -217,7 +217,7 @@ def unit_of(values: Mapping[str, float]) -> str:
     return next(iter(values)).rpartition("_")[2]
 
 
-def _stepper(model: nn.Module, steps: int, lr: float) -> Any:
+def stepper(model: nn.Module, steps: int, lr: float) -> Any:
     """A call that takes one optimizer step on a batch, as the demo's Trainer does."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)

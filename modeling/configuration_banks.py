@@ -11,6 +11,7 @@ ROUTERS = ("softmax", "sigmoid", "attention")
 BALANCES = ("switch", "cv2", "variance", "bias", "none")
 OVERFLOWS = ("reroute", "drop")
 PRESETS = ("uniform", "specific_then_common")
+GATES = ("softmax", "own")
 MAX_EXPERTS, MAX_EXPERT_WIDTH = 65_536, 1_048_576
 
 
@@ -40,6 +41,9 @@ class ExpertBankConfig:
             dropped (`drop`).
         capacity_in_eval: whether capacity holds outside training as well.
         adaptive_experts: visit between 1 and `num_experts_per_tok` experts, by the complexity of the token.
+        gate: what the bank is weighed by: `softmax` shares a token among the banks of the layer, so a bank that is
+            added takes from the others; `own` is a sigmoid of the bank's own beside that softmax and takes nothing.
+        closed: the bank is passed by as if it were not there; see `closed_banks` of [`ChorusTextModel`].
     """
 
     name: str
@@ -60,6 +64,8 @@ class ExpertBankConfig:
     capacity_overflow: str = "reroute"
     capacity_in_eval: bool = False
     adaptive_experts: bool = False
+    gate: str = "softmax"
+    closed: bool = False
 
     def __post_init__(self) -> None:
         if self.balance is None:
@@ -68,6 +74,10 @@ class ExpertBankConfig:
     @property
     def is_open_to_all(self) -> bool:
         return set(self.modalities) == set(MODALITY_IDS)
+
+    @property
+    def has_own_gate(self) -> bool:
+        return self.gate == "own"
 
     @property
     def has_balance_loss(self) -> bool:
@@ -114,6 +124,7 @@ class ExpertBankConfig:
         check_name(where, "router", self.router, ROUTERS)
         check_name(where, "balance", self.balance, BALANCES)
         check_name(where, "capacity_overflow", self.capacity_overflow, OVERFLOWS)
+        check_name(where, "gate", self.gate, GATES)
         for layer in self.layers or []:
             if layer not in sparse_layers:
                 raise ValueError(f"{where}: layer {layer} is not a sparse layer; the sparse layers are {sparse_layers}")
@@ -146,7 +157,7 @@ class LayerBankConfig(ExpertBankConfig):
             raise ValueError(f"{where}: num_experts={self.num_experts!r} must be a whole number")
         if not 1 <= self.num_experts <= MAX_EXPERTS:
             raise ValueError(f"{where}: num_experts={self.num_experts} is outside 1..{MAX_EXPERTS}")
-        if self.num_experts == 1:
+        if self.num_experts == 1 and not self.has_own_gate:
             raise ValueError(
                 f"{where}: num_experts=1 leaves a router nothing to choose from; a feed-forward that sees every token "
                 "is shared_expert_intermediate_size, or a layer of type 'dense'"

@@ -118,14 +118,18 @@ class ChorusTextConfig(PreTrainedConfig):
         return expert_parallel_plan(self)
 
     @property
-    def banks(self) -> list[ExpertBankConfig]:
-        """The expert banks in the order of the gate's columns."""
-        defaults = {
+    def bank_defaults(self) -> dict[str, Any]:
+        """The sizes of a bank that gives none."""
+        return {
             "num_experts": self.num_experts,
             "num_experts_per_tok": self.num_experts_per_tok,
             "intermediate_size": self.moe_intermediate_size,
         }
-        return read_expert_banks(self.expert_banks or {}, defaults)  # type: ignore[arg-type]
+
+    @property
+    def banks(self) -> list[ExpertBankConfig]:
+        """The expert banks by name; those without a gate of their own are the gate's columns in this order."""
+        return read_expert_banks(self.expert_banks or {}, self.bank_defaults)  # type: ignore[arg-type]
 
     @property
     def sparse_layers(self) -> list[int]:

@@ -61,9 +61,9 @@ def best_experts(scores_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def normalised_entropy(log_weights_TE: Tensor) -> Tensor:
-    """Entropy over log E: 0 for a router that is certain, 1 for one that finds all experts alike."""
+    """Entropy over log E: 0 for a router that is certain (as of a single expert), 1 for one that finds all alike."""
     entropy_T = torch.special.entr(log_weights_TE.softmax(dim=-1)).sum(dim=-1)
-    return entropy_T / math.log(log_weights_TE.shape[-1])
+    return entropy_T / math.log(max(2, log_weights_TE.shape[-1]))
 
 
 def unused_slots(limit_T: Tensor, top_k: int) -> Tensor:

@@ -3,11 +3,14 @@
 Unusual here:
 - a bank is addressed by name everywhere (config, LoRA, losses, statistics);
 - tokens are found once per forward, by the model, never by a bank;
-- a bank without tokens stays in the graph, with zero gradients; where no gradient is wanted it is passed by.
+- a bank without tokens stays in the graph, with zero gradients; where no gradient is wanted it is passed by;
+- a bank may have a gate of its own beside the softmax over the others, so that it can be added and takes nothing.
 
 Shape suffixes: T tokens, D hidden size, N banks of the layer, E experts in the bank, K experts per token, I expert
 width.
 """
+
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +69,19 @@ class ChorusExperts(nn.Module):
         return output_TD
 
 
+class OwnGate(nn.Module):
+    """The weight of a bank that stands beside the softmax over the others: `sigmoid(w x + b)`, in float32."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size))
+        self.bias = nn.Parameter(torch.empty(1))
+
+    def forward(self, hidden_RD: Tensor) -> Tensor:
+        with without_autocast(hidden_RD):
+            return F.linear(hidden_RD.float(), self.weight.float(), self.bias.float()).squeeze(-1).sigmoid()
+
+
 class ExpertBank(nn.Module):
     """A router and its experts. Adds `gate * bank(x)` to the output at the rows that may enter."""
 
@@ -76,6 +92,7 @@ class ExpertBank(nn.Module):
         self.num_experts = bank.num_experts
         self.router = ROUTER_CLASSES[bank.router](config.hidden_size, bank)
         self.experts = ChorusExperts(config, bank)
+        self.gate = OwnGate(config.hidden_size) if bank.has_own_gate else None
         self.may_skip_slots = bank.adaptive_experts or bank.expert_capacity is not None
 
     def _visitable(self, index_RK: Tensor) -> Tensor:
@@ -94,7 +111,7 @@ class ExpertBank(nn.Module):
     def forward(
         self, output_TD: Tensor | None, hidden_TD: Tensor, gate_T: Tensor | None, plan: ModalityPlan
     ) -> tuple[Tensor | None, BankRouting]:
-        rows = plan.rows_of(self.modalities)
+        rows = plan.rows_of_bank(self.name, self.modalities)
         if rows is not None and len(rows) == 0 and not torch.is_grad_enabled():
             return output_TD, self.router.no_rows(hidden_TD)
         hidden_RD = take_rows(hidden_TD, rows)
@@ -102,7 +119,12 @@ class ExpertBank(nn.Module):
         options = plan.row_options(self.name, self.modalities, rows, token_mask)
         choice = self.router(hidden_RD, options)
         logits_RE, weights_RK, index_RK = choice[:3]
-        if gate_T is None:
+        if self.gate is not None:
+            gate_R = self.gate(hidden_RD)
+            # A static plan shows the bank every row.
+            gate_R = gate_R * token_mask if plan.is_static and token_mask is not None else gate_R
+            states_weights_RK = weights_RK * gate_R[:, None]
+        elif gate_T is None:
             gate_R, states_weights_RK = logits_RE.new_ones(len(hidden_RD)), weights_RK
         else:
             gate_R = take_rows(gate_T, rows)
@@ -118,7 +140,8 @@ class ExpertBank(nn.Module):
 class BankGate(nn.Module):
     """First level of the gate: a softmax over the banks open to a token's modality, in float32.
 
-    A token that no bank is open to gets zeros. One bank needs no weights: it gets ones where it is open.
+    A token that no bank is open to gets zeros. One bank needs no weights: it gets ones where it is open. Banks with a
+    gate of their own are none of its columns.
     """
 
     def __init__(self, hidden_size: int, banks: list[LayerBankConfig]):
@@ -135,8 +158,11 @@ class BankGate(nn.Module):
                 table[MODALITY_IDS[modality], column] = True
         return table
 
-    def forward(self, hidden_TD: Tensor, modality_T: Tensor) -> Tensor:
+    def forward(self, hidden_TD: Tensor, modality_T: Tensor, closed_banks: Collection[str] = ()) -> Tensor:
         open_TN = self.is_open[modality_T]
+        for column, bank in enumerate(self.banks):
+            if bank.name in closed_banks:
+                open_TN[:, column] = False
         if self.weight is None:
             return open_TN.float()
         with without_autocast(hidden_TD):
@@ -149,7 +175,7 @@ class MixtureOfBanks(nn.Module):
     """Gate over expert banks, the feed-forward of a sparse layer.
 
     1. the always-on shared experts see every token;
-    2. the bank gate weighs the banks open to the token's modality;
+    2. the bank gate weighs the banks open to the token's modality, those with a gate of their own apart;
     3. each bank routes its own tokens to K experts;
     4. the weighted outputs are summed.
 
@@ -161,7 +187,7 @@ class MixtureOfBanks(nn.Module):
         banks = config.banks_of_layer(layer_idx)
         shared_size = config.shared_expert_intermediate_size
         self.shared_experts = GatedMLP(config, shared_size) if shared_size else None
-        self.bank_gate = BankGate(config.hidden_size, banks)
+        self.bank_gate = BankGate(config.hidden_size, [bank for bank in banks if not bank.has_own_gate])
         self.banks = nn.ModuleDict({bank.name: ExpertBank(config, bank) for bank in banks})
 
     def forward(self, hidden_states: Tensor, plan: ModalityPlan) -> tuple[Tensor, dict[str, BankRouting]]:
@@ -169,11 +195,13 @@ class MixtureOfBanks(nn.Module):
         output_TD = None if self.shared_experts is None else self.shared_experts(hidden_TD)
         # A single bank is open at every row that it is shown, except by a static plan, which shows it all rows.
         alone = self.bank_gate.weight is None and not plan.is_static
-        gate_TN = None if alone else self.bank_gate(hidden_TD, plan.modality_T)
+        gates: dict[str, Tensor] = {}
+        if not alone:
+            gate_TN = self.bank_gate(hidden_TD, plan.modality_T, plan.closed_banks)
+            gates = {bank.name: gate_TN[:, column] for column, bank in enumerate(self.bank_gate.banks)}
         routing = {}
-        for column, (name, bank) in enumerate(self.banks.items()):
-            gate_T = None if gate_TN is None else gate_TN[:, column]
-            output_TD, routing[name] = bank(output_TD, hidden_TD, gate_T, plan)
+        for name, bank in self.banks.items():
+            output_TD, routing[name] = bank(output_TD, hidden_TD, gates.get(name), plan)
         if output_TD is None:
             output_TD = torch.zeros_like(hidden_TD)
         return output_TD.view_as(hidden_states), routing

@@ -13,7 +13,7 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention import Attention, CrossModalAttention, ModalityProjection, SharedProjection
-from .experts import BankGate, ChorusExperts, ExpertBank, GatedMLP, MixtureOfBanks
+from .experts import BankGate, ChorusExperts, ExpertBank, GatedMLP, MixtureOfBanks, OwnGate
 from .experts_cpu import CPU_EXPERTS
 from .modeling_chorus import ChorusModel
 from .norms import RMSNorm
@@ -43,7 +43,8 @@ KNOWN: dict[type[nn.Module], set[str] | None] = {
     GatedMLP: GATED,
     MixtureOfBanks: {"shared_experts", "bank_gate", "banks"},
     BankGate: {"banks", "weight", "is_open"},
-    ExpertBank: {"name", "modalities", "num_experts", "router", "experts", "may_skip_slots"},
+    ExpertBank: {"name", "modalities", "num_experts", "router", "experts", "gate", "may_skip_slots"},
+    OwnGate: {"weight", "bias"},
     SoftmaxRouter: {
         *("weight", "bank", "top_k", "norm_topk_prob", "limits_groups", "is_plain", "e_score_correction_bias"),
     },

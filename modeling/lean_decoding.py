@@ -9,7 +9,7 @@ module within the lean step.
 Shape suffixes: D hidden size, C head size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -28,7 +28,7 @@ from transformers.cache_utils import (
 )
 
 from .attention import rotary_tables
-from .configuration_banks import MODALITY_IDS
+from .configuration_banks import ExpertBankConfig
 from .lean_checks import can_decode, is_plain_mixture
 from .lean_layers import FeedForward, LeanAttention, LeanBanks, LeanDense, LeanNorm, ModuleFeedForward
 from .text_model import DenseFeedForward
@@ -62,17 +62,17 @@ class LeanDecoder:
                 LeanNorm(layer.input_layernorm),
                 LeanAttention(layer.self_attn),
                 LeanNorm(layer.post_attention_layernorm),
-                self._feed_forward(layer.mlp),
+                self._feed_forward(layer.mlp, text.banks),
             )
             for layer in text.layers
         ]
 
-    def _feed_forward(self, mlp: Any) -> FeedForward:
+    def _feed_forward(self, mlp: Any, banks: Mapping[str, ExpertBankConfig]) -> FeedForward:
         if type(mlp) is DenseFeedForward:
             return LeanDense(mlp)
         if not is_plain_mixture(mlp, self.embedding.dtype):
-            return ModuleFeedForward(mlp)
-        return LeanBanks(mlp, mlp.bank_gate.is_open[MODALITY_IDS["text"]].tolist())
+            return ModuleFeedForward(mlp, banks)
+        return LeanBanks(mlp, {name for name, bank in banks.items() if "text" in bank.modalities and not bank.closed})
 
     def step(
         self,

@@ -12,7 +12,7 @@ K experts per token, I expert width.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from .attention import ModalityProjection
+from .configuration_banks import ExpertBankConfig
 from .experts_cpu import OneTokenExpert, add_product
 from .modality_plan import ModalityPlan
+from .routing_options import read_routing_options
 
 # Positions that a buffer of keys and values has free when it is made: at least so many, or a quarter of what it holds.
 SPARE_POSITIONS = 128
@@ -191,21 +193,31 @@ class LeanBank:
 
 
 class LeanBanks:
-    """[`MixtureOfBanks`] of one text token, added to the residual stream in place."""
+    """[`MixtureOfBanks`] of one text token, added to the residual stream in place.
 
-    def __init__(self, mixture: Any, is_open: list[bool]):
+    Args:
+        open_banks: names of the banks that take it.
+    """
+
+    def __init__(self, mixture: Any, open_banks: Collection[str]):
         self.shared = None if mixture.shared_experts is None else LeanDense(mixture.shared_experts)
         self.gate: Tensor | None = mixture.bank_gate.weight
-        self.banks = [(i, LeanBank(bank)) for i, bank in enumerate(mixture.banks.values()) if is_open[i]]
+        names = [bank.name for bank in mixture.bank_gate.banks]
+        self.columns = [column for column, name in enumerate(names) if name in open_banks]
+        self.banks = [LeanBank(mixture.banks[names[column]]) for column in self.columns]
+        own = [bank for name, bank in mixture.banks.items() if bank.gate is not None and name in open_banks]
+        self.own_gates = [bank.gate for bank in own]
+        self.own_banks = [LeanBank(bank) for bank in own]
 
     def __call__(self, residual_D: Tensor, states_D: Tensor) -> Tensor:
         weights = [1.0]
         if self.gate is not None and len(self.banks) > 1:
             logits = torch.mv(self.gate.float(), states_D.float()).tolist()
-            weights = softmax([logits[column] for column, _ in self.banks])
+            weights = softmax([logits[column] for column in self.columns])
+        weights = weights[: len(self.banks)] + [gate(states_D).item() for gate in self.own_gates]
         if self.shared is not None:
             self.shared(residual_D, states_D)
-        for (_, bank), weight in zip(self.banks, weights, strict=False):
+        for bank, weight in zip(self.banks + self.own_banks, weights, strict=True):
             bank(residual_D, states_D, weight)
         return residual_D
 
@@ -213,9 +225,11 @@ class LeanBanks:
 class ModuleFeedForward:
     """A feed-forward that is not written out here: the module itself, called with one text token."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, banks: Mapping[str, ExpertBankConfig]):
         self.module = module
-        self.plan = ModalityPlan.build(torch.zeros(1, 1, dtype=torch.long), None)
+        modality_BS = torch.zeros(1, 1, dtype=torch.long)
+        options = read_routing_options(banks, modality_BS, None, False, None, None, None, None)
+        self.plan = ModalityPlan.build(modality_BS, None, options)
 
     def __call__(self, residual_D: Tensor, states_D: Tensor) -> Tensor:
         return residual_D.add_(self.module(states_D.view(1, 1, -1), self.plan)[0].view(-1))

@@ -98,6 +98,14 @@ class ModalityPlan:
             self.real_rows[key] = None if whole else torch.cat([p for p in parts if p is not None]).sort().values
         return self.real_rows[key]
 
+    @property
+    def closed_banks(self) -> frozenset[str]:
+        return frozenset() if self.options is None else self.options.closed_banks
+
+    def rows_of_bank(self, name: str, modalities: Iterable[str]) -> Rows:
+        """As `rows_of`; no row for a bank that is closed."""
+        return self.modality_T.new_empty(0) if name in self.closed_banks else self.rows_of(modalities)
+
     def token_mask(self, modalities: Iterable[str], rows: Rows) -> Tensor | None:
         """Which of a bank's rows count: real tokens of its modalities. None when all of them do."""
         if rows is not None:

@@ -9,14 +9,15 @@ from transformers import initialization as init
 from transformers.utils.output_capturing import OutputRecorder
 
 from .attention import Attention, CrossModalAttention, ModalityProjection
+from .bank_operations import BankOperations
 from .checkpoint import CheckpointError, check_shapes, describe_misfit
 from .configuration_chorus import ChorusConfig
-from .experts import BankGate, ChorusExperts, MixtureOfBanks
+from .experts import BankGate, ChorusExperts, MixtureOfBanks, OwnGate
 from .experts_cpu import CPU_EXPERTS
 from .routers import Router
 
 
-class ChorusPreTrainedModel(PreTrainedModel):
+class ChorusPreTrainedModel(BankOperations, PreTrainedModel):
     """Weights start as in Llama: normal with `initializer_range`, norms one, biases zero."""
 
     config: ChorusConfig
@@ -92,6 +93,9 @@ class ChorusPreTrainedModel(PreTrainedModel):
                 init.normal_(parameter, mean=0.0, std=std)
             if module.e_score_correction_bias is not None:
                 init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, OwnGate):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, BankGate):
             init.copy_(module.is_open, module.open_table())
             if module.weight is not None:

@@ -91,6 +91,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         complexity_scores: Tensor | None = None,
         expert_budget: Mapping[str, int] | None = None,
         sample_experts: Collection[str] | None = None,
+        closed_banks: Collection[str] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ChorusLossOutput:
         """Inputs as in [`ChorusModel`].
@@ -99,8 +100,9 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             labels: `(B, S)`, token ids, -100 where nothing is to be learned. A batch without any label has loss 0.
             output_router_logits: also return the routing of every layer, and the balance loss and z-loss.
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
-            complexity_scores, expert_budget, sample_experts: options of the routers, see [`ChorusTextModel`]. In
-                `generate`, `complexity_scores` are those of the prompt; generated tokens use the router's entropy.
+            complexity_scores, expert_budget, sample_experts, closed_banks: options of the routers and banks, see
+                [`ChorusTextModel`]. In `generate`, `complexity_scores` are those of the prompt; generated tokens use
+                the router's entropy.
 
         Returns:
             [`ChorusLossOutput`]; in training `loss` holds the weighted auxiliary terms, in evaluation it never does.
@@ -122,6 +124,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             complexity_scores=complexity_scores,
             expert_budget=expert_budget,
             sample_experts=sample_experts,
+            closed_banks=closed_banks,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))

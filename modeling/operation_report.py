@@ -20,6 +20,7 @@ class OperationReport:
         parameters_before, parameters_after: parameters of the whole model.
         experts: `bank -> {layer: (experts before, experts after)}`, for the banks that changed.
         notes: anything else worth a line.
+        trainable_before, trainable_after: parameters that are trained, where the operation is about that.
     """
 
     operation: str
@@ -28,6 +29,8 @@ class OperationReport:
     parameters_after: int
     experts: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    trainable_before: int | None = None
+    trainable_after: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,6 +40,8 @@ class OperationReport:
             f"{self.operation} {self.subject}: {self.parameters_before:,} -> {self.parameters_after:,} parameters "
             f"({self.parameters_after - self.parameters_before:+,})"
         ]
+        if self.trainable_before is not None and self.trainable_after is not None:
+            lines.append(f"  trainable: {self.trainable_before:,} -> {self.trainable_after:,} parameters")
         for bank, layers in self.experts.items():
             counts = ", ".join(f"layer {layer}: {before} -> {after}" for layer, (before, after) in layers.items())
             lines.append(f"  experts of {bank}: {counts}")

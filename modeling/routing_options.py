@@ -47,6 +47,7 @@ class RoutingOptions:
         sampled_banks: names of the banks whose experts are drawn.
         sequence_T: the sequence of each token, where some bank limits its capacity.
         limited_banks: names of the banks that do.
+        closed_banks: names of the banks that are passed by.
     """
 
     complexity_T: Tensor | None
@@ -54,6 +55,7 @@ class RoutingOptions:
     sampled_banks: frozenset[str]
     sequence_T: Tensor | None
     limited_banks: frozenset[str]
+    closed_banks: frozenset[str] = frozenset()
 
     def of_rows(
         self, bank: str, modalities: Iterable[str], modality_T: Tensor, rows: Tensor | None, token_mask: Tensor | None
@@ -85,6 +87,7 @@ def read_routing_options(
     complexity_scores: Tensor | None,
     expert_budget: Mapping[str, int] | None,
     sample_experts: Collection[str] | None,
+    closed_banks: Collection[str] | None = None,
 ) -> RoutingOptions | None:
     """Check what was asked for; None if nothing was.
 
@@ -93,6 +96,7 @@ def read_routing_options(
         complexity_scores: `(B, S)`, between 0 and 1; NaN where the router's entropy is to be used.
         expert_budget: modality -> number of experts.
         sample_experts: names of banks.
+        closed_banks: names of banks, besides those whose configuration closes them.
 
     Raises:
         ValueError: naming the argument, the bank or modality, and the numbers.
@@ -107,11 +111,12 @@ def read_routing_options(
         )
     complexity_T = _read_complexity(banks, modality_BS, complexity_scores)
     budget = _read_budget(expert_budget or {})
-    sampled = _read_sampled(banks, limited, sample_experts or ())
-    if not (limited or budget or sampled) and complexity_T is None:
+    closed = _read_closed(banks, closed_banks or ())
+    sampled = _read_sampled(banks, limited, closed, sample_experts or ())
+    if not (limited or budget or sampled or closed) and complexity_T is None:
         return None
     sequence_T = _sequences(modality_BS, position_ids) if limited else None
-    return RoutingOptions(complexity_T, budget, sampled, sequence_T, limited)
+    return RoutingOptions(complexity_T, budget, sampled, sequence_T, limited, closed)
 
 
 def _read_complexity(
@@ -141,13 +146,28 @@ def _read_budget(expert_budget: Mapping[str, int]) -> dict[str, int]:
     return dict(expert_budget)
 
 
+def _check_banks(argument: str, banks: Mapping[str, ExpertBankConfig], names: Collection[str]) -> None:
+    if isinstance(names, str):
+        raise ValueError(f"{argument}={names!r} is a string; give the names of banks, as in ('text',)")
+    for name in names:
+        check_name(argument, "bank", name, banks)
+
+
+def _read_closed(banks: Mapping[str, ExpertBankConfig], closed_banks: Collection[str]) -> frozenset[str]:
+    _check_banks("closed_banks", banks, closed_banks)
+    return frozenset(closed_banks) | {name for name, bank in banks.items() if bank.closed}
+
+
 def _read_sampled(
-    banks: Mapping[str, ExpertBankConfig], limited: Collection[str], sample_experts: Collection[str]
+    banks: Mapping[str, ExpertBankConfig],
+    limited: Collection[str],
+    closed: Collection[str],
+    sample_experts: Collection[str],
 ) -> frozenset[str]:
-    if isinstance(sample_experts, str):
-        raise ValueError(f"sample_experts={sample_experts!r} is a string; give the names of banks, as in ('text',)")
+    _check_banks("sample_experts", banks, sample_experts)
     for name in sample_experts:
-        check_name("sample_experts", "bank", name, banks)
+        if name in closed:
+            raise ValueError(f"sample_experts names {name!r}, which is closed and draws nothing")
         if name in limited:
             raise ValueError(
                 f"sample_experts names {name!r}, which limits the capacity of its experts: what a full expert turns "

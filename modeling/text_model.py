@@ -105,6 +105,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
         complexity_scores: Tensor | None = None,
         expert_budget: Mapping[str, int] | None = None,
         sample_experts: Collection[str] | None = None,
+        closed_banks: Collection[str] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ChorusModelOutput:
         """Run the layers.
@@ -118,6 +119,8 @@ class ChorusTextModel(ChorusPreTrainedModel):
             expert_budget: modality -> how many experts of each bank its tokens visit at most.
             sample_experts: names of banks that draw their experts from the router's distribution; their routing then
                 carries the log-probability of the draw.
+            closed_banks: names of banks that this call passes by, at no cost, as if they were not there: the output is
+                that of the model without them, bit for bit where the bank has a gate of its own.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; an option of the routers that does not fit,
@@ -140,6 +143,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
             complexity_scores,
             expert_budget,
             sample_experts,
+            closed_banks,
         )
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0

@@ -9,7 +9,7 @@ A LoRA of rank r on a matrix `(out, in)` trains `r * (in + out)` numbers, on exp
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,11 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from chorus_moe.modeling.model_parts import CONNECTORS, TOWERS, below_head, in_layers, layer_parts
+
 Layers = bool | Sequence[int]
 Banks = str | Sequence[str] | Mapping[str, Layers]
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
-TOWERS = {"vision": "vision_tower", "audio": "audio_tower"}
 # What the groups decide; everything else may go to `LoraConfig` as it is.
 RESERVED = ("target_modules", "target_parameters", "modules_to_save", "layers_to_transform", "layers_pattern", "bias")
 
@@ -109,8 +110,8 @@ def lora_config(
         dense: the feed-forward of the dense layers.
         connectors: both projections of every connector.
         towers: linear layers of the encoders; True for all, or some of "vision" and "audio".
-        router: "train" also trains, whole, the routers of `banks` (of all banks when none is named) and the gates over
-            the banks in their layers; the gate weighs every modality that may enter there.
+        router: "train" also trains, whole, the routers of `banks` (of all banks when none is named) and what weighs
+            them: a bank's own gate, or the gates over the banks in its layers, which weigh every modality there.
         options: anything else that `LoraConfig` takes, such as `use_rslora` or `rank_pattern`.
 
     Raises:
@@ -166,23 +167,15 @@ def find_groups(model: nn.Module, targets: LoraTargets) -> list[LoraGroup]:
     if hasattr(model, "peft_config"):
         raise ValueError("the model already carries an adapter; call lora_config on the model below it")
     text = getattr(model, "config").text_config  # noqa: B009  an nn.Module by type
-    ordinary = [i for i in range(text.num_hidden_layers) if i not in text.cross_modal_layers]
-    dense_layers = [i for i in range(text.num_hidden_layers) if i not in text.sparse_layers]
-    modules = dict(_named_modules(model))
+    modules = {below_head(name): module for name, module in model.named_modules()}
     groups = []
-    for name, wanted, existing, path in (
-        ("attention", targets.attention, ordinary, r"self_attn\..+"),
-        ("cross_modal", targets.cross_modal, list(text.cross_modal_layers), r"self_attn\..+"),
-        ("shared_experts", targets.shared_experts, text.sparse_layers, r"mlp\.shared_experts\..+"),
-        ("dense", targets.dense, dense_layers, r"mlp\.[^.]+"),
-    ):
-        if layers := _layers(name, wanted, existing):
-            choice = "|".join(map(str, layers))
-            groups.append(LoraGroup(name, _linears(modules, rf"language_model\.layers\.(?:{choice})\.{path}")))
+    for name, (existing, path) in layer_parts(text).items():
+        if layers := _layers(name, getattr(targets, name), existing):
+            groups.append(LoraGroup(name, _linears(modules, in_layers(layers, path))))
     chosen = _banks(text, targets.banks)
     groups += [_bank_group(modules, name, layers) for name, layers in chosen.items()]
     if targets.connectors:
-        groups.append(LoraGroup("connectors", _linears(modules, r"(?:vision|audio)_connector\..+")))
+        groups.append(LoraGroup("connectors", _linears(modules, CONNECTORS)))
     for name in targets.tower_names:
         groups.append(LoraGroup(TOWERS[name], _linears(modules, rf"{TOWERS[name]}\..+")))
     empty = [group.name for group in groups if not group.names]
@@ -195,12 +188,6 @@ def find_groups(model: nn.Module, targets: LoraTargets) -> list[LoraGroup]:
     if targets.router == "train":
         groups.append(_router_group(modules, chosen or _banks(text, "all")))
     return groups
-
-
-def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by their name below the head, `language_model.layers...`, whichever head it is."""
-    for name, module in model.named_modules():
-        yield name.removeprefix("model."), module
 
 
 def _linears(modules: Mapping[str, nn.Module], pattern: str) -> dict[str, nn.Linear]:
@@ -251,6 +238,8 @@ def _router_group(modules: Mapping[str, nn.Module], banks: Mapping[str, Sequence
         for layer in layers:
             mlp = f"language_model.layers.{layer}.mlp"
             saved[f"{mlp}.banks.{name}.router"] = modules[f"{mlp}.banks.{name}.router"]
-            if any(True for _ in modules[f"{mlp}.bank_gate"].parameters()):
-                saved[f"{mlp}.bank_gate"] = modules[f"{mlp}.bank_gate"]
+            own_gate = f"{mlp}.banks.{name}.gate"
+            gate = own_gate if own_gate in modules else f"{mlp}.bank_gate"
+            if any(True for _ in modules[gate].parameters()):
+                saved[gate] = modules[gate]
     return LoraGroup("routers", saved=saved)

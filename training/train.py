@@ -16,6 +16,7 @@ from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import RowDataset, load_rows
 from chorus_moe.training.evaluate import text_of
 from chorus_moe.training.loading import load_processor
+from chorus_moe.training.optimizer_fit import check_resume
 from chorus_moe.training.recipe import ModelArguments, Recipe, RoutingArguments
 from chorus_moe.training.router_reward import RouterRewardTrainer
 from chorus_moe.training.routing_callback import RoutingCallback
@@ -34,7 +35,8 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         The metrics of the run.
 
     Raises:
-        ValueError: the recipe does not say what to train, or the output folder holds another run.
+        ValueError: the recipe does not say what to train, the output folder holds another run, or the checkpoint that
+            of a model with other parameters.
     """
     arguments = recipe.training
     if recipe.data.train_data is None:
@@ -60,6 +62,8 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         processing_class=processor,
     )
     callback = RoutingCallback.add_to(trainer)
+    if checkpoint is not None:
+        check_resume(trainer, checkpoint)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     counters = callback.last
     if eval_rows is not None:

@@ -1,0 +1,101 @@
+"""Whether a saved optimizer state still belongs to a model: after an operation on its banks it may not.
+
+Unusual here: an optimizer's state knows its parameters by number alone. A bank more or a frozen part moves all numbers
+behind it, and torch notices a wrong count at most; so the weights saved beside it are compared by name first.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import Trainer
+
+# States with the shape of their parameter, by the names that torch's and transformers' optimizers give them.
+LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "z")
+CURE = (
+    "start a new run from these weights (their own optimizer state starts anew), or go on with the model that the "
+    "checkpoint was saved from"
+)
+
+
+class OptimizerMisfit(ValueError):
+    """A saved optimizer state that belongs to other parameters."""
+
+
+def check_resume(trainer: Trainer, checkpoint: str | Path) -> None:
+    """Refuse, before any work, a checkpoint whose weights or optimizer state do not fit the trainer's model.
+
+    Checkpoints of adapters are compared by their optimizer state alone, those without one by their weights alone.
+
+    Raises:
+        OptimizerMisfit: naming the parameter that is missing, too much or of another shape, with both shapes.
+    """
+    folder, model = Path(checkpoint), trainer.model
+    _check_weights(model, folder)
+    path = folder / "optimizer.pt"
+    if not path.is_file():
+        return
+    state = torch.load(path, map_location="meta", weights_only=True)
+    kept = trainer.optimizer
+    try:
+        check_optimizer_state(model, trainer.create_optimizer(), state, source=str(folder))
+    finally:
+        trainer.optimizer = kept
+
+
+def check_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], source: str = "the optimizer state"
+) -> None:
+    """Refuse what `optimizer.load_state_dict(state)` would put on the wrong parameters.
+
+    Args:
+        optimizer: a new one, on the parameters of `model`.
+        state: of an earlier optimizer's `state_dict()`.
+
+    Raises:
+        OptimizerMisfit: naming the first parameter that does not fit, with both shapes, or both counts.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups, saved_groups = optimizer.param_groups, state["param_groups"]
+    if len(groups) != len(saved_groups):
+        raise OptimizerMisfit(f"{source} has {len(saved_groups)} parameter groups, the optimizer {len(groups)}; {CURE}")
+    for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        for parameter, key in zip(group["params"], saved["params"], strict=False):
+            found = _shape_in(state["state"].get(key, {}))
+            if found is not None and found != tuple(parameter.shape):
+                raise OptimizerMisfit(
+                    f"{source} has {found} where {names[id(parameter)]} has {tuple(parameter.shape)}; {CURE}"
+                )
+        if len(group["params"]) != len(saved["params"]):
+            raise OptimizerMisfit(
+                f"{source} has {len(saved['params'])} parameters in group {number}, {len(group['params'])} are trained "
+                f"now; {CURE}"
+            )
+
+
+def _shape_in(state: Mapping[str, Any]) -> tuple[int, ...] | None:
+    return next((tuple(state[key].shape) for key in LIKE_PARAMETER if isinstance(state.get(key), torch.Tensor)), None)
+
+
+def _check_weights(model: nn.Module, folder: Path) -> None:
+    saved: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            saved |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if not saved:
+        return
+    ours: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        ours.setdefault(id(parameter), {})[name] = tuple(parameter.shape)
+    for aliases in ours.values():
+        name, shape = next(((name, s) for name, s in aliases.items() if name in saved), next(iter(aliases.items())))
+        if saved.get(name) != shape:
+            found = f"has {name} of shape {saved[name]}" if name in saved else f"has no {name}"
+            raise OptimizerMisfit(f"{folder} {found}, the model has it with {shape}; {CURE}")
+    known = {name for aliases in ours.values() for name in aliases} | {name for name, _ in model.named_buffers()}
+    extra = sorted(saved.keys() - known)
+    if extra:
+        raise OptimizerMisfit(f"{folder} has {extra[0]} of shape {saved[extra[0]]}, the model does not; {CURE}")
