@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_banks import ExpertBankConfig, check_name, preset_banks, read_expert_banks
+from .configuration_banks import ExpertBankConfig, LayerBankConfig, check_name, preset_banks, read_expert_banks
 from .configuration_checks import (
     MAX_LAYERS,
     MAX_POSITIONS,
@@ -144,9 +144,10 @@ class ChorusTextConfig(PreTrainedConfig):
     def sparse_layers(self) -> list[int]:
         return [i for i, kind in enumerate(self.mlp_layer_types or []) if kind == "sparse"]
 
-    def banks_of_layer(self, layer_idx: int) -> list[ExpertBankConfig]:
-        """The banks that live in a sparse layer."""
-        return [bank for bank in self.banks if bank.layers is None or layer_idx in bank.layers]
+    def banks_of_layer(self, layer_idx: int) -> list[LayerBankConfig]:
+        """The banks that live in a sparse layer, each with the number of experts it has there."""
+        sparse = self.sparse_layers
+        return [bank.of_layer(layer_idx, sparse) for bank in self.banks if layer_idx in bank.layers_among(sparse)]
 
     def validate_sizes(self) -> None:
         """Part of `@strict` validation: nothing is allocated for sizes that cannot be built."""
