@@ -32,7 +32,7 @@ class ChorusTextConfig(PreTrainedConfig):
         attention_bias, attention_output_bias: biases on the query, key and value projections; on the output projection.
         mlp_bias: biases in the feed-forward of `dense` layers.
         use_qk_norm: RMSNorm on queries and keys.
-        qk_norm_scope: what one query or key norm covers: a `head` (Qwen3) or all heads, the whole `projection` (OLMo 2).
+        qk_norm_scope: what a query or key norm covers: a `head` (Qwen3) or all heads, the whole `projection` (OLMo 2).
         norm_placement: norms before attention and feed-forward (`pre`), or on what they return (`post`, OLMo 2,
             arXiv 2501.00656).
         no_rope_layers: as in SmolLM3, 1 for a layer with rotary positions and 0 for one without; all 1 if None.
