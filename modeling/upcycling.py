@@ -126,7 +126,7 @@ def expert_pieces(parent: ParentText, layer: int, bank: LayerBankConfig, which: 
 
 def noisy(pieces: Iterator[Tensor], noise: float, seed: int, name: str) -> Iterator[Tensor]:
     """The pieces plus normal noise of `noise` times their root mean square; the same for a seed and a tensor's name."""
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     for piece in pieces:
         wide = piece.float()
         scale = noise * wide.square().mean().sqrt()
@@ -152,7 +152,7 @@ def _sparse_layers(parent: ParentText, options: UpcyclingOptions) -> list[int]:
         return parent.sparse_layers
     layers = options.sparse_layers
     if layers is None:
-        return list(range(1, count - 1, 2)) or [count - 1]
+        layers = list(range(1, count - 1, 2)) or [count - 1]
     for layer in layers:
         if not 0 <= layer < count:
             raise ValueError(f"{parent}: sparse_layers names layer {layer} of {count}")
