@@ -27,11 +27,11 @@ from .routers import ROUTER_CLASSES, BankRouting, without_autocast
 class GatedMLP(nn.Module):
     """SwiGLU feed-forward (arXiv 2002.05202): dense layers and the always-on shared experts."""
 
-    def __init__(self, config: ChorusTextConfig, intermediate_size: int):
+    def __init__(self, config: ChorusTextConfig, intermediate_size: int, bias: bool = False):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
