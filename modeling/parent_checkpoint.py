@@ -2,16 +2,19 @@
 
 Unusual here:
 - only safetensors files are opened, and no code of the checkpoint is ever run;
-- a file is mapped for one tensor and let go with it, so a reader holds one tensor and not the parent;
+- headers are read once; a tensor is mapped from its own part of the file and let go when it is dropped, so a reader
+  holds one tensor and never the parent;
 - the first answer of the Hub pins the revision: all files come from the same commit.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -25,6 +28,15 @@ CURE = (
     "only safetensors files are read. Convert once, where you trust the files: "
     "`AutoModel.from_pretrained(folder).save_pretrained(new_folder)` writes them"
 )
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies: `start` is its first byte in the file."""
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
 
 
 class ParentCheckpoint:
@@ -60,7 +72,7 @@ class ParentCheckpoint:
             "subfolder": subfolder,
         }
         self.config = self._read_config()
-        self._files = self._find_tensors()
+        self._tensors = self._find_tensors()
 
     def __str__(self) -> str:
         return self.source
@@ -72,36 +84,42 @@ class ParentCheckpoint:
 
     @property
     def names(self) -> list[str]:
-        return list(self._files)
+        return list(self._tensors)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with safe_open(self._path(name), framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        return self._stored(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Raises ValueError for a dtype that is no ordinary floating point number."""
-        with safe_open(self._path(name), framework="pt") as file:
-            kind = file.get_slice(name).get_dtype()
+        kind = self._stored(name).kind
         if kind not in DTYPES:
             raise ValueError(f"{self}: tensor {name!r} is {kind}, expected one of {list(DTYPES)}")
         return DTYPES[kind]
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU. It may be mapped from its file: clone it before writing into it."""
-        with safe_open(self._path(name), framework="pt") as file:
-            return file.get_tensor(name)
+        """One tensor on the CPU, mapped from its file: writing into it changes the tensor, not the file.
+
+        Raises:
+            ValueError: no such tensor, or a dtype that is no ordinary floating point number.
+        """
+        stored, dtype = self._stored(name), self.dtype(name)
+        size = math.prod(stored.shape) * dtype.itemsize
+        if size == 0:
+            return torch.empty(stored.shape, dtype=dtype)
+        mapped = np.memmap(stored.path, dtype=np.uint8, mode="c", offset=stored.start, shape=(size,))
+        return torch.from_numpy(mapped).view(dtype).view(stored.shape)
 
     def file(self, name: str) -> str | None:
         """Path of another file of the checkpoint, such as `generation_config.json`; None where there is none."""
         return cached_file(self.source, name, _raise_exceptions_for_missing_entries=False, **self.loading)
 
-    def _path(self, name: str) -> str:
-        if name not in self._files:
-            raise ValueError(f"{self}: no tensor {name!r} among the {len(self._files)} of the checkpoint")
-        return self._files[name]
+    def _stored(self, name: str) -> StoredTensor:
+        if name not in self._tensors:
+            raise ValueError(f"{self}: no tensor {name!r} among the {len(self._tensors)} of the checkpoint")
+        return self._tensors[name]
 
     def _read_config(self) -> PreTrainedConfig:
         values, _ = PreTrainedConfig.get_config_dict(self.source, **self.loading)
@@ -116,8 +134,7 @@ class ParentCheckpoint:
         kept = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
         return AutoConfig.for_model(model_type, **kept)
 
-    def _find_tensors(self) -> dict[str, str]:
-        """Name -> file of every tensor."""
+    def _find_tensors(self) -> dict[str, StoredTensor]:
         single = self.file(SAFE_WEIGHTS_NAME)
         if single is not None:
             return _tensors_within([single])
@@ -129,21 +146,29 @@ class ParentCheckpoint:
         for name in shards:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{self}: the index names the file {name!r}, and {CURE}")
-        files = _tensors_within(cached_files(self.source, shards, **self.loading) or [])
-        missing = sorted(set(listed) - set(files))
+        tensors = _tensors_within(cached_files(self.source, shards, **self.loading) or [])
+        missing = sorted(set(listed) - set(tensors))
         if missing:
             raise ValueError(
                 f"{self}: {len(missing)} of {len(listed)} tensors of the index are in no file, such as {missing[0]!r}"
             )
-        return files
+        return tensors
 
 
-def _tensors_within(paths: Iterable[str]) -> dict[str, str]:
-    files: dict[str, str] = {}
+def _tensors_within(paths: Iterable[str]) -> dict[str, StoredTensor]:
+    """Reads the headers. The library checks them first: sizes and offsets then agree with the file."""
+    tensors: dict[str, StoredTensor] = {}
     for path in paths:
         try:
-            with safe_open(path, framework="pt") as file:
-                files |= dict.fromkeys(file.keys(), path)
+            with safe_open(path, framework="pt"):
+                pass
         except SafetensorError as cause:
             raise ValueError(f"{path}: not a safetensors file ({cause}); {CURE}") from cause
-    return files
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start = 8 + length + entry["data_offsets"][0]
+            tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), start)
+    return tensors
