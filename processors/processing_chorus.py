@@ -33,6 +33,7 @@ class ChorusProcessor(ChatProcessor):
     Args:
         num_image_tokens: tokens of one image in the sequence; None: the model sees no images.
         frames_per_token: feature frames behind one audio token; None: the model hears nothing.
+        audio_convolutions: [kernel, stride] of the convolutions, without padding, that shorten the frames before that.
         image_token, audio_token: placeholders, one per item in the text passed in, one per feature in `input_ids`.
 
     Raises:
@@ -52,9 +53,11 @@ class ChorusProcessor(ChatProcessor):
         frames_per_token: int | None = None,
         image_token: str = "<image>",
         audio_token: str = "<audio>",
+        audio_convolutions: list[list[int]] | None = None,
     ):
         self.num_image_tokens = num_image_tokens
         self.frames_per_token = frames_per_token
+        self.audio_convolutions = audio_convolutions or []
         self.image_token = image_token
         self.audio_token = audio_token
         self.image_token_id = _media_token_id(tokenizer, image_token)
@@ -138,10 +141,13 @@ class ChorusProcessor(ChatProcessor):
         return num_images * self.num_image_tokens
 
     def num_audio_tokens_for(self, num_samples: int) -> int:
-        """Tokens of a clip of `num_samples` at the model's rate: ceil(frames / frames_per_token) for each window."""
+        """Tokens of a clip of `num_samples` at the model's rate: for each window ceil(frames / frames_per_token), of the
+        frames that the convolutions leave, at least one."""
         if self.frames_per_token is None:
             raise MediaError("this model hears nothing (frames_per_token is None)", modality="audio")
         windows = self.feature_extractor.frames_per_window(num_samples)
+        for kernel, stride in self.audio_convolutions:
+            windows = [max((frames - kernel) // stride + 1, 1) for frames in windows]
         return sum(math.ceil(frames / self.frames_per_token) for frames in windows)
 
     def _get_num_multimodal_tokens(
