@@ -1,5 +1,5 @@
-"""The audio tower: features to audio tokens, by a Conformer on torchaudio's parts, by a Whisper encoder, or by an encoder
-of samples (`waveform_encoders`).
+"""The audio tower: features to audio tokens, by a Conformer on torchaudio's parts, by a Whisper encoder, or by an
+encoder of samples (`waveform_encoders`).
 
 Unusual here:
 - padding never changes a clip's features, in evaluation and in training: padded frames are zeroed before every
@@ -224,8 +224,8 @@ class MaskedConvolution(nn.Module):
 class WhisperWindowEncoder(nn.Module):
     """A Hugging Face Whisper encoder; every clip fills its window, as in its own training.
 
-    Whisper hears the padding, so it is always the same: what its feature extractor puts there (`feature_type="whisper"`),
-    otherwise the clip's lowest value.
+    Whisper hears the padding, so it is always the same: what its feature extractor puts there
+    (`feature_type="whisper"`), otherwise the clip's lowest value.
     """
 
     def __init__(self, config: ChorusAudioConfig):

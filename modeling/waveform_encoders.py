@@ -50,7 +50,8 @@ def prepare_backbone_config(backbone: PreTrainedConfig) -> PreTrainedConfig:
     """
     if backbone.model_type not in WAVEFORM_TYPES:
         raise ValueError(
-            f"backbone_config of type {backbone.model_type!r} hears no waveform; choose from {', '.join(WAVEFORM_TYPES)}"
+            f"backbone_config of type {backbone.model_type!r} hears no waveform; choose from "
+            f"{', '.join(WAVEFORM_TYPES)}"
         )
     for name, known in REFUSED.items():
         if getattr(backbone, name, known) != known:

@@ -42,11 +42,11 @@ INTEGER_SCALES = {"int16": 2.0**15, "int32": 2.0**31, "uint8": 2.0**7}
 
 
 class ChorusFeatureExtractor(SequenceFeatureExtractor):
-    """Log-mel features in Whisper's normalisation (https://arxiv.org/abs/2212.04356, section 2.2), per clip, or samples.
+    """Samples, or log-mel features in Whisper's normalisation (https://arxiv.org/abs/2212.04356, section 2.2), per clip.
 
     Args:
-        feature_type: `log_mel`; `whisper`, whose windows are always full, the silence after a clip unmasked; `waveform`,
-            samples as frames of size 1, `hop_length` 1.
+        feature_type: `log_mel`; `whisper`, whose windows are always full, the silence after a clip unmasked;
+            `waveform`, samples as frames of size 1, `hop_length` 1.
         do_normalize: bring the samples of a clip to mean zero and variance one (`waveform` only).
         feature_size: mel bins M.
         sampling_rate: Hz the model hears; other rates are resampled.
