@@ -92,9 +92,14 @@ class Attention(nn.Module):
         self.q_proj = self._query_projection(config.hidden_size, query_size, config.attention_bias)
         self.k_proj = self._key_value_projection(config.hidden_size, key_size, config.attention_bias)
         self.v_proj = self._key_value_projection(config.hidden_size, key_size, config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        by_head = config.qk_norm_scope == "head"
+        self.query_norm_size = config.head_dim if by_head else query_size
+        self.key_norm_size = config.head_dim if by_head else key_size
+        norm = RMSNorm if config.use_qk_norm else nn.Identity
+        self.q_norm = norm(self.query_norm_size, config.rms_norm_eps)
+        self.k_norm = norm(self.key_norm_size, config.rms_norm_eps)
+        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
 
     def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         return SharedProjection(in_features, out_features, bias=bias)
@@ -115,10 +120,12 @@ class Attention(nn.Module):
         `(B, H, S, C)` and keys `(B, G, S, C)` of the new tokens. `position_embeddings` are [`rotary_tables`]."""
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states, plan).view(head_shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states, plan).view(head_shape)).transpose(1, 2)
+        query = self.q_norm(self.q_proj(hidden_states, plan).view(*input_shape, -1, self.query_norm_size))
+        key = self.k_norm(self.k_proj(hidden_states, plan).view(*input_shape, -1, self.key_norm_size))
+        query, key = query.view(head_shape).transpose(1, 2), key.view(head_shape).transpose(1, 2)
         value = self.v_proj(hidden_states, plan).view(head_shape).transpose(1, 2)
-        query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)
+        if self.use_rope:
+            query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)
         new_states = (query, key)
 
         if past_key_values is not None:

@@ -21,7 +21,7 @@ class ExpertBankConfig:
     Args:
         name: how the bank is addressed everywhere (parameters, LoRA, statistics).
         modalities: the modalities whose tokens may enter.
-        num_experts: experts in the bank.
+        num_experts: experts in the bank; a list has one number for each layer the bank lives in, in rising order.
         num_experts_per_tok: experts that a token visits.
         intermediate_size: width of one expert.
         layers: indices of the sparse layers that hold the bank; all sparse layers if None.
@@ -43,7 +43,7 @@ class ExpertBankConfig:
     """
 
     name: str
-    num_experts: int
+    num_experts: int | list[int]
     num_experts_per_tok: int
     intermediate_size: int
     modalities: list[str] = field(default_factory=list)
@@ -73,6 +73,23 @@ class ExpertBankConfig:
     def has_balance_loss(self) -> bool:
         return self.balance not in ("bias", "none")
 
+    @property
+    def experts_label(self) -> str:
+        """The number of experts in words: `4`, or `2 to 4` where it differs between layers."""
+        counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
+        return f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(counts[0])
+
+    def layers_among(self, sparse_layers: list[int]) -> list[int]:
+        """The layers the bank lives in, in rising order."""
+        return [layer for layer in sparse_layers if self.layers is None or layer in self.layers]
+
+    def of_layer(self, layer: int, sparse_layers: list[int]) -> "LayerBankConfig":
+        """The bank as it stands in one of its layers."""
+        count = self.num_experts
+        if isinstance(count, list):
+            count = count[self.layers_among(sparse_layers).index(layer)]
+        return LayerBankConfig(name=self.name, **self.to_dict() | {"num_experts": count})
+
     def limits_capacity(self, is_training: bool) -> bool:
         """Whether experts can be full."""
         return self.expert_capacity is not None and (is_training or self.capacity_in_eval)
@@ -94,16 +111,39 @@ class ExpertBankConfig:
             check_name(where, "modality", modality, MODALITY_IDS)
         if len(set(self.modalities)) != len(self.modalities):
             raise ValueError(f"{where}: `modalities` names one twice: {self.modalities}")
-        self._validate_sizes(where)
         check_name(where, "router", self.router, ROUTERS)
         check_name(where, "balance", self.balance, BALANCES)
         check_name(where, "capacity_overflow", self.capacity_overflow, OVERFLOWS)
-        self._validate_routing(where)
         for layer in self.layers or []:
             if layer not in sparse_layers:
                 raise ValueError(f"{where}: layer {layer} is not a sparse layer; the sparse layers are {sparse_layers}")
+        if not isinstance(self.num_experts, list):
+            LayerBankConfig(**vars(self)).validate_layer(where)
+            return
+        layers = self.layers_among(sparse_layers)
+        if len(self.num_experts) != len(layers):
+            raise ValueError(
+                f"{where}: num_experts={self.num_experts} has {len(self.num_experts)} numbers for the {len(layers)} "
+                f"layers {layers}"
+            )
+        for layer in layers:
+            self.of_layer(layer, sparse_layers).validate_layer(f"{where}, layer {layer}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBankConfig(ExpertBankConfig):
+    """A bank as it stands in one layer, which is what modules are built from: `num_experts` is a number."""
+
+    num_experts: int
+
+    def validate_layer(self, where: str) -> None:
+        """The rules that hold in each layer; raises as `validate` does."""
+        self._validate_sizes(where)
+        self._validate_routing(where)
 
     def _validate_sizes(self, where: str) -> None:
+        if isinstance(self.num_experts, bool) or not isinstance(self.num_experts, int):
+            raise ValueError(f"{where}: num_experts={self.num_experts!r} must be a whole number")
         if not 1 <= self.num_experts <= MAX_EXPERTS:
             raise ValueError(f"{where}: num_experts={self.num_experts} is outside 1..{MAX_EXPERTS}")
         if self.num_experts == 1:

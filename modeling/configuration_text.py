@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_banks import ExpertBankConfig, preset_banks, read_expert_banks
+from .configuration_banks import ExpertBankConfig, LayerBankConfig, check_name, preset_banks, read_expert_banks
 from .configuration_checks import (
     MAX_LAYERS,
     MAX_POSITIONS,
@@ -18,6 +18,8 @@ from .configuration_checks import (
 from .parallel_plans import expert_parallel_plan, tensor_parallel_plan
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+QK_NORM_SCOPES = ("head", "projection")
+NORM_PLACEMENTS = ("pre", "post")
 
 
 @strict
@@ -27,7 +29,13 @@ class ChorusTextConfig(PreTrainedConfig):
     Args:
         intermediate_size: width of the feed-forward of `dense` layers.
         head_dim: width of one head; `hidden_size // num_attention_heads` if None.
-        use_qk_norm: RMSNorm on each query and key head (Qwen3).
+        attention_bias, attention_output_bias: biases on the query, key and value projections; on the output projection.
+        mlp_bias: biases in the feed-forward of `dense` layers.
+        use_qk_norm: RMSNorm on queries and keys.
+        qk_norm_scope: what a query or key norm covers: a `head` (Qwen3) or all heads, the whole `projection` (OLMo 2).
+        norm_placement: norms before attention and feed-forward (`pre`), or on what they return (`post`, OLMo 2,
+            arXiv 2501.00656).
+        no_rope_layers: as in SmolLM3, 1 for a layer with rotary positions and 0 for one without; all 1 if None.
         sliding_window: tokens that a `sliding_attention` layer sees.
         layer_types: `full_attention` or `sliding_attention` for each layer; all full if None.
         mlp_layer_types: `dense` or `sparse` for each layer; the first dense and all others sparse if None.
@@ -65,8 +73,13 @@ class ChorusTextConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     rope_parameters: dict | None = None
     attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
     attention_dropout: int | float = 0.0
     use_qk_norm: bool = False
+    qk_norm_scope: str = "head"
+    norm_placement: str = "pre"
+    no_rope_layers: list[int] | None = None
     sliding_window: int | None = None
     layer_types: list[str] | None = None
     mlp_layer_types: list[str] | None = None
@@ -131,9 +144,10 @@ class ChorusTextConfig(PreTrainedConfig):
     def sparse_layers(self) -> list[int]:
         return [i for i, kind in enumerate(self.mlp_layer_types or []) if kind == "sparse"]
 
-    def banks_of_layer(self, layer_idx: int) -> list[ExpertBankConfig]:
-        """The banks that live in a sparse layer."""
-        return [bank for bank in self.banks if bank.layers is None or layer_idx in bank.layers]
+    def banks_of_layer(self, layer_idx: int) -> list[LayerBankConfig]:
+        """The banks that live in a sparse layer, each with the number of experts it has there."""
+        sparse = self.sparse_layers
+        return [bank.of_layer(layer_idx, sparse) for bank in self.banks if layer_idx in bank.layers_among(sparse)]
 
     def validate_sizes(self) -> None:
         """Part of `@strict` validation: nothing is allocated for sizes that cannot be built."""
@@ -163,6 +177,13 @@ class ChorusTextConfig(PreTrainedConfig):
                 raise ValueError(f"ChorusTextConfig: layer_types[{index}]={kind!r}; choose from {list(LAYER_TYPES)}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("ChorusTextConfig: layer_types asks for sliding_attention but sliding_window is None")
+        check_name("ChorusTextConfig", "qk_norm_scope", self.qk_norm_scope, QK_NORM_SCOPES)
+        check_name("ChorusTextConfig", "norm_placement", self.norm_placement, NORM_PLACEMENTS)
+        if self.no_rope_layers is not None and len(self.no_rope_layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"ChorusTextConfig: no_rope_layers has {len(self.no_rope_layers)} entries for num_hidden_layers="
+                f"{self.num_hidden_layers}"
+            )
         for layer in self.cross_modal_layers:
             if not 0 <= layer < self.num_hidden_layers:
                 raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from .configuration_banks import MODALITY_IDS, ExpertBankConfig
+from .configuration_banks import MODALITY_IDS, LayerBankConfig
 from .configuration_text import ChorusTextConfig
 from .modality_plan import ModalityPlan, add_rows, take_rows
 from .routers import ROUTER_CLASSES, BankRouting, without_autocast
@@ -24,11 +24,11 @@ from .routers import ROUTER_CLASSES, BankRouting, without_autocast
 class GatedMLP(nn.Module):
     """SwiGLU feed-forward (arXiv 2002.05202): dense layers and the always-on shared experts."""
 
-    def __init__(self, config: ChorusTextConfig, intermediate_size: int):
+    def __init__(self, config: ChorusTextConfig, intermediate_size: int, bias: bool = False):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class ChorusExperts(nn.Module):
     experts interface and from `experts_cpu`.
     """
 
-    def __init__(self, config: ChorusTextConfig, bank: ExpertBankConfig):
+    def __init__(self, config: ChorusTextConfig, bank: LayerBankConfig):
         super().__init__()
         self.num_experts = bank.num_experts
         self.hidden_dim = config.hidden_size
@@ -69,7 +69,7 @@ class ChorusExperts(nn.Module):
 class ExpertBank(nn.Module):
     """A router and its experts. Adds `gate * bank(x)` to the output at the rows that may enter."""
 
-    def __init__(self, config: ChorusTextConfig, bank: ExpertBankConfig):
+    def __init__(self, config: ChorusTextConfig, bank: LayerBankConfig):
         super().__init__()
         self.name = bank.name
         self.modalities = bank.modalities
@@ -121,7 +121,7 @@ class BankGate(nn.Module):
     A token that no bank is open to gets zeros. One bank needs no weights: it gets ones where it is open.
     """
 
-    def __init__(self, hidden_size: int, banks: list[ExpertBankConfig]):
+    def __init__(self, hidden_size: int, banks: list[LayerBankConfig]):
         super().__init__()
         self.banks = banks
         self.weight = nn.Parameter(torch.empty(len(banks), hidden_size)) if len(banks) > 1 else None

@@ -22,7 +22,8 @@ from .text_model import ChorusDecoderLayer, ChorusTextModel, DenseFeedForward
 
 ATTENTION = {
     *("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "config", "layer_idx", "head_dim", "scaling"),
-    *("num_key_value_groups", "attention_dropout", "is_causal", "sliding_window"),
+    *("num_key_value_groups", "attention_dropout", "is_causal", "sliding_window", "use_rope"),
+    *("query_norm_size", "key_norm_size"),
 }
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 # Children, parameters, buffers and public attributes; None for a class that is not ours to change.
@@ -33,6 +34,7 @@ KNOWN: dict[type[nn.Module], set[str] | None] = {
     ChorusTextModel: {"embed_tokens", "layers", "norm", "rotary_emb"},
     ChorusDecoderLayer: {
         *("self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "gradient_checkpointing"),
+        *("attention_output_norm", "feed_forward_output_norm"),
     },
     Attention: ATTENTION,
     CrossModalAttention: ATTENTION,
@@ -94,12 +96,29 @@ def is_plain_mixture(mlp: Any, dtype: torch.dtype) -> bool:
     )
 
 
+def _norms(layer: Any) -> list[nn.Module]:
+    return [
+        *(layer.input_layernorm, layer.post_attention_layernorm),
+        *(layer.attention_output_norm, layer.feed_forward_output_norm),
+    ]
+
+
+def is_usual(layer: Any) -> bool:
+    """Whether a layer has its norms in front, query and key norms by head if any, and no bias in its feed-forward."""
+    attention = layer.self_attn
+    return (
+        [type(norm) for norm in _norms(layer)] == [RMSNorm, RMSNorm, nn.Identity, nn.Identity]
+        and attention.query_norm_size == attention.key_norm_size == attention.head_dim
+        and (type(layer.mlp) is not DenseFeedForward or layer.mlp.gate_proj.bias is None)
+    )
+
+
 def can_decode(model: Any) -> bool:
     """Whether all of a generative model but its head and its sparse layers can be passed by, as it stands now."""
     text, config = model.model.language_model, model.config.text_config
     within = [model.model, text, text.embed_tokens, text.norm, text.rotary_emb, text.layers]
     for layer in text.layers:
-        within += [layer, layer.input_layernorm, layer.post_attention_layernorm, *layer.self_attn.modules()]
+        within += [layer, *_norms(layer), *layer.self_attn.modules()]
         within += layer.mlp.modules() if type(layer.mlp) is DenseFeedForward else []
     asked = (config.output_attentions, config.output_hidden_states, config.output_router_logits)
     return (
@@ -113,4 +132,5 @@ def can_decode(model: Any) -> bool:
         and text.embed_tokens.max_norm is None
         and not nn.modules.module._has_any_global_hook()
         and all(is_plain(module, text.embed_tokens.weight.dtype) for module in within)
+        and all(map(is_usual, text.layers))
     )

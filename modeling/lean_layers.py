@@ -90,6 +90,8 @@ class LeanAttention:
         ]
         size, dtype = attention.head_dim, attention.o_proj.weight.dtype
         self.output: Tensor = attention.o_proj.weight
+        self.output_bias: Tensor | None = attention.o_proj.bias
+        self.use_rope: bool = attention.use_rope
         self.scaling: float = attention.scaling
         self.window: int | None = attention.sliding_window
         heads, groups = (linear.out_features // size for linear in text[:2])
@@ -132,13 +134,16 @@ class LeanAttention:
             norm = torch.linalg.vector_norm(self.query_key, dim=-1, keepdim=True, dtype=self.eps.dtype)
             self.query_key.mul_(torch.addcmul(self.eps, norm, norm, value=1 / self.query_key.shape[1]).rsqrt_())
             self.query_key.mul_(self.norm_weight)
-        cos_C, sin_C = tables
-        exchanged = self.query_key.index_select(1, self.exchange)
-        self.query_key.mul_(cos_C).addcmul_(exchanged, sin_C)
+        if self.use_rope:
+            cos_C, sin_C = tables
+            exchanged = self.query_key.index_select(1, self.exchange)
+            self.query_key.mul_(cos_C).addcmul_(exchanged, sin_C)
         key, value = self.memory.append(layer, self.key_value)
         if mask is None:
             key, value = self._visible(key, value, first, total)
         attended = F.scaled_dot_product_attention(self.query, key, value, attn_mask=mask, scale=self.scaling)
+        if self.output_bias is not None:
+            residual_D.add_(self.output_bias)
         return add_product(residual_D, self.output, attended.reshape(-1))
 
     def _visible(self, key: Tensor, value: Tensor, first: int, total: int) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,50 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             # A generated placeholder would stand for an image or a clip that nobody gave.
             self.generation_config.suppress_tokens = media
 
+    @classmethod
+    def from_pretrained_parts(
+        cls,
+        text: Any,
+        vision: Any = None,
+        audio: Any = None,
+        experts: Any = None,
+        *,
+        return_report: bool = False,
+        **options: Any,
+    ) -> Any:
+        """One model of a pretrained text model and encoders, its feed-forward upcycled into expert banks.
+
+        On text alone the model computes what the text model computes (up to rounding), until it is trained; new are the
+        connectors, the routers of a dense parent and the gates over banks. In cross-modal layers keys and values of
+        every modality start as the parent's.
+
+        Args:
+            text: folder or Hub id of a causal language model in safetensors files: Llama (and SmolLM), Mistral,
+                Ministral, Qwen2, Qwen3, SmolLM3, OLMo 2, Mixtral, Qwen3-MoE or OLMoE. The sparse layers of a mixture
+                model stay sparse, and all its banks start as its own experts and router.
+            vision, audio: folder or Hub id of an encoder, or a `ChorusVisionConfig` / `ChorusAudioConfig` for a new
+                one; None for a model without.
+            experts: bank -> settings as in `config.expert_banks`, or a preset's name. If None: a bank for each
+                modality, and `common` of a dense parent with encoders. See [`UpcyclingOptions`] for what a bank must
+                keep.
+            return_report: return `(model, report)`, the report being an [`OperationReport`]; it is logged otherwise.
+            options: `sparse_layers`, `num_experts`, `num_experts_per_tok`, `expert_split` and `expert_noise` as in
+                [`UpcyclingOptions`]; `cross_modal_layers` as in [`ChorusTextConfig`] (the last layer if all slide);
+                `seed` of all that is drawn; `dtype`, the parent's if None; `revision`, `vision_revision` and
+                `audio_revision` of the Hub's repositories; `token`, `cache_dir` and `local_files_only` as in
+                `from_pretrained`.
+
+        Raises:
+            OSError: a part is not there.
+            ValueError: a part or a setting that does not fit, before any weight is read.
+        """
+        from .composition import plan_composition
+
+        plan = plan_composition(cls, text, vision, audio, experts, **options)
+        logger.info(str(plan.report))
+        model = plan.build()
+        return (model, plan.report) if return_report else model
+
     def train(self, mode: bool = True) -> "ChorusForConditionalGeneration":
         """Training mode; warns once about trained experts that labels on text alone cannot reach."""
         super().train(mode)

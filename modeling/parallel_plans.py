@@ -39,6 +39,18 @@ DISPATCHED_EXPERTS = {
 
 def tensor_parallel_plan(config: Any) -> dict[str, str]:
     """Heads and feed-forward widths over the ranks, for every kind of layer that a text configuration has."""
+    plan = _attention_plan(config)
+    if "dense" in config.mlp_layer_types:
+        plan |= {f"layers.*.mlp.{name}": style for name, style in GATED_MLP.items()}
+    if config.sparse_layers and config.shared_expert_intermediate_size:
+        plan |= {f"layers.*.mlp.shared_experts.{name}": style for name, style in GATED_MLP.items()}
+    return plan | _experts_plan(config, SPLIT_EXPERTS)
+
+
+def _attention_plan(config: Any) -> dict[str, str]:
+    """Heads over the ranks; whole attention on each where a norm covers all heads."""
+    if config.use_qk_norm and config.qk_norm_scope == "projection":
+        return {}
     plan = {"layers.*.self_attn.o_proj": "rowwise"}
     num_cross_modal = len(set(config.cross_modal_layers))
     for name in ("q_proj", "k_proj", "v_proj"):
@@ -47,11 +59,7 @@ def tensor_parallel_plan(config: Any) -> dict[str, str]:
             plan[f"layers.*.self_attn.{name}"] = "chorus_colwise"
         if num_cross_modal and not is_shared:
             plan |= {f"layers.*.self_attn.{name}.{modality}": "colwise" for modality in MODALITY_IDS}
-    if "dense" in config.mlp_layer_types:
-        plan |= {f"layers.*.mlp.{name}": style for name, style in GATED_MLP.items()}
-    if config.sparse_layers and config.shared_expert_intermediate_size:
-        plan |= {f"layers.*.mlp.shared_experts.{name}": style for name, style in GATED_MLP.items()}
-    return plan | _experts_plan(config, SPLIT_EXPERTS)
+    return plan
 
 
 def expert_parallel_plan(config: Any) -> dict[str, str]:

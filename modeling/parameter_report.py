@@ -55,11 +55,12 @@ def report_parameters(config: Any) -> ParameterReport:
 def count_parameters(model: nn.Module) -> ParameterReport:
     """Count a built Chorus model of any head."""
     config: Any = model.config
-    banks = {bank.name: bank for bank in config.text_config.banks}
+    text = config.text_config
+    banks = {layer: {bank.name: bank for bank in text.banks_of_layer(layer)} for layer in text.sparse_layers}
     modalities: list[str] = config.modalities
     active = dict.fromkeys(modalities, 0.0)
     parts: dict[str, int] = {}
-    by_bank: dict[str, dict[str, float]] = {name: {"total": 0, "active": 0} for name in banks}
+    by_bank: dict[str, dict[str, float]] = {name: {"total": 0, "active": 0} for name in text.expert_banks}
     total = 0
     for name, parameter in model.named_parameters():
         size = parameter.numel()
@@ -71,7 +72,7 @@ def count_parameters(model: nn.Module) -> ParameterReport:
             for modality in modalities:
                 active[modality] += size * _works_on(name, modality, config)
             continue
-        bank = banks[bank_name]
+        bank = banks[int(name.split(".mlp.banks.")[0].rpartition(".")[2])][bank_name]
         share = bank.num_experts_per_tok / bank.num_experts if ".experts." in name else 1.0
         by_bank[bank_name]["total"] += size
         by_bank[bank_name]["active"] += size * share

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .configuration_banks import ExpertBankConfig
+from .configuration_banks import LayerBankConfig
 from .expert_capacity import serve
 from .expert_choice import (
     CLOSED,
@@ -84,7 +84,7 @@ class Router(nn.Module):
     float32 whatever the model is cast to: its steps of 0.001 would be lost in bfloat16.
     """
 
-    def __init__(self, hidden_size: int, bank: ExpertBankConfig):
+    def __init__(self, hidden_size: int, bank: LayerBankConfig):
         super().__init__()
         self.bank = bank
         self.top_k = bank.num_experts_per_tok
@@ -200,7 +200,7 @@ class Router(nn.Module):
 class SoftmaxRouter(Router):
     """Linear scores, softmax over the chosen K (arXiv 1701.06538, 2401.04088)."""
 
-    def __init__(self, hidden_size: int, bank: ExpertBankConfig):
+    def __init__(self, hidden_size: int, bank: LayerBankConfig):
         super().__init__(hidden_size, bank)
         self.weight = nn.Parameter(torch.empty(bank.num_experts, hidden_size))
 
@@ -211,7 +211,7 @@ class SoftmaxRouter(Router):
 class SigmoidRouter(SoftmaxRouter):
     """Linear scores, each expert weighed by its own sigmoid (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
 
-    def __init__(self, hidden_size: int, bank: ExpertBankConfig):
+    def __init__(self, hidden_size: int, bank: LayerBankConfig):
         super().__init__(hidden_size, bank)
         self.is_plain = False
 
@@ -236,7 +236,7 @@ class AttentionRouter(Router):
 
     NUM_HEADS, HEAD_DIM = 4, 16
 
-    def __init__(self, hidden_size: int, bank: ExpertBankConfig):
+    def __init__(self, hidden_size: int, bank: LayerBankConfig):
         super().__init__(hidden_size, bank)
         width = self.NUM_HEADS * self.HEAD_DIM
         self.query = nn.Parameter(torch.empty(width, hidden_size))

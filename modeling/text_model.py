@@ -32,23 +32,28 @@ from .routing_options import read_routing_options
 class DenseFeedForward(GatedMLP):
     """A dense layer's feed-forward, called like a mixture of banks."""
 
+    def __init__(self, config: ChorusTextConfig):
+        super().__init__(config, config.intermediate_size, config.mlp_bias)
+
     def forward(self, hidden_states: Tensor, plan: ModalityPlan) -> tuple[Tensor, None]:  # type: ignore[override]
         return super().forward(hidden_states), None
 
 
 class ChorusDecoderLayer(GradientCheckpointingLayer):
-    """norm -> attention -> residual -> norm -> feed-forward -> residual."""
+    """norm -> attention -> residual -> norm -> feed-forward -> residual, or with the norms after what they now precede
+    (`norm_placement="post"`)."""
 
     def __init__(self, config: ChorusTextConfig, layer_idx: int):
         super().__init__()
         is_cross_modal = layer_idx in config.cross_modal_layers
         is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.self_attn = (CrossModalAttention if is_cross_modal else Attention)(config, layer_idx)
-        self.mlp = (
-            MixtureOfBanks(config, layer_idx) if is_sparse else DenseFeedForward(config, config.intermediate_size)
-        )
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MixtureOfBanks(config, layer_idx) if is_sparse else DenseFeedForward(config)
+        before, after = (RMSNorm, nn.Identity) if config.norm_placement == "pre" else (nn.Identity, RMSNorm)
+        self.input_layernorm = before(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = before(config.hidden_size, config.rms_norm_eps)
+        self.attention_output_norm = after(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward_output_norm = after(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -67,9 +72,9 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = hidden_states + attended
+        hidden_states = hidden_states + self.attention_output_norm(attended)
         fed_forward, _ = self.mlp(self.post_attention_layernorm(hidden_states), plan)
-        return hidden_states + fed_forward
+        return hidden_states + self.feed_forward_output_norm(fed_forward)
 
 
 class ChorusTextModel(ChorusPreTrainedModel):

@@ -28,7 +28,7 @@ def card_text(model: Any, result: Mapping[str, Any], table: Sequence[str], pictu
         tags=["chorus", "mixture-of-experts", "multimodal", "lora", "timm", "torchaudio"],
     )
     banks = [
-        f"| {bank.name} | {', '.join(bank.modalities)} | {bank.num_experts} | {bank.num_experts_per_tok} | "
+        f"| {bank.name} | {', '.join(bank.modalities)} | {bank.experts_label} | {bank.num_experts_per_tok} | "
         f"{parameters.banks[bank.name]['total']:,} | {parameters.banks[bank.name]['active']:,} |"
         for bank in text.banks
     ]

@@ -228,9 +228,7 @@ def _layers(group: str, wanted: Layers, existing: Sequence[int]) -> list[int]:
 
 def _banks(text: Any, banks: Banks) -> dict[str, list[int]]:
     """Name -> layers of the requested banks."""
-    existing = {
-        bank.name: [i for i in text.sparse_layers if bank.layers is None or i in bank.layers] for bank in text.banks
-    }
+    existing = {bank.name: bank.layers_among(text.sparse_layers) for bank in text.banks}
     if banks == "all":
         return existing
     names = [banks] if isinstance(banks, str) else list(banks)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from chorus_moe.modeling.configuration_banks import MODALITY_IDS, ExpertBankConfig
+from chorus_moe.modeling.configuration_banks import MODALITY_IDS, LayerBankConfig
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.expert_choice import normalised_entropy, router_probabilities
 from chorus_moe.modeling.routers import BankRouting
@@ -36,7 +36,7 @@ class BankCounters:
         gate_M: sum of the weight of the bank among its layer's banks.
     """
 
-    def __init__(self, bank: ExpertBankConfig, device: torch.device | str = "cpu"):
+    def __init__(self, bank: LayerBankConfig, device: torch.device | str = "cpu"):
         self.bank = bank
         experts, rows = bank.num_experts, NUM_MODALITIES + 1
         # There is no float64 on Apple's GPUs.

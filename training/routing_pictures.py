@@ -34,7 +34,7 @@ def draw_routing(path: Path, shares: Mapping[str, np.ndarray], layers: Sequence[
 
     Args:
         shares: what `routing_shares` returns. A bank is grey where it does not exist or is closed: where nothing of a
-            modality, in a layer, went to any of its experts.
+            modality, in a layer, went to any of its experts. So are experts that a layer does not have.
         layers: indices of the sparse layers.
     """
     pyplot = pyplot_without_display()
@@ -50,7 +50,7 @@ def draw_routing(path: Path, shares: Mapping[str, np.ndarray], layers: Sequence[
     if width >= READABLE[0] and height >= READABLE[1]:
         for (row, column), value in np.ndenumerate(grid):
             if value >= 0.005:
-                colour = "white" if value > 0.6 * grid.max() else "black"
+                colour = "white" if value > 0.6 * np.nanmax(grid) else "black"
                 axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
     modalities = list(MODALITY_IDS)
     if height >= 0.14:
@@ -81,9 +81,9 @@ def draw_routing(path: Path, shares: Mapping[str, np.ndarray], layers: Sequence[
 
 
 def _idle(share: np.ndarray) -> np.ndarray:
-    """True in the rows of a bank that nothing of a modality entered."""
+    """True in the rows of a bank that nothing of a modality entered, and for experts that are not there."""
     rows = share.reshape(-1, share.shape[-1])
-    return np.broadcast_to(rows.sum(axis=1, keepdims=True) == 0, rows.shape)
+    return np.isnan(rows) | (np.nansum(rows, axis=1, keepdims=True) == 0)
 
 
 def _ticks(shares: Mapping[str, np.ndarray], every: int) -> list[tuple[int, int]]:

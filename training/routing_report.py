@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -117,7 +118,7 @@ def routing_figures(counters: RoutingCounters) -> dict[str, Any]:
         for layer, banks in counters.banks.items()
         for name, bank in banks.items()
     ]
-    shares = {name: share.tolist() for name, share in routing_shares(counters).items()}
+    shares = {name: np.where(np.isnan(share), None, share).tolist() for name, share in routing_shares(counters).items()}
     return {
         **summarise(counters).to_dict(),
         "counts": counts,

@@ -165,14 +165,18 @@ def routing_shares(counters: RoutingCounters) -> dict[str, np.ndarray]:
     """Where the tokens of each modality go: bank -> `(sparse layers, modalities, experts)`.
 
     Each entry is the share of a modality's routed weight (bank gate times router) in that layer; over all banks and
-    experts the shares of a layer and modality sum to one. A layer that does not hold the bank has zeros.
+    experts the shares of a layer and modality sum to one. A layer that does not hold the bank has zeros; where a layer
+    has fewer experts of the bank than another, NaN stands for those that it lacks.
     """
     shape = len(counters.banks), len(MODALITY_IDS)
-    shares = {bank.name: np.zeros((*shape, bank.num_experts)) for bank in counters.config.banks}
+    widest = {bank.name: np.max(bank.num_experts) for bank in counters.config.banks}
+    shares = {name: np.zeros((*shape, experts)) for name, experts in widest.items()}
     for row, banks in enumerate(counters.banks.values()):
         total_M1 = sum(bank.weights_ME.cpu().numpy().sum(axis=1, keepdims=True) for bank in banks.values())
         for name, bank in banks.items():
-            shares[name][row] = bank.weights_ME.cpu().numpy() / np.maximum(total_M1, 1e-12)
+            experts = bank.bank.num_experts
+            shares[name][row, :, :experts] = bank.weights_ME.cpu().numpy() / np.maximum(total_M1, 1e-12)
+            shares[name][row, :, experts:] = np.nan
     return shares
 
 

@@ -46,7 +46,7 @@ def run_card(
         "| expert bank | modalities | experts | per token | parameters |",
         "| --- | --- | --- | --- | --- |",
         *(
-            f"| {bank.name} | {', '.join(bank.modalities)} | {bank.num_experts} | {bank.num_experts_per_tok} | "
+            f"| {bank.name} | {', '.join(bank.modalities)} | {bank.experts_label} | {bank.num_experts_per_tok} | "
             f"{report.banks[bank.name]['total']:,} |"
             for bank in text.banks
         ),

@@ -23,6 +23,16 @@ def bank(**values: Any) -> Any:
         ({"modalities": ["imgae"]}, "unknown modality 'imgae'; did you mean 'image'"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 must be between 1 and num_experts=8"),
         ({"num_experts": 1, "num_experts_per_tok": 1}, "num_experts=1 leaves.*shared_expert_intermediate_size"),
+        ({"num_experts": 4.0}, "num_experts=4.0 must be a whole number"),
+        ({"num_experts": [8, 8, 4]}, r"num_experts=\[8, 8, 4\] has 3 numbers for the 4 layers \[1, 2, 3, 4\]"),
+        ({"num_experts": [8], "layers": [2, 4]}, r"num_experts=\[8\] has 1 numbers for the 2 layers \[2, 4\]"),
+        ({"num_experts": [8, True], "layers": [2, 4]}, "num_experts=True must be a whole number"),
+        ({"num_experts": [8, 1], "layers": [2, 4]}, "num_experts=1 leaves"),
+        (
+            {"num_experts": [8, 2], "layers": [2, 4], "num_experts_per_tok": 3},
+            "num_experts_per_tok=3 must be between 1 and num_experts=2",
+        ),
+        ({"num_experts": [8, 6], "layers": [2, 4], "num_groups": 4}, "num_groups=4 does not divide num_ex"),
         ({"num_groups": 3}, "num_groups=3 does not divide num_experts=8"),
         ({"num_groups": 0}, "num_groups=0 does not divide num_experts=8"),
         ({"num_groups": 4, "topk_groups": 5}, "topk_groups=5 must be between 1 and num_groups=4"),
@@ -39,7 +49,7 @@ def bank(**values: Any) -> Any:
     ],
 )
 def test_a_bank_that_cannot_be_built_is_refused_with_the_reason(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(Exception, match=f"expert bank 'common': .*{message}"):
+    with pytest.raises(Exception, match=f"expert bank 'common'.*: .*{message}"):
         bank(**values)
 
 
@@ -54,6 +64,17 @@ def test_a_number_of_tokens_and_a_factor_stay_apart_in_a_saved_configuration(tmp
     banks = ChorusConfig.from_pretrained(tmp_path).text_config.expert_banks
     kinds = {name: type(values["expert_capacity"]) for name, values in banks.items()}
     assert kinds == {"text": int, "common": float}
+
+
+def test_a_rule_broken_in_one_layer_names_that_layer() -> None:
+    with pytest.raises(Exception, match="expert bank 'common', layer 3: num_experts_per_tok=3 must be between 1 and"):
+        bank(num_experts=[8, 8, 2, 8], num_experts_per_tok=3)
+
+
+def test_a_bank_has_in_each_layer_the_experts_that_its_list_says_in_rising_order() -> None:
+    config = ChorusTextConfig(**TEXT, expert_banks={"common": {}, "text": {"layers": [4, 2], "num_experts": [3, 5]}})
+    counts = {i: {bank.name: bank.num_experts for bank in config.banks_of_layer(i)} for i in config.sparse_layers}
+    assert counts == {1: {"common": 8}, 2: {"common": 8, "text": 3}, 3: {"common": 8}, 4: {"common": 8, "text": 5}}
 
 
 def test_the_uniform_preset_has_four_banks_in_every_sparse_layer() -> None:

@@ -35,7 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "two banks in one layer only": {"expert_banks": {"text": {}, "common": {"layers": [2]}}},
     "untied queries": {"share_cross_modal_query": False, "cross_modal_layers": [0, 1, 2]},
     "query and key norms": {"use_qk_norm": True},
-    "attention bias": {"attention_bias": True},
+    "attention bias": {"attention_bias": True, "attention_output_bias": True},
+    "a layer without rotation": {"no_rope_layers": [1, 0, 1]},
     "one head a key": {"num_key_value_heads": 4},
     "sliding window": {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -252,6 +253,22 @@ def test_gradients_and_autocast_are_left_to_the_modules(steps: list[int]):
         assert model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits.requires_grad
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             assert model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits.dtype == torch.bfloat16
+    assert not steps
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"norm_placement": "post"},
+        {"use_qk_norm": True, "qk_norm_scope": "projection"},
+        {"mlp_bias": True},
+    ],
+    ids=["norms behind", "norms over all heads", "feed-forward bias"],
+)
+def test_layers_that_are_not_written_out_are_left_to_the_modules(text: dict[str, Any], steps: list[int]):
+    model = make_model(**text)
+    expected = decode(model, prompt(model), make_cache("dynamic", model), lean=False)
+    assert torch.equal(decode(model, prompt(model), make_cache("dynamic", model), lean=True), expected)
     assert not steps
 
 

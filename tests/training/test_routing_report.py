@@ -16,6 +16,7 @@ from chorus_moe.training.routing_report import count_rows, routing_table, write_
 from chorus_moe.training.routing_statistics import summarise
 from chorus_moe.training.train import run_training
 from tests.fake_hub import FakeHub
+from tests.training.conftest import make_model
 from tests.training.test_cli import folder, invoke  # noqa: F401  a fixture
 from tests.training.test_data import PLAIN, write_jsonl
 from tests.training.test_train import recipe  # noqa: F401  a fixture
@@ -88,6 +89,19 @@ def test_a_large_model_makes_a_picture_of_bounded_size(tmp_path: Path) -> None:
     draw_routing(tmp_path / "large.png", shares, range(48))
     with Image.open(tmp_path / "large.png") as picture:
         assert max(picture.size) < 3_000
+
+
+def test_experts_that_a_layer_lacks_are_null_in_json_and_grey_in_the_picture(
+    processor: ChorusProcessor, rows: Rows, tmp_path: Path
+) -> None:
+    model = make_model(processor.tokenizer, expert_banks={"text": {"num_experts": [2, 5]}, "common": {}}).eval()
+    counters = count_rows(model, processor, rows)
+    assert "/2" in routing_table(summarise(counters)) and "/5" in routing_table(summarise(counters))
+    assert write_routing(tmp_path, counters) == tmp_path / "routing.png"
+    figures = json.loads((tmp_path / "routing.json").read_text(), parse_constant=pytest.fail)
+    first, second = figures["weight_shares"]["banks"]["text"]
+    assert all(row[2:] == [None] * 3 and None not in row[:2] for row in first)
+    assert not any(None in row for row in second)
 
 
 def test_the_command_prints_the_table_and_writes_both_files(
