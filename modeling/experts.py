@@ -105,7 +105,8 @@ class ExpertBank(nn.Module):
         experts = self.experts
         if not isinstance(experts, ChorusExperts):  # an adapter is wrapped around them
             experts = next(module for module in experts.modules() if isinstance(module, ChorusExperts))
-        experts._is_expert_parallel = True  # type: ignore[assignment]
+        if not experts._is_expert_parallel:
+            experts._is_expert_parallel = True  # type: ignore[assignment]
         return index_RK if experts.num_experts == self.num_experts else index_RK.remainder(self.num_experts)
 
     def forward(

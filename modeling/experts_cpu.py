@@ -28,6 +28,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
 
 from .expert_slots import FEW_ROWS, FEW_TRAINING_ROWS, PADDED_ROWS, SlotPlan, Unit, make_slot_plan
+from .routers import without_autocast
 
 CPU_EXPERTS = "cpu_mm"
 
@@ -245,12 +246,15 @@ def add_product(output_D: Tensor, weight_DI: Tensor, states_I: Tensor, scale: fl
 def _one_token(
     hidden_TD: Tensor, top_k_index: Tensor, weight_TK: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor
 ) -> Tensor:
-    dtype, output_TD = hidden_TD.dtype, torch.zeros_like(hidden_TD)
-    one = OneTokenExpert(down_EDI.shape[2], dtype)
-    for expert, weight in zip(top_k_index[0].tolist(), weight_TK[0].tolist(), strict=True):
-        if expert < len(down_EDI):
-            one.add(output_TD[0], hidden_TD[0], gate_up_EHD[expert].to(dtype), down_EDI[expert].to(dtype), weight)
-    return output_TD
+    token_D, output_D = hidden_TD[0], hidden_TD.new_zeros(hidden_TD.shape[1])
+    one = OneTokenExpert(down_EDI.shape[2], token_D.dtype)
+    for expert, weight in zip(top_k_index.tolist()[0], weight_TK.tolist()[0], strict=True):
+        if expert < down_EDI.shape[0]:
+            gate_up_HD, down_DI = gate_up_EHD[expert], down_EDI[expert]
+            if down_DI.dtype != token_D.dtype:
+                gate_up_HD, down_DI = gate_up_HD.to(token_D.dtype), down_DI.to(token_D.dtype)
+            one.add(output_D, token_D, gate_up_HD, down_DI, weight)
+    return output_D.unsqueeze(0)
 
 
 def _run_sparse(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan) -> Tensor:
@@ -288,7 +292,7 @@ def _is_supported(experts: Any, gate_up: Tensor, hidden_states: Tensor) -> bool:
         and not getattr(experts, "has_bias", False)
         and not getattr(experts, "is_transposed", False)
         and not getattr(experts, "has_post_expert_norm", False)
-        and next(experts.act_fn.parameters(), None) is None
+        and (_is_silu(experts) or next(experts.act_fn.parameters(), None) is None)
     )
 
 
@@ -317,7 +321,7 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
     is_training = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (hidden_states, top_k_weights, gate_up, down)
     )
-    with torch.autocast("cpu", enabled=False):
+    with without_autocast(hidden_states):
         hidden_TD = hidden_states.to(dtype)
         if not is_training and gate.is_silu and hidden_TD.shape[0] == 1:
             return _one_token(hidden_TD, top_k_index, top_k_weights, gate_up, down).to(hidden_states.dtype)

@@ -17,7 +17,7 @@ from .experts import BankGate, ChorusExperts, ExpertBank, GatedMLP, MixtureOfBan
 from .experts_cpu import CPU_EXPERTS
 from .modeling_chorus import ChorusModel
 from .norms import RMSNorm
-from .routers import SoftmaxRouter
+from .routers import AttentionRouter, SigmoidRouter, SoftmaxRouter
 from .text_model import ChorusDecoderLayer, ChorusTextModel, DenseFeedForward
 
 ATTENTION = {
@@ -25,6 +25,7 @@ ATTENTION = {
     *("num_key_value_groups", "attention_dropout", "is_causal", "sliding_window", "use_rope"),
     *("query_norm_size", "key_norm_size"),
 }
+ROUTER = {"bank", "top_k", "norm_topk_prob", "limits_groups", "is_plain", "e_score_correction_bias"}
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 # Children, parameters, buffers and public attributes; None for a class that is not ours to change.
 KNOWN: dict[type[nn.Module], set[str] | None] = {
@@ -47,9 +48,9 @@ KNOWN: dict[type[nn.Module], set[str] | None] = {
     BankGate: {"banks", "weight", "is_open"},
     ExpertBank: {"name", "modalities", "num_experts", "router", "experts", "gate", "may_skip_slots"},
     OwnGate: {"weight", "bias"},
-    SoftmaxRouter: {
-        *("weight", "bank", "top_k", "norm_topk_prob", "limits_groups", "is_plain", "e_score_correction_bias"),
-    },
+    SoftmaxRouter: ROUTER | {"weight"},
+    SigmoidRouter: ROUTER | {"weight"},
+    AttentionRouter: ROUTER | {"query", "expert_keys", "expert_values", "up", "down"},
     ChorusExperts: {
         *("gate_up_proj", "down_proj", "act_fn", "num_experts", "hidden_dim", "intermediate_dim", "config"),
         *("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated"),
@@ -87,12 +88,10 @@ def is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def is_plain_mixture(mlp: Any, dtype: torch.dtype) -> bool:
-    """Whether a sparse layer is one of softmax routers and SwiGLU experts that run as `cpu_mm`."""
+    """Whether a sparse layer is one of known routers and SwiGLU experts that run as `cpu_mm`."""
     return all(is_plain(module, dtype) for module in mlp.modules()) and not any(
         bank.experts.config._experts_implementation != CPU_EXPERTS
         or bank.experts.num_experts != bank.num_experts  # spread over ranks
-        or bank.may_skip_slots
-        or not bank.router.is_plain
         for bank in mlp.banks.values()
     )
 

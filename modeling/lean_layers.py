@@ -24,6 +24,7 @@ from .attention import ModalityProjection
 from .configuration_banks import ExpertBankConfig
 from .experts_cpu import OneTokenExpert, add_product
 from .modality_plan import ModalityPlan
+from .routers import SoftmaxRouter
 from .routing_options import read_routing_options
 
 # Positions that a buffer of keys and values has free when it is made: at least so many, or a quarter of what it holds.
@@ -173,28 +174,34 @@ class LeanDense:
 
 
 class LeanBank:
-    """[`ExpertBank`] with a [`SoftmaxRouter`]: weights and choices of one token, and the chosen experts."""
+    """[`ExpertBank`] of one token. A plain [`SoftmaxRouter`] is written out, any other router is called."""
 
     def __init__(self, bank: Any):
-        self.router: Tensor = bank.router.weight
-        self.top_k: int = bank.router.top_k
-        self.is_normalised: bool = bank.router.norm_topk_prob
+        self.router = bank.router
+        self.choose = self._best if type(self.router) is SoftmaxRouter and self.router.is_plain else self._ask
         gate_up, down = bank.experts.gate_up_proj, bank.experts.down_proj
         self.experts = list(zip(gate_up.unbind(0), down.unbind(0), strict=True))
         self.one = OneTokenExpert(down.shape[2], down.dtype)
 
     def __call__(self, residual_D: Tensor, states_D: Tensor, bank_weight: float) -> None:
-        logits_E = torch.mv(self.router.float(), states_D.float())
+        for expert, weight in zip(*self.choose(states_D), strict=True):
+            if expert < len(self.experts):
+                gate_up_HD, down_DI = self.experts[expert]
+                self.one.add(residual_D, states_D, gate_up_HD, down_DI, bank_weight * weight)
+
+    def _best(self, states_D: Tensor) -> tuple[list[int], list[float]]:
+        router = self.router
+        logits_E = torch.mv(router.weight.float(), states_D.float())
         chosen_E, index_E = logits_E.sort(descending=True, stable=True)  # ties as in `best_experts`
-        chosen, index = chosen_E[: self.top_k].tolist(), index_E[: self.top_k].tolist()
-        if self.is_normalised:
-            weights = softmax(chosen)
-        else:
-            total = logits_E.logsumexp(0).item()
-            weights = [math.exp(value - total) for value in chosen]
-        for expert, weight in zip(index, weights, strict=True):
-            gate_up_HD, down_DI = self.experts[expert]
-            self.one.add(residual_D, states_D, gate_up_HD, down_DI, bank_weight * weight)
+        chosen, index = chosen_E[: router.top_k].tolist(), index_E[: router.top_k].tolist()
+        if router.norm_topk_prob:
+            return index, softmax(chosen)
+        total = logits_E.logsumexp(0).item()
+        return index, [math.exp(value - total) for value in chosen]
+
+    def _ask(self, states_D: Tensor) -> tuple[list[int], list[float]]:
+        choice = self.router(states_D.unsqueeze(0))
+        return choice.selected_experts[0].tolist(), choice.routing_weights[0].tolist()
 
 
 class LeanBanks:

@@ -89,9 +89,9 @@ class ModalityPlan:
         A bank open to all modalities gets every row, padding included: nothing is gathered, the work on padding is
         thrown away, and `token_mask` keeps it out of losses and statistics.
         """
-        key = "+".join(sorted(modalities))
         if self.is_static or len(set(modalities)) == len(MODALITY_IDS):
             return None
+        key = "+".join(sorted(modalities))
         if key not in self.real_rows:
             parts = [self.real_rows[name] for name in modalities]
             whole = any(part is None for part in parts)

@@ -27,8 +27,12 @@ from .expert_choice import (
     normalised_entropy,
     perturbed,
     unused_slots,
+    uses_all_slots,
 )
 from .routing_options import RowOptions
+
+
+NO_OPTIONS = RowOptions()
 
 
 class ExpertChoice(NamedTuple):
@@ -115,26 +119,25 @@ class Router(nn.Module):
                 hidden_TD = hidden_TD * torch.empty_like(hidden_TD).uniform_(1 - noise, 1 + noise)
             logits_TE = self.score(hidden_TD)
             if not self.is_plain or options is not None:
-                return self.choose(logits_TE, options or RowOptions())
-            chosen_TK, index_TK = best_experts(logits_TE, self.top_k)
-            if self.norm_topk_prob:
-                weights_TK = chosen_TK.softmax(dim=-1)
-            else:
-                weights_TK = self.log_weights(logits_TE).gather(1, index_TK).exp()
+                return self.choose(logits_TE, options or NO_OPTIONS)
+            index_TK = best_experts(logits_TE, self.top_k)
+            weights_TK = choice_weights(self.log_weights(logits_TE), index_TK, self.norm_topk_prob)
             return ExpertChoice(logits_TE, weights_TK, index_TK)
 
     def choose(self, logits_TE: Tensor, options: RowOptions) -> ExpertChoice:
         """The whole way from logits to weights, with every option."""
         bank = self.bank
         log_weights_TE = self.log_weights(logits_TE)
-        scores_TE = self._rank(logits_TE)
         is_unused_TK = self._unused(log_weights_TE, options)
         if options.is_sampled:
             log_weights_TE = self.open_log_weights(logits_TE)
             scores_TE = perturbed(log_weights_TE)
-        _, best_TK = best_experts(scores_TE, self.top_k)
-        index_TK = best_TK if is_unused_TK is None else best_TK.masked_fill(is_unused_TK, bank.num_experts)
-        log_probs_T = draw_log_probability(log_weights_TE, index_TK) if options.is_sampled else None
+        else:
+            scores_TE = self._rank(logits_TE)
+        index_TK = best_TK = best_experts(scores_TE, self.top_k)
+        if is_unused_TK is not None:
+            index_TK = best_TK.masked_fill(is_unused_TK, bank.num_experts)
+        log_probs_T = draw_log_probability(log_weights_TE, index_TK, is_unused_TK) if options.is_sampled else None
         if options.places is None:
             weights_TK = self._weigh(log_weights_TE, best_TK, is_unused_TK)
             return ExpertChoice(logits_TE, weights_TK, index_TK, log_probs_T)
@@ -168,12 +171,13 @@ class Router(nn.Module):
         """`(T, K)`: the slots that a token does not use; None where it uses all."""
         limit_T = options.budget_R
         if self.bank.adaptive_experts:
-            complexity_T = normalised_entropy(log_weights_TE.detach())
+            wanted_T = normalised_entropy(log_weights_TE.detach(), self.top_k)
             if options.complexity_R is not None:
-                complexity_T = torch.where(options.complexity_R.isnan(), complexity_T, options.complexity_R)
-            wanted_T = complexity_T * self.top_k
+                is_given_T = ~options.complexity_R.isnan()
+                wanted_T = torch.where(is_given_T, options.complexity_R * self.top_k, wanted_T)
             limit_T = wanted_T if limit_T is None else torch.minimum(wanted_T, limit_T)
-        return None if limit_T is None else unused_slots(limit_T, self.top_k)
+        is_whole = limit_T is None or uses_all_slots(limit_T, self.top_k)
+        return None if is_whole else unused_slots(limit_T, self.top_k)
 
     def _weigh(self, log_weights_TE: Tensor, index_TK: Tensor, is_unused_TK: Tensor | None) -> Tensor:
         weights_TK = choice_weights(log_weights_TE, index_TK, self.norm_topk_prob, is_unused_TK)

@@ -74,7 +74,9 @@ def own_log_probabilities(model: nn.Module, banks: Collection[str]) -> Iterator[
         with without_autocast(arguments[0]):
             logits_TE = router.score(arguments[0].detach().float())
             log_weights_TE = router.open_log_weights(logits_TE)
-            return choice._replace(log_probs=draw_log_probability(log_weights_TE, choice.selected_experts))
+            index_TK = choice.selected_experts
+            is_unused_TK = index_TK >= router.bank.num_experts
+            return choice._replace(log_probs=draw_log_probability(log_weights_TE, index_TK, is_unused_TK))
 
     routers = [module for module in model.modules() if isinstance(module, Router) and module.bank.name in banks]
     handles = [router.register_forward_hook(replace) for router in routers]

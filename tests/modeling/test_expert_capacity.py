@@ -70,7 +70,7 @@ def cases(draw: Any) -> dict[str, Any]:
     capacity = draw(st.one_of(st.integers(1, 4), st.floats(0.25, 3.0)))
     return {
         "scores": scores,
-        "index": best_experts(scores, top_k)[1].masked_fill(unused_slots(kept, top_k), num_experts),
+        "index": best_experts(scores, top_k).masked_fill(unused_slots(kept, top_k), num_experts),
         "sequence": [place for place, length in enumerate(lengths) for _ in range(length)],
         "counted": draw(st.lists(st.booleans(), min_size=rows, max_size=rows)),
         "capacity": capacity,

@@ -14,9 +14,11 @@ from transformers import Cache, DynamicCache, StaticCache
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling import lean_decoding as module
 from chorus_moe.modeling.attention import Attention
+from chorus_moe.modeling.experts import MixtureOfBanks
 from chorus_moe.modeling.lean_checks import can_decode
 from chorus_moe.modeling.lean_decoding import LeanDecoder, lean_decoding
 from chorus_moe.modeling.lean_layers import LeanBanks, ModuleFeedForward
+from chorus_moe.modeling.routers import Router
 from tests.conftest import tiny_config
 from tests.modeling.test_modeling_generation import collate, sample_inputs
 
@@ -46,11 +48,18 @@ CASES: dict[str, dict[str, Any]] = {
     "attention router": {"expert_banks": {"text": {}, "common": {"router": "attention"}}},
     "adaptive experts": {"expert_banks": {"text": {"adaptive_experts": True}, "common": {}}},
     "groups of experts": {"expert_banks": {"text": {"num_experts": 4, "num_groups": 2, "topk_groups": 1}}},
+    "groups by sigmoid": {
+        "expert_banks": {"text": {"router": "sigmoid", "num_experts": 4, "num_groups": 2, "topk_groups": 1}}
+    },
     "balance bias": {"expert_banks": {"text": {"balance": "bias"}, "common": {}}},
     "a gate of its own": {"expert_banks": {"text": {}, "new": {"gate": "own", "num_experts": 1}, "common": {}}},
     "only gates of their own": {"expert_banks": {"common": {"gate": "own"}, "image": {}}},
     "closed bank": {"expert_banks": {"text": {}, "more": {"closed": True}, "common": {}}},
     "closed bank of a called module": {"expert_banks": {"text": {"router": "sigmoid", "closed": True}, "common": {}}},
+    "sigmoid with a balance bias": {"expert_banks": {"text": {"router": "sigmoid", "balance": "bias"}}},
+    "scaled weights": {"expert_banks": {"text": {"routed_scaling_factor": 2.5}, "common": {}}},
+    "capacity in training": {"expert_banks": {"text": {"expert_capacity": 1.0}, "common": {}}},
+    "unused slots": {"expert_banks": {"text": {"num_experts": 8, "num_experts_per_tok": 4, "adaptive_experts": True}}},
     "changing rotation": {"rope_parameters": ROPE, "max_position_embeddings": 8},
 }
 
@@ -61,6 +70,9 @@ def make_model(dtype: torch.dtype = torch.float32, **text: Any) -> ChorusForCond
     model.generation_config.eos_token_id = None
     for parameter in model.parameters():  # away from their start: norms of one and biases of zero hide faults
         parameter.data.mul_(1.5).add_(torch.randn_like(parameter), alpha=0.02)
+    for router in (module for module in model.modules() if isinstance(module, Router)):
+        if router.e_score_correction_bias is not None:
+            router.e_score_correction_bias.normal_(std=0.1)
     return model
 
 
@@ -117,6 +129,13 @@ def test_a_lean_step_equals_the_modules(case: str, cache: str, steps: list[int])
         found = decode(model, batch, make_cache(cache, model), lean=True)
         torch.testing.assert_close(found, expected, rtol=0, atol=ATOL[torch.float32])
     assert steps == TOKENS * 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_router_keeps_a_sparse_layer_from_being_passed_by(case: str):
+    model = make_model(**CASES[case])
+    for layer, lean in zip(model.model.language_model.layers, LeanDecoder(model).layers, strict=True):
+        assert isinstance(lean[-1], LeanBanks) == isinstance(layer.mlp, MixtureOfBanks)
 
 
 @pytest.mark.parametrize("case", ["default", "one bank", "query and key norms", "sliding window"])

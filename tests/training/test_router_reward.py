@@ -203,7 +203,8 @@ def test_the_reward_of_a_micro_batch_weighs_its_share_of_the_labels(tmp_path: Pa
         trainer.training_step(model, dict(batch), factor * labels)
         found.append([router.weight.grad.clone() for router in routers(model)])
     for whole, part in zip(*found, strict=True):
-        assert torch.equal(whole, 4 * part)
+        # The gradient of a cumulated sum of exponentials passes through logarithms.
+        torch.testing.assert_close(whole, 4 * part, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(
