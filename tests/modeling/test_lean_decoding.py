@@ -52,7 +52,9 @@ CASES: dict[str, dict[str, Any]] = {
         "expert_banks": {"text": {"router": "sigmoid", "num_experts": 4, "num_groups": 2, "topk_groups": 1}}
     },
     "balance bias": {"expert_banks": {"text": {"balance": "bias"}, "common": {}}},
-    "a gate of its own": {"expert_banks": {"text": {}, "new": {"gate": "own", "num_experts": 1}, "common": {}}},
+    "a gate of its own": {
+        "expert_banks": {"text": {}, "new": {"gate": "own", "num_experts": 1, "num_experts_per_tok": 1}, "common": {}}
+    },
     "only gates of their own": {"expert_banks": {"common": {"gate": "own"}, "image": {}}},
     "closed bank": {"expert_banks": {"text": {}, "more": {"closed": True}, "common": {}}},
     "closed bank of a called module": {"expert_banks": {"text": {"router": "sigmoid", "closed": True}, "common": {}}},
@@ -70,7 +72,7 @@ def make_model(dtype: torch.dtype = torch.float32, **text: Any) -> ChorusForCond
     model.generation_config.eos_token_id = None
     for parameter in model.parameters():  # away from their start: norms of one and biases of zero hide faults
         parameter.data.mul_(1.5).add_(torch.randn_like(parameter), alpha=0.02)
-    for router in (module for module in model.modules() if isinstance(module, Router)):
+    for router in (part for part in model.modules() if isinstance(part, Router)):
         if router.e_score_correction_bias is not None:
             router.e_score_correction_bias.normal_(std=0.1)
     return model
