@@ -1,0 +1,35 @@
+"""The checks of the doctor, in the order in which they run."""
+
+from collections.abc import Callable
+
+from chorus_moe.training.doctor_adapters import adapters
+from chorus_moe.training.doctor_files import hub_export, processor, reload, tensors
+from chorus_moe.training.doctor_finding import Finding
+from chorus_moe.training.doctor_inputs import Patient
+from chorus_moe.training.doctor_parity import batch_mates, cache, checkpointing, implementations, padding_side
+from chorus_moe.training.doctor_signals import fast_paths, gradients, modalities
+
+Check = Callable[[Patient], Finding]
+
+# A check reads a patient and returns what it found. It leaves the weights alone; everything else is put back for it.
+CHECKS: tuple[Check, ...] = (
+    tensors,
+    processor,
+    cache,
+    padding_side,
+    batch_mates,
+    implementations,
+    fast_paths,
+    modalities,
+    gradients,
+    checkpointing,
+    adapters,
+    reload,
+    hub_export,
+)
+# These hold a second copy of the model for a while. `checkpointing` holds its gradients twice.
+COPYING: tuple[Check, ...] = (checkpointing, adapters, reload, hub_export)
+
+
+def name_of(check: Check) -> str:
+    return check.__name__.replace("_", "-")  # type: ignore[attr-defined]
