@@ -163,7 +163,9 @@ def gradient_norms(
         parameter.requires_grad_(True)
         handles.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: measure(name, p)))
     try:
-        patient.base(**batch, labels=labels).loss.backward()
+        loss = patient.base(**batch, labels=labels).loss
+        if loss.requires_grad:
+            loss.backward()
     finally:
         for handle in handles:
             handle.remove()

@@ -177,6 +177,7 @@ def checkpointing(patient: Patient) -> Finding:
     finally:
         if not was_on:
             model.activation_checkpointing_disable()
+            model.disable_input_require_grads()
         handle.remove()
     found = [(abs(loss - plain_loss) / max(abs(plain_loss), 1e-9), "the loss")]
     found += [(_gradient_gap(parameters[name].grad, expected[name]), name) for name in parameters]

@@ -258,9 +258,7 @@ def _wrong_functions(patient: Patient, ran: Mapping[str, str], kinds: Mapping[st
             yield f"{name} ran {function}, the configuration says {config._attn_implementation}"
 
 
-def _slow_functions(
-    patient: Patient, ran: Mapping[str, str], kinds: Mapping[str, type]
-) -> Iterator[tuple[str, str]]:
+def _slow_functions(patient: Patient, ran: Mapping[str, str], kinds: Mapping[str, type]) -> Iterator[tuple[str, str]]:
     """What could run faster, each with a cure."""
     for name, function in ran.items():
         if issubclass(kinds[name], Attention) and function == "eager":

@@ -12,16 +12,22 @@ from transformers.utils import logging as transformers_logging
 
 from chorus_moe.training.doctor_inputs import Patient
 
+# transformers' mark on a model whose layers carry hooks that record outputs. They stay once they are there, and lean
+# decoding passes no module by that has a hook.
+CAPTURES = "_output_capturing_hooks_installed"
+
 
 @contextmanager
 def left_as_found(patient: Patient) -> Iterator[None]:
-    """Modes, trained parameters, buffers, implementations and random numbers are afterwards what they were before;
-    gradients are dropped, and nothing below an error is logged. Weights are not looked after: no check may touch
-    them."""
+    """Modes, hooks, trained parameters, buffers, implementations and random numbers are afterwards what they were
+    before; gradients are dropped, and nothing below an error is logged. Weights are not looked after: no check may
+    touch them."""
     model, decoder = patient.model, patient.decoder
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    hooks = [(table, dict(table)) for m in model.modules() for table in (m._forward_hooks, m._forward_pre_hooks)]
+    hooked = [module for module in model.modules() if CAPTURES in vars(module)]
     attention = decoder.config._attn_implementation
     experts = decoder.config._experts_implementation
     silenced, has_bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
@@ -44,6 +50,12 @@ def left_as_found(patient: Patient) -> Iterator[None]:
             parameter.grad = None
         for buffer, before in buffers:
             buffer.copy_(before)
+        for table, entries in hooks:
+            table.clear()
+            table.update(entries)
+        for module in model.modules():
+            if CAPTURES in vars(module) and module not in hooked:
+                delattr(module, CAPTURES)
 
 
 @contextmanager

@@ -101,9 +101,7 @@ def test_an_adapter_whose_tensors_did_not_load_is_found(saved: Path, patient: Pa
     assert "of the adapter's file is not in the model" in found or "and 7 more" in found
 
 
-def test_an_adapter_that_merges_into_something_else_is_found(
-    patient: Patient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_that_merges_into_something_else_is_found(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = adapt_groups(patient, attention=True)
     delta = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: 2 * delta(self, adapter))

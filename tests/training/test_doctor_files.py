@@ -25,9 +25,7 @@ def test_a_nan_is_found_and_named(patient: Patient) -> None:
     assert failing(patient, tensors, processor) == {"tensors": f"{name} holds NaN or infinity"}
 
 
-@pytest.mark.parametrize(
-    ("module", "buffer"), [("layers.1.mlp.bank_gate", "is_open"), ("rotary_emb", "inv_freq")]
-)
+@pytest.mark.parametrize(("module", "buffer"), [("layers.1.mlp.bank_gate", "is_open"), ("rotary_emb", "inv_freq")])
 def test_a_wrong_buffer_is_found_and_named(patient: Patient, module: str, buffer: str) -> None:
     found = getattr(patient.decoder.get_submodule(module), buffer)
     found.copy_(~found if found.dtype == torch.bool else found * 2)

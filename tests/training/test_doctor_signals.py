@@ -137,9 +137,7 @@ def test_attention_that_runs_another_function_is_found(patient: Patient, monkeyp
         ("set_experts_implementation", "grouped_mm", "experts ran grouped_mm on the CPU"),
     ],
 )
-def test_a_slower_function_that_was_asked_for_is_a_warning(
-    patient: Patient, setter: str, name: str, text: str
-) -> None:
+def test_a_slower_function_that_was_asked_for_is_a_warning(patient: Patient, setter: str, name: str, text: str) -> None:
     getattr(patient.decoder, setter)(name)
     finding = found_by(patient, fast_paths)["fast-paths"]
     assert finding.verdict == "warning"
