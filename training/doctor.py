@@ -14,15 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.training.doctor_checks import CHECKS, COPYING, Check, name_of
 from chorus_moe.training.doctor_finding import VERDICTS, Finding
 from chorus_moe.training.doctor_inputs import Patient
 from chorus_moe.training.doctor_state import left_as_found
-from chorus_moe.training.loading import is_adapter, load_model
+from chorus_moe.training.loading import base_model, load_model
 
 WIDTH, EXPLANATION = 120, 100
 
@@ -33,18 +31,12 @@ def load_patient(source: str, base: str | None = None, dtype: str | None = None,
     Raises:
         ValueError: a checkpoint that is not generative: its head would be a fresh one.
     """
-    if not is_adapter(source):
-        refuse_other_heads(source)
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     model, processor = load_model(source, base=base, **options)
+    saved_as, wanted = base_model(model).config.architectures or [], ChorusForConditionalGeneration.__name__
+    if saved_as and wanted not in saved_as:
+        raise ValueError(f"{source!r} was saved as {saved_as[0]}; the doctor examines {wanted} and adapters on one")
     return Patient(model.to(device), processor, source)
-
-
-def refuse_other_heads(source: str) -> None:
-    kinds = AutoConfig.from_pretrained(source).architectures or []
-    wanted = ChorusForConditionalGeneration.__name__
-    if kinds and wanted not in kinds:
-        raise ValueError(f"{source!r} was saved as {kinds[0]}; the doctor examines {wanted} and adapters on one")
 
 
 def chosen_checks(names: Collection[str] = (), is_quick: bool = False) -> list[Check]:

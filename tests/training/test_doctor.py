@@ -125,6 +125,7 @@ def test_another_head_is_refused(tokenizer: PreTrainedTokenizerFast, patient: Pa
     with pytest.raises(ValueError, match="found ChorusForContrastive"):
         next(examine(Patient(model, patient.processor)))
     model.save_pretrained(tmp_path)
+    patient.processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="was saved as ChorusForContrastive"):
         load_patient(str(tmp_path))
 

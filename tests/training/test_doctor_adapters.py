@@ -8,12 +8,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 from chorus_moe.training.doctor_adapters import WEIGHTS, adapters
 from chorus_moe.training.doctor_inputs import Patient
 from chorus_moe.training.doctor_parity import batch_mates, cache
 from chorus_moe.training.lora import lora_config
-from tests.training.conftest import failing, found_by
+from tests.training.conftest import failing, found_by, make_patient
 
 ATTENTION = "language_model.layers.0.self_attn"
 
@@ -67,10 +68,11 @@ def test_a_name_that_matches_nothing_is_found(patient: Patient, options: dict[st
     assert name in found and found.endswith("matches nothing")
 
 
-def test_a_bank_that_no_answer_reaches_is_a_warning(patient: Patient) -> None:
-    adapted = adapt_groups(patient, banks={"image": [1], "text": [2]})
-    adapted.decoder.layers[1].mlp.register_forward_hook(lambda *_: None)
-    assert found_by(adapted, adapters)["adapters"].verdict == "ok"
+def test_a_bank_that_no_answer_reaches_is_a_warning(tokenizer: PreTrainedTokenizerFast) -> None:
+    adapted = adapt_groups(make_patient(tokenizer, expert_banks="uniform"), banks={"image": [1, 2]})
+    finding = found_by(adapted, adapters)["adapters"]
+    assert finding.verdict == "warning"
+    assert finding.explanation.endswith("do not reach model.language_model.layers.2.mlp.banks.image.experts")
 
 
 @pytest.fixture
