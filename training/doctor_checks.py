@@ -27,7 +27,8 @@ CHECKS: tuple[Check, ...] = (
     reload,
     hub_export,
 )
-# These hold a second copy of the model for a while. `checkpointing` holds its gradients twice.
+# These hold, for a while, as much again as the model: `checkpointing` its gradients, the others a copy of it;
+# `hub_export` holds the copy in another process and, with an adapter, one more in this one.
 COPYING: tuple[Check, ...] = (checkpointing, adapters, reload, hub_export)
 
 

@@ -1,7 +1,8 @@
 """Checks that two ways to compute the same agree: cached, padded, batched, by another implementation, recomputed."""
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,37 +153,27 @@ def _expert_differences(patient: Patient) -> Differences:
 
 
 def checkpointing(patient: Patient) -> Finding:
-    """Loss and gradients with and without activation checkpointing, and whether layers are computed again."""
+    """Loss and gradients with and without activation checkpointing, and whether layers are computed again. Holds one
+    set of gradients of what is trained."""
     parameters = _trained(patient)
     if not parameters:
         return skipped("no parameter can be trained")
-    batch = patient.encode(side="right")
-    model, labels = patient.base, all_labels(batch)
-    train_mode(patient)
     patient.model.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
+    train_mode(patient)
+    batch = patient.encode(side="right")
     passes: list[int] = []
-    first_norm = patient.decoder.layers[0].input_layernorm
-    handle = first_norm.register_forward_pre_hook(lambda *_: passes.append(1))
-    was_on = model.is_activation_checkpointing
-    try:
-        plain_loss = _step(model, batch, labels)
-        expected = {name: parameter.grad for name, parameter in parameters.items()}
-        for parameter in parameters.values():
-            parameter.grad = None
-        passes.clear()
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        loss = _step(model, batch, labels)
-    finally:
-        if not was_on:
-            model.activation_checkpointing_disable()
-            model.disable_input_require_grads()
-        handle.remove()
-    found = [(abs(loss - plain_loss) / max(abs(plain_loss), 1e-9), "the loss")]
-    found += [(_gradient_gap(parameters[name].grad, expected[name]), name) for name in parameters]
+    handle = patient.decoder.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: passes.append(1))
+    with _checkpointing(patient.base, False):
+        plain_loss = _step(patient.base, batch)
+    expected = {name: parameter.grad for name, parameter in parameters.items()}
+    passes.clear()
+    with _checkpointing(patient.base, True), _compared_gradients(parameters, expected) as gaps:
+        loss = _step(patient.base, batch)
+    handle.remove()
     finding = compared(
-        found,
+        [(abs(loss - plain_loss) / max(abs(plain_loss), 1e-9), "the loss"), *((gap, n) for n, gap in gaps.items())],
         patient.tolerance,
         "loss and gradients with and without checkpointing",
         "Train without activation checkpointing until it is found. Look for random numbers, state or statistics that "
@@ -199,6 +190,48 @@ def checkpointing(patient: Patient) -> Finding:
     return finding
 
 
+@contextmanager
+def _checkpointing(model: Any, enable: bool) -> Iterator[None]:
+    """Activation checkpointing on or off, and afterwards as it was."""
+    was_on = model.is_activation_checkpointing
+    _switch(model, enable)
+    try:
+        yield
+    finally:
+        _switch(model, was_on)
+
+
+def _switch(model: Any, enable: bool) -> None:
+    if enable:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.activation_checkpointing_disable()
+        model.disable_input_require_grads()
+
+
+@contextmanager
+def _compared_gradients(
+    parameters: Mapping[str, nn.Parameter], expected: dict[str, Tensor | None]
+) -> Iterator[dict[str, float]]:
+    """Gaps between expected gradients and those of a backward pass within; either is freed once it is compared."""
+    gaps: dict[str, float] = {}
+
+    def compare(name: str, parameter: nn.Parameter) -> None:
+        gaps[name] = _gradient_gap(parameter.grad, expected.pop(name))
+        parameter.grad = None
+
+    handles = []
+    for name, parameter in parameters.items():
+        parameter.grad = None
+        handles.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: compare(name, p)))
+    try:
+        yield gaps
+    finally:
+        for handle in handles:
+            handle.remove()
+    gaps |= {name: _gradient_gap(None, gradient) for name, gradient in expected.items()}
+
+
 def _trained(patient: Patient) -> dict[str, nn.Parameter]:
     """What training would train: the adapter's parameters, or all of a model without one."""
     mark = patient.model.base_model.prefix if patient.is_adapted else ""
@@ -209,9 +242,9 @@ def _trained(patient: Patient) -> dict[str, nn.Parameter]:
     }
 
 
-def _step(model: nn.Module, batch: Batch, labels: Tensor) -> float:
+def _step(model: nn.Module, batch: Batch) -> float:
     torch.manual_seed(0)
-    loss = model(**batch, labels=labels).loss
+    loss = model(**batch, labels=all_labels(batch)).loss
     loss.backward()
     return float(loss.detach())
 
