@@ -1,4 +1,4 @@
-"""The command line: `chorus-moe train | evaluate | generate | routing | inspect | export | demo`.
+"""The command line: `chorus-moe train | evaluate | generate | routing | inspect | doctor | export | demo`.
 
 Commands import what they need when they run, so that `--help` is quick.
 """
@@ -110,6 +110,42 @@ def inspect(
 
     report = inspect_model(model)
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
+
+
+@app.command()
+def doctor(
+    model: ModelName,
+    base: BaseName = None,
+    check: Annotated[list[str] | None, typer.Option(help="run this check; may be repeated; all if left out")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="leave out the checks that copy the model")] = False,
+    dtype: Annotated[str | None, typer.Option(help="load as; float32 gives sharp figures for a 16-bit model")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    json_path: Annotated[Path | None, typer.Option("--json", help="also write the findings to this file")] = None,
+) -> None:
+    """Contract checks on a checkpoint or adapter, with a verdict and a cure for each; exit status 1 if one fails."""
+    from chorus_moe.training.doctor import (
+        chosen_checks,
+        examine,
+        heading,
+        is_healthy,
+        line_of,
+        load_patient,
+        summary,
+        write_findings,
+    )
+
+    checks = chosen_checks(check or (), is_quick=quick)
+    patient = load_patient(model, base, dtype, device)
+    print(heading())
+    findings = []
+    for finding in examine(patient, checks):
+        print(line_of(finding), flush=True)
+        findings.append(finding)
+    print(f"\n{summary(findings)}")
+    if json_path is not None:
+        write_findings(json_path, patient, findings)
+    if not is_healthy(findings):
+        raise typer.Exit(1)
 
 
 @app.command()

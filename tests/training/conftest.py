@@ -11,6 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration, ChorusProcessor
 from chorus_moe.processors.tokenization_chorus import build_tokenizer
+from chorus_moe.training.doctor import examine
+from chorus_moe.training.doctor_checks import Check
+from chorus_moe.training.doctor_finding import Finding
+from chorus_moe.training.doctor_inputs import Patient
 from tests.conftest import tiny_config
 
 QUESTION = "what is it?"
@@ -77,3 +81,28 @@ def processor(config: ChorusConfig, tokenizer: PreTrainedTokenizerFast) -> Choru
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
     return make_rows(6)
+
+
+# Banks that the labels of an answer reach in every layer: a model with which the doctor finds nothing to mind.
+REACHED_BANKS = {"text": {}, "image": {"layers": [1]}, "audio": {"layers": [1]}, "common": {}}
+
+
+def make_patient(tokenizer: PreTrainedTokenizerFast, **text: Any) -> Patient:
+    model = make_model(tokenizer, **({"expert_banks": REACHED_BANKS} | text)).eval()
+    return Patient(model, ChorusProcessor.from_config(model.config, tokenizer))
+
+
+@pytest.fixture
+def patient(tokenizer: PreTrainedTokenizerFast) -> Patient:
+    return make_patient(tokenizer)
+
+
+def found_by(patient: Patient, *checks: Check) -> dict[str, Finding]:
+    """What some checks find, by name."""
+    return {finding.name: finding for finding in examine(patient, checks)}
+
+
+def failing(patient: Patient, *checks: Check) -> dict[str, str]:
+    """Name -> explanation of those checks that fail."""
+    findings = found_by(patient, *checks).values()
+    return {finding.name: finding.explanation for finding in findings if finding.verdict == "failed"}
