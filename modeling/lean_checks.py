@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils.output_capturing import install_output_capuring_hook
 
 from .attention import Attention, CrossModalAttention, ModalityProjection, SharedProjection
 from .experts import BankGate, ChorusExperts, ExpertBank, GatedMLP, MixtureOfBanks, OwnGate
@@ -70,16 +71,26 @@ def parts(module: nn.Module) -> set[str]:
     return names
 
 
+def is_recorder(hook: Any) -> bool:
+    """Whether a forward hook is one of those by which transformers records outputs. They stay on a model for good once
+    outputs were recorded, and do nothing in a step that asks for none."""
+    made_by = install_output_capuring_hook.__qualname__
+    return getattr(hook, "__module__", "") == install_output_capuring_hook.__module__ and hook.__qualname__.startswith(
+        f"{made_by}.<locals>."
+    )
+
+
 def is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a module does what its class says and nothing else, on ordinary CPU parameters of this dtype."""
     kind = type(module)
     if kind not in KNOWN or kind.forward is not FORWARDS[kind] or "forward" in vars(module):
         return False
     known = KNOWN[kind]
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._compiled_call_impl)
+    recorders = all(map(is_recorder, module._forward_hooks.values()))
+    changes = (not recorders, module._forward_pre_hooks, module._compiled_call_impl)
     return (
         (known is None or parts(module) <= known)
-        and not any(hooks)
+        and not any(changes)
         and all(
             type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.dtype == dtype
             for parameter in module.parameters(recurse=False)

@@ -297,6 +297,16 @@ def test_layers_that_are_not_written_out_are_left_to_the_modules(text: dict[str,
     assert not steps
 
 
+def test_a_model_that_recorded_outputs_once_decodes_lean_again(steps: list[int]):
+    model = make_model()
+    expected = decode(model, prompt(model), make_cache("dynamic", model), lean=False)
+    model(**prompt(model), output_router_logits=True, output_hidden_states=True)
+    assert can_decode(model)
+    found = decode(model, prompt(model), make_cache("dynamic", model), lean=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=ATOL[torch.float32])
+    assert steps
+
+
 def change_forward(model: ChorusForConditionalGeneration) -> None:
     layer = model.model.language_model.layers[1]
     layer.self_attn.forward = layer.self_attn.forward
