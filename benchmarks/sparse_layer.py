@@ -27,7 +27,7 @@ from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen
 from benchmarks.timing import OURS, Report, figures, measure, parse
 from chorus_moe.modeling.configuration_banks import MODALITY_IDS
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
-from chorus_moe.modeling.expert_slots import FEW_ROWS
+from chorus_moe.modeling.expert_slots import few_rows
 from chorus_moe.modeling.experts import GatedMLP, MixtureOfBanks
 from chorus_moe.modeling.modality_plan import ModalityPlan
 
@@ -122,9 +122,10 @@ class Products(nn.Module):
     def forward(self, hidden: Tensor) -> None:
         if not self.buffers_of_experts:
             self.prepare(hidden)
+        few = few_rows(self.bank.experts.gate_up_proj, is_training=False)
         for gate_up, down, states, active, first, second in self.buffers_of_experts:
-            multiply(gate_up, states, first)
-            multiply(down, active, second)
+            multiply(gate_up, states, first, len(states) < few)
+            multiply(down, active, second, len(states) < few)
 
 
 class Reading(Products):
@@ -138,9 +139,9 @@ class Reading(Products):
             torch.mv(down, active[0], out=second[: len(down)])
 
 
-def multiply(weight: Tensor, rows: Tensor, out: Tensor) -> None:
-    """The faster of the two orders, into a buffer: the weight on the right of few rows, else on the left."""
-    if len(rows) < FEW_ROWS:
+def multiply(weight: Tensor, rows: Tensor, out: Tensor, is_right: bool) -> None:
+    """The weight on the right or on the left of the rows, whichever is faster, into a buffer."""
+    if is_right:
         torch.mm(rows, weight.t(), out=out.view(len(rows), -1))
     else:
         torch.mm(weight, rows.t(), out=out.view(-1, len(rows)))

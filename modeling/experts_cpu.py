@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
 
-from .expert_slots import FEW_ROWS, FEW_TRAINING_ROWS, PADDED_ROWS, SlotPlan, Unit, make_slot_plan
+from .expert_slots import PADDED_ROWS, SlotPlan, Unit, few_rows, make_slot_plan
 from .routers import without_autocast
 
 CPU_EXPERTS = "cpu_mm"
@@ -325,9 +325,8 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         hidden_TD = hidden_states.to(dtype)
         if not is_training and gate.is_silu and hidden_TD.shape[0] == 1:
             return _one_token(hidden_TD, top_k_index, top_k_weights, gate_up, down).to(hidden_states.dtype)
-        few_rows = (FEW_TRAINING_ROWS if dtype == torch.float32 else 0) if is_training else FEW_ROWS
-        few_rows = few_rows if _can_group(hidden_TD, gate_up, down) else 0
-        plan = make_slot_plan(top_k_index, len(gate_up), few_rows)
+        few = few_rows(gate_up, is_training) if _can_group(hidden_TD, gate_up, down) else 0
+        plan = make_slot_plan(top_k_index, len(gate_up), few)
         if plan.is_sparse:
             output_PD = _run_sparse(hidden_TD, gate_up, down, gate, plan)
             return _combine(output_PD, plan, top_k_weights).to(hidden_states.dtype)
