@@ -31,7 +31,6 @@ from .expert_choice import (
 )
 from .routing_options import RowOptions
 
-
 NO_OPTIONS = RowOptions()
 
 

@@ -13,8 +13,6 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling import lean_decoding as module
-from chorus_moe.modeling.attention import Attention
-from chorus_moe.modeling.experts import MixtureOfBanks
 from chorus_moe.modeling.lean_checks import can_decode
 from chorus_moe.modeling.lean_decoding import LeanDecoder, lean_decoding
 from chorus_moe.modeling.lean_layers import LeanBanks, ModuleFeedForward
@@ -65,7 +63,7 @@ def make_model(dtype: torch.dtype = torch.float32, **text: Any) -> ChorusForCond
     model.generation_config.eos_token_id = None
     for parameter in model.parameters():  # away from their start: norms of one and biases of zero hide faults
         parameter.data.mul_(1.5).add_(torch.randn_like(parameter), alpha=0.02)
-    for router in (module for module in model.modules() if isinstance(module, Router)):
+    for router in (part for part in model.modules() if isinstance(part, Router)):
         if router.e_score_correction_bias is not None:
             router.e_score_correction_bias.normal_(std=0.1)
     return model
@@ -124,13 +122,6 @@ def test_a_lean_step_equals_the_modules(case: str, cache: str, steps: list[int])
         found = decode(model, batch, make_cache(cache, model), lean=True)
         torch.testing.assert_close(found, expected, rtol=0, atol=ATOL[torch.float32])
     assert steps == TOKENS * 2
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_no_router_keeps_a_sparse_layer_from_being_passed_by(case: str):
-    model = make_model(**CASES[case])
-    for layer, lean in zip(model.model.language_model.layers, LeanDecoder(model).layers, strict=True):
-        assert isinstance(lean[-1], LeanBanks) == isinstance(layer.mlp, MixtureOfBanks)
 
 
 @pytest.mark.parametrize("case", ["default", "one bank", "query and key norms", "sliding window"])
@@ -272,42 +263,6 @@ def test_gradients_and_autocast_are_left_to_the_modules(steps: list[int]):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             assert model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits.dtype == torch.bfloat16
     assert not steps
-
-
-def change_forward(model: ChorusForConditionalGeneration) -> None:
-    layer = model.model.language_model.layers[1]
-    layer.self_attn.forward = layer.self_attn.forward
-
-
-CHANGES = {
-    "hook": lambda model: model.model.language_model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: None),
-    "hook of the whole": lambda model: model.model.register_forward_pre_hook(lambda *_: None),
-    "forward of one module": change_forward,
-    "training": lambda model: model.train(),
-    "another dtype": lambda model: model.model.language_model.layers[1].self_attn.o_proj.double(),
-    "eager attention": lambda model: model.set_attn_implementation("eager"),
-    "unknown option": lambda model: setattr(model.model.language_model.layers[1].self_attn, "sharpness", 2.0),
-    "unknown child": lambda model: model.model.language_model.add_module("exit_head", nn.Identity()),
-    "low rank adapter": lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])),
-    "parametrization": lambda model: nn.utils.parametrizations.weight_norm(
-        model.model.language_model.layers[0].mlp.up_proj
-    ),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_module_is_not_passed_by(change: str):
-    model = make_model()
-    assert can_decode(model)
-    CHANGES[change](model)
-    assert not can_decode(model)
-
-
-def test_a_replaced_method_is_not_passed_by(monkeypatch: pytest.MonkeyPatch):
-    model = make_model()
-    forward = Attention.forward
-    monkeypatch.setattr(Attention, "forward", lambda *args, **kwargs: forward(*args, **kwargs))
-    assert not can_decode(model)
 
 
 MIXTURE_CHANGES = {
