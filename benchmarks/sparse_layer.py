@@ -9,8 +9,8 @@ Run as `python -m benchmarks.sparse_layer`. Two tables:
   over three modalities.
 
 All variants of a case hold the same weights; before anything is timed their outputs are compared. Every training call
-frees its gradients: what one variant leaves allocated decides whether the next gets pages that the kernel must clear
-first, which is worth 10 of 25 ms at 16 tokens.
+frees its gradients. Whether the next gets their memory or pages that the kernel must clear first is luck, and worth 10
+of 25 ms at 16 tokens: `--keep-pages` takes it out of the comparison.
 """
 
 from collections.abc import Iterator
@@ -24,10 +24,10 @@ from transformers.models.ernie4_5_vl_moe.configuration_ernie4_5_vl_moe import Er
 from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as qwen
 from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeTextConfig
 
-from benchmarks.timing import OURS, Report, figures, measure, parse
+from benchmarks.timing import OURS, Report, figures, keep_pages, measure, parse
 from chorus_moe.modeling.configuration_banks import MODALITY_IDS
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
-from chorus_moe.modeling.expert_slots import FEW_ROWS
+from chorus_moe.modeling.expert_slots import few_rows
 from chorus_moe.modeling.experts import GatedMLP, MixtureOfBanks
 from chorus_moe.modeling.modality_plan import ModalityPlan
 
@@ -122,9 +122,10 @@ class Products(nn.Module):
     def forward(self, hidden: Tensor) -> None:
         if not self.buffers_of_experts:
             self.prepare(hidden)
+        few = few_rows(self.bank.experts.gate_up_proj, is_training=False)
         for gate_up, down, states, active, first, second in self.buffers_of_experts:
-            multiply(gate_up, states, first)
-            multiply(down, active, second)
+            multiply(gate_up, states, first, len(states) < few)
+            multiply(down, active, second, len(states) < few)
 
 
 class Reading(Products):
@@ -138,9 +139,9 @@ class Reading(Products):
             torch.mv(down, active[0], out=second[: len(down)])
 
 
-def multiply(weight: Tensor, rows: Tensor, out: Tensor) -> None:
-    """The faster of the two orders, into a buffer: the weight on the right of few rows, else on the left."""
-    if len(rows) < FEW_ROWS:
+def multiply(weight: Tensor, rows: Tensor, out: Tensor, is_right: bool) -> None:
+    """The weight on the right or on the left of the rows, whichever is faster, into a buffer."""
+    if is_right:
         torch.mm(rows, weight.t(), out=out.view(len(rows), -1))
     else:
         torch.mm(weight, rows.t(), out=out.view(-1, len(rows)))
@@ -254,8 +255,11 @@ def main(arguments: list[str] | None = None) -> None:
         ("--experts", {"type": int, "nargs": "+", "default": list(SHAPES), "choices": list(SHAPES)}),
         ("--passes", {"nargs": "+", "default": ["forward", "training"], "choices": ["forward", "training"]}),
         ("--only", {"default": "", "help": "run only the cases whose name holds this"}),
+        ("--keep-pages", {"action": "store_true", "help": "no fresh pages for any variant (glibc)"}),
     )
     parsed = parse("One sparse layer against transformers' own.", arguments, *options)
+    if parsed.keep_pages:
+        keep_pages()
     dtype = getattr(torch, parsed.dtype)
     report = Report(f"sparse layer, {parsed.dtype}", parsed)
     shapes = {8: SHAPES[8]} if parsed.quick else {experts: SHAPES[experts] for experts in parsed.experts}

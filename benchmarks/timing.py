@@ -8,6 +8,7 @@
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 
 OURS = "chorus"
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 Call = Callable[[], Any]
 
 
@@ -122,6 +124,19 @@ def figures(timings: Mapping[str, Timing], ours: str = OURS) -> dict[str, float]
         if name != ours:
             result[f"{name}_ratio"] = ratio(timing, timings[ours])
     return result
+
+
+def keep_pages() -> None:
+    """Let the C library serve every request from memory that it has had before, and give none back.
+
+    By default glibc maps large tensors anew: the kernel clears their pages at the first write, which takes as long as
+    writing them, and which of several variants finds free memory instead is luck. Other C libraries are left as they
+    are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class Report:

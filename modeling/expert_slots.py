@@ -16,6 +16,7 @@ PADDED_ROWS = 100  # experts with more rows than this are not padded
 PADDED_EXPERTS = 4
 FEW_ROWS = 5  # mean rows per chosen expert below which weights on the right are faster
 FEW_TRAINING_ROWS = 100  # the same in float32 training, where writing the weight gradients takes most of the time
+SMALL_EXPERT = 2**23  # on one thread, rows times weights of `gate_up` below which they are faster too
 TILE_ROWS = 16  # a product takes as long as one with rows rounded up to this
 
 
@@ -60,7 +61,20 @@ class SlotPlan(NamedTuple):
         return value_TK if self.sentinel_TK is None else value_TK.masked_fill(self.sentinel_TK, 0.0)
 
 
-def make_slot_plan(top_k_index: Tensor, num_experts: int, few_rows: int) -> SlotPlan:
+def few_rows(gate_up_EHD: Tensor, is_training: bool) -> float:
+    """Mean rows per chosen expert below which weights stand on the right, by plain sorting, without units.
+
+    Such a product packs its weight anew; the smaller the expert, the more rows it takes until that shows.
+    """
+    is_wide = gate_up_EHD.dtype == torch.float32
+    if is_training:
+        return FEW_TRAINING_ROWS if is_wide else 0
+    if not is_wide or torch.get_num_threads() > 1:
+        return FEW_ROWS
+    return min(max(FEW_ROWS, SMALL_EXPERT / gate_up_EHD[0].numel()), PADDED_ROWS)
+
+
+def make_slot_plan(top_k_index: Tensor, num_experts: int, few_rows: float) -> SlotPlan:
     """Lay the `(T, K)` choices out in slots, by expert; below `few_rows` rows in the mean, without units."""
     choices = top_k_index.reshape(-1)
     counts = torch.bincount(choices, minlength=num_experts).tolist()[:num_experts]

@@ -18,6 +18,7 @@ R experts, C rows per expert, H = 2I.
 """
 
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
 
-from .expert_slots import FEW_ROWS, FEW_TRAINING_ROWS, PADDED_ROWS, SlotPlan, Unit, make_slot_plan
+from .expert_slots import PADDED_ROWS, SlotPlan, Unit, few_rows, make_slot_plan
 from .routers import without_autocast
 
 CPU_EXPERTS = "cpu_mm"
@@ -259,7 +260,7 @@ def _one_token(
 
 def _run_sparse(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan) -> Tensor:
     """Unweighted outputs `(P, D)` through two grouped products, weights on the right. Differentiable by itself."""
-    ends_E = torch.tensor(plan.counts).cumsum(0, dtype=torch.int32)
+    ends_E = torch.tensor(list(accumulate(plan.counts)), dtype=torch.int32)
     rows_PD = hidden_TD.index_select(0, plan.token_P)
     hidden_PH = F.grouped_mm(rows_PD, gate_up_EHD.transpose(1, 2), offs=ends_E)
     return F.grouped_mm(gate.experts._apply_gate(hidden_PH), down_EDI.transpose(1, 2), offs=ends_E)
@@ -325,9 +326,8 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         hidden_TD = hidden_states.to(dtype)
         if not is_training and gate.is_silu and hidden_TD.shape[0] == 1:
             return _one_token(hidden_TD, top_k_index, top_k_weights, gate_up, down).to(hidden_states.dtype)
-        few_rows = (FEW_TRAINING_ROWS if dtype == torch.float32 else 0) if is_training else FEW_ROWS
-        few_rows = few_rows if _can_group(hidden_TD, gate_up, down) else 0
-        plan = make_slot_plan(top_k_index, len(gate_up), few_rows)
+        num_few = few_rows(gate_up, is_training) if _can_group(hidden_TD, gate_up, down) else 0
+        plan = make_slot_plan(top_k_index, len(gate_up), num_few)
         if plan.is_sparse:
             output_PD = _run_sparse(hidden_TD, gate_up, down, gate, plan)
             return _combine(output_PD, plan, top_k_weights).to(hidden_states.dtype)

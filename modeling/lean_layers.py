@@ -190,11 +190,12 @@ class LeanBank:
                 self.one.add(residual_D, states_D, gate_up_HD, down_DI, bank_weight * weight)
 
     def _best(self, states_D: Tensor) -> tuple[list[int], list[float]]:
-        router = self.router
-        logits_E = torch.mv(router.weight.float(), states_D.float())
-        chosen_E, index_E = logits_E.sort(descending=True, stable=True)  # ties as in `best_experts`
-        chosen, index = chosen_E[: router.top_k].tolist(), index_E[: router.top_k].tolist()
-        if router.norm_topk_prob:
+        logits_E = torch.mv(self.router.weight.float(), states_D.float())
+        logits = logits_E.tolist()
+        # Ties as in `best_experts`: the sort is stable, and reversing keeps it so.
+        index = sorted(range(len(logits)), key=logits.__getitem__, reverse=True)[: self.router.top_k]
+        chosen = [logits[expert] for expert in index]
+        if self.router.norm_topk_prob:
             return index, softmax(chosen)
         total = logits_E.logsumexp(0).item()
         return index, [math.exp(value - total) for value in chosen]

@@ -13,8 +13,6 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling import lean_decoding as module
-from chorus_moe.modeling.attention import Attention
-from chorus_moe.modeling.experts import MixtureOfBanks
 from chorus_moe.modeling.lean_checks import can_decode
 from chorus_moe.modeling.lean_decoding import LeanDecoder, lean_decoding
 from chorus_moe.modeling.lean_layers import LeanBanks, ModuleFeedForward
@@ -61,7 +59,6 @@ CASES: dict[str, dict[str, Any]] = {
     "sigmoid with a balance bias": {"expert_banks": {"text": {"router": "sigmoid", "balance": "bias"}}},
     "scaled weights": {"expert_banks": {"text": {"routed_scaling_factor": 2.5}, "common": {}}},
     "capacity in training": {"expert_banks": {"text": {"expert_capacity": 1.0}, "common": {}}},
-    "unused slots": {"expert_banks": {"text": {"num_experts": 8, "num_experts_per_tok": 4, "adaptive_experts": True}}},
     "changing rotation": {"rope_parameters": ROPE, "max_position_embeddings": 8},
 }
 
@@ -133,13 +130,6 @@ def test_a_lean_step_equals_the_modules(case: str, cache: str, steps: list[int])
     assert steps == TOKENS * 2
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_no_router_keeps_a_sparse_layer_from_being_passed_by(case: str):
-    model = make_model(**CASES[case])
-    for layer, lean in zip(model.model.language_model.layers, LeanDecoder(model).layers, strict=True):
-        assert isinstance(lean[-1], LeanBanks) == isinstance(layer.mlp, MixtureOfBanks)
-
-
 @pytest.mark.parametrize("case", ["default", "one bank", "query and key norms", "sliding window"])
 def test_a_lean_step_in_bfloat16_is_as_near_to_float32_as_the_modules(case: str, steps: list[int]):
     model = make_model(torch.bfloat16, **CASES[case])
@@ -197,6 +187,18 @@ def test_a_cache_filled_by_lean_steps_is_an_ordinary_cache(lean: bool):
     for layer, twin in zip(cache.layers, other.layers, strict=True):
         torch.testing.assert_close(layer.keys, twin.keys, rtol=0, atol=ATOL[torch.float32])
         torch.testing.assert_close(layer.values, twin.values, rtol=0, atol=ATOL[torch.float32])
+
+
+def test_a_lean_step_passes_by_slots_that_a_token_does_not_use(steps: list[int]):
+    bank = {"num_experts": 8, "num_experts_per_tok": 4, "adaptive_experts": True}
+    model = make_model(expert_banks={"text": bank})
+    for router in (part for part in model.modules() if isinstance(part, Router)):
+        router.weight.data.mul_(30)  # so that it is surer than at the start
+        assert (router(torch.randn(20, router.weight.shape[1])).selected_experts == 8).any()
+    expected = decode(model, prompt(model), make_cache("dynamic", model), lean=False)
+    found = decode(model, prompt(model), make_cache("dynamic", model), lean=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=ATOL[torch.float32])
+    assert steps == TOKENS
 
 
 def test_two_texts_that_part_from_one_cache_do_not_disturb_each_other(steps: list[int]):
@@ -305,42 +307,6 @@ def test_a_model_that_recorded_outputs_once_decodes_lean_again(steps: list[int])
     found = decode(model, prompt(model), make_cache("dynamic", model), lean=True)
     torch.testing.assert_close(found, expected, rtol=0, atol=ATOL[torch.float32])
     assert steps
-
-
-def change_forward(model: ChorusForConditionalGeneration) -> None:
-    layer = model.model.language_model.layers[1]
-    layer.self_attn.forward = layer.self_attn.forward
-
-
-CHANGES = {
-    "hook": lambda model: model.model.language_model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: None),
-    "hook of the whole": lambda model: model.model.register_forward_pre_hook(lambda *_: None),
-    "forward of one module": change_forward,
-    "training": lambda model: model.train(),
-    "another dtype": lambda model: model.model.language_model.layers[1].self_attn.o_proj.double(),
-    "eager attention": lambda model: model.set_attn_implementation("eager"),
-    "unknown option": lambda model: setattr(model.model.language_model.layers[1].self_attn, "sharpness", 2.0),
-    "unknown child": lambda model: model.model.language_model.add_module("exit_head", nn.Identity()),
-    "low rank adapter": lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])),
-    "parametrization": lambda model: nn.utils.parametrizations.weight_norm(
-        model.model.language_model.layers[0].mlp.up_proj
-    ),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_module_is_not_passed_by(change: str):
-    model = make_model()
-    assert can_decode(model)
-    CHANGES[change](model)
-    assert not can_decode(model)
-
-
-def test_a_replaced_method_is_not_passed_by(monkeypatch: pytest.MonkeyPatch):
-    model = make_model()
-    forward = Attention.forward
-    monkeypatch.setattr(Attention, "forward", lambda *args, **kwargs: forward(*args, **kwargs))
-    assert not can_decode(model)
 
 
 MIXTURE_CHANGES = {

@@ -1,0 +1,39 @@
+"""When experts run by plain sorting, and when in units."""
+
+import pytest
+import torch
+
+from chorus_moe.modeling.expert_slots import FEW_ROWS, PADDED_ROWS, few_rows, make_slot_plan
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def weights(width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(4, 2 * width, 512, dtype=dtype, device="meta")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_smaller_the_expert_the_more_rows_are_few():
+    assert [few_rows(weights(width), is_training=False) for width in (1024, 512, 256)] == [8, 16, 32]
+    assert few_rows(weights(8), is_training=False) == PADDED_ROWS
+    assert few_rows(weights(8192), is_training=False) == FEW_ROWS
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_bfloat16_is_trained_in_units_and_decoded_by_sorting():
+    assert few_rows(weights(512, torch.bfloat16), is_training=True) == 0
+    assert few_rows(weights(512, torch.bfloat16), is_training=False) == FEW_ROWS
+
+
+@pytest.mark.parametrize(("few", "is_sparse"), [(2.5, True), (2.0, False)])
+def test_rows_are_counted_in_the_mean_of_the_experts_that_are_chosen(few: float, is_sparse: bool):
+    index = torch.tensor([[0], [0], [0], [3]])
+    plan = make_slot_plan(index, num_experts=8, few_rows=few)
+    assert plan.is_sparse == is_sparse
+    assert bool(plan.units) != is_sparse
