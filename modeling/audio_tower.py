@@ -1,11 +1,13 @@
-"""The audio tower: log-mel features to audio tokens, by a Conformer on torchaudio's parts or by a Whisper encoder.
+"""The audio tower: features to audio tokens, by a Conformer on torchaudio's parts, by a Whisper encoder, or by an
+encoder of samples (`waveform_encoders`).
 
 Unusual here:
 - padding never changes a clip's features, in evaluation and in training: padded frames are zeroed before every
   convolution, so they act as the zero padding beyond the end of a lone clip, and nothing is normalised over frames or
   clips. torchaudio's own `Conformer` leaks padding through its convolutions and couples clips through its batch norm,
   so its convolution module is replaced; its feed-forward and attention modules are used as they are;
-- a clip of `n` frames always yields exactly `ceil(n / subsampling)` tokens.
+- a clip of `n` frames always yields exactly `ceil(n / subsampling)` tokens; a waveform as many as the convolutions of
+  its encoder say.
 
 Shape suffixes: N clips, T frames or tokens, F mel bins, C channels, D hidden size.
 """
@@ -21,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_towers import ChorusAudioConfig
 from .modeling_base import ChorusPreTrainedModel
+from .waveform_encoders import WaveformEncoder
 
 
 @dataclass
@@ -37,11 +40,11 @@ class ChorusAudioOutput(ModelOutput):
 
 
 class ChorusAudioModel(ChorusPreTrainedModel):
-    """Log-mel windows to tokens (ARCHITECTURE 2.2).
+    """Windows of sound to tokens (ARCHITECTURE 2.2).
 
     Raises:
         ImportError: torchaudio is missing or made for another torch.
-        ValueError: a `backbone_config` that is no Whisper encoder or disagrees with the audio configuration.
+        ValueError: a `backbone_config` that is not known here or disagrees with the audio configuration.
     """
 
     config: ChorusAudioConfig
@@ -50,7 +53,10 @@ class ChorusAudioModel(ChorusPreTrainedModel):
 
     def __init__(self, config: ChorusAudioConfig):
         super().__init__(config)
-        self.encoder = ConformerEncoder(config) if config.backbone_config is None else WhisperWindowEncoder(config)
+        if config.feature_type == "waveform":
+            self.encoder: Any = WaveformEncoder(config)
+        else:
+            self.encoder = ConformerEncoder(config) if config.backbone_config is None else WhisperWindowEncoder(config)
         self.post_init()
 
     def forward(
@@ -59,23 +65,28 @@ class ChorusAudioModel(ChorusPreTrainedModel):
         """Encodes windows of sound.
 
         Args:
-            input_features: log-mel frames `(clips, frames, num_mel_bins)`, padded on the right.
+            input_features: frames `(clips, frames, num_mel_bins)`, padded on the right: log-mel frames, or samples
+                `(clips, samples, 1)`. With `feature_type="whisper"` windows of full length, whose padding is what
+                Whisper hears after the end of a clip.
             input_features_mask: `(clips, frames)`, nonzero on real frames; all real if None.
 
         Raises:
             ValueError: shapes that disagree with the configuration or with each other.
         """
         mask_NT = self._check_clips(input_features, input_features_mask)
-        features_NTF = input_features.to(self.dtype).masked_fill(~mask_NT[..., None], 0.0)
-        hidden_NTD = self.encoder(features_NTF, mask_NT)
-        token_mask_NT = mask_NT[:, :: self.config.subsampling]
+        features_NTF = input_features.to(self.dtype)
+        if self.config.feature_type != "whisper":
+            features_NTF = features_NTF.masked_fill(~mask_NT[..., None], 0.0)
+        hidden_NTD, token_mask_NT = self.encoder(features_NTF, mask_NT)
         return ChorusAudioOutput(hidden_NTD.masked_fill(~token_mask_NT[..., None], 0.0), token_mask_NT)
 
     def smallest_input(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """One silent clip of one frame, for a forward whose result is multiplied by zero."""
-        return torch.zeros((1, 1, self.config.num_mel_bins), device=device or self.device, dtype=dtype or self.dtype)
+        """One silent clip, as short as may be, for a forward whose result is multiplied by zero."""
+        frames = self.encoder.window if self.config.feature_type == "whisper" else 1
+        shape = (1, frames, self.config.num_mel_bins)
+        return torch.zeros(shape, device=device or self.device, dtype=dtype or self.dtype)
 
     def get_input_embeddings(self) -> nn.Module:
         """The module whose output, one tensor, enters the blocks: an encoder has no token embedding."""
@@ -100,7 +111,7 @@ class ChorusAudioModel(ChorusPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Convolutions, linear layers and norms start as torch and torchaudio start them."""
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm)):
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding)):
             module.reset_parameters()
         elif isinstance(module, nn.MultiheadAttention):
             module._reset_parameters()
@@ -121,12 +132,12 @@ class ConformerEncoder(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.front_end.norm
 
-    def forward(self, features_NTF: torch.Tensor, mask_NT: torch.Tensor) -> torch.Tensor:
+    def forward(self, features_NTF: torch.Tensor, mask_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_NTD, mask_NT = self.front_end(features_NTF, mask_NT)
         hidden_NTD = self.dropout(hidden_NTD + sinusoidal_positions(hidden_NTD))
         for layer in self.layers:
             hidden_NTD = layer(hidden_NTD, mask_NT)
-        return hidden_NTD
+        return hidden_NTD, mask_NT
 
 
 class ConvolutionalFrontEnd(nn.Module):
@@ -211,9 +222,10 @@ class MaskedConvolution(nn.Module):
 
 
 class WhisperWindowEncoder(nn.Module):
-    """A Hugging Face Whisper encoder; every clip is padded to its full window, as in its own training.
+    """A Hugging Face Whisper encoder; every clip fills its window, as in its own training.
 
-    Whisper hears the padding, so it is always the same: the clip's lowest value up to the fixed end of the window.
+    Whisper hears the padding, so it is always the same: what its feature extractor puts there
+    (`feature_type="whisper"`), otherwise the clip's lowest value.
     """
 
     def __init__(self, config: ChorusAudioConfig):
@@ -232,21 +244,27 @@ class WhisperWindowEncoder(nn.Module):
                 raise ValueError(f"audio config has {name}={found}, its Whisper backbone needs {wanted}")
         self.front_end = WhisperEncoder._from_config(backbone)
         self.window = 2 * backbone.max_source_positions
+        self.hears_padding = config.feature_type == "whisper"
 
     def get_input_embeddings(self) -> nn.Module:
         return self.front_end.get_input_embeddings()
 
-    def forward(self, features_NTF: torch.Tensor, mask_NT: torch.Tensor) -> torch.Tensor:
-        clips, frames, bins = features_NTF.shape
-        if frames > self.window:
+    def forward(self, features_NTF: torch.Tensor, mask_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        frames = features_NTF.shape[1]
+        if frames > self.window or (self.hears_padding and frames < self.window):
             raise ValueError(f"input_features has {frames} frames, a Whisper window holds {self.window}")
+        if not self.hears_padding:
+            features_NTF = self._fill_window(features_NTF, mask_NT)
+        hidden_NTD = self.front_end(features_NTF.transpose(1, 2)).last_hidden_state
+        return hidden_NTD[:, : (frames + 1) // 2], mask_NT[:, ::2]
+
+    def _fill_window(self, features_NTF: torch.Tensor, mask_NT: torch.Tensor) -> torch.Tensor:
+        clips, frames, bins = features_NTF.shape
         lowest_N = features_NTF.masked_fill(~mask_NT[..., None], torch.inf).amin(dim=(1, 2))
         lowest_N = lowest_N.masked_fill(~mask_NT.any(dim=1), 0.0)
         window_NTF = lowest_N[:, None, None].expand(clips, self.window - frames, bins)
         features_NTF = torch.where(mask_NT[..., None], features_NTF, lowest_N[:, None, None])
-        window_NTF = torch.cat([features_NTF, window_NTF], dim=1)
-        hidden_NTD = self.front_end(window_NTF.transpose(1, 2)).last_hidden_state
-        return hidden_NTD[:, : (frames + 1) // 2]
+        return torch.cat([features_NTF, window_NTF], dim=1)
 
 
 def sinusoidal_positions(hidden_NTD: torch.Tensor) -> torch.Tensor:

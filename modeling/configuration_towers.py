@@ -14,6 +14,8 @@ from transformers.configuration_utils import SubConfigSpec
 from .configuration_checks import MAX_LAYERS, MAX_WIDTH, check_divides, check_range, refuse_unknown_keys
 from .vision_probe import probe_backbone, probe_vision_encoder
 
+FEATURE_TYPES = ("log_mel", "whisper", "waveform")
+
 
 @strict
 class ChorusVisionConfig(PreTrainedConfig):
@@ -91,12 +93,17 @@ class ChorusAudioConfig(PreTrainedConfig):
     r"""The audio tower: log-mel features into a Conformer (arXiv 2005.08100), or a Hugging Face audio encoder.
 
     Args:
+        feature_type: what a frame of `input_features` is: `log_mel`, a row of the log-mel spectrogram; `whisper`, the
+            same as Whisper's own feature extractor computes it, in windows of full length; `waveform`, one sample.
+        do_normalize: bring the samples of a clip to mean zero and variance one (`waveform` only).
         sampling_rate: samples per second that the features are computed at.
-        hop_length: samples between two feature frames.
+        hop_length: samples between two feature frames; 1 for a waveform, as is `num_mel_bins`.
         max_seconds: length of one window; longer clips become several windows.
-        subsampling: feature frames that the convolutional front end turns into one token (a power of two).
+        subsampling: feature frames that the convolutional front end turns into one token (a power of two); 1 for a
+            waveform, whose encoder has `convolutions` instead.
         pool_size: tokens that the connector turns into one.
         backbone_config: a Hugging Face audio configuration, instead of the Conformer.
+        backbone_library: whose modules a waveform backbone is built of, `transformers` or `torchaudio`.
     """
 
     model_type = "chorus_audio"
@@ -105,6 +112,8 @@ class ChorusAudioConfig(PreTrainedConfig):
         "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper", optional=True)
     }
 
+    feature_type: str = "log_mel"
+    do_normalize: bool = False
     sampling_rate: int = 16_000
     num_mel_bins: int = 80
     n_fft: int = 400
@@ -120,6 +129,7 @@ class ChorusAudioConfig(PreTrainedConfig):
     subsampling: int = 4
     pool_size: int = 1
     backbone_config: dict | PreTrainedConfig | None = None
+    backbone_library: str = "transformers"
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -130,13 +140,41 @@ class ChorusAudioConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def convolutions(self) -> list[list[int]]:
+        """[kernel, stride] of the convolutions, without padding, between a waveform and the encoder's tokens."""
+        if self.feature_type != "waveform" or self.backbone_config is None:
+            return []
+        kernels, strides = self.backbone_config.conv_kernel, self.backbone_config.conv_stride  # type: ignore[union-attr]
+        return [list(pair) for pair in zip(kernels, strides, strict=True)]
+
+    @property
     def frames_per_token(self) -> int:
-        """Feature frames behind one placeholder token."""
+        """Feature frames behind one placeholder token; for a waveform, what `convolutions` leave of them."""
         return self.subsampling * self.pool_size
 
     def num_audio_tokens(self, num_frames: int) -> int:
         """Placeholder tokens of a window of `num_frames` feature frames."""
+        for kernel, stride in self.convolutions:
+            num_frames = max((num_frames - kernel) // stride + 1, 1)
         return ceil(num_frames / self.frames_per_token)
+
+    def validate_features(self) -> None:
+        """Part of `@strict` validation: the features are those that the encoder takes."""
+        if self.feature_type not in FEATURE_TYPES:
+            raise ValueError(
+                f"ChorusAudioConfig: feature_type={self.feature_type!r}; choose from {', '.join(FEATURE_TYPES)}"
+            )
+        if self.backbone_library not in ("transformers", "torchaudio"):
+            raise ValueError(
+                f"ChorusAudioConfig: backbone_library={self.backbone_library!r}; choose transformers or torchaudio"
+            )
+        if self.feature_type != "waveform":
+            return
+        if self.backbone_config is None:
+            raise ValueError("ChorusAudioConfig: feature_type='waveform' needs a backbone_config that hears samples")
+        for name in ("num_mel_bins", "hop_length", "subsampling"):
+            if getattr(self, name) != 1:
+                raise ValueError(f"ChorusAudioConfig: {name}={getattr(self, name)}, a waveform has {name}=1")
 
     def validate_sizes(self) -> None:
         """Part of `@strict` validation."""

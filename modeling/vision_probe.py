@@ -38,6 +38,9 @@ RESERVED_MODEL_ARGS = frozenset(
 MAX_MODEL_ARG = 65_536
 MAX_DEPTH = 1_024
 
+# Hugging Face models that fit their positions to the image; `image_size` in their configuration is that of pretraining.
+ANY_SIZE_TYPES = frozenset({"dinov2", "dinov2_with_registers", "dinov3_vit"})
+
 
 @dataclass(frozen=True)
 class VisionProbe:
@@ -71,13 +74,44 @@ def create_timm_encoder(
         ImportError: timm is missing.
         ValueError: an unknown name, a reserved or oversized argument, or a model that timm refuses to build.
     """
+    return _create_timm(architecture, model_args, image_size, pretrained=False, num_classes=0, in_chans=num_channels)
+
+
+def load_timm_encoder(
+    architecture: str | None,
+    model_args: dict[str, Any] | None,
+    image_size: int,
+    num_channels: int,
+    state_dict: dict[str, torch.Tensor],
+    num_classes: int,
+) -> Any:
+    """`create_timm_encoder` with the weights of a checkpoint, converted as timm converts its own.
+
+    Args:
+        num_classes: of the checkpoint's classifier, 0 for none. It is loaded as well, so that timm counts the tensors
+            strictly, and then dropped.
+
+    Raises:
+        ImportError: timm is missing.
+        ValueError: as above, or tensors that are missing or of another shape.
+    """
+    overlay = {"state_dict": dict(state_dict), "num_classes": num_classes}
+    model = _create_timm(
+        architecture, model_args, image_size,
+        pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, in_chans=num_channels,
+    )  # fmt: skip
+    model.reset_classifier(0)
+    return model
+
+
+def _create_timm(architecture: str | None, model_args: dict[str, Any] | None, image_size: int, **options: Any) -> Any:
     timm = _import_timm()
     _check_architecture(architecture, timm)
     arguments = json.loads(_dump_model_args(architecture, model_args))
     try:
         if getattr(timm.get_pretrained_cfg(architecture), "fixed_input_size", False):
             arguments.setdefault("img_size", image_size)
-        return timm.create_model(architecture, pretrained=False, num_classes=0, in_chans=num_channels, **arguments)
+        return timm.create_model(architecture, **options, **arguments)
     except Exception as error:
         raise ValueError(f"timm cannot build {architecture!r} with model_args={arguments}: {error}") from error
 
@@ -101,7 +135,10 @@ def probe_backbone(backbone_config: PreTrainedConfig, image_size: int, num_chann
         ValueError: the configuration is made for other images, or the model yields no `last_hidden_state`.
     """
     name = type(backbone_config).__name__
-    for field, found in (("image_size", image_size), ("num_channels", num_channels)):
+    fixed = {"num_channels": num_channels}
+    if backbone_config.model_type not in ANY_SIZE_TYPES:
+        fixed["image_size"] = image_size
+    for field, found in fixed.items():
         wanted = getattr(backbone_config, field, None)
         if wanted is not None and wanted not in (found, [found, found], (found, found)):
             raise ValueError(f"{name}: {field}={wanted} but the vision config has {field}={found}")

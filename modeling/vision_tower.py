@@ -48,6 +48,7 @@ class ChorusVisionModel(ChorusPreTrainedModel):
             self.timm_model = _create_timm(config)
         else:
             self.backbone = AutoModel.from_config(config.backbone_config)
+            _freeze_mask_tokens(self.backbone)
         self._built_on_meta = next(self.parameters()).is_meta
         self._timm_checkpointing = False
         self._reference: tuple[nn.Module, dict[nn.Module, str]] | None = None
@@ -175,6 +176,13 @@ class ChorusVisionModel(ChorusPreTrainedModel):
 
 def _create_timm(config: ChorusVisionConfig) -> nn.Module:
     return create_timm_encoder(config.architecture, config.model_args, config.image_size, config.num_channels)
+
+
+def _freeze_mask_tokens(backbone: nn.Module) -> None:
+    """Tokens that stand for hidden patches serve the backbone's own training; here nothing would reach them."""
+    for name, parameter in backbone.named_parameters():
+        if name.rpartition(".")[2] == "mask_token":
+            parameter.requires_grad_(False)
 
 
 def _missing_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -1,9 +1,11 @@
-"""Sound to log-mel `input_features`, with a mask, in windows.
+"""Sound to `input_features`, log-mel frames or samples, with a mask, in windows.
 
 Unusual here:
 - the sampling rate is required with arrays; another rate is resampled (soxr), or refused when `strict_sampling_rate`;
 - features are computed clip by clip, so they depend neither on batch mates nor on padding;
 - a clip longer than `max_seconds` becomes several windows (rows), never a shorter clip;
+- for a Whisper encoder transformers' own feature extractor does the arithmetic, window by window, so that the encoder
+  hears exactly what it was trained on, the silence up to the end of the window included;
 - no filter bank is kept in the object or in the saved JSON.
 
 Shape suffixes: N windows, F frames, M mel bins.
@@ -16,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature
+from transformers import BatchFeature, WhisperFeatureExtractor
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.utils import logging
 
@@ -31,6 +33,7 @@ from .media_limits import (
 
 logger = logging.get_logger(__name__)
 
+FEATURE_TYPES = ("log_mel", "whisper", "waveform")
 # Below half a step of 16-bit sound nothing can be heard: -96 dB of full scale.
 SILENCE_PEAK = 2.0**-16
 # Floats are expected in -1..1; intermediate processing overshoots a little, 16-bit integers stored as floats do not.
@@ -39,9 +42,12 @@ INTEGER_SCALES = {"int16": 2.0**15, "int32": 2.0**31, "uint8": 2.0**7}
 
 
 class ChorusFeatureExtractor(SequenceFeatureExtractor):
-    """Log-mel features in Whisper's normalisation (https://arxiv.org/abs/2212.04356, section 2.2), per clip.
+    """Log-mel frames in Whisper's normalisation (https://arxiv.org/abs/2212.04356, section 2.2), or samples, per clip.
 
     Args:
+        feature_type: `log_mel`; `whisper`, whose windows are always full, the silence after a clip unmasked;
+            `waveform`, samples as frames of size 1, `hop_length` 1.
+        do_normalize: bring the samples of a clip to mean zero and variance one (`waveform` only).
         feature_size: mel bins M.
         sampling_rate: Hz the model hears; other rates are resampled.
         n_fft, hop_length: window and hop of the spectrogram, in samples.
@@ -66,12 +72,18 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         strict_sampling_rate: bool = False,
         allow_silence: bool = False,
         padding_value: float = 0.0,
+        feature_type: str = "log_mel",
+        do_normalize: bool = False,
         **kwargs: Any,
     ):
+        if feature_type not in FEATURE_TYPES:
+            raise ValueError(f"feature_type must be one of {', '.join(FEATURE_TYPES)}, found {feature_type!r}")
         if on_long_audio not in ("split", "error"):
             raise ValueError(f"on_long_audio must be 'split' or 'error', found {on_long_audio!r}")
         if max_seconds * sampling_rate < hop_length:
             raise ValueError(f"max_seconds={max_seconds:g} is shorter than one hop of {hop_length} samples")
+        self.feature_type = feature_type
+        self.do_normalize = do_normalize
         self.n_fft = n_fft
         self.hop_length = hop_length
         self.max_seconds = max_seconds
@@ -208,15 +220,36 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
 
     def featurize(self, clips: list[np.ndarray], return_tensors: str | None = None) -> BatchFeature:
         """`__call__` on clips that `load` returned."""
-        windows_FM = [window for clip in clips for window in self.log_mel(clip).split(self.window_frames)]
+        windows_FM = [window for clip in clips for window in self.windows(clip)]
+        frames_N = [frames for clip in clips for frames in self.frames_per_window(len(clip))]
         longest = max(len(window) for window in windows_FM)
         features_NFM = np.full((len(windows_FM), longest, self.feature_size), self.padding_value, dtype=np.float32)
         mask_NF = np.zeros((len(windows_FM), longest), dtype=bool)
-        for row, window_FM in enumerate(windows_FM):
+        for row, (window_FM, frames) in enumerate(zip(windows_FM, frames_N, strict=True)):
             features_NFM[row, : len(window_FM)] = window_FM.numpy()
-            mask_NF[row, : len(window_FM)] = True
+            mask_NF[row, :frames] = True
         data = {"input_features": features_NFM, "input_features_mask": mask_NF}
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def windows(self, samples: np.ndarray) -> list[torch.Tensor]:
+        """The windows (F, M) of one mono clip."""
+        if self.feature_type == "log_mel":
+            return list(self.log_mel(samples).split(self.window_frames))
+        if self.feature_type == "waveform":
+            return list(torch.from_numpy(self._normalized(samples))[:, None].split(self.window_frames))
+        size = self.window_frames * self.hop_length
+        return [self._whisper_window(samples[start : start + size], size) for start in range(0, len(samples), size)]
+
+    def _normalized(self, samples: np.ndarray) -> np.ndarray:
+        """As `Wav2Vec2FeatureExtractor` normalises a clip, or the clip as it is."""
+        samples = np.ascontiguousarray(samples)
+        return (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7) if self.do_normalize else samples
+
+    def _whisper_window(self, samples: np.ndarray, size: int) -> torch.Tensor:
+        """Frames of a window of `size` samples, (size / hop_length, M), silent after the clip."""
+        extractor = whisper_extractor(self.sampling_rate, self.n_fft, self.hop_length, self.feature_size)
+        batch = extractor(samples, max_length=size, sampling_rate=self.sampling_rate)
+        return torch.from_numpy(batch["input_features"][0].T)
 
     def log_mel(self, samples: np.ndarray) -> torch.Tensor:
         """Normalised log-mel features (F, M) of one mono clip, F = ceil(samples / hop_length)."""
@@ -225,6 +258,12 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         power_FM = transform(torch.from_numpy(np.ascontiguousarray(samples))).T[:frames]
         log_FM = power_FM.clamp(min=1e-10).log10()
         return (torch.maximum(log_FM, log_FM.max() - 8.0) + 4.0) / 4.0
+
+
+@lru_cache(maxsize=8)
+def whisper_extractor(sampling_rate: int, n_fft: int, hop_length: int, num_mel_bins: int) -> WhisperFeatureExtractor:
+    """transformers' feature extractor of Whisper, built once per setting and process."""
+    return WhisperFeatureExtractor(num_mel_bins, sampling_rate, hop_length, n_fft=n_fft)
 
 
 @lru_cache(maxsize=8)

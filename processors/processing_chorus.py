@@ -9,6 +9,7 @@ Unusual here:
 """
 
 import math
+import os
 from typing import Any
 
 from transformers import BatchFeature
@@ -19,10 +20,12 @@ from .feature_extraction_chorus import ChorusFeatureExtractor
 from .image_processing_chorus import ChorusImageProcessor
 from .media_layout import flatten_media, nest_media
 from .media_limits import MediaError, MediaLimits, MediaPlace
+from .parent_processing import carries_media, parent_image_settings, parent_tokenizer
 from .processing_chat import ChatProcessor
 from .token_rows import pad_rows, truncate_rows
 from .tokenization_chorus import add_media_tokens
 
+MEDIA_TOKENS = {"image_token": "<image>", "audio_token": "<audio>"}
 # Tokenizers without a limit report a huge model_max_length.
 NO_MAX_LENGTH = 10**9
 
@@ -33,6 +36,7 @@ class ChorusProcessor(ChatProcessor):
     Args:
         num_image_tokens: tokens of one image in the sequence; None: the model sees no images.
         frames_per_token: feature frames behind one audio token; None: the model hears nothing.
+        audio_convolutions: [kernel, stride] of the convolutions, without padding, that shorten the frames before that.
         image_token, audio_token: placeholders, one per item in the text passed in, one per feature in `input_ids`.
 
     Raises:
@@ -52,9 +56,11 @@ class ChorusProcessor(ChatProcessor):
         frames_per_token: int | None = None,
         image_token: str = "<image>",
         audio_token: str = "<audio>",
+        audio_convolutions: list[list[int]] | None = None,
     ):
         self.num_image_tokens = num_image_tokens
         self.frames_per_token = frames_per_token
+        self.audio_convolutions = audio_convolutions or []
         self.image_token = image_token
         self.audio_token = audio_token
         self.image_token_id = _media_token_id(tokenizer, image_token)
@@ -85,7 +91,7 @@ class ChorusProcessor(ChatProcessor):
         vision, audio = getattr(config, "vision_config", None), getattr(config, "audio_config", None)
         image_settings: dict[str, Any] = {}
         audio_settings: dict[str, Any] = {}
-        own: dict[str, Any] = {"num_image_tokens": None, "frames_per_token": None}
+        own: dict[str, Any] = {"num_image_tokens": None, "frames_per_token": None, "audio_convolutions": None}
         if vision is not None:
             image_settings = {
                 "size": {"height": vision.image_size, "width": vision.image_size},
@@ -93,12 +99,12 @@ class ChorusProcessor(ChatProcessor):
             }
             own["num_image_tokens"] = vision.num_image_tokens
         if audio is not None:
-            names = {"sampling_rate", "n_fft", "hop_length", "max_seconds"}
+            names = {"feature_type", "do_normalize", "sampling_rate", "n_fft", "hop_length", "max_seconds"}
             audio_settings = {name: getattr(audio, name) for name in names} | {"feature_size": audio.num_mel_bins}
-            own["frames_per_token"] = audio.frames_per_token
+            own |= {"frames_per_token": audio.frames_per_token, "audio_convolutions": audio.convolutions}
         audio_names = set(ChorusFeatureExtractor().to_dict())
         for name, value in overrides.items():
-            if name in {"chat_template", "num_image_tokens", "frames_per_token", "image_token", "audio_token"}:
+            if name in own or name in {"chat_template", "image_token", "audio_token"}:
                 own[name] = value
             elif name in ChorusImageProcessor.valid_kwargs.__annotations__:
                 image_settings[name] = value
@@ -106,7 +112,7 @@ class ChorusProcessor(ChatProcessor):
                 audio_settings[name] = value
             else:
                 raise TypeError(f"from_config got {name}={value!r}, which no part of the processor knows")
-        image_token, audio_token = own.get("image_token", "<image>"), own.get("audio_token", "<audio>")
+        image_token, audio_token = (own.get(name, token) for name, token in MEDIA_TOKENS.items())
         add_media_tokens(tokenizer, image_token, audio_token)
         for token, expected in ((image_token, config.image_token_id), (audio_token, config.audio_token_id)):
             found = tokenizer.convert_tokens_to_ids(token)
@@ -114,6 +120,44 @@ class ChorusProcessor(ChatProcessor):
                 raise ValueError(f"the tokenizer gives {token} the id {found}, the config expects {expected}")
         tokenizer.padding_side = "left"
         return cls(ChorusImageProcessor(**image_settings), ChorusFeatureExtractor(**audio_settings), tokenizer, **own)
+
+    @classmethod
+    def from_pretrained_parts(
+        cls,
+        config: Any,
+        text: str | os.PathLike[str],
+        vision: str | os.PathLike[str] | None = None,
+        *,
+        text_loading: dict[str, Any] | None = None,
+        vision_loading: dict[str, Any] | None = None,
+        **overrides: Any,
+    ) -> "ChorusProcessor":
+        """The processor of a model composed of pretrained parts.
+
+        The tokenizer is the text parent's with the media tokens added, images are prepared as the vision parent's own
+        image processor does; what the audio parent wants is in `config.audio_config`. The text parent's chat template
+        is kept if it can hold images and sound (`carries_media`), otherwise it is ours.
+
+        Args:
+            config: the composed model's.
+            text, vision: folders or Hub ids; `vision` may name a timm model, and is None for a new vision tower.
+            text_loading, vision_loading: `revision`, `token`, `cache_dir`, `local_files_only` of each.
+            overrides: as in `from_config`.
+
+        Raises:
+            OSError: a part without tokenizer or image processor, as transformers says it.
+            ValueError: parts that do not fit the config.
+        """
+        tokenizer = parent_tokenizer(text, **text_loading or {})
+        settings: dict[str, Any] = {}
+        if vision is not None and config.vision_config is not None:
+            settings = parent_image_settings(vision, config.vision_config.image_size, **vision_loading or {})
+        tokens = {name: overrides.get(name, token) for name, token in MEDIA_TOKENS.items()}
+        if carries_media(tokenizer, **tokens):
+            settings["chat_template"] = tokenizer.chat_template
+        processor = cls.from_config(config, tokenizer, **settings | overrides)
+        tokenizer.chat_template = processor.chat_template
+        return processor
 
     @property
     def limits(self) -> MediaLimits:
@@ -138,10 +182,13 @@ class ChorusProcessor(ChatProcessor):
         return num_images * self.num_image_tokens
 
     def num_audio_tokens_for(self, num_samples: int) -> int:
-        """Tokens of a clip of `num_samples` at the model's rate: ceil(frames / frames_per_token) for each window."""
+        """Tokens of a clip of `num_samples` at the model's rate: for each window ceil(frames / frames_per_token), of
+        the frames that the convolutions leave, at least one."""
         if self.frames_per_token is None:
             raise MediaError("this model hears nothing (frames_per_token is None)", modality="audio")
         windows = self.feature_extractor.frames_per_window(num_samples)
+        for kernel, stride in self.audio_convolutions:
+            windows = [max((frames - kernel) // stride + 1, 1) for frames in windows]
         return sum(math.ceil(frames / self.frames_per_token) for frames in windows)
 
     def _get_num_multimodal_tokens(

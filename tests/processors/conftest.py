@@ -32,7 +32,16 @@ def picture(width: int = 9, height: int = 6, seed: int = 0) -> Image.Image:
 
 def model_config(**audio: Any) -> SimpleNamespace:
     """What `ChorusProcessor.from_config` reads of a ChorusConfig."""
-    settings = {"sampling_rate": RATE, "n_fft": 400, "hop_length": 160, "max_seconds": 2.0, "num_mel_bins": 20}
+    settings = {
+        "feature_type": "log_mel",
+        "do_normalize": False,
+        "sampling_rate": RATE,
+        "n_fft": 400,
+        "hop_length": 160,
+        "max_seconds": 2.0,
+        "num_mel_bins": 20,
+        "convolutions": [],
+    }
     return SimpleNamespace(
         vision_config=SimpleNamespace(num_image_tokens=4, image_size=16, num_channels=3),
         audio_config=SimpleNamespace(**{**settings, "frames_per_token": 8, **audio}),
