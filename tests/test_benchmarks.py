@@ -17,6 +17,7 @@ from benchmarks import (
     sparse_layer,
     timing,
     train_step,
+    upcycle,
 )
 
 EXPECTED = {
@@ -30,6 +31,7 @@ EXPECTED = {
                        "chorus_mflops", "adaptive_loss"},
     moe_vs_dense: {"dense_ratio", "dense_total", "equal_active_active", "chorus_mflops", "equal_active_accuracy",
                    "dense_loss", "chorus_ms"},
+    upcycle: {"copy_ratio", "copy_parent_ratio", "peak_of_parent_ratio", "build_of_child_ratio", "chorus_ms"},
 }  # fmt: skip
 
 
