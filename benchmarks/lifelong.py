@@ -77,7 +77,7 @@ class LifelongSettings:
     new_steps: int
     questions: int
     rehearsed: int
-    batch_size: int = 40
+    batch_size: int = 24
     lr: float = 2e-3
 
     @classmethod
@@ -234,10 +234,10 @@ def score(life: Life) -> dict[str, dict[str, float]]:
 
 def main(arguments: list[str] | None = None) -> None:
     options: list[tuple[str, dict[str, Any]]] = [
-        ("--encoder-steps", {"type": int, "default": 400, "help": "steps of the encoder alone (default 400)"}),
-        ("--steps", {"type": int, "default": 250, "help": "steps on A (default 250)"}),
-        ("--new-steps", {"type": int, "default": 150, "help": "steps on B (default 150)"}),
-        ("--questions", {"type": int, "default": 200, "help": "test questions of each kind (default 200)"}),
+        ("--encoder-steps", {"type": int, "default": 300, "help": "steps of the encoder alone (default 300)"}),
+        ("--steps", {"type": int, "default": 220, "help": "steps on A (default 220)"}),
+        ("--new-steps", {"type": int, "default": 90, "help": "steps on B (default 90)"}),
+        ("--questions", {"type": int, "default": 150, "help": "test questions of each kind (default 150)"}),
         ("--rehearsed", {"type": int, "default": 64, "help": "questions of A that are kept (default 64)"}),
         ("--seeds", {"type": int, "nargs": "+", "default": [0, 1, 2]}),
     ]
