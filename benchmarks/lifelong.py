@@ -9,9 +9,9 @@ contradict those of A, from B's questions alone:
 - `full_rehearsed`, `chorus_rehearsed`: the same with a few of A's questions, always the same, in every batch.
 
 All start from the same model and see the same batches. The encoder learns its digits first and is frozen. Accuracy is
-the share of questions answered exactly, about writers that none has met and in phrasings that none has read; `chorus`
-is also asked A with its bank closed, and the logits are then compared bit for bit with those before B. `lost` is in
-points.
+the share of questions answered exactly, in the phrasings of the lessons, about writers that none has met; the models
+with a bank are also asked A with it closed, and the logits are then compared bit for bit with those before B. `lost` is
+in points.
 """
 
 import argparse
@@ -47,7 +47,7 @@ PARITY = Skill(
         "Look at the picture. Is the number even?",
         "Is the number you see odd or even?",
     ),
-    ("Is the digit in the picture odd or even?", "Tell me if the number you see is even."),
+    (),
 )
 NEXT = Skill(
     "next",
@@ -61,7 +61,7 @@ NEXT = Skill(
         "Tell me the next number.",
         "Look at the picture. Which number comes next?",
     ),
-    ("Which number comes after the written one?", "Tell me the digit that comes next."),
+    (),
 )
 OLD_SKILLS, NEW_SKILLS = (SKILLS["written"], PARITY), (NEXT,)
 BANK = "next"
@@ -87,12 +87,11 @@ class LifelongSettings:
         return cls(parsed.encoder_steps, parsed.steps, parsed.new_steps, parsed.questions, parsed.rehearsed)
 
 
-def ask(skill: Skill, pictures: DigitPictures, rng: np.random.Generator, held_out: bool, augment: Any = None) -> Sample:
+def ask(skill: Skill, pictures: DigitPictures, rng: np.random.Generator, augment: Any = None) -> Sample:
     """One question about one picture, and its answer."""
     row = int(rng.integers(len(pictures)))
     digit, picture = int(pictures.digits[row]), pictures.images[row]
-    questions = skill.held_out_questions if held_out else skill.questions
-    content = [{"type": "image"}, {"type": "text", "text": questions[rng.integers(len(questions))]}]
+    content = [{"type": "image"}, {"type": "text", "text": skill.questions[rng.integers(len(skill.questions))]}]
     words = skill.answer(digit, 0)
     return {
         "messages": [
@@ -114,8 +113,7 @@ class Life:
         self.pictures, self.test_pictures = handwritten_digits(size=16)
         self.augment = PictureAugment()
         torch.manual_seed(seed)
-        words = [*corpus(), *PARITY.questions, *PARITY.held_out_questions, *NEXT.questions, *NEXT.held_out_questions]
-        demo, self.processor = build_demo([*words, "odd", "even"])
+        demo, self.processor = build_demo([*corpus(), *PARITY.questions, *NEXT.questions, "odd", "even"])
         values = demo.config.to_dict() | {"audio_config": None, "audio_token_id": None}
         self.model = ChorusForConditionalGeneration(ChorusConfig(**values))
         self.model.generation_config = demo.generation_config
@@ -135,14 +133,14 @@ class Life:
             take_step(collate([digits[index] for index in range(step * size, (step + 1) * size)]))
 
     def _questions(self, skills: Sequence[Skill], count: int) -> list[Sample]:
-        return [ask(skills[i % len(skills)], self.pictures, self.rng, False, self.augment) for i in range(count)]
+        return [ask(skills[i % len(skills)], self.pictures, self.rng, self.augment) for i in range(count)]
 
     def _lesson(self, skills: Sequence[Skill]) -> list[Sample]:
         return self._questions(skills, self.settings.batch_size)
 
     def _test(self, skills: Sequence[Skill]) -> list[Sample]:
         count = self.settings.questions * len(skills)
-        return [ask(skills[i % len(skills)], self.test_pictures, self.rng, True) for i in range(count)]
+        return [ask(skills[i % len(skills)], self.test_pictures, self.rng) for i in range(count)]
 
     @torch.no_grad()
     def encode(self, samples: Sequence[Sample]) -> Batch:
@@ -153,11 +151,11 @@ class Life:
         return {**batch, "mm_encoder_outputs": {"image": encoded}}
 
     def new_lessons(self) -> tuple[list[Batch], list[Batch]]:
-        """Batches of B alone, and the same with a fifth of the rows given to A's questions that were kept."""
+        """Batches of B alone, and the same with a third of the rows given to A's questions that were kept."""
         plain, rehearsed = [], []
         for _ in range(self.settings.new_steps):
             samples = self._lesson(NEW_SKILLS)
-            share = max(1, len(samples) // 5)
+            share = max(1, len(samples) // 3)
             kept = [self.memory[i] for i in self.rng.integers(len(self.memory), size=share)]
             plain.append(self.encode(samples))
             rehearsed.append(self.encode(samples[share:] + kept))
@@ -238,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("--steps", {"type": int, "default": 220, "help": "steps on A (default 220)"}),
         ("--new-steps", {"type": int, "default": 90, "help": "steps on B (default 90)"}),
         ("--questions", {"type": int, "default": 150, "help": "test questions of each kind (default 150)"}),
-        ("--rehearsed", {"type": int, "default": 64, "help": "questions of A that are kept (default 64)"}),
+        ("--rehearsed", {"type": int, "default": 120, "help": "questions of A that are kept (default 120)"}),
         ("--seeds", {"type": int, "nargs": "+", "default": [0, 1, 2]}),
     ]
     parsed = parse("A second skill: a bank that is added against full fine-tuning.", arguments, *options)

@@ -46,7 +46,9 @@ CASES: dict[str, dict[str, Any]] = {
     "adaptive experts": {"expert_banks": {"text": {"adaptive_experts": True}, "common": {}}},
     "groups of experts": {"expert_banks": {"text": {"num_experts": 4, "num_groups": 2, "topk_groups": 1}}},
     "balance bias": {"expert_banks": {"text": {"balance": "bias"}, "common": {}}},
-    "a gate of its own": {"expert_banks": {"text": {}, "new": {"gate": "own", "num_experts": 1}, "common": {}}},
+    "a gate of its own": {
+        "expert_banks": {"text": {}, "new": {"gate": "own", "num_experts": 1, "num_experts_per_tok": 1}, "common": {}}
+    },
     "only gates of their own": {"expert_banks": {"common": {"gate": "own"}, "image": {}}},
     "closed bank": {"expert_banks": {"text": {}, "more": {"closed": True}, "common": {}}},
     "closed bank of a called module": {"expert_banks": {"text": {"router": "sigmoid", "closed": True}, "common": {}}},
