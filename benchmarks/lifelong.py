@@ -1,8 +1,8 @@
 """Learning a second skill without losing the first: a bank that is added, against fine-tuning the whole model.
 
-Run as `python -m benchmarks.lifelong`. A small model learns skill A, two kinds of questions about handwritten digits
-(which digit it is, and whether it is odd or even). Then it learns skill B, which digit comes next, whose answers
-contradict those of A, from B's questions alone:
+Run as `python -m benchmarks.lifelong`. A small model learns skill A, four kinds of questions about handwritten
+digits (which it is, which comes before, whether it is odd or even, whether it is larger than four). Then it learns
+skill B, which digit comes after, whose answers contradict those of A, from B's questions alone:
 
 - `full`: all of the decoder is trained;
 - `chorus`: a bank is added and nothing else is trained; its gate stays open for every question;
@@ -49,21 +49,47 @@ PARITY = Skill(
     ),
     (),
 )
+BEFORE = Skill(
+    "before",
+    ("image",),
+    lambda written, spoken: str((written - 1) % 10),
+    (
+        "Which digit comes before?",
+        "What digit comes before the written digit?",
+        "Name the digit before the one you see.",
+        "What number comes before the picture?",
+        "Tell me the number before.",
+        "Look at the picture. Which number comes before?",
+    ),
+    (),
+)
+LARGE = Skill(
+    "large",
+    ("image",),
+    lambda written, spoken: "yes" if written > 4 else "no",
+    (
+        "Is the written digit larger than four?",
+        "Is the number in the picture larger than four?",
+        "Do you see a digit larger than four?",
+        "Look at the picture. Is it more than four?",
+    ),
+    (),
+)
 NEXT = Skill(
     "next",
     ("image",),
     lambda written, spoken: str((written + 1) % 10),
     (
-        "Which digit comes next?",
+        "Which digit comes after?",
         "What digit comes after the written digit?",
         "Name the digit after the one you see.",
         "What number comes after the picture?",
-        "Tell me the next number.",
-        "Look at the picture. Which number comes next?",
+        "Tell me the number after.",
+        "Look at the picture. Which number comes after?",
     ),
     (),
 )
-OLD_SKILLS, NEW_SKILLS = (SKILLS["written"], PARITY), (NEXT,)
+OLD_SKILLS, NEW_SKILLS = (SKILLS["written"], PARITY, BEFORE, LARGE), (NEXT,)
 BANK = "next"
 FULL, REHEARSED = "full", "_rehearsed"
 
@@ -113,7 +139,9 @@ class Life:
         self.pictures, self.test_pictures = handwritten_digits(size=16)
         self.augment = PictureAugment()
         torch.manual_seed(seed)
-        demo, self.processor = build_demo([*corpus(), *PARITY.questions, *NEXT.questions, "odd", "even"])
+        demo, self.processor = build_demo(
+            [*corpus(), *(text for skill in (*OLD_SKILLS, *NEW_SKILLS) for text in skill.questions), "odd", "even"]
+        )
         values = demo.config.to_dict() | {"audio_config": None, "audio_token_id": None}
         self.model = ChorusForConditionalGeneration(ChorusConfig(**values))
         self.model.generation_config = demo.generation_config
@@ -151,11 +179,11 @@ class Life:
         return {**batch, "mm_encoder_outputs": {"image": encoded}}
 
     def new_lessons(self) -> tuple[list[Batch], list[Batch]]:
-        """Batches of B alone, and the same with a third of the rows given to A's questions that were kept."""
+        """Batches of B alone, and the same with half of the rows given to A's questions that were kept."""
         plain, rehearsed = [], []
         for _ in range(self.settings.new_steps):
             samples = self._lesson(NEW_SKILLS)
-            share = max(1, len(samples) // 3)
+            share = max(1, len(samples) // 2)
             kept = [self.memory[i] for i in self.rng.integers(len(self.memory), size=share)]
             plain.append(self.encode(samples))
             rehearsed.append(self.encode(samples[share:] + kept))
@@ -233,9 +261,9 @@ def score(life: Life) -> dict[str, dict[str, float]]:
 def main(arguments: list[str] | None = None) -> None:
     options: list[tuple[str, dict[str, Any]]] = [
         ("--encoder-steps", {"type": int, "default": 300, "help": "steps of the encoder alone (default 300)"}),
-        ("--steps", {"type": int, "default": 220, "help": "steps on A (default 220)"}),
+        ("--steps", {"type": int, "default": 260, "help": "steps on A (default 260)"}),
         ("--new-steps", {"type": int, "default": 90, "help": "steps on B (default 90)"}),
-        ("--questions", {"type": int, "default": 150, "help": "test questions of each kind (default 150)"}),
+        ("--questions", {"type": int, "default": 100, "help": "test questions of each kind (default 100)"}),
         ("--rehearsed", {"type": int, "default": 120, "help": "questions of A that are kept (default 120)"}),
         ("--seeds", {"type": int, "nargs": "+", "default": [0, 1, 2]}),
     ]
