@@ -117,7 +117,7 @@ def _sparse_layers(decoder: Any) -> Iterator[tuple[int, Any]]:
 
 def _bank_tensors(decoder: Any, bank: ExpertBankConfig) -> dict[str, Tensor]:
     """The bank's weights and buffers, and its row `(D,)` of the gates, by their names in the decoder."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for layer in bank.layers_among(decoder.config.sparse_layers):
         mlp = decoder.layers[layer].mlp
         tensors |= {
@@ -164,7 +164,8 @@ def _check_fit(decoder: Any, bank: ExpertBankConfig, tensors: dict[str, Tensor])
     Raises:
         ValueError: naming the bank's setting, a missing or unexpected tensor, or one of another shape, with both sides.
     """
-    config, old, expected = decoder.config, decoder.banks.get(bank.name), {}
+    config, old = decoder.config, decoder.banks.get(bank.name)
+    expected: dict[str, torch.Size] = {}
     sparse = config.sparse_layers
     bank.validate(sparse)
     layers = bank.layers_among(sparse)

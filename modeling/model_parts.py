@@ -34,7 +34,7 @@ def layer_parts(text: Any) -> dict[str, tuple[list[int], str]]:
     }
 
 
-def in_layers(layers: Iterable[int], path: str) -> str:
+def in_layers(layers: Iterable[int | str], path: str) -> str:
     """The pattern of `path` in some layers."""
     return rf"language_model\.layers\.(?:{'|'.join(map(str, layers))})\.{path}"
 
