@@ -23,6 +23,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from .attention import ModalityProjection
 from .experts_cpu import OneTokenExpert, add_product
 from .modality_plan import ModalityPlan
+from .routers import filled_rows
 
 # Positions that a buffer of keys and values has free when it is made: at least so many, or a quarter of what it holds.
 SPARE_POSITIONS = 128
@@ -177,7 +178,7 @@ class LeanBank:
         self.one = OneTokenExpert(down.shape[2], down.dtype)
 
     def __call__(self, residual_D: Tensor, states_D: Tensor, bank_weight: float) -> None:
-        logits_E = torch.mv(self.router.float(), states_D.float())
+        logits_E = torch.mv(filled_rows(self.router.float()), states_D.float())[: len(self.router)]
         chosen_E, index_E = logits_E.sort(descending=True, stable=True)  # ties as in `best_experts`
         chosen, index = chosen_E[: self.top_k].tolist(), index_E[: self.top_k].tolist()
         if self.is_normalised:
