@@ -52,6 +52,11 @@ class ChorusExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(bank.num_experts, config.hidden_size, bank.intermediate_size))
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def run_expert(self, expert: int, hidden_states: Tensor) -> Tensor:
+        """The output of one expert, unweighted."""
+        gate, up = F.linear(hidden_states, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         # The empty sums keep both parameters and the router in the graph when the bank has no tokens.
         unused = self.gate_up_proj[:0].sum() + self.down_proj[:0].sum() + top_k_weights[:0].sum()
@@ -60,8 +65,7 @@ class ChorusExperts(nn.Module):
             token, slot = torch.where(top_k_index == expert)
             if len(token) == 0:
                 continue
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            states = F.linear(self.act_fn(gate) * up, self.down_proj[expert]) * top_k_weights[token, slot, None]
+            states = self.run_expert(expert, hidden_states[token]) * top_k_weights[token, slot, None]
             output_TD = output_TD.index_add(0, token, states.to(output_TD.dtype))
         return output_TD
 

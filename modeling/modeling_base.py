@@ -9,6 +9,7 @@ from transformers import initialization as init
 from transformers.utils.output_capturing import OutputRecorder
 
 from .attention import Attention, CrossModalAttention, ModalityProjection
+from .bank_operations import BankOperations
 from .checkpoint import CheckpointError, check_shapes, describe_misfit
 from .configuration_chorus import ChorusConfig
 from .experts import BankGate, ChorusExperts, MixtureOfBanks
@@ -16,7 +17,7 @@ from .experts_cpu import CPU_EXPERTS
 from .routers import Router
 
 
-class ChorusPreTrainedModel(PreTrainedModel):
+class ChorusPreTrainedModel(BankOperations, PreTrainedModel):
     """Weights start as in Llama: normal with `initializer_range`, norms one, biases zero."""
 
     config: ChorusConfig
