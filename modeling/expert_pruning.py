@@ -14,51 +14,61 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_banks import LayerBankConfig
-from .expert_counts import EXPERT_TENSORS, NewTensors, layers_of_bank, replace_experts, router_tensors, with_counts
+from .expert_counts import (
+    EXPERT_TENSORS,
+    NewTensors,
+    decoder_of,
+    layers_of_bank,
+    replace_experts,
+    router_tensors,
+    with_counts,
+)
 from .experts import ExpertBank
 from .operation_report import OperationReport, refuse_adapters
 
 # layer -> bank -> (E,), the higher the more an expert is worth.
 ExpertScores = Mapping[int, Mapping[str, Tensor]]
 USED = "used"
+OPERATION = "prune_experts"
 Keep = int | float | str | Mapping[int, int | float | str]
 
 
 def prune_experts(model: nn.Module, keep: Mapping[str, Keep], scores: ExpertScores) -> OperationReport:
     """See `prune_experts` of a model."""
-    refuse_adapters(model, "prune_experts")
+    refuse_adapters(model, OPERATION)
     if not keep:
         raise ValueError("prune_experts: no bank is named")
     kept: dict[str, dict[int, Tensor]] = {}
     for name, wanted in keep.items():
-        layers = layers_of_bank(model, name, "prune_experts")
+        layers = layers_of_bank(model, name, OPERATION)
         asked = wanted if isinstance(wanted, Mapping) else dict.fromkeys(layers, wanted)
         for layer in asked:
             if layer not in layers:
                 raise ValueError(
                     f"prune_experts: layer {layer} does not hold bank {name!r}, which is in {list(layers)}"
                 )
-        found = {layer: _scores(scores, layer, name, bank) for layer, bank in layers.items() if layer in asked}
+        found = {layer: read_scores(scores, layer, name, layers[layer], OPERATION) for layer in asked}
         bank_of = {layer: layers[layer].router.bank for layer in found}
         counts = {i: _count(asked[i], score_E, bank_of[i], f"bank {name!r}, layer {i}") for i, score_E in found.items()}
-        with_counts(_config(model), name, counts)  # refuses before anything is changed
+        with_counts(decoder_of(model).config, name, counts)  # refuses before anything is changed
         kept[name] = {layer: best_of_groups(found[layer], counts[layer], bank_of[layer].num_groups) for layer in found}
     new: dict[str, NewTensors] = {}
     notes: list[str] = []
     for name, rows in kept.items():
-        layers = layers_of_bank(model, name, "prune_experts")
+        layers = layers_of_bank(model, name, OPERATION)
         new[name] = {layer: rows_of(layers[layer], index_N) for layer, index_N in rows.items()}
         for layer, index_N in rows.items():
-            notes.append(_note(name, layer, _scores(scores, layer, name, layers[layer]), index_N))
+            score_E = read_scores(scores, layer, name, layers[layer], OPERATION)
+            notes.append(_note(name, layer, score_E, index_N))
         reason = dependence(next(iter(layers.values())).router.bank)
         if reason:
             notes.append(f"{name}: outputs change even where nothing chose what was taken away, since {reason}")
-    return replace_experts(model, "prune_experts", new, notes)
+    return replace_experts(model, OPERATION, new, notes)
 
 
 def rows_of(bank: ExpertBank, index_N: Tensor) -> dict[str, Tensor]:
     """The tensors of some experts of a bank."""
-    tensors = {path: _get(bank, path) for path in (*EXPERT_TENSORS, *router_tensors(bank))}
+    tensors = {path: get_tensor(bank, path) for path in (*EXPERT_TENSORS, *router_tensors(bank))}
     return {path: tensor.detach()[index_N.to(tensor.device)] for path, tensor in tensors.items()}
 
 
@@ -87,8 +97,9 @@ def dependence(bank: LayerBankConfig) -> str | None:
     return None
 
 
-def _scores(scores: ExpertScores, layer: int, name: str, bank: ExpertBank) -> Tensor:
-    where = f"prune_experts: scores of bank {name!r}, layer {layer}"
+def read_scores(scores: ExpertScores, layer: int, name: str, bank: ExpertBank, operation: str) -> Tensor:
+    """`(E,)` float64 on the CPU; raises ValueError where they are missing, of another number or not finite."""
+    where = f"{operation}: scores of bank {name!r}, layer {layer}"
     if layer not in scores or name not in scores[layer]:
         raise ValueError(f"{where} are missing")
     score_E = scores[layer][name].detach()
@@ -123,10 +134,6 @@ def _note(name: str, layer: int, score_E: Tensor, index_N: Tensor) -> str:
     return f"{name}, layer {layer}: what was taken away had {share}"
 
 
-def _get(bank: ExpertBank, path: str) -> Tensor:
+def get_tensor(bank: ExpertBank, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
     return getattr(bank.get_submodule(owner), name)
-
-
-def _config(model: nn.Module) -> Any:
-    return getattr(model, "config").get_text_config()  # noqa: B009  an nn.Module by type

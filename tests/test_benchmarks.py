@@ -12,6 +12,7 @@ from benchmarks import (
     adaptive_experts,
     decode,
     moe_vs_dense,
+    prune_merge,
     router_reward,
     routing_options,
     sparse_layer,
@@ -30,6 +31,8 @@ EXPECTED = {
                        "chorus_mflops", "adaptive_loss"},
     moe_vs_dense: {"dense_ratio", "dense_total", "equal_active_active", "chorus_mflops", "equal_active_accuracy",
                    "dense_loss", "chorus_ms"},
+    prune_merge: {"chorus_parameters", "use_parameters", "merge_ratio", "use_accuracy", "saliency_accuracy",
+                  "random_accuracy", "merge_accuracy", "chorus_accuracy", "merge_loss"},
 }  # fmt: skip
 
 

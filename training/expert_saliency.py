@@ -20,6 +20,7 @@ from chorus_moe.modeling.experts import ExpertBank
 from chorus_moe.modeling.modality_plan import take_rows
 from chorus_moe.modeling.routers import BankRouting
 from chorus_moe.training.data import RowDataset
+from chorus_moe.training.routing_counters import RoutingCounters
 from chorus_moe.training.routing_observer import find_decoder
 from chorus_moe.training.routing_report import count_rows
 
@@ -37,6 +38,19 @@ class ExpertSaliency:
 
     uses: Scores
     saliency: Scores
+
+    @classmethod
+    def read(cls, counters: RoutingCounters, norms: Scores) -> "ExpertSaliency":
+        """From what a `RoutingObserver` and a `SaliencyObserver` saw in the same forwards."""
+        uses = {
+            layer: {name: bank.choices_ME.sum(dim=0).cpu() for name, bank in banks.items()}
+            for layer, banks in counters.banks.items()
+        }
+        saliency = {
+            layer: {name: norm_E.cpu() / uses[layer][name].clamp(min=1) for name, norm_E in banks.items()}
+            for layer, banks in norms.items()
+        }
+        return cls(uses, saliency)
 
 
 class SaliencyObserver:
@@ -109,12 +123,4 @@ def expert_saliency(
     """
     with SaliencyObserver(model) as observer:
         counters = count_rows(model, processor, rows, batch_size=batch_size, progress=progress)
-    uses = {
-        layer: {name: bank.choices_ME.sum(dim=0).cpu() for name, bank in banks.items()}
-        for layer, banks in counters.banks.items()
-    }
-    saliency = {
-        layer: {name: norm_E.cpu() / uses[layer][name].clamp(min=1) for name, norm_E in banks.items()}
-        for layer, banks in observer.norms.items()
-    }
-    return ExpertSaliency(uses, saliency)
+    return ExpertSaliency.read(counters, observer.norms)
