@@ -22,7 +22,8 @@ MAX_LINES = 350
 LONG_FILES: dict[str, str] = {}
 
 # What remote code may ask for; everything else is optional and imported in a `try`.
-HUB_REQUIREMENTS = {"huggingface_hub", "numpy", "safetensors", "timm", "torch", "torchaudio", "torchvision", "transformers"}
+HUB_REQUIREMENTS = {"huggingface_hub", "numpy", "torch", "torchaudio", "torchvision", "transformers", "timm"}
+HUB_REQUIREMENTS |= {"safetensors"}  # comes with transformers
 # What `transformers.dynamic_module_utils.get_relative_imports` searches a file for, line by line, docstrings included.
 RELATIVE_IMPORT = re.compile(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", flags=re.MULTILINE)
 # A prose line that begins so is taken for an import by that search or by a reader's grep.
