@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .bank_growth import decoder_of, place_bank
+from .bank_growth import place_bank
 from .configuration_banks import ExpertBankConfig, check_name, read_expert_banks
 from .experts import BankGate, ExpertBank
+from .model_parts import decoder_of
 from .operation_report import OperationReport, count_parameters, refuse_adapters
 
 logger = logging.get_logger(__name__)

@@ -20,6 +20,7 @@ from .parallel_plans import expert_parallel_plan, tensor_parallel_plan
 LAYER_TYPES = ("full_attention", "sliding_attention")
 QK_NORM_SCOPES = ("head", "projection")
 NORM_PLACEMENTS = ("pre", "post")
+EXPERT_LAYOUTS = ("fused", "linear")
 
 
 @strict
@@ -45,6 +46,8 @@ class ChorusTextConfig(PreTrainedConfig):
         expert_banks: name -> settings, see [`ExpertBankConfig`]; sizes left out come from `num_experts`,
             `num_experts_per_tok` and `moe_intermediate_size`. Or the name of a preset, see `preset_banks`: `uniform`
             (the default) or `specific_then_common`.
+        experts_layout: `fused`, the experts of a bank stacked in two parameters, or `linear`, a feed-forward of linear
+            layers for each; `fuse_experts` and `unfuse_experts` of a model change it.
         shared_expert_intermediate_size: width of the always-on dense experts of a sparse layer; 0 for none.
         router_aux_loss_coef: weight of the balance losses while training. It means the same at any number of
             accumulation steps and ranks.
@@ -90,6 +93,7 @@ class ChorusTextConfig(PreTrainedConfig):
     moe_intermediate_size: int = 512
     shared_expert_intermediate_size: int = 512
     expert_banks: dict[str, dict] | str | None = None
+    experts_layout: str = "fused"
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.0
     alignment_loss_coef: float = 0.0
@@ -194,6 +198,7 @@ class ChorusTextConfig(PreTrainedConfig):
                     f"ChorusTextConfig: cross_modal_layers names layer {layer} of num_hidden_layers="
                     f"{self.num_hidden_layers}"
                 )
+        check_name("ChorusTextConfig", "experts_layout", self.experts_layout, EXPERT_LAYOUTS)
         for bank in self.banks:
             bank.validate(self.sparse_layers)
         for layer in self.sparse_layers:

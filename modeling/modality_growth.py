@@ -12,10 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from .attention import ModalityProjection
-from .bank_growth import add_bank, decoder_of
+from .bank_growth import add_bank
 from .configuration_banks import check_name
 from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from .connectors import AudioConnector, VisionConnector
+from .model_parts import decoder_of
 from .operation_report import OperationReport, count_parameters, refuse_adapters
 
 CONFIGS: dict[str, Any] = {"image": ChorusVisionConfig, "audio": ChorusAudioConfig}

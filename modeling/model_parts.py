@@ -18,6 +18,20 @@ TOWERS = {"vision": "vision_tower", "audio": "audio_tower"}
 CONNECTORS = r"(?:vision|audio)_connector\..+"
 
 
+def decoder_of(model: nn.Module) -> Any:
+    """The [`ChorusTextModel`] below a head, an adapter and wrappers such as DistributedDataParallel.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from .text_model import ChorusTextModel
+
+    for module in model.modules():
+        if isinstance(module, ChorusTextModel):
+            return module
+    raise ValueError(f"{type(model).__name__} holds no ChorusTextModel, so it has no expert banks")
+
+
 def below_head(name: str) -> str:
     """A module's or parameter's name below the head, `language_model.layers...`, whichever head it is."""
     return name.removeprefix("model.")

@@ -13,6 +13,7 @@ from benchmarks import (
     decode,
     lifelong,
     moe_vs_dense,
+    prune_merge,
     router_reward,
     routing_options,
     sparse_layer,
@@ -35,6 +36,8 @@ EXPECTED = {
     moe_vs_dense: {"dense_ratio", "dense_total", "equal_active_active", "chorus_mflops", "equal_active_accuracy",
                    "dense_loss", "chorus_ms"},
     upcycle: {"copy_ratio", "copy_parent_ratio", "peak_of_parent_ratio", "build_of_child_ratio", "chorus_ms"},
+    prune_merge: {"chorus_parameters", "use_parameters", "merge_ratio", "use_accuracy", "saliency_accuracy",
+                  "random_accuracy", "merge_accuracy", "chorus_accuracy", "merge_loss"},
 }  # fmt: skip
 
 
