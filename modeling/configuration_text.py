@@ -28,7 +28,9 @@ class ChorusTextConfig(PreTrainedConfig):
         intermediate_size: width of the feed-forward of `dense` layers.
         head_dim: width of one head; `hidden_size // num_attention_heads` if None.
         use_qk_norm: RMSNorm on each query and key head (Qwen3).
-        sliding_window: tokens that a `sliding_attention` layer sees.
+        sliding_window: tokens that a `sliding_attention` layer sees; on either side, if nothing is causal.
+        num_global_tokens: learned tokens that every window sees besides: tokens in front of the sequence in a
+            bidirectional model, keys and values of each `sliding_attention` layer in a causal one.
         layer_types: `full_attention` or `sliding_attention` for each layer; all full if None.
         mlp_layer_types: `dense` or `sparse` for each layer; the first dense and all others sparse if None.
         cross_modal_layers: layers with cross-modal attention on a shared query projection. If None: the full-attention
@@ -42,6 +44,8 @@ class ChorusTextConfig(PreTrainedConfig):
             accumulation steps and ranks.
         router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906) while training.
         alignment_loss_coef: weight of the alignment of the two directions of cross-modal attention while training.
+        chunk_size_feed_forward: feed-forwards take so many tokens at a time, also in training, where each chunk is then
+            computed again in the backward. 0 leaves it to the model: chunks for long inputs, at inference only.
         is_causal: False for a bidirectional model (classification, embedding).
 
     Raises:
@@ -68,6 +72,7 @@ class ChorusTextConfig(PreTrainedConfig):
     attention_dropout: int | float = 0.0
     use_qk_norm: bool = False
     sliding_window: int | None = None
+    num_global_tokens: int = 0
     layer_types: list[str] | None = None
     mlp_layer_types: list[str] | None = None
     cross_modal_layers: list[int] | None = None
@@ -148,6 +153,8 @@ class ChorusTextConfig(PreTrainedConfig):
                 "vocab_size": (1, MAX_VOCABULARY),
                 "max_position_embeddings": (1, MAX_POSITIONS),
                 "sliding_window": (1, MAX_POSITIONS),
+                "num_global_tokens": (0, MAX_WIDTH),
+                "chunk_size_feed_forward": (0, MAX_POSITIONS),
                 "shared_expert_intermediate_size": (0, MAX_WIDTH),
             },
         )
@@ -163,6 +170,11 @@ class ChorusTextConfig(PreTrainedConfig):
                 raise ValueError(f"ChorusTextConfig: layer_types[{index}]={kind!r}; choose from {list(LAYER_TYPES)}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("ChorusTextConfig: layer_types asks for sliding_attention but sliding_window is None")
+        if self.num_global_tokens and "sliding_attention" not in self.layer_types:
+            raise ValueError(
+                f"ChorusTextConfig: num_global_tokens={self.num_global_tokens} serve windows, but no layer of layer_types "
+                "is sliding_attention"
+            )
         for layer in self.cross_modal_layers:
             if not 0 <= layer < self.num_hidden_layers:
                 raise ValueError(
