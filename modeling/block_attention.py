@@ -95,9 +95,7 @@ class _Blocks:
 def _bias(is_seen: Tensor, num_global: int, dtype: torch.dtype) -> Tensor:
     """The mask to add. The lowest number stands for "unseen": a row that sees nothing stays finite."""
     is_seen = F.pad(is_seen, (num_global, 0), value=True)
-    return torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device).masked_fill_(
-        ~is_seen, torch.finfo(dtype).min
-    )
+    return torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device).masked_fill_(~is_seen, torch.finfo(dtype).min)
 
 
 def attend_in_blocks(

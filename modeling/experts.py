@@ -38,8 +38,8 @@ class GatedMLP(nn.Module):
         self.chunk_size = config.chunk_size_feed_forward
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        output_TD = in_chunks(self._feed, (hidden_states.flatten(0, -2),), self.chunk_size)
-        return output_TD.view(*hidden_states.shape[:-1], -1)
+        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return in_chunks(self._feed, (hidden_TD,), self.chunk_size).view(*hidden_states.shape[:-1], -1)
 
     def _feed(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
