@@ -93,9 +93,9 @@ class _Blocks:
 
 
 def _bias(is_seen: Tensor, num_global: int, dtype: torch.dtype) -> Tensor:
-    """The mask to add. The lowest number stands for "unseen": a row that sees nothing stays finite."""
+    """The mask to add. A row that sees nothing gets zeros, as under a dense mask."""
     is_seen = F.pad(is_seen, (num_global, 0), value=True)
-    return torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device).masked_fill_(~is_seen, torch.finfo(dtype).min)
+    return torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device).masked_fill_(~is_seen, -torch.inf)
 
 
 def attend_in_blocks(
@@ -154,7 +154,7 @@ def _call(
     batch, blocks, size, heads, width = query_BNQHC.shape
     groups = key_BNGEC.shape[2]
     shared = heads // groups
-    rows = query_BNQHC.view(batch * blocks, size, groups, shared, width).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    rows = query_BNQHC.reshape(batch * blocks, size, groups, shared, width).permute(0, 2, 1, 3, 4).flatten(2, 3)
     if bias_BNQE.shape[1] > 1 or len(bias_BNQE) > 1:
         bias_BNQE = bias_BNQE.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
     bias = bias_BNQE.repeat_interleave(shared, dim=2) if shared > 1 else bias_BNQE

@@ -172,8 +172,8 @@ class ChorusTextConfig(PreTrainedConfig):
             raise ValueError("ChorusTextConfig: layer_types asks for sliding_attention but sliding_window is None")
         if self.num_global_tokens and "sliding_attention" not in self.layer_types:
             raise ValueError(
-                f"ChorusTextConfig: num_global_tokens={self.num_global_tokens} serve windows, but no layer of layer_types "
-                "is sliding_attention"
+                f"ChorusTextConfig: num_global_tokens={self.num_global_tokens} serve windows, but no layer of "
+                "layer_types is sliding_attention"
             )
         for layer in self.cross_modal_layers:
             if not 0 <= layer < self.num_hidden_layers:
