@@ -76,7 +76,9 @@ def build_masks(
         return attention_mask
     num_global, name = config.num_global_tokens, config._attn_implementation
     if num_global and name not in WITH_GLOBAL_TOKENS:
-        raise ValueError(f"num_global_tokens={num_global} with {name!r} attention; it takes one of {WITH_GLOBAL_TOKENS}")
+        raise ValueError(
+            f"num_global_tokens={num_global} with {name!r} attention; it takes one of {WITH_GLOBAL_TOKENS}"
+        )
     inputs = {
         "config": config,
         "inputs_embeds": inputs_embeds,
