@@ -52,7 +52,9 @@ class LocalMask:
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "LocalMask":
         """The mask on another device (layers of one model may live on several)."""
-        return self if self.real_BK is None else replace(self, real_BK=self.real_BK.to(device, non_blocking))
+        return (
+            self if self.real_BK is None else replace(self, real_BK=self.real_BK.to(device, non_blocking=non_blocking))
+        )
 
 
 def build_masks(

@@ -31,7 +31,7 @@ class GlobalTokens(nn.Module):
     def in_front_of(
         self,
         embeds_BSD: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | dict[str, Any] | None,
         position_ids: Tensor,
         mm_token_type_ids: Tensor,
         complexity_scores: Tensor | None,

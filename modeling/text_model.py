@@ -140,11 +140,10 @@ class ChorusTextModel(ChorusPreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         if self.global_tokens is not None:
-            inputs_embeds, attention_mask, position_ids, mm_token_type_ids, complexity_scores = (
-                self.global_tokens.in_front_of(
-                    inputs_embeds, attention_mask, position_ids, mm_token_type_ids, complexity_scores
-                )
+            in_front = self.global_tokens.in_front_of(
+                inputs_embeds, attention_mask, position_ids, mm_token_type_ids, complexity_scores
             )
+            inputs_embeds, attention_mask, position_ids, mm_token_type_ids, complexity_scores = in_front  # type: ignore[assignment]
         options = read_routing_options(
             self.banks,
             mm_token_type_ids,

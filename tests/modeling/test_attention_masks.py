@@ -48,6 +48,12 @@ def test_padding_is_kept_in_the_rule_only_where_there_is_any():
     assert torch.equal(sliding_mask(LONG, attention_mask=mask, num_global_tokens=2).real_BK, expected)
 
 
+def test_a_rule_goes_to_another_device_with_its_padding():
+    real = torch.ones(1, 9, dtype=torch.bool)
+    assert LocalMask(WINDOW, True, 0, real).to("meta", non_blocking=True).real_BK.device.type == "meta"
+    assert LocalMask(WINDOW, True).to("meta") == LocalMask(WINDOW, True)
+
+
 def test_packed_sequences_and_masks_of_the_caller_stay_dense():
     packed = torch.cat((torch.arange(5), torch.arange(LONG - 5)))[None]
     assert not isinstance(sliding_mask(LONG, position_ids=packed), LocalMask)
