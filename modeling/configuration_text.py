@@ -170,7 +170,7 @@ class ChorusTextConfig(PreTrainedConfig):
                 raise ValueError(f"ChorusTextConfig: layer_types[{index}]={kind!r}; choose from {list(LAYER_TYPES)}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("ChorusTextConfig: layer_types asks for sliding_attention but sliding_window is None")
-        if self.num_global_tokens and "sliding_attention" not in self.layer_types:
+        if self.num_global_tokens > 0 and "sliding_attention" not in self.layer_types:
             raise ValueError(
                 f"ChorusTextConfig: num_global_tokens={self.num_global_tokens} serve windows, but no layer of "
                 "layer_types is sliding_attention"

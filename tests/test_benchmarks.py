@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     adaptive_experts,
     decode,
+    long_context,
     moe_vs_dense,
     router_reward,
     routing_options,
@@ -28,6 +29,8 @@ EXPECTED = {
     routing_options: {f"{name}_ratio" for name in routing_options.OPTIONS} - {"chorus_ratio"} | {"chorus_ms"},
     adaptive_experts: {"adaptive_simple_ratio", "adaptive_mixed_used", "adaptive_experts", "half_accuracy",
                        "chorus_mflops", "adaptive_loss"},
+    long_context: {"speedup_ratio", "memory_saving", "growth_ratio", "materialised_speedup_ratio", "flash_ratio",
+                   "equal_active_speedup_ratio", "windows_accuracy", "chorus_accuracy", "full_accuracy"},
     moe_vs_dense: {"dense_ratio", "dense_total", "equal_active_active", "chorus_mflops", "equal_active_accuracy",
                    "dense_loss", "chorus_ms"},
 }  # fmt: skip
