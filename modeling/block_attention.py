@@ -46,11 +46,10 @@ class _Blocks:
     def __init__(self, mask: LocalMask, num_queries: int, num_keys: int, device: torch.device):
         self.size = block_size(mask.window)
         self.count = -(-num_queries // self.size)
-        self.missing = self.count * self.size - num_queries
         before, behind = (mask.window - 1, 0) if mask.is_causal else (mask.window, mask.window)
         self.width = before + self.size + behind
         # Zeros around the keys; a negative margin cuts off keys that no window reaches.
-        self.margins = before - (num_keys - num_queries), self.missing + behind
+        self.margins = before - (num_keys - num_queries), self.count * self.size - num_queries + behind
         query_Q1 = torch.arange(self.size, device=device)[:, None]
         distance_QW = query_Q1 + before - torch.arange(self.width, device=device)
         self.reached_QW = (distance_QW <= before) & (distance_QW >= -behind)
@@ -59,9 +58,13 @@ class _Blocks:
             real_BK = mask.real_BK[:, mask.num_global_tokens :]
         self.real_BNW = F.pad(real_BK, self.margins).unfold(1, self.width, self.size)
 
-    def queries(self, query_BSHC: Tensor) -> Tensor:
-        """`(B, N, Q, H, C)`, zeros behind the last query."""
-        return F.pad(query_BSHC, (0, 0, 0, 0, 0, self.missing)).unflatten(1, (self.count, self.size))
+    def queries(self, query_BSHC: Tensor, per_call: int) -> Iterator[Tensor]:
+        """Queries of each call `(B, N, Q, H, C)`, zeros behind the last query."""
+        for part_BSHC in query_BSHC.split(per_call * self.size, dim=1):
+            missing = -part_BSHC.shape[1] % self.size
+            if missing:
+                part_BSHC = F.pad(part_BSHC, (0, 0, 0, 0, 0, missing))
+            yield part_BSHC.unflatten(1, (-1, self.size))
 
     def windows(self, states_BGKC: Tensor, num_global: int, per_call: int) -> Iterator[Tensor]:
         """Keys or values of each call `(B, N, G, E, C)`: windows, overlapping views until they stand behind the global
@@ -137,7 +140,7 @@ def _attend(
     rows = TRAINING_ROWS if torch.is_grad_enabled() else INFERENCE_ROWS
     per_call = max(1, rows // (batch * blocks.size)) if query_BHSC.device.type == "cpu" else blocks.count
     calls = zip(
-        blocks.queries(query_BHSC.transpose(1, 2)).split(per_call, dim=1),
+        blocks.queries(query_BHSC.transpose(1, 2), per_call),
         blocks.windows(key_BGKC, num_global, per_call),
         blocks.windows(value_BGKC, num_global, per_call),
         blocks.biases(num_global, query_BHSC.dtype, per_call),

@@ -64,6 +64,7 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + attended
+        del attended  # a long prefill has no room for what is added already
         fed_forward, _ = self.mlp(self.post_attention_layernorm(hidden_states), plan)
         return hidden_states + fed_forward
 
