@@ -17,8 +17,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from .attention_masks import LocalMask
+from .block_attention import BLOCK_LOCAL
 from .configuration_banks import MODALITY_IDS
 from .configuration_text import ChorusTextConfig
+from .global_tokens import GlobalKeyValues
 from .modality_plan import ModalityPlan
 from .norms import RMSNorm
 
@@ -33,7 +36,7 @@ def rotate(states_BHSC: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary positions (arXiv 2104.09864) as `x * cos + (x, halves exchanged) * signed sin`: three operations."""
     cos_B1SC, sin_B1SC = tables
     exchanged = states_BHSC.roll(states_BHSC.shape[-1] // 2, dims=-1)
-    return torch.addcmul(states_BHSC * cos_B1SC, exchanged, sin_B1SC)
+    return (states_BHSC * cos_B1SC).addcmul_(exchanged, sin_B1SC)
 
 
 class SharedProjection(nn.Linear):
@@ -87,6 +90,9 @@ class Attention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = config.is_causal
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        self.global_tokens = None
+        if self.sliding_window is not None and config.is_causal and config.num_global_tokens:
+            self.global_tokens = GlobalKeyValues(config.num_global_tokens, config.num_key_value_heads, config.head_dim)
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.q_proj = self._query_projection(config.hidden_size, query_size, config.attention_bias)
@@ -107,11 +113,14 @@ class Attention(nn.Module):
     def _key_value_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         return SharedProjection(in_features, out_features, bias=bias)
 
+    def _rotated(self, states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        return rotate(states, position_embeddings) if self.use_rope else states
+
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | LocalMask | None,
         plan: ModalityPlan,
         past_key_values: Cache | None = None,
         **kwargs: Any,
@@ -120,20 +129,21 @@ class Attention(nn.Module):
         `(B, H, S, C)` and keys `(B, G, S, C)` of the new tokens. `position_embeddings` are [`rotary_tables`]."""
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
+        # Each is rotated before the next is projected: a long prefill is at its largest here.
         query = self.q_norm(self.q_proj(hidden_states, plan).view(*input_shape, -1, self.query_norm_size))
+        query = self._rotated(query.view(head_shape).transpose(1, 2), position_embeddings)
         key = self.k_norm(self.k_proj(hidden_states, plan).view(*input_shape, -1, self.key_norm_size))
-        query, key = query.view(head_shape).transpose(1, 2), key.view(head_shape).transpose(1, 2)
+        key = self._rotated(key.view(head_shape).transpose(1, 2), position_embeddings)
         value = self.v_proj(hidden_states, plan).view(head_shape).transpose(1, 2)
-        if self.use_rope:
-            query, key = rotate(query, position_embeddings), rotate(key, position_embeddings)
         new_states = (query, key)
 
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.global_tokens is not None:
+            key, value = self.global_tokens(key, value)
 
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        name = BLOCK_LOCAL if isinstance(attention_mask, LocalMask) else self.config._attn_implementation
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         output, weights = attend(
             self,
             query,
@@ -145,6 +155,7 @@ class Attention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+        del key, value
         output = self.o_proj(output.reshape(*input_shape, -1).contiguous())
         return output, weights, new_states
 

@@ -37,7 +37,9 @@ class ChorusTextConfig(PreTrainedConfig):
         norm_placement: norms before attention and feed-forward (`pre`), or on what they return (`post`, OLMo 2,
             arXiv 2501.00656).
         no_rope_layers: as in SmolLM3, 1 for a layer with rotary positions and 0 for one without; all 1 if None.
-        sliding_window: tokens that a `sliding_attention` layer sees.
+        sliding_window: tokens that a `sliding_attention` layer sees; on either side, if nothing is causal.
+        num_global_tokens: learned tokens that every window sees besides: tokens in front of the sequence in a
+            bidirectional model, keys and values of each `sliding_attention` layer in a causal one.
         layer_types: `full_attention` or `sliding_attention` for each layer; all full if None.
         mlp_layer_types: `dense` or `sparse` for each layer; the first dense and all others sparse if None.
         cross_modal_layers: layers with cross-modal attention on a shared query projection. If None: the full-attention
@@ -53,6 +55,8 @@ class ChorusTextConfig(PreTrainedConfig):
             accumulation steps and ranks.
         router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906) while training.
         alignment_loss_coef: weight of the alignment of the two directions of cross-modal attention while training.
+        chunk_size_feed_forward: feed-forwards take so many tokens at a time, also in training, where each chunk is then
+            computed again in the backward. 0 leaves it to the model: chunks for long inputs, at inference only.
         is_causal: False for a bidirectional model (classification, embedding).
 
     Raises:
@@ -84,6 +88,7 @@ class ChorusTextConfig(PreTrainedConfig):
     norm_placement: str = "pre"
     no_rope_layers: list[int] | None = None
     sliding_window: int | None = None
+    num_global_tokens: int = 0
     layer_types: list[str] | None = None
     mlp_layer_types: list[str] | None = None
     cross_modal_layers: list[int] | None = None
@@ -170,6 +175,8 @@ class ChorusTextConfig(PreTrainedConfig):
                 "vocab_size": (1, MAX_VOCABULARY),
                 "max_position_embeddings": (1, MAX_POSITIONS),
                 "sliding_window": (1, MAX_POSITIONS),
+                "num_global_tokens": (0, MAX_WIDTH),
+                "chunk_size_feed_forward": (0, MAX_POSITIONS),
                 "shared_expert_intermediate_size": (0, MAX_WIDTH),
             },
         )
@@ -191,6 +198,11 @@ class ChorusTextConfig(PreTrainedConfig):
             raise ValueError(
                 f"ChorusTextConfig: no_rope_layers has {len(self.no_rope_layers)} entries for num_hidden_layers="
                 f"{self.num_hidden_layers}"
+            )
+        if self.num_global_tokens > 0 and "sliding_attention" not in self.layer_types:
+            raise ValueError(
+                f"ChorusTextConfig: num_global_tokens={self.num_global_tokens} serve windows, but no layer of "
+                "layer_types is sliding_attention"
             )
         for layer in self.cross_modal_layers:
             if not 0 <= layer < self.num_hidden_layers:

@@ -23,10 +23,15 @@ from .configuration_banks import MODALITY_IDS, LayerBankConfig
 from .configuration_text import ChorusTextConfig
 from .modality_plan import ModalityPlan, add_rows, take_rows
 from .routers import ROUTER_CLASSES, BankRouting, without_autocast
+from .sequence_chunks import CHUNK, in_chunks
+
+# Chunks of a long sequence give an expert so many rows on average, or more.
+ROWS_OF_AN_EXPERT = 128
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU feed-forward (arXiv 2002.05202): dense layers and the always-on shared experts."""
+    """SwiGLU feed-forward (arXiv 2002.05202): dense layers and the always-on shared experts. Long inputs run in chunks,
+    see `in_chunks`."""
 
     def __init__(self, config: ChorusTextConfig, intermediate_size: int, bias: bool = False):
         super().__init__()
@@ -34,8 +39,13 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.chunk_size = config.chunk_size_feed_forward
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return in_chunks(self._feed, (hidden_TD,), self.chunk_size).view(*hidden_states.shape[:-1], -1)
+
+    def _feed(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
@@ -129,6 +139,22 @@ class ExpertBank(nn.Module):
         self.experts = EXPERT_CLASSES[config.experts_layout](config, bank)
         self.gate = OwnGate(config.hidden_size) if bank.has_own_gate else None
         self.may_skip_slots = bank.adaptive_experts or bank.expert_capacity is not None
+        self.chunk_size = config.chunk_size_feed_forward
+        # As many rows as give each expert enough of them to be worth reading.
+        self.automatic_chunk = max(CHUNK, ROWS_OF_AN_EXPERT * bank.num_experts // bank.num_experts_per_tok)
+
+    def _stacked_experts(self) -> ChorusExperts:
+        """The experts themselves, also where an adapter is wrapped around them."""
+        if isinstance(self.experts, ChorusExperts):
+            return self.experts
+        return next(module for module in self.experts.modules() if isinstance(module, ChorusExperts))
+
+    def _feed(self, hidden_RD: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
+        is_stacked = not isinstance(self.experts, LinearExperts)
+        if is_stacked and self._stacked_experts().num_experts != self.num_experts:
+            return self.experts(hidden_RD, index_RK, weights_RK)  # spread over ranks, which all make the same calls
+        inputs = (hidden_RD, index_RK, weights_RK)
+        return in_chunks(self.experts, inputs, self.chunk_size, self.automatic_chunk)
 
     def _visitable(self, index_RK: Tensor) -> Tensor:
         """Choices with sentinels, as the experts can take them.
@@ -137,11 +163,9 @@ class ExpertBank(nn.Module):
         spread over ranks each rank has fewer than E, and the exchange of tokens between them knows no id of nobody:
         there, an unused slot visits expert 0 with weight 0.
         """
-        experts: Any = self.experts
-        if isinstance(experts, LinearExperts):
+        if isinstance(self.experts, LinearExperts):
             return index_RK
-        if not isinstance(experts, ChorusExperts):  # an adapter is wrapped around them
-            experts = next(module for module in experts.modules() if isinstance(module, ChorusExperts))
+        experts: Any = self._stacked_experts()
         if not experts._is_expert_parallel:
             experts._is_expert_parallel = True
         return index_RK if experts.num_experts == self.num_experts else index_RK.remainder(self.num_experts)
@@ -170,7 +194,7 @@ class ExpertBank(nn.Module):
         visited_RK = index_RK
         if self.may_skip_slots or (options is not None and options.budget_R is not None):
             visited_RK = self._visitable(index_RK)
-        states_RD = self.experts(hidden_RD, visited_RK, states_weights_RK.to(hidden_RD.dtype))
+        states_RD = self._feed(hidden_RD, visited_RK, states_weights_RK.to(hidden_RD.dtype))
         output_TD = add_rows(output_TD, rows, states_RD, hidden_TD)
         return output_TD, BankRouting(logits_RE, weights_RK, index_RK, token_mask, gate_R, rows, *choice[3:])
 

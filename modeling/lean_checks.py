@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import install_output_capuring_hook
 from .attention import Attention, CrossModalAttention, ModalityProjection, SharedProjection
 from .experts import BankGate, ChorusExperts, ExpertBank, GatedMLP, MixtureOfBanks, OwnGate
 from .experts_cpu import CPU_EXPERTS
+from .global_tokens import GlobalKeyValues
 from .modeling_chorus import ChorusModel
 from .norms import RMSNorm
 from .routers import AttentionRouter, SigmoidRouter, SoftmaxRouter
@@ -24,10 +25,10 @@ from .text_model import ChorusDecoderLayer, ChorusTextModel, DenseFeedForward
 ATTENTION = {
     *("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "config", "layer_idx", "head_dim", "scaling"),
     *("num_key_value_groups", "attention_dropout", "is_causal", "sliding_window", "use_rope"),
-    *("query_norm_size", "key_norm_size"),
+    *("query_norm_size", "key_norm_size", "global_tokens"),
 }
 ROUTER = {"bank", "top_k", "norm_topk_prob", "limits_groups", "is_plain", "e_score_correction_bias"}
-GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+GATED = {"gate_proj", "up_proj", "down_proj", "act_fn", "chunk_size"}
 # Children, parameters, buffers and public attributes; None for a class that is not ours to change.
 KNOWN: dict[type[nn.Module], set[str] | None] = {
     **dict.fromkeys((nn.Linear, nn.Embedding, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.SiLU, SiLUActivation)),
@@ -40,6 +41,7 @@ KNOWN: dict[type[nn.Module], set[str] | None] = {
     },
     Attention: ATTENTION,
     CrossModalAttention: ATTENTION,
+    GlobalKeyValues: {"key", "value", "head_dim"},
     SharedProjection: {"weight", "bias", "in_features", "out_features"},
     ModalityProjection: {"text", "image", "audio"},
     RMSNorm: {"weight", "eps", "normalized_shape", "elementwise_affine"},
@@ -47,7 +49,10 @@ KNOWN: dict[type[nn.Module], set[str] | None] = {
     GatedMLP: GATED,
     MixtureOfBanks: {"shared_experts", "bank_gate", "banks"},
     BankGate: {"banks", "weight", "is_open"},
-    ExpertBank: {"name", "modalities", "num_experts", "router", "experts", "gate", "may_skip_slots"},
+    ExpertBank: {
+        *("name", "modalities", "num_experts", "router", "experts", "gate", "may_skip_slots", "chunk_size"),
+        "automatic_chunk",
+    },
     OwnGate: {"weight", "bias"},
     SoftmaxRouter: ROUTER | {"weight"},
     SigmoidRouter: ROUTER | {"weight"},

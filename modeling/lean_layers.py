@@ -112,6 +112,7 @@ class LeanAttention:
             self.norm_weight = torch.cat(weights)
             self.eps = torch.full((), attention.q_norm.eps, dtype=torch.promote_types(dtype, torch.float32))
         self.memory = KeyValueBuffer()
+        self.global_tokens: Any = attention.global_tokens
 
     def __call__(
         self,
@@ -144,6 +145,8 @@ class LeanAttention:
         key, value = self.memory.append(layer, self.key_value)
         if mask is None:
             key, value = self._visible(key, value, first, total)
+        if self.global_tokens is not None:
+            key, value = self.global_tokens(key, value)
         attended = F.scaled_dot_product_attention(self.query, key, value, attn_mask=mask, scale=self.scaling)
         if self.output_bias is not None:
             residual_D.add_(self.output_bias)

@@ -14,6 +14,7 @@ from .checkpoint import CheckpointError, check_shapes, describe_misfit
 from .configuration_chorus import ChorusConfig
 from .experts import BankGate, ChorusExperts, MixtureOfBanks, OwnGate
 from .experts_cpu import CPU_EXPERTS
+from .global_tokens import GlobalKeyValues, GlobalTokens
 from .routers import Router
 
 
@@ -88,6 +89,9 @@ class ChorusPreTrainedModel(BankOperations, PreTrainedModel):
         if isinstance(module, ChorusExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, GlobalKeyValues | GlobalTokens):
+            for parameter in module.parameters():
+                init.normal_(parameter, mean=0.0, std=std)
         elif isinstance(module, Router):
             for parameter in module.parameters():
                 init.normal_(parameter, mean=0.0, std=std)

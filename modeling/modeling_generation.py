@@ -16,6 +16,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
+from .attention_masks import build_masks
 from .configuration_chorus import ChorusConfig
 from .lean_decoding import lean_decoder, lean_decoding
 from .losses import share_of_batch
@@ -202,6 +203,15 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
                 cache = inputs["past_key_values"]
                 return ChorusModelOutput(last_hidden_state=last_hidden_state, past_key_values=cache), {}
         return super()._run(output_router_logits, mm_token_type_ids, **inputs)
+
+    def create_masks_for_generate(self, config: Any, attention_mask: Tensor | None, **inputs: Any) -> Any:
+        """For caches that can be compiled: what the decoder would make of the mask. A prefill is never compiled, and
+        the decoder, which finds padding in the mask, makes its own."""
+        if inputs["inputs_embeds"].shape[1] > 1:
+            return attention_mask
+        names = ("inputs_embeds", "past_key_values", "position_ids")
+        text = config.get_text_config()
+        return build_masks(text, attention_mask=attention_mask, **{name: inputs.get(name) for name in names})
 
     @contextmanager
     def _optimize_model_for_decode(self) -> Iterator[None]:

@@ -59,6 +59,9 @@ def _attention_plan(config: Any) -> dict[str, str]:
             plan[f"layers.*.self_attn.{name}"] = "chorus_colwise"
         if num_cross_modal and not is_shared:
             plan |= {f"layers.*.self_attn.{name}.{modality}": "colwise" for modality in MODALITY_IDS}
+    if config.num_global_tokens and config.is_causal:
+        learned = "layers.*.self_attn.global_tokens"
+        plan |= {learned: "local_params", f"{learned}.key": "colwise", f"{learned}.value": "colwise"}
     return plan
 
 

@@ -92,6 +92,7 @@ def _part_of(name: str) -> str:
             return key
     for key, part in (
         ("_connector.", "connectors"),
+        ("language_model.global_tokens", "embeddings"),
         ("embed_tokens", "embeddings"),
         ("norm", "norms"),
         (".self_attn.", "attention"),

@@ -6,12 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import (
-    create_bidirectional_mask,
-    create_bidirectional_sliding_window_mask,
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
@@ -20,8 +14,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention, CrossModalAttention, rotary_tables
+from .attention_masks import LocalMask, build_masks
 from .configuration_text import ChorusTextConfig
 from .experts import GatedMLP, MixtureOfBanks
+from .global_tokens import GlobalTokens, leaves_out_global_tokens
 from .modality_plan import ModalityPlan
 from .modeling_base import ChorusPreTrainedModel, recorded_outputs
 from .modeling_outputs import ChorusModelOutput
@@ -59,7 +55,7 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         plan: ModalityPlan,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | LocalMask | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
@@ -73,6 +69,7 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + self.attention_output_norm(attended)
+        del attended  # a long prefill has no room for what is added already
         fed_forward, _ = self.mlp(self.post_attention_layernorm(hidden_states), plan)
         return hidden_states + self.feed_forward_output_norm(fed_forward)
 
@@ -90,6 +87,9 @@ class ChorusTextModel(ChorusPreTrainedModel):
         self.layers = nn.ModuleList([ChorusDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.global_tokens = None
+        if config.num_global_tokens and not config.is_causal:
+            self.global_tokens = GlobalTokens(config.num_global_tokens, config.hidden_size)
         self.banks = {bank.name: bank for bank in config.banks}
         if any(bank.balance == "bias" for bank in self.banks.values()):
             self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
@@ -97,6 +97,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
         self.post_init()
 
     @merge_with_config_defaults
+    @leaves_out_global_tokens
     @capture_outputs
     def forward(
         self,
@@ -129,20 +130,33 @@ class ChorusTextModel(ChorusPreTrainedModel):
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; an option of the routers that does not fit,
-                see `read_routing_options`.
+                see `read_routing_options`; a cache, or a mask that is not `(B, S)`, with global tokens in front of a
+                bidirectional sequence; global tokens with an attention implementation that cannot show them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
+        if self.global_tokens is not None and past_key_values is not None:
+            raise ValueError("global tokens in front of a bidirectional sequence read all of it: there is no cache")
+        if use_cache and past_key_values is None and self.global_tokens is None:
             past_key_values = DynamicCache(config=self.config)
         if mm_token_type_ids is None:
             mm_token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        # Positions as the caller gave them tell the routers where a packed sequence begins; global tokens have none.
+        positions_of_caller = None if self.global_tokens is not None else position_ids
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        if self.global_tokens is not None:
+            in_front = self.global_tokens.in_front_of(
+                inputs_embeds, attention_mask, position_ids, mm_token_type_ids, complexity_scores
+            )
+            inputs_embeds, attention_mask, position_ids, mm_token_type_ids, complexity_scores = in_front  # type: ignore[assignment]
         options = read_routing_options(
             self.banks,
             mm_token_type_ids,
-            position_ids,
+            positions_of_caller,
             self.training,
             past_key_values,
             complexity_scores,
@@ -150,12 +164,8 @@ class ChorusTextModel(ChorusPreTrainedModel):
             sample_experts,
             closed_banks,
         )
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-
         plan = ModalityPlan.build(mm_token_type_ids, attention_mask, options)
-        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        masks = build_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         position_embeddings = rotary_tables(*self.rotary_emb(inputs_embeds, position_ids=position_ids))
         hidden_states = inputs_embeds
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
@@ -170,30 +180,3 @@ class ChorusTextModel(ChorusPreTrainedModel):
                 **kwargs,
             )
         return ChorusModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-    def _masks(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | dict[str, Tensor | None] | None,
-        past_key_values: Cache | None,
-        position_ids: Tensor,
-    ) -> dict[str, Tensor | None]:
-        """One mask a layer type, built once for all layers of that type."""
-        if isinstance(attention_mask, dict):
-            return attention_mask
-        full, sliding = (
-            (create_causal_mask, create_sliding_window_causal_mask)
-            if self.config.is_causal
-            else (create_bidirectional_mask, create_bidirectional_sliding_window_mask)
-        )
-        builders = {"full_attention": full, "sliding_attention": sliding}
-        return {
-            kind: builders[kind](
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-            for kind in set(self.config.layer_types)
-        }

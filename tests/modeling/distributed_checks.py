@@ -56,6 +56,9 @@ def make(kind: str) -> ChorusForConditionalGeneration:
     options = {"router_z_loss_coef": 0.1, "alignment_loss_coef": 0.1}
     if kind == "routing":
         options |= {"expert_banks": ROUTING, "router_aux_loss_coef": 1.0}
+    if kind == "windows":
+        options |= {"layer_types": ["sliding_attention"] * 2 + ["full_attention"], "sliding_window": 5}
+        options |= {"num_global_tokens": 2}
     return ChorusForConditionalGeneration(tiny_config(**options)).train()
 
 
@@ -159,6 +162,7 @@ def checks(folder: Path) -> dict[str, Callable[[], float]]:
     found["tensor parallel"] = lambda: parallel_plan(folder, tp_size=2)
     found["expert parallel"] = lambda: parallel_plan(folder, tp_size=2, ep_size=2)
     found["tensor parallel, routing"] = lambda: parallel_plan(folder / "routing", tp_size=2)
+    found["tensor parallel, windows"] = lambda: parallel_plan(folder / "windows", tp_size=2)
     found["expert parallel, routing"] = lambda: parallel_plan(folder / "routing", tp_size=2, ep_size=2)
     return found
 

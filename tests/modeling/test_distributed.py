@@ -25,7 +25,7 @@ LOGITS = 5e-6
 
 CHECKS = [f"{way}, {kind}" for way in ("ddp", "fsdp2") for kind in ("text", "audio", "no labels", "routing")]
 CHECKS += ["ddp with checkpointing, text", "ddp with checkpointing, routing", "tensor parallel", "expert parallel"]
-CHECKS += ["tensor parallel, routing", "expert parallel, routing"]
+CHECKS += ["tensor parallel, routing", "expert parallel, routing", "tensor parallel, windows"]
 CHECKS += ["training with unused slots, experts apart"]
 
 
@@ -34,7 +34,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     folder, output = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("results")
     torch.manual_seed(0)
     ChorusForConditionalGeneration(tiny_config()).save_pretrained(folder)
-    make("routing").save_pretrained(folder / "routing")
+    for kind in ("routing", "windows"):
+        make(kind).save_pretrained(folder / kind)
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"]
     command += ["tests.modeling.distributed_checks", str(folder), str(output)]

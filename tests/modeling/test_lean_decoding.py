@@ -42,6 +42,11 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "sliding_window": 6,
     },
+    "global tokens": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 6,
+        "num_global_tokens": 3,
+    },
     "sigmoid router": {"expert_banks": {"text": {"router": "sigmoid"}, "common": {}}},
     "attention router": {"expert_banks": {"text": {}, "common": {"router": "attention"}}},
     "adaptive experts": {"expert_banks": {"text": {"adaptive_experts": True}, "common": {}}},

@@ -1,0 +1,158 @@
+"""Who sees whom: one mask a layer type, built once a forward; for long prefills a rule instead of a matrix.
+
+Unusual here:
+- a sliding layer's mask may be a [`LocalMask`], which `block_attention` works with: the dense mask of a long prefill
+  costs more than the attention that it spares;
+- global tokens are seen from everywhere. In a bidirectional model they are the first tokens of the sequence; in a
+  causal one they are keys in front of all others, and the masks of the sliding layers get columns for them.
+
+Shape suffixes: B batch, Q queries, K keys.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers.cache_utils import Cache
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+)
+
+from .configuration_text import ChorusTextConfig
+
+BLOCK_LOCAL = "block_local"
+# With `sdpa`, prefills longer than so many windows are worked on in blocks: below, nothing is gained.
+WINDOWS_THAT_PAY = 2
+# Attention implementations whose masks can show global tokens to every query.
+WITH_GLOBAL_TOKENS = ("eager", "sdpa", "flex_attention", BLOCK_LOCAL)
+
+
+@dataclass(frozen=True)
+class LocalMask:
+    """The mask of a sliding layer as a rule. The last keys are those of the queries, the first the global ones.
+
+    Args:
+        window: a causal query sees so many keys, its own included; another sees so many on either side.
+        num_global_tokens: so many keys in front are seen by every query. If nothing is causal the first queries are
+            theirs and see every key.
+        real_BK: True for real keys; None for all.
+    """
+
+    window: int
+    is_causal: bool
+    num_global_tokens: int = 0
+    real_BK: Tensor | None = None
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "LocalMask":
+        """The mask on another device (layers of one model may live on several)."""
+        return (
+            self if self.real_BK is None else replace(self, real_BK=self.real_BK.to(device, non_blocking=non_blocking))
+        )
+
+
+def build_masks(
+    config: ChorusTextConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | dict[str, Any] | None,
+    past_key_values: Cache | None,
+    position_ids: Tensor | None,
+) -> dict[str, Any]:
+    """Layer type -> mask, in the form that the attention implementation takes.
+
+    Args:
+        inputs_embeds: `(B, Q, D)`, global tokens of a bidirectional model included.
+        attention_mask: `(B, past + Q)`, 1 for real tokens; a mask `(B, 1, Q, K)`; or masks by layer type, as this
+            function returns them.
+
+    Raises:
+        ValueError: global tokens with an attention implementation that cannot show them to every query.
+    """
+    if isinstance(attention_mask, dict):
+        return attention_mask
+    num_global, name = config.num_global_tokens, config._attn_implementation
+    if num_global and name not in WITH_GLOBAL_TOKENS:
+        raise ValueError(
+            f"num_global_tokens={num_global} with {name!r} attention; it takes one of {WITH_GLOBAL_TOKENS}"
+        )
+    inputs = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+    }
+    masks: dict[str, Any] = {}
+    if "full_attention" in config.layer_types:
+        create = create_causal_mask if config.is_causal else create_bidirectional_mask
+        masks["full_attention"] = create(**inputs)
+    if "sliding_attention" in config.layer_types:
+        masks["sliding_attention"] = local_mask(**inputs) or _dense_sliding_mask(num_global, inputs)
+    return masks
+
+
+def _dense_sliding_mask(num_global: int, inputs: dict[str, Any]) -> Any:
+    if not inputs["config"].is_causal:
+        return create_bidirectional_sliding_window_mask(
+            **inputs, or_mask_function=_sees_global_tokens(num_global) if num_global else None
+        )
+    mask = create_sliding_window_causal_mask(**inputs, allow_is_causal_skip=not num_global)
+    return _with_global_keys(mask, num_global) if num_global else mask
+
+
+def _sees_global_tokens(num_global: int) -> Any:
+    def overlay(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query < num_global) | (key < num_global)
+
+    return overlay
+
+
+def _with_global_keys(mask: Any, num_global: int) -> Any:
+    """A mask with columns in front for keys that every query sees."""
+    if not isinstance(mask, BlockMask):
+        is_seen: bool | float = True if mask.dtype == torch.bool else 0.0
+        return F.pad(mask, (num_global, 0), value=is_seen)
+    inner, (batch, _, queries, keys) = mask.mask_mod, mask.shape
+
+    def shifted(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key < num_global) | inner(batch, head, query, (key - num_global).clamp(min=0))
+
+    device = mask.kv_num_blocks.device
+    return create_block_mask(shifted, batch, None, queries, keys + num_global, device=device)
+
+
+def local_mask(
+    config: ChorusTextConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: Tensor | None,
+) -> LocalMask | None:
+    """The rule of the sliding layers; None where there is none (a mask made by the caller, packed sequences, a static
+    cache with room behind the last token, a graph being compiled) or where it would not pay."""
+    count, window, num_global = inputs_embeds.shape[1], config.sliding_window, config.num_global_tokens
+    shortest = {BLOCK_LOCAL: 2, "sdpa": WINDOWS_THAT_PAY * window + 1}.get(config._attn_implementation)
+    if shortest is None or count < shortest or torch.compiler.is_compiling():
+        return None
+    seen, held, first = 0, count, 0
+    if past_key_values is not None:
+        layer = config.layer_types.index("sliding_attention")
+        seen = int(past_key_values.get_query_offset(layer))
+        held, first = past_key_values.get_mask_sizes(count, layer)
+    elif attention_mask is None and position_ids is not None and find_packed_sequence_indices(position_ids) is not None:
+        return None
+    expected = (len(inputs_embeds), seen + count)
+    if first + held != expected[1] or (attention_mask is not None and attention_mask.shape != expected):
+        return None
+    real_BK = None if attention_mask is None else attention_mask[:, first:].bool()
+    if real_BK is None or bool(real_BK.all()):
+        return LocalMask(window, config.is_causal, num_global)
+    if config.is_causal:
+        real_BK = F.pad(real_BK, (num_global, 0), value=True)
+    return LocalMask(window, config.is_causal, num_global, real_BK)

@@ -1,0 +1,191 @@
+"""Sliding-window attention in blocks, registered with transformers as the attention implementation `block_local`.
+
+Each block of queries meets the keys that its window reaches (its own block, what lies before it and, if nothing is
+causal, behind it) and the global tokens, many blocks in one call of `scaled_dot_product_attention`: the cost is
+O(S * window), where a dense mask makes a window slower than no window at all.
+
+Unusual here:
+- every call whose mask is a [`LocalMask`] comes here, also under the name `sdpa`; any other mask goes on to `sdpa`;
+- windows are overlapping views of the keys, copied only to stand behind the global tokens;
+- the query heads that share a key head stand as rows of one product: nothing is repeated;
+- on the CPU some hundred rows are worked on at a time, so that the copies stay in cache.
+
+Shape suffixes: B batch, S queries, K keys, H heads, G key-value heads, R query heads of a key head, C head size,
+N blocks, Q queries of a block, W keys of its window, E the same and the global ones.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention_masks import BLOCK_LOCAL, LocalMask
+
+# Rows of queries in one call on the CPU; a training step gains nothing from small ones.
+INFERENCE_ROWS, TRAINING_ROWS = 512, 4096
+
+
+def block_size(window: int) -> int:
+    """Queries of a block: the fastest are 64 for windows of 64 and 128, and 256 for 512."""
+    return min(256, max(64, window // 2))
+
+
+class _Blocks:
+    """Where the blocks of queries and their windows of keys lie.
+
+    Args:
+        mask: the rule.
+        num_queries, num_keys: without global tokens; the last keys are those of the queries.
+    """
+
+    def __init__(self, mask: LocalMask, num_queries: int, num_keys: int, device: torch.device):
+        self.size = block_size(mask.window)
+        self.count = -(-num_queries // self.size)
+        before, behind = (mask.window - 1, 0) if mask.is_causal else (mask.window, mask.window)
+        self.width = before + self.size + behind
+        # Zeros around the keys; a negative margin cuts off keys that no window reaches.
+        self.margins = before - (num_keys - num_queries), self.count * self.size - num_queries + behind
+        query_Q1 = torch.arange(self.size, device=device)[:, None]
+        distance_QW = query_Q1 + before - torch.arange(self.width, device=device)
+        self.reached_QW = (distance_QW <= before) & (distance_QW >= -behind)
+        real_BK = torch.ones(1, num_keys, dtype=torch.bool, device=device)
+        if mask.real_BK is not None:
+            real_BK = mask.real_BK[:, mask.num_global_tokens :]
+        self.real_BNW = F.pad(real_BK, self.margins).unfold(1, self.width, self.size)
+
+    def queries(self, query_BSHC: Tensor, per_call: int) -> Iterator[Tensor]:
+        """Queries of each call `(B, N, Q, H, C)`, zeros behind the last query."""
+        for part_BSHC in query_BSHC.split(per_call * self.size, dim=1):
+            missing = -part_BSHC.shape[1] % self.size
+            if missing:
+                part_BSHC = F.pad(part_BSHC, (0, 0, 0, 0, 0, missing))
+            yield part_BSHC.unflatten(1, (-1, self.size))
+
+    def windows(self, states_BGKC: Tensor, num_global: int, per_call: int) -> Iterator[Tensor]:
+        """Keys or values of each call `(B, N, G, E, C)`: windows, overlapping views until they stand behind the global
+        tokens."""
+        global_BNGEC, local_BGKC = states_BGKC[:, None, :, :num_global], states_BGKC[:, :, num_global:]
+        count = local_BGKC.shape[2]
+        for first in range(0, self.count, per_call):
+            start = first * self.size - self.margins[0]
+            stop = min(first + per_call, self.count) * self.size + self.width - self.size - self.margins[0]
+            part_BGKC = local_BGKC[:, :, max(start, 0) : stop]
+            if start < 0 or stop > count:
+                part_BGKC = F.pad(part_BGKC, (0, 0, max(-start, 0), max(stop - count, 0)))
+            window = part_BGKC.unfold(2, self.width, self.size).permute(0, 2, 1, 4, 3)
+            if num_global:
+                window = torch.cat((global_BNGEC.expand(-1, window.shape[1], -1, -1, -1), window), dim=3)
+            yield window
+
+    def biases(self, num_global: int, dtype: torch.dtype, per_call: int) -> list[Tensor]:
+        """What is added to the scores of each call: `(1, 1, Q, E)` where its windows lie inside the real keys,
+        `(B or 1, N, Q, E)` where they do not."""
+        reached_11QW = self.reached_QW[None, None]
+        inside = _bias(reached_11QW, num_global, dtype)
+        if self.real_BNW.device.type != "cpu":
+            return [_bias(reached_11QW & self.real_BNW[:, :, None], num_global, dtype)]
+        return [
+            inside if bool(real_BNW.all()) else _bias(reached_11QW & real_BNW[:, :, None], num_global, dtype)
+            for real_BNW in self.real_BNW.split(per_call, dim=1)
+        ]
+
+
+def _bias(is_seen: Tensor, num_global: int, dtype: torch.dtype) -> Tensor:
+    """The mask to add. A row that sees nothing gets zeros, as under a dense mask."""
+    is_seen = F.pad(is_seen, (num_global, 0), value=True)
+    return torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device).masked_fill_(~is_seen, -torch.inf)
+
+
+def attend_in_blocks(
+    query_BHSC: Tensor,
+    key_BGKC: Tensor,
+    value_BGKC: Tensor,
+    mask: LocalMask,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+) -> Tensor:
+    """Attention under a rule, `(B, S, H, C)`, with gradients; equal to a dense mask at all real queries."""
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
+    num_global = mask.num_global_tokens
+    if num_global and not mask.is_causal:
+        first, rest = query_BHSC.split((num_global, query_BHSC.shape[2] - num_global), dim=2)
+        of_global = _see_everything(first, key_BGKC, value_BGKC, mask.real_BK, options)
+        others = _attend(rest, key_BGKC, value_BGKC, mask, options)
+        return torch.cat((of_global, others), dim=1)
+    return _attend(query_BHSC, key_BGKC, value_BGKC, mask, options)
+
+
+def _see_everything(
+    query_BHSC: Tensor, key_BGKC: Tensor, value_BGKC: Tensor, real_BK: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """Queries of global tokens over all real keys, `(B, S, H, C)`."""
+    count, groups = query_BHSC.shape[2], key_BGKC.shape[1]
+    rows = query_BHSC.unflatten(1, (groups, -1)).flatten(2, 3)
+    seen = None if real_BK is None else real_BK[:, None, None]
+    attended = F.scaled_dot_product_attention(rows, key_BGKC, value_BGKC, attn_mask=seen, **options)
+    return attended.unflatten(2, (-1, count)).flatten(1, 2).transpose(1, 2)
+
+
+def _attend(
+    query_BHSC: Tensor, key_BGKC: Tensor, value_BGKC: Tensor, mask: LocalMask, options: dict[str, Any]
+) -> Tensor:
+    batch, _, count, _ = query_BHSC.shape
+    num_global = mask.num_global_tokens
+    blocks = _Blocks(mask, count, key_BGKC.shape[2] - num_global, query_BHSC.device)
+    rows = TRAINING_ROWS if torch.is_grad_enabled() else INFERENCE_ROWS
+    per_call = max(1, rows // (batch * blocks.size)) if query_BHSC.device.type == "cpu" else blocks.count
+    calls = zip(
+        blocks.queries(query_BHSC.transpose(1, 2), per_call),
+        blocks.windows(key_BGKC, num_global, per_call),
+        blocks.windows(value_BGKC, num_global, per_call),
+        blocks.biases(num_global, query_BHSC.dtype, per_call),
+        strict=True,
+    )
+    outputs = [_call(query, key, value, bias, options) for query, key, value, bias in calls]
+    return torch.cat(outputs, dim=1).flatten(1, 2)[:, :count]
+
+
+def _call(
+    query_BNQHC: Tensor, key_BNGEC: Tensor, value_BNGEC: Tensor, bias_BNQE: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """One call for some blocks, `(B, N, Q, H, C)`."""
+    batch, blocks, size, heads, width = query_BNQHC.shape
+    groups = key_BNGEC.shape[2]
+    shared = heads // groups
+    rows = query_BNQHC.reshape(batch * blocks, size, groups, shared, width).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    if bias_BNQE.shape[1] > 1 or len(bias_BNQE) > 1:
+        bias_BNQE = bias_BNQE.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
+    bias = bias_BNQE.repeat_interleave(shared, dim=2) if shared > 1 else bias_BNQE
+    attended = F.scaled_dot_product_attention(
+        rows,
+        key_BNGEC.flatten(0, 1),
+        value_BNGEC.flatten(0, 1),
+        attn_mask=bias,
+        **options,
+    )
+    return attended.transpose(1, 2).reshape(batch, blocks, size, shared, groups, width).transpose(3, 4).flatten(3, 4)
+
+
+def block_local_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | LocalMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: `(B, S, H, C)`, and no attention map."""
+    if isinstance(attention_mask, LocalMask):
+        return attend_in_blocks(query, key, value, attention_mask, dropout, scaling), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(BLOCK_LOCAL, block_local_attention_forward)
+ALL_MASK_ATTENTION_FUNCTIONS.register(BLOCK_LOCAL, sdpa_mask)

@@ -1,0 +1,97 @@
+"""Which mask a layer gets: who is seen, and when a rule stands in for the matrix."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import DynamicCache, StaticCache
+
+from chorus_moe.modeling import attention_masks as module
+from chorus_moe.modeling.attention_masks import LocalMask, build_masks
+from tests.modeling.conftest import WINDOW, windowed_model
+
+LONG = 2 * WINDOW + 1
+
+
+def sliding_mask(count: int, attention: str = "sdpa", attention_mask=None, cache=None, position_ids=None, **text):
+    config = windowed_model(attention, **text).config.text_config
+    return build_masks(config, torch.zeros(2, count, 8), attention_mask, cache, position_ids)["sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("attention", "count", "is_rule"),
+    [
+        ("sdpa", LONG, True),
+        ("sdpa", LONG - 1, False),
+        ("block_local", 2, True),
+        ("block_local", 1, False),
+        ("eager", LONG, False),
+    ],
+)
+def test_long_prefills_get_a_rule_by_themselves(attention: str, count: int, is_rule: bool):
+    assert isinstance(sliding_mask(count, attention), LocalMask) == is_rule
+
+
+def test_no_dense_mask_is_built_for_a_long_prefill(monkeypatch: pytest.MonkeyPatch):
+    model = windowed_model(num_global_tokens=2)
+    monkeypatch.setattr(module, "create_sliding_window_causal_mask", None)
+    with torch.no_grad():
+        model(input_ids=torch.randint(5, 128, (1, LONG)))
+        with pytest.raises(TypeError):
+            model(input_ids=torch.randint(5, 128, (1, LONG - 1)))
+
+
+def test_padding_is_kept_in_the_rule_only_where_there_is_any():
+    mask = torch.ones(2, LONG, dtype=torch.long)
+    assert sliding_mask(LONG, attention_mask=mask).real_BK is None
+    mask[0, :3] = 0
+    expected = torch.cat((torch.ones(2, 2, dtype=torch.bool), mask.bool()), dim=1)
+    assert torch.equal(sliding_mask(LONG, attention_mask=mask, num_global_tokens=2).real_BK, expected)
+
+
+def test_a_rule_goes_to_another_device_with_its_padding():
+    real = torch.ones(1, 9, dtype=torch.bool)
+    assert LocalMask(WINDOW, True, 0, real).to("meta", non_blocking=True).real_BK.device.type == "meta"
+    assert LocalMask(WINDOW, True).to("meta") == LocalMask(WINDOW, True)
+
+
+def test_packed_sequences_and_masks_of_the_caller_stay_dense():
+    packed = torch.cat((torch.arange(5), torch.arange(LONG - 5)))[None]
+    assert not isinstance(sliding_mask(LONG, position_ids=packed), LocalMask)
+    custom = torch.ones(2, 1, LONG, LONG, dtype=torch.bool).tril()
+    assert sliding_mask(LONG, attention_mask=custom) is custom
+
+
+def test_a_static_cache_with_room_behind_the_tokens_stays_dense():
+    config = windowed_model().config
+    assert isinstance(sliding_mask(LONG, "block_local", cache=StaticCache(config, max_cache_len=64)), LocalMask)
+    assert not isinstance(sliding_mask(3, "block_local", cache=StaticCache(config, max_cache_len=64)), LocalMask)
+    assert isinstance(sliding_mask(3, "block_local", cache=DynamicCache(config=config)), LocalMask)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_global_tokens_are_seen_from_everywhere_and_windows_end(is_causal: bool):
+    model = windowed_model("eager", num_global_tokens=2, is_causal=is_causal)
+    with torch.no_grad():
+        maps = model(input_ids=torch.randint(5, 128, (1, 20)), output_attentions=True).attentions
+    distance = torch.arange(20)[:, None] - torch.arange(20)
+    window = (distance >= 0) & (distance < WINDOW) if is_causal else distance.abs() <= WINDOW
+    if is_causal:  # the maps of sliding layers begin with the global keys
+        window = torch.cat((torch.ones(20, 2, dtype=torch.bool), window), dim=1)
+    assert torch.equal(maps[0][0, 0] > 0, window)
+    assert maps[1].shape[-1] == 20
+
+
+def test_a_block_mask_gets_columns_for_global_keys():
+    inner = create_block_mask(lambda b, h, q, k: (k <= q) & (k > q - 3), 1, None, 5, 5, device="cpu")
+    mask = module._with_global_keys(inner, 2)
+    query, key = torch.arange(5)[:, None], torch.arange(7)
+    expected = (key < 2) | ((key - 2 <= query) & (key - 2 > query - 3))
+    assert torch.equal(mask.mask_mod(0, 0, query, key), expected)
+    assert tuple(mask.shape) == (1, 1, 5, 7)
+
+
+def test_global_tokens_are_refused_where_the_mask_cannot_show_them():
+    config = windowed_model(num_global_tokens=2).config.text_config
+    config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="num_global_tokens=2 with 'flash_attention_2' attention"):
+        build_masks(config, torch.zeros(1, 4, 8), None, None, None)
