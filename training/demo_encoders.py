@@ -2,7 +2,7 @@
 
 A step of an encoder costs a sixth (pictures) to a third (sound) of a step of the whole model, and a decoder that is
 shown noise learns nothing from it for hundreds of steps. The classifier used here is thrown away; tower and connector
-are the model's own.
+are the model's own, and stay as the lesson left them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +49,11 @@ class EncoderLesson(nn.Module):
             return outputs
         # Smoothed labels carry over to unknown speakers better (docs/log.md, 2026-11-24).
         return {"loss": nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)} | outputs
+
+    def freeze(self) -> None:
+        """Leave tower and connector as they are from now on: trained on with the decoder, they learn its speakers."""
+        self.tower.requires_grad_(False)
+        self.connector.requires_grad_(False)
 
 
 class LoneDigits(Dataset):
