@@ -70,3 +70,12 @@ def test_a_lesson_teaches_the_tower_and_connector_of_the_model(
     prefix = "vision" if modality == "image" else "audio"
     assert {f"{prefix}_tower", f"{prefix}_connector"} <= mine
     assert "language_model" not in mine
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_a_frozen_lesson_leaves_only_its_own_tower_and_connector_untrained(modality: str):
+    model = build_demo(corpus())[0]
+    EncoderLesson(model.model, modality).freeze()
+    frozen = {name.split(".")[1] for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    prefix = "vision" if modality == "image" else "audio"
+    assert frozen == {f"{prefix}_tower", f"{prefix}_connector"}

@@ -1,5 +1,7 @@
 """The demo's speech sets: speakers never cross from training to testing."""
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -40,3 +42,11 @@ def test_the_held_out_speaker_is_heard_only_in_adaptation_and_testing(tmp_path):
     assert "bob" not in sets.train.speakers and {"ann", "cyd"} < set(sets.train.speakers)
     assert set(sets.adaptation.speakers) == set(sets.test.speakers) == {"bob"}
     assert len(sets.test) == 10 and "bob held out" in sets.description
+
+
+def test_beside_synthetic_voices_three_quarters_of_the_clips_are_real():
+    """Counted from the settings, for three speakers who say every digit fifty times."""
+    readings = len(demo_speech.HELPING_VOICES.utterances()) + len(demo_speech.ACCENTED_VOICES.utterances())
+    copies = inspect.signature(recorded_speech_sets).parameters["copies"].default
+    real = 3 * 10 * 50 * (1 + copies)
+    assert real / (real + readings) == pytest.approx(0.75, abs=0.02)
