@@ -116,7 +116,7 @@ def prepare_data(
     pictures, clips = (steps * settings.batch_size for steps in (settings.picture_steps, settings.sound_steps))
     alone = {
         "image": LoneDigits(train_pictures, pictures, seed=settings.seed, picture_augment=augment),
-        "audio": LoneDigits(speech.train, clips, seed=settings.seed),
+        "audio": LoneDigits(speech.train, clips, seed=settings.seed, other_words=speech.other_words),
     }
     base = DigitQuestions(
         train_pictures,
@@ -244,7 +244,7 @@ def run_demo(
     print(model.config.parameter_report(), flush=True)
     for modality, lesson in data.alone.items():
         collator = LoneDigitCollator(processor, modality)
-        encoder = EncoderLesson(model.model, modality)
+        encoder = EncoderLesson(model.model, modality, lesson.num_classes)
         steps = len(lesson) // settings.batch_size
         train(encoder, lesson, collator, out / "encoders", steps, settings.encoder_lr, settings)
         encoder.freeze()
