@@ -40,6 +40,12 @@ SKILLS = {"written": 1.3, "spoken": 0.7, "sum": 2.0, "larger": 1.0, "same": 0.8}
 TRAIN_VOICES = SynthesisSettings()
 TEST_VOICES = SynthesisSettings(variants=TEST_VARIANTS, languages_per_variant=3, takes=1, seed=1)
 QUICK_VOICES = SynthesisSettings(variants=TEST_VARIANTS[:1], languages_per_variant=1, takes=1)
+# The demo's decoder with a dense first layer, as in all the figures of docs/log.md.
+DECODER: dict[str, Any] = {
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "intermediate_size": 256,
+    "cross_modal_layers": [1, 2],
+}
 
 Batch = dict[str, Any]
 Models = Mapping[str, ChorusForConditionalGeneration]
@@ -96,9 +102,9 @@ def media(parsed: argparse.Namespace) -> Iterator[Media]:
 
 
 def with_text(config: ChorusConfig, **changes: Any) -> ChorusConfig:
-    """The configuration with another decoder."""
+    """The configuration with another decoder: `DECODER` and `changes`."""
     values = config.to_dict()
-    return ChorusConfig(**values | {"text_config": {**values["text_config"], **changes}})
+    return ChorusConfig(**values | {"text_config": {**values["text_config"], **DECODER, **changes}})
 
 
 class Lesson:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
+from benchmarks.digit_lessons import DECODER
 from benchmarks.timing import Report, parse
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
@@ -48,7 +49,7 @@ def collapsed_model(balance: str, seed: int) -> tuple[ChorusForConditionalGenera
     """The demo's model with one bank of top-1 experts and routers that send everything to expert 0."""
     demo, processor = build_demo(corpus())
     values = demo.config.to_dict()
-    values["text_config"] |= {
+    values["text_config"] |= DECODER | {
         "expert_banks": {"common": {"num_experts": 4, "num_experts_per_tok": 1, "balance": balance}},
         "moe_intermediate_size": 128,
         "shared_expert_intermediate_size": 0,

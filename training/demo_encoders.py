@@ -2,7 +2,7 @@
 
 A step of an encoder costs a sixth (pictures) to a third (sound) of a step of the whole model, and a decoder that is
 shown noise learns nothing from it for hundreds of steps. The classifier used here is thrown away; tower and connector
-are the model's own.
+are the model's own, and stay as the lesson left them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,16 +17,20 @@ from chorus_moe.training.augment import PictureAugment
 from chorus_moe.training.demo_data import DigitPictures
 from chorus_moe.training.speech import SAMPLING_RATE, SpeechClips
 
+# Of the clips: enough to hear sounds rather than ten patterns, and still two thirds digits.
+OTHER_SHARE = 0.35
+
 
 class EncoderLesson(nn.Module):
-    """Tower and connector of one modality under a classifier of ten digits.
+    """Tower and connector of one modality under a classifier of digits.
 
     Args:
         model: a ChorusModel.
         modality: "image" or "audio".
+        num_classes: the ten digits, and whatever else is to be told apart.
     """
 
-    def __init__(self, model: Any, modality: str):
+    def __init__(self, model: Any, modality: str, num_classes: int = 10):
         super().__init__()
         is_image = modality == "image"
         self.tower = model.vision_tower if is_image else model.audio_tower
@@ -34,10 +38,10 @@ class EncoderLesson(nn.Module):
         self.encode: Callable[..., Any] = model.get_image_features if is_image else model.get_audio_features
         width = model.config.text_config.hidden_size
         self.weigh = nn.Linear(width, 1)
-        self.classify = nn.Linear(width, 10)
+        self.classify = nn.Linear(width, num_classes)
 
     def forward(self, labels: Tensor | None = None, **media: Tensor) -> dict[str, Tensor]:
-        """`logits` `(N, 10)` of the tokens' weighted mean, and `loss` when there are `labels` `(N,)`."""
+        """`logits` `(N, num_classes)` of the tokens' weighted mean, and `loss` when there are `labels` `(N,)`."""
         pieces = list(self.encode(**media).pooler_output)
         lengths = torch.tensor([len(piece) for piece in pieces], device=pieces[0].device)
         tokens_NLD = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
@@ -50,9 +54,18 @@ class EncoderLesson(nn.Module):
         # Smoothed labels carry over to unknown speakers better (docs/log.md, 2026-11-24).
         return {"loss": nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)} | outputs
 
+    def freeze(self) -> None:
+        """Leave tower and connector as they are from now on: trained on with the decoder, they learn its speakers."""
+        self.tower.requires_grad_(False)
+        self.connector.requires_grad_(False)
+
 
 class LoneDigits(Dataset):
-    """`length` pictures or clips, each digit equally often, item i a function of (seed, i): `(medium, digit)`."""
+    """`length` pictures or clips, each digit equally often, item i a function of (seed, i): `(medium, class)`.
+
+    With `other_words` (clips whose `digits` number the words), `OTHER_SHARE` of the clips are such words; their classes
+    start at 10.
+    """
 
     def __init__(
         self,
@@ -61,10 +74,17 @@ class LoneDigits(Dataset):
         *,
         seed: int = 0,
         picture_augment: PictureAugment | None = None,
+        other_words: SpeechClips | None = None,
     ):
+        self.other_words = other_words
         self.items: Sequence[Any] = media.images if isinstance(media, DigitPictures) else media.waveforms
         self.rows = [np.flatnonzero(media.digits == digit) for digit in range(10)]
         self.length, self.seed, self.picture_augment = length, seed, picture_augment
+
+    @property
+    def num_classes(self) -> int:
+        """Ten digits, and every other word."""
+        return 10 if self.other_words is None else 11 + int(self.other_words.digits.max())
 
     def __len__(self) -> int:
         return self.length
@@ -73,6 +93,9 @@ class LoneDigits(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"item {index} of {self.length}")
         rng = np.random.default_rng((self.seed, index))
+        if self.other_words is not None and rng.random() < OTHER_SHARE:
+            row = int(rng.integers(len(self.other_words)))
+            return self.other_words.waveforms[row], 10 + int(self.other_words.digits[row])
         digit = int(rng.integers(10))
         item = self.items[rng.choice(self.rows[digit])]
         return (self.picture_augment(item, rng) if self.picture_augment else item), digit

@@ -15,14 +15,15 @@ def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, C
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": 128,
-            "intermediate_size": 256,
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 512,
-            "cross_modal_layers": [1, 2],
+            # Banks and cross-modal attention in every layer: LoRA on them then reaches a new voice where it comes in.
+            "cross_modal_layers": [0, 1, 2],
+            "mlp_layer_types": ["sparse", "sparse", "sparse"],
             # Nothing reads the image and audio positions of the last layer of a causal model: experts there would idle.
-            "expert_banks": {"text": {}, "image": {"layers": [1]}, "audio": {"layers": [1]}, "common": {}},
+            "expert_banks": {"text": {}, "image": {"layers": [0, 1]}, "audio": {"layers": [0, 1]}, "common": {}},
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 64,

@@ -3,7 +3,8 @@
 Synthetic: the base model learns from `TRAIN_VARIANTS`, is tested on `TEST_VARIANTS` (other voices altogether), and
 adapts to `NEW_VARIANTS` (whispers and robots), tested on other readings by those same voices.
 Real recordings: it learns from all speakers but one and from synthetic voices with accents, is tested on the held-out
-speaker, and adapts to a few recordings per digit of that speaker, tested on the speaker's other takes.
+speaker, and adapts to a few recordings per digit of that speaker, tested on the speaker's other takes. Its audio
+encoder also learns to tell other words apart, said by synthetic voices.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from chorus_moe.training.augment import SpeechAugment, augmented_clips
 from chorus_moe.training.speech import (
     ACCENTS,
     NEW_VARIANTS,
+    OTHER_WORDS,
     TEST_VARIANTS,
     SpeechClips,
     SynthesisSettings,
@@ -24,21 +26,32 @@ from chorus_moe.training.speech import (
 )
 
 ENGLISH_VOICES = SynthesisSettings()
+# Beside real recordings: half as many readings, so that three quarters of all the clips are real.
+HELPING_VOICES = replace(ENGLISH_VOICES, takes=1)
 ACCENTED_VOICES = SynthesisSettings(languages=(), accents=tuple(ACCENTS), languages_per_variant=3, takes=1)
+WORD_VOICES = SynthesisSettings(words=OTHER_WORDS, languages_per_variant=1, takes=1, seed=5)
 TEST_VOICES = SynthesisSettings(variants=TEST_VARIANTS, languages_per_variant=3, takes=1, seed=1)
 NEW_VOICES = SynthesisSettings(variants=NEW_VARIANTS, languages_per_variant=2, takes=2, seed=2)
 NEW_VOICES_TEST = replace(NEW_VOICES, seed=3)
+# A few recordings of one speaker vary little: the same voice, room and microphone.
+SAME_VOICE = SpeechAugment(
+    speed=(0.93, 1.07), crop=(0.0, 0.03), padding=(0.0, 0.1), telephone=0.0, channel=1.5, room=0.0, noise=(20.0, 50.0)
+)
 
 
 @dataclass(frozen=True)
 class SpeechSets:
-    """Clips by use: `train` and `adaptation` are augmented, `test` and `adaptation_test` are as recorded or spoken."""
+    """Clips by use: `train` and `adaptation` are augmented, `test` and `adaptation_test` are as recorded or spoken.
+
+    `other_words`, for the audio encoder alone, has the number of a word in `OTHER_WORDS` in the place of the digit.
+    """
 
     train: SpeechClips
     test: SpeechClips
     adaptation: SpeechClips
     adaptation_test: SpeechClips
     description: str
+    other_words: SpeechClips | None = None
 
 
 def synthetic_speech_sets(cache: Path, *, copies: int = 1, workers: int = 2) -> SpeechSets:
@@ -60,11 +73,11 @@ def synthetic_speech_sets(cache: Path, *, copies: int = 1, workers: int = 2) -> 
 
 
 def recorded_speech_sets(
-    folder: Path, held_out: str, cache: Path, *, takes: int = 5, copies: int = 3, workers: int = 2
+    folder: Path, held_out: str, cache: Path, *, takes: int = 5, copies: int = 7, workers: int = 2
 ) -> SpeechSets:
     """Real recordings with the speaker `held_out`, helped by synthetic voices; `takes` per digit are for adaptation."""
     others, adaptation, test = split_held_out(recorded_digits(folder), held_out, takes)
-    synthetic = synthetic_digits(ENGLISH_VOICES, cache) + synthetic_digits(ACCENTED_VOICES, cache)
+    synthetic = synthetic_digits(HELPING_VOICES, cache) + synthetic_digits(ACCENTED_VOICES, cache)
     # The recordings have an 8 kHz band already; the synthetic voices get it.
     near, far = SpeechAugment(telephone=0.15), SpeechAugment(telephone=0.9)
 
@@ -74,12 +87,13 @@ def recorded_speech_sets(
     return SpeechSets(
         train=others + augmented(others, near, copies) + augmented(synthetic, far, 1),
         test=test,
-        adaptation=adaptation + augmented(adaptation, near, 20),
+        adaptation=adaptation + augmented(adaptation, SAME_VOICE, 20),
         adaptation_test=test,
         description=(
             f"real recordings of {', '.join(sorted(set(others.speakers)))} and {_voices(synthetic)} synthetic voices; "
             f"{held_out} held out: {len(adaptation)} recordings to adapt to, {len(test)} to test"
         ),
+        other_words=augmented(synthetic_digits(WORD_VOICES, cache), far, 1),
     )
 
 

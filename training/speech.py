@@ -27,6 +27,14 @@ import numpy as np
 
 SAMPLING_RATE = 16_000
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# Short common words that are no digits: whoever can tell these apart as well has learnt sounds, not ten patterns.
+OTHER_WORDS = tuple(
+    "yes no up down left right go stop on off bed bird cat dog house tree wow happy learn begin back forward follow "
+    "visual door window light dark open close red green blue black white yellow hand head foot face water fire air "
+    "stone bread milk cheese fish apple lemon table chair glass paper book word name time day night week month year "
+    "north south east west king queen ship train street city sheep shape sick sack tip take late fright "
+    "height sleigh neat wait free".split()
+)
 ENGLISH = ("en", "en-us", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc")
 # English digits in the spelling of other languages, so that their voices speak with an accent.
 ACCENTS: dict[str, tuple[str, ...]] = {
@@ -97,7 +105,7 @@ class SpeechClips:
 
 @dataclass(frozen=True)
 class SynthesisSettings:
-    """What to synthesise: every voice says the ten digits in `takes` prosodies (rate, pitch, range).
+    """What to synthesise: every voice says the `words` in `takes` prosodies (rate, pitch, range).
 
     A voice is `language+variant`, its speaker name; `accents` use the words of `ACCENTS`. The prosodies are drawn from
     `seed`. Each variant is spoken in `languages_per_variant` of the languages, dealt round-robin.
@@ -112,6 +120,7 @@ class SynthesisSettings:
     pitches: tuple[int, int] = (10, 90)
     ranges: tuple[int, int] = (10, 90)
     seed: int = 0
+    words: tuple[str, ...] = WORDS
 
     @property
     def key(self) -> str:
@@ -127,7 +136,7 @@ class SynthesisSettings:
         for number, variant in enumerate(self.variants):
             for turn in range(min(self.languages_per_variant, len(languages))):
                 language = languages[(number * self.languages_per_variant + turn) % len(languages)]
-                words = ACCENTS[language] if language in self.accents else WORDS
+                words = ACCENTS[language] if language in self.accents else self.words
                 for _ in range(self.takes):
                     for digit, text in enumerate(words):
                         rate, pitch, spread = (

@@ -8,7 +8,7 @@ import torch
 
 from chorus_moe.training.augment import PictureAugment
 from chorus_moe.training.demo_data import DigitPictures, corpus, handwritten_digits
-from chorus_moe.training.demo_encoders import EncoderLesson, LoneDigitCollator, LoneDigits
+from chorus_moe.training.demo_encoders import OTHER_SHARE, EncoderLesson, LoneDigitCollator, LoneDigits
 from chorus_moe.training.demo_model import build_demo
 from chorus_moe.training.speech import SpeechClips
 
@@ -70,3 +70,29 @@ def test_a_lesson_teaches_the_tower_and_connector_of_the_model(
     prefix = "vision" if modality == "image" else "audio"
     assert {f"{prefix}_tower", f"{prefix}_connector"} <= mine
     assert "language_model" not in mine
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_a_frozen_lesson_leaves_only_its_own_tower_and_connector_untrained(modality: str):
+    model = build_demo(corpus())[0]
+    EncoderLesson(model.model, modality).freeze()
+    frozen = {name.split(".")[1] for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    prefix = "vision" if modality == "image" else "audio"
+    assert frozen == {f"{prefix}_tower", f"{prefix}_connector"}
+
+
+def test_other_words_are_classes_behind_the_digits_and_take_their_share_of_the_clips():
+    words = SpeechClips([np.full(100, word, np.float32) for word in range(3)], np.arange(3), ["voice"] * 3)
+    lesson = LoneDigits(clips(), 1_000, other_words=words)
+    items = [lesson[i] for i in range(len(lesson))]
+    others = [(float(waveform[0]), label) for waveform, label in items if label >= 10]
+    # 1,000 draws: three standard deviations are 0.045.
+    assert len(others) / len(items) == pytest.approx(OTHER_SHARE, abs=0.046)
+    assert set(others) == {(0.0, 10), (1.0, 11), (2.0, 12)}
+    assert lesson.num_classes == 13 and LoneDigits(clips(), 1).num_classes == 10
+
+
+def test_a_lesson_with_other_words_scores_every_class(demo: tuple[Any, Any]):
+    model, processor = demo
+    lesson, collate = EncoderLesson(model.model, "audio", 13), LoneDigitCollator(processor, "audio")
+    assert lesson(**collate([(clips().waveforms[0], 12)]))["logits"].shape == (1, 13)

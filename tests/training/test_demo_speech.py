@@ -1,11 +1,13 @@
 """The demo's speech sets: speakers never cross from training to testing."""
 
+import inspect
+
 import numpy as np
 import pytest
 
 from chorus_moe.training import demo_speech
 from chorus_moe.training.demo_speech import recorded_speech_sets, synthetic_speech_sets
-from chorus_moe.training.speech import SpeechClips, SynthesisSettings
+from chorus_moe.training.speech import OTHER_WORDS, TRAIN_VARIANTS, WORDS, SpeechClips, SynthesisSettings
 from tests.training.test_speech import write_recordings
 
 
@@ -40,3 +42,24 @@ def test_the_held_out_speaker_is_heard_only_in_adaptation_and_testing(tmp_path):
     assert "bob" not in sets.train.speakers and {"ann", "cyd"} < set(sets.train.speakers)
     assert set(sets.adaptation.speakers) == set(sets.test.speakers) == {"bob"}
     assert len(sets.test) == 10 and "bob held out" in sets.description
+
+
+def test_beside_synthetic_voices_three_quarters_of_the_clips_are_real():
+    """Counted from the settings, for three speakers who say every digit fifty times."""
+    readings = len(demo_speech.HELPING_VOICES.utterances()) + len(demo_speech.ACCENTED_VOICES.utterances())
+    copies = inspect.signature(recorded_speech_sets).parameters["copies"].default
+    real = 3 * 10 * 50 * (1 + copies)
+    assert real / (real + readings) == pytest.approx(0.75, abs=0.02)
+
+
+def test_other_words_are_said_by_synthetic_training_voices_only_and_are_no_digits(tmp_path):
+    write_recordings(tmp_path, ("ann", "bob"), takes=3)
+    words = recorded_speech_sets(tmp_path, "bob", tmp_path / "cache", takes=2, copies=1, workers=0).other_words
+    assert words is not None and set(words.digits) == set(range(len(OTHER_WORDS)))
+    assert {voice.split("+")[1] for voice in words.speakers} <= set(TRAIN_VARIANTS)
+    sound_like_digits = {*WORDS, "to", "too", "for", "fore", "won", "ate"}
+    assert not set(OTHER_WORDS) & sound_like_digits and len(set(OTHER_WORDS)) == len(OTHER_WORDS)
+
+
+def test_the_synthetic_demo_has_no_other_words(tmp_path):
+    assert synthetic_speech_sets(tmp_path, workers=0).other_words is None

@@ -136,3 +136,8 @@ def test_the_shared_recordings_split_by_speaker():
     speaker = sorted(set(clips.speakers))[0]
     others, adaptation, test = split_held_out(clips, speaker)
     assert len(others) + len(adaptation) + len(test) == len(clips) and len(adaptation) == 50
+
+
+def test_other_words_are_numbered_in_their_order_and_said_as_they_are_written():
+    spoken = SynthesisSettings(variants=("m1",), words=("yes", "no"), languages_per_variant=1, takes=2).utterances()
+    assert [(number, text) for _, number, text, *_ in spoken] == [(0, "yes"), (1, "no")] * 2
