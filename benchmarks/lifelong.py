@@ -110,9 +110,11 @@ class Life:
         self.memory = questions(self.asker, OLD_SKILLS, settings.rehearsed)
         lessons = (questions(self.asker, OLD_SKILLS, settings.batch_size) for _ in range(settings.old_steps))
         learn({OURS: self.model}, [self.encode(lesson) for lesson in lessons], settings)
+        self.old_batches = self._encoded(self.old_test)
         self.first_logits = self.old_logits(self.model)
         self.model.add_modality("audio", demo.config.audio_config, demo.config.audio_token_id)
         self._learn_alone("audio", partial(LoneDigits, found.clips), settings.sound_steps)
+        self.new_batches = self._encoded(self.new_test)
 
     def _learn_alone(self, modality: str, lone_digits: Any, steps: int) -> None:
         """An encoder learns its digits and is frozen."""
@@ -139,7 +141,7 @@ class Life:
             encoded["audio"] = self.model.get_audio_features(*sound)
         return {**batch, "mm_encoder_outputs": encoded}
 
-    def encoded(self, samples: Sequence[Sample]) -> list[Batch]:
+    def _encoded(self, samples: Sequence[Sample]) -> list[Batch]:
         """All samples, batch by batch."""
         size = self.settings.batch_size
         return [self.encode(samples[start : start + size]) for start in range(0, len(samples), size)]
@@ -163,7 +165,7 @@ class Life:
     def old_logits(self, model: Model, **options: Any) -> list[Tensor]:
         """Logits on all of A's test questions; `options` go to the model."""
         model.eval()
-        return [model(**batch, **options).logits for batch in self.encoded(self.old_test)]
+        return [model(**batch, **options).logits for batch in self.old_batches]
 
 
 def questions(asker: Questioner, skills: Sequence[Skill], count: int, beside: float = 0.0) -> list[Sample]:
@@ -239,23 +241,15 @@ def score_models(life: Life, models: Mapping[str, Model], before: float) -> Rows
         rows.setdefault("B after", {})[f"{name}_accuracy"] = life.accuracy(model, life.new_test)
         rows.setdefault("B after, a picture beside", {})[f"{name}_accuracy"] = life.accuracy(model, life.beside_test)
         if name.startswith(OURS):
-            rows.setdefault("gate, tokens of A", {})[f"{name}_gate"] = gate_weight(model, life.encoded(life.old_test))
-            rows.setdefault("gate, tokens of B", {})[f"{name}_gate"] = gate_weight(model, life.encoded(life.new_test))
+            rows.setdefault("gate, tokens of A", {})[f"{name}_gate"] = gate_weight(model, life.old_batches)
+            rows.setdefault("gate, tokens of B", {})[f"{name}_gate"] = gate_weight(model, life.new_batches)
     return rows
 
 
-def score_closed(life: Life, models: Mapping[str, Model], before: float) -> Rows:
-    """Row -> figures of the models with a bank while it is closed."""
-    rows: Rows = {}
-    for name, model in models.items():
-        closed = life.old_logits(model, closed_banks=[BANK])
-        is_same = all(torch.equal(a, b) for a, b in zip(life.first_logits, closed, strict=True))
-        rows.setdefault("closed, logits of A", {})[f"{name}_identical"] = float(is_same)
-        model.close_bank(BANK)
-        lost = 100 * (before - life.accuracy(model, life.old_test))
-        rows.setdefault("closed, A lost", {})[f"{name}_lost"] = lost
-        model.open_bank(BANK)
-    return rows
+def closed_is_identical(life: Life, model: Model) -> bool:
+    """Whether the model answers A with its new bank closed as the first model did, bit for bit."""
+    closed = life.old_logits(model, closed_banks=[BANK])
+    return all(torch.equal(a, b) for a, b in zip(life.first_logits, closed, strict=True))
 
 
 def score(life: Life) -> Rows:
@@ -265,12 +259,16 @@ def score(life: Life) -> Rows:
         f"{name}_parameters": float(sum(p.numel() for p in model.parameters() if p.requires_grad))
         for name, model in models.items()
     }
-    ours = {name: model for name, model in models.items() if name.startswith(OURS)}
+    closed = {
+        f"{name}_identical": float(closed_is_identical(life, model))
+        for name, model in models.items()
+        if name.startswith(OURS)
+    }
     return {
         "A before": {"all_accuracy": before},
         "B before": {"all_accuracy": life.accuracy(life.model, life.new_test)},
         **score_models(life, models, before),
-        **score_closed(life, ours, before),
+        "closed, logits of A": closed,
         "trained": trained,
         **{ALONE + row: values for row, values in score_models(life, alone(life), before).items()},
     }
