@@ -135,9 +135,8 @@ class ExpertBank(nn.Module):
             visited_RK = self._visitable(index_RK)
         states_RD = self.experts(hidden_RD, visited_RK, states_weights_RK.to(hidden_RD.dtype))
         output_TD = add_rows(output_TD, rows, states_RD, hidden_TD)
-        return output_TD, BankRouting(
-            logits_RE, weights_RK, index_RK, token_mask, gate_R, plan.in_batch(rows), *choice[3:]
-        )
+        rows = plan.in_batch(rows)
+        return output_TD, BankRouting(logits_RE, weights_RK, index_RK, token_mask, gate_R, rows, *choice[3:])
 
 
 class BankGate(nn.Module):

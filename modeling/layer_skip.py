@@ -43,7 +43,7 @@ def straight_through(logits: Tensor, open_above: float = 0.0) -> Tensor:
 
 
 class SkipGate(nn.Module):
-    """Logits `w x + b` `(B, S)` in float32. Starts open for every token: the layer is then what it is without a gate."""
+    """Logits `w x + b` `(B, S)` in float32. It starts open for every token, as if it were not there."""
 
     def __init__(self, hidden_size: int):
         super().__init__()

@@ -262,8 +262,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Complexity scores of the tokens that this step feeds: the prompt's own, and NaN for what was generated. Drafted
-        tokens are text, whatever stood in their place before."""
+        """Complexity scores of the tokens that this step feeds: the prompt's own, and NaN for what was generated.
+        Drafts are text, also where the prompt before them ends with an image."""
         scores = kwargs.pop("complexity_scores", None)
         modality_BS = kwargs.get("mm_token_type_ids")
         if modality_BS is not None and modality_BS.shape[1] < input_ids.shape[1]:
