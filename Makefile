@@ -44,7 +44,7 @@ format: setup
 
 bench: setup
 	@mkdir -p out/bench
-	@set -e; for program in sparse_layer routing_options train_step decode router_reward adaptive_experts moe_vs_dense; do \
+	@set -e; for program in sparse_layer routing_options train_step decode upcycle router_reward adaptive_experts moe_vs_dense lifelong prune_merge; do \
 		$(BIN)/python -m benchmarks.$$program --json out/bench/$$program.json; \
 	done
 

@@ -1,17 +1,17 @@
 """Learning a second skill without losing the first: a bank that is added, against fine-tuning the whole model.
 
-Run as `python -m benchmarks.lifelong`. A small model learns skill A, two kinds of questions about handwritten digits
-(which digit it is, and whether it is odd or even). Then it learns skill B, which digit comes next, whose answers
-contradict those of A, from B's questions alone:
+Run as `python -m benchmarks.lifelong`. A small model learns skill A, four kinds of questions about handwritten
+digits (which it is, which comes before, whether it is odd or even, whether it is larger than four). Then it learns
+skill B, which digit comes after, whose answers contradict those of A, from B's questions alone:
 
 - `full`: all of the decoder is trained;
 - `chorus`: a bank is added and nothing else is trained; its gate stays open for every question;
 - `full_rehearsed`, `chorus_rehearsed`: the same with a few of A's questions, always the same, in every batch.
 
 All start from the same model and see the same batches. The encoder learns its digits first and is frozen. Accuracy is
-the share of questions answered exactly, about writers that none has met and in phrasings that none has read; `chorus`
-is also asked A with its bank closed, and the logits are then compared bit for bit with those before B. `lost` is in
-points.
+the share of questions answered exactly, in the phrasings of the lessons, about writers that none has met; the models
+with a bank are also asked A with it closed, and the logits are then compared bit for bit with those before B. `lost` is
+in points.
 """
 
 import argparse
@@ -47,23 +47,49 @@ PARITY = Skill(
         "Look at the picture. Is the number even?",
         "Is the number you see odd or even?",
     ),
-    ("Is the digit in the picture odd or even?", "Tell me if the number you see is even."),
+    (),
+)
+BEFORE = Skill(
+    "before",
+    ("image",),
+    lambda written, spoken: str((written - 1) % 10),
+    (
+        "Which digit comes before?",
+        "What digit comes before the written digit?",
+        "Name the digit before the one you see.",
+        "What number comes before the picture?",
+        "Tell me the number before.",
+        "Look at the picture. Which number comes before?",
+    ),
+    (),
+)
+LARGE = Skill(
+    "large",
+    ("image",),
+    lambda written, spoken: "yes" if written > 4 else "no",
+    (
+        "Is the written digit larger than four?",
+        "Is the number in the picture larger than four?",
+        "Do you see a digit larger than four?",
+        "Look at the picture. Is it more than four?",
+    ),
+    (),
 )
 NEXT = Skill(
     "next",
     ("image",),
     lambda written, spoken: str((written + 1) % 10),
     (
-        "Which digit comes next?",
+        "Which digit comes after?",
         "What digit comes after the written digit?",
         "Name the digit after the one you see.",
         "What number comes after the picture?",
-        "Tell me the next number.",
-        "Look at the picture. Which number comes next?",
+        "Tell me the number after.",
+        "Look at the picture. Which number comes after?",
     ),
-    ("Which number comes after the written one?", "Tell me the digit that comes next."),
+    (),
 )
-OLD_SKILLS, NEW_SKILLS = (SKILLS["written"], PARITY), (NEXT,)
+OLD_SKILLS, NEW_SKILLS = (SKILLS["written"], PARITY, BEFORE, LARGE), (NEXT,)
 BANK = "next"
 FULL, REHEARSED = "full", "_rehearsed"
 
@@ -77,7 +103,7 @@ class LifelongSettings:
     new_steps: int
     questions: int
     rehearsed: int
-    batch_size: int = 40
+    batch_size: int = 24
     lr: float = 2e-3
 
     @classmethod
@@ -87,12 +113,11 @@ class LifelongSettings:
         return cls(parsed.encoder_steps, parsed.steps, parsed.new_steps, parsed.questions, parsed.rehearsed)
 
 
-def ask(skill: Skill, pictures: DigitPictures, rng: np.random.Generator, held_out: bool, augment: Any = None) -> Sample:
+def ask(skill: Skill, pictures: DigitPictures, rng: np.random.Generator, augment: Any = None) -> Sample:
     """One question about one picture, and its answer."""
     row = int(rng.integers(len(pictures)))
     digit, picture = int(pictures.digits[row]), pictures.images[row]
-    questions = skill.held_out_questions if held_out else skill.questions
-    content = [{"type": "image"}, {"type": "text", "text": questions[rng.integers(len(questions))]}]
+    content = [{"type": "image"}, {"type": "text", "text": skill.questions[rng.integers(len(skill.questions))]}]
     words = skill.answer(digit, 0)
     return {
         "messages": [
@@ -114,8 +139,9 @@ class Life:
         self.pictures, self.test_pictures = handwritten_digits(size=16)
         self.augment = PictureAugment()
         torch.manual_seed(seed)
-        words = [*corpus(), *PARITY.questions, *PARITY.held_out_questions, *NEXT.questions, *NEXT.held_out_questions]
-        demo, self.processor = build_demo([*words, "odd", "even"])
+        demo, self.processor = build_demo(
+            [*corpus(), *(text for skill in (*OLD_SKILLS, *NEW_SKILLS) for text in skill.questions), "odd", "even"]
+        )
         values = demo.config.to_dict() | {"audio_config": None, "audio_token_id": None}
         self.model = ChorusForConditionalGeneration(ChorusConfig(**values))
         self.model.generation_config = demo.generation_config
@@ -135,14 +161,14 @@ class Life:
             take_step(collate([digits[index] for index in range(step * size, (step + 1) * size)]))
 
     def _questions(self, skills: Sequence[Skill], count: int) -> list[Sample]:
-        return [ask(skills[i % len(skills)], self.pictures, self.rng, False, self.augment) for i in range(count)]
+        return [ask(skills[i % len(skills)], self.pictures, self.rng, self.augment) for i in range(count)]
 
     def _lesson(self, skills: Sequence[Skill]) -> list[Sample]:
         return self._questions(skills, self.settings.batch_size)
 
     def _test(self, skills: Sequence[Skill]) -> list[Sample]:
         count = self.settings.questions * len(skills)
-        return [ask(skills[i % len(skills)], self.test_pictures, self.rng, True) for i in range(count)]
+        return [ask(skills[i % len(skills)], self.test_pictures, self.rng) for i in range(count)]
 
     @torch.no_grad()
     def encode(self, samples: Sequence[Sample]) -> Batch:
@@ -153,11 +179,11 @@ class Life:
         return {**batch, "mm_encoder_outputs": {"image": encoded}}
 
     def new_lessons(self) -> tuple[list[Batch], list[Batch]]:
-        """Batches of B alone, and the same with a fifth of the rows given to A's questions that were kept."""
+        """Batches of B alone, and the same with half of the rows given to A's questions that were kept."""
         plain, rehearsed = [], []
         for _ in range(self.settings.new_steps):
             samples = self._lesson(NEW_SKILLS)
-            share = max(1, len(samples) // 5)
+            share = max(1, len(samples) // 2)
             kept = [self.memory[i] for i in self.rng.integers(len(self.memory), size=share)]
             plain.append(self.encode(samples))
             rehearsed.append(self.encode(samples[share:] + kept))
@@ -234,11 +260,11 @@ def score(life: Life) -> dict[str, dict[str, float]]:
 
 def main(arguments: list[str] | None = None) -> None:
     options: list[tuple[str, dict[str, Any]]] = [
-        ("--encoder-steps", {"type": int, "default": 400, "help": "steps of the encoder alone (default 400)"}),
-        ("--steps", {"type": int, "default": 250, "help": "steps on A (default 250)"}),
-        ("--new-steps", {"type": int, "default": 150, "help": "steps on B (default 150)"}),
-        ("--questions", {"type": int, "default": 200, "help": "test questions of each kind (default 200)"}),
-        ("--rehearsed", {"type": int, "default": 64, "help": "questions of A that are kept (default 64)"}),
+        ("--encoder-steps", {"type": int, "default": 300, "help": "steps of the encoder alone (default 300)"}),
+        ("--steps", {"type": int, "default": 260, "help": "steps on A (default 260)"}),
+        ("--new-steps", {"type": int, "default": 90, "help": "steps on B (default 90)"}),
+        ("--questions", {"type": int, "default": 100, "help": "test questions of each kind (default 100)"}),
+        ("--rehearsed", {"type": int, "default": 120, "help": "questions of A that are kept (default 120)"}),
         ("--seeds", {"type": int, "nargs": "+", "default": [0, 1, 2]}),
     ]
     parsed = parse("A second skill: a bank that is added against full fine-tuning.", arguments, *options)

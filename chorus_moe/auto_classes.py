@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from chorus_moe.modeling.audio_tower import ChorusAudioModel
+from chorus_moe.modeling.composition import compose_checkpoint
 from chorus_moe.modeling.configuration_banks import MODALITY_IDS, ExpertBankConfig
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
@@ -62,4 +63,5 @@ __all__ = [
     "ChorusVisionModel",
     "ExpertBankConfig",
     "ParameterReport",
+    "compose_checkpoint",
 ]

@@ -54,7 +54,7 @@ class ChorusAudioModel(ChorusPreTrainedModel):
     def __init__(self, config: ChorusAudioConfig):
         super().__init__(config)
         if config.feature_type == "waveform":
-            self.encoder: nn.Module = WaveformEncoder(config)
+            self.encoder: Any = WaveformEncoder(config)
         else:
             self.encoder = ConformerEncoder(config) if config.backbone_config is None else WhisperWindowEncoder(config)
         self.post_init()

@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .bank_growth import decoder_of, place_bank
+from .bank_growth import place_bank
 from .configuration_banks import ExpertBankConfig, check_name, read_expert_banks
 from .experts import BankGate, ExpertBank
+from .model_parts import decoder_of
 from .operation_report import OperationReport, count_parameters, refuse_adapters
 
 logger = logging.get_logger(__name__)
@@ -117,7 +118,7 @@ def _sparse_layers(decoder: Any) -> Iterator[tuple[int, Any]]:
 
 def _bank_tensors(decoder: Any, bank: ExpertBankConfig) -> dict[str, Tensor]:
     """The bank's weights and buffers, and its row `(D,)` of the gates, by their names in the decoder."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for layer in bank.layers_among(decoder.config.sparse_layers):
         mlp = decoder.layers[layer].mlp
         tensors |= {
@@ -164,7 +165,8 @@ def _check_fit(decoder: Any, bank: ExpertBankConfig, tensors: dict[str, Tensor])
     Raises:
         ValueError: naming the bank's setting, a missing or unexpected tensor, or one of another shape, with both sides.
     """
-    config, old, expected = decoder.config, decoder.banks.get(bank.name), {}
+    config, old = decoder.config, decoder.banks.get(bank.name)
+    expected: dict[str, torch.Size] = {}
     sparse = config.sparse_layers
     bank.validate(sparse)
     layers = bank.layers_among(sparse)

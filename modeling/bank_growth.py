@@ -18,24 +18,10 @@ from torch import nn
 
 from .configuration_banks import ExpertBankConfig, check_name, read_expert_banks
 from .experts import ExpertBank
-from .model_parts import part_patterns
+from .model_parts import decoder_of, part_patterns
 from .operation_report import OperationReport, count_parameters, refuse_adapters
 
 Changes = dict[int, tuple[int, int]]
-
-
-def decoder_of(model: nn.Module) -> Any:
-    """The [`ChorusTextModel`] within a model of any head, or the model itself.
-
-    Raises:
-        ValueError: there is none.
-    """
-    from .text_model import ChorusTextModel
-
-    for module in model.modules():
-        if isinstance(module, ChorusTextModel):
-            return module
-    raise ValueError(f"{type(model).__name__} holds no ChorusTextModel, so it has no expert banks")
 
 
 def add_bank(

@@ -21,6 +21,7 @@ from .parallel_plans import expert_parallel_plan, tensor_parallel_plan
 LAYER_TYPES = ("full_attention", "sliding_attention")
 QK_NORM_SCOPES = ("head", "projection")
 NORM_PLACEMENTS = ("pre", "post")
+EXPERT_LAYOUTS = ("fused", "linear")
 
 
 @strict
@@ -46,6 +47,8 @@ class ChorusTextConfig(PreTrainedConfig):
         expert_banks: name -> settings, see [`ExpertBankConfig`]; sizes left out come from `num_experts`,
             `num_experts_per_tok` and `moe_intermediate_size`. Or the name of a preset, see `preset_banks`: `uniform`
             (the default) or `specific_then_common`.
+        experts_layout: `fused`, the experts of a bank stacked in two parameters, or `linear`, a feed-forward of linear
+            layers for each; `fuse_experts` and `unfuse_experts` of a model change it.
         shared_expert_intermediate_size: width of the always-on dense experts of a sparse layer; 0 for none.
         router_aux_loss_coef: weight of the balance losses while training. It means the same at any number of
             accumulation steps and ranks.
@@ -98,6 +101,7 @@ class ChorusTextConfig(PreTrainedConfig):
     moe_intermediate_size: int = 512
     shared_expert_intermediate_size: int = 512
     expert_banks: dict[str, dict] | str | None = None
+    experts_layout: str = "fused"
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.0
     alignment_loss_coef: float = 0.0
@@ -212,18 +216,19 @@ class ChorusTextConfig(PreTrainedConfig):
                     f"ChorusTextConfig: cross_modal_layers names layer {layer} of num_hidden_layers="
                     f"{self.num_hidden_layers}"
                 )
-        for layers in self.exit_layers or []:
-            check_exit("ChorusTextConfig: exit_layers", layers, self.num_hidden_layers)
-        if self.exit_loss_coef > 0 and not self.exit_layers:
-            raise ValueError(f"ChorusTextConfig: exit_loss_coef={self.exit_loss_coef} without exit_layers")
-        self._validate_skipping()
+        check_name("ChorusTextConfig", "experts_layout", self.experts_layout, EXPERT_LAYOUTS)
         for bank in self.banks:
             bank.validate(self.sparse_layers)
         for layer in self.sparse_layers:
             if not self.banks_of_layer(layer):
                 raise ValueError(f"ChorusTextConfig: sparse layer {layer} holds no expert bank")
 
-    def _validate_skipping(self) -> None:
+    def validate_depth(self) -> None:
+        """Part of `@strict` validation: exits stand within the model, skipped layers and their budget go together."""
+        for layers in self.exit_layers or []:
+            check_exit("ChorusTextConfig: exit_layers", layers, self.num_hidden_layers)
+        if self.exit_loss_coef > 0 and not self.exit_layers:
+            raise ValueError(f"ChorusTextConfig: exit_loss_coef={self.exit_loss_coef} without exit_layers")
         if self.skip_layers and self.skip_budget is None:
             raise ValueError(f"ChorusTextConfig: skip_layers={self.skip_layers} without a skip_budget")
         if self.skip_budget is not None and not 0 <= self.skip_budget <= 1:

@@ -108,12 +108,15 @@ def _make_units(counts: list[int]) -> tuple[list[Unit], list[int], int]:
         for expert in range(first, last):
             shifts[expert] = start + (expert - first) * rows - sorted_start
             sorted_start += counts[expert]
-        if last - first == 1:
+        if last - first == 1 and rows != 1:
             chunks = max(1, round(rows / CHUNK_ROWS)) if rows else 0
             for chunk in range(chunks):
                 begin, end = rows * chunk // chunks, rows * (chunk + 1) // chunks
                 units.append(Unit(first, last, start + begin, end - begin, chunk == 0))
         else:
+            # One column alone would be a matrix-vector product, whose sums have another order: then the last bits of an
+            # expert's output would depend on whether it stands next to others.
+            rows = max(rows, 2) if last - first == 1 else rows
             units.append(Unit(first, last, start, rows, True))
         start += (last - first) * rows
         first = last

@@ -11,6 +11,7 @@ width.
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,11 @@ class ChorusExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(bank.num_experts, config.hidden_size, bank.intermediate_size))
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def run_expert(self, expert: int, hidden_states: Tensor) -> Tensor:
+        """The output of one expert, unweighted."""
+        gate, up = F.linear(hidden_states, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         # The empty sums keep both parameters and the router in the graph when the bank has no tokens.
         unused = self.gate_up_proj[:0].sum() + self.down_proj[:0].sum() + top_k_weights[:0].sum()
@@ -63,8 +69,7 @@ class ChorusExperts(nn.Module):
             token, slot = torch.where(top_k_index == expert)
             if len(token) == 0:
                 continue
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            states = F.linear(self.act_fn(gate) * up, self.down_proj[expert]) * top_k_weights[token, slot, None]
+            states = self.run_expert(expert, hidden_states[token]) * top_k_weights[token, slot, None]
             output_TD = output_TD.index_add(0, token, states.to(output_TD.dtype))
         return output_TD
 
@@ -82,6 +87,36 @@ class OwnGate(nn.Module):
             return F.linear(hidden_RD.float(), self.weight.float(), self.bias.float()).squeeze(-1).sigmoid()
 
 
+class LinearExperts(nn.ModuleList):
+    """The experts of one bank as feed-forwards of ordinary linear layers (`experts_layout="linear"`).
+
+    Per-sample gradients, 4-bit loaders and several adapters at a time need `nn.Linear`. Parameters are named as in
+    checkpoints with one tensor an expert: `experts.0.gate_proj.weight`. One way to compute, expert after expert.
+    """
+
+    def __init__(self, config: ChorusTextConfig, bank: LayerBankConfig):
+        super().__init__(GatedMLP(config, bank.intermediate_size) for _ in range(bank.num_experts))
+        self.num_experts = bank.num_experts
+
+    def run_expert(self, expert: int, hidden_states: Tensor) -> Tensor:
+        """The output of one expert, unweighted."""
+        return self[expert](hidden_states)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        output_TD = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            # Without rows it runs all the same where gradients are wanted: its parameters stay in the graph.
+            if len(token) == 0 and not torch.is_grad_enabled():
+                continue
+            states = self.run_expert(expert, hidden_states[token]) * top_k_weights[token, slot, None]
+            output_TD = output_TD.index_add(0, token, states.to(output_TD.dtype))
+        return output_TD
+
+
+EXPERT_CLASSES: dict[str, type[ChorusExperts] | type[LinearExperts]] = {"fused": ChorusExperts, "linear": LinearExperts}
+
+
 class ExpertBank(nn.Module):
     """A router and its experts. Adds `gate * bank(x)` to the output at the rows that may enter."""
 
@@ -91,7 +126,7 @@ class ExpertBank(nn.Module):
         self.modalities = bank.modalities
         self.num_experts = bank.num_experts
         self.router = ROUTER_CLASSES[bank.router](config.hidden_size, bank)
-        self.experts = ChorusExperts(config, bank)
+        self.experts = EXPERT_CLASSES[config.experts_layout](config, bank)
         self.gate = OwnGate(config.hidden_size) if bank.has_own_gate else None
         self.may_skip_slots = bank.adaptive_experts or bank.expert_capacity is not None
 
@@ -102,11 +137,13 @@ class ExpertBank(nn.Module):
         spread over ranks each rank has fewer than E, and the exchange of tokens between them knows no id of nobody:
         there, an unused slot visits expert 0 with weight 0.
         """
-        experts = self.experts
+        experts: Any = self.experts
+        if isinstance(experts, LinearExperts):
+            return index_RK
         if not isinstance(experts, ChorusExperts):  # an adapter is wrapped around them
             experts = next(module for module in experts.modules() if isinstance(module, ChorusExperts))
         if not experts._is_expert_parallel:
-            experts._is_expert_parallel = True  # type: ignore[assignment]
+            experts._is_expert_parallel = True
         return index_RK if experts.num_experts == self.num_experts else index_RK.remainder(self.num_experts)
 
     def forward(

@@ -24,7 +24,7 @@ from .attention import ModalityProjection
 from .configuration_banks import ExpertBankConfig
 from .experts_cpu import OneTokenExpert, add_product
 from .modality_plan import ModalityPlan
-from .routers import SoftmaxRouter
+from .routers import SoftmaxRouter, filled_rows
 from .routing_options import read_routing_options
 
 # Positions that a buffer of keys and values has free when it is made: at least so many, or a quarter of what it holds.
@@ -201,7 +201,8 @@ class LeanBank:
                 self.one.add(residual_D, states_D, gate_up_HD, down_DI, bank_weight * weight)
 
     def _best(self, states_D: Tensor) -> tuple[list[int], list[float]]:
-        logits_E = torch.mv(self.router.weight.float(), states_D.float())
+        weight_ED = self.router.weight
+        logits_E = torch.mv(filled_rows(weight_ED.float()), states_D.float())[: len(weight_ED)]
         logits = logits_E.tolist()
         # Ties as in `best_experts`: the sort is stable, and reversing keeps it so.
         index = sorted(range(len(logits)), key=logits.__getitem__, reverse=True)[: self.router.top_k]

@@ -4,17 +4,19 @@ Unusual here: modules and configuration end in the order of a model built with t
 the states of an optimizer agree with those of the saved and reloaded model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from .attention import ModalityProjection
-from .bank_growth import add_bank, decoder_of
+from .bank_growth import add_bank
 from .configuration_banks import check_name
 from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from .connectors import AudioConnector, VisionConnector
+from .model_parts import decoder_of
 from .operation_report import OperationReport, count_parameters, refuse_adapters
 
 CONFIGS: dict[str, Any] = {"image": ChorusVisionConfig, "audio": ChorusAudioConfig}
@@ -32,13 +34,14 @@ def add_modality(
     inner, config, before = _place_for_towers(model), model.config, count_parameters(model)
     if modality in config.modalities:
         raise ValueError(f"add_modality: the model has {modality!r} already; its modalities are {config.modalities}")
-    tower_config = _read_tower(modality, tower)
+    tower_config = _checked(lambda: _read_tower(modality, tower))
     text, decoder = config.text_config, decoder_of(model)
     token_id = text.vocab_size if token_id is None else token_id
     vocab_size = max(text.vocab_size, token_id + 1)
     changes = {f"{NAMES[modality]}_config": tower_config, f"{modality}_token_id": token_id}
     values = config.to_dict()
-    type(config)(**values | changes | {"text_config": {**values["text_config"], "vocab_size": vocab_size}})
+    values |= changes | {"text_config": {**values["text_config"], "vocab_size": vocab_size}}
+    _checked(lambda: type(config)(**values))
 
     like = decoder.norm.weight
     built = tower if isinstance(tower, nn.Module) else _build_tower(modality, tower_config)
@@ -47,9 +50,9 @@ def add_modality(
         inner._init_weights(part)
     notes, experts = [f"placeholder token {token_id}"], {}
     if bank is not None or not any(modality in found.modalities for found in decoder.banks.values()):
-        settings = {"name": modality, "modalities": [modality], "num_experts": None, **(bank or {})}
-        arguments = [settings.pop(key) for key in ("name", "modalities", "num_experts")]
-        experts = add_bank(model, *arguments, settings).experts
+        settings = dict(bank or {})
+        name, modalities = settings.pop("name", modality), settings.pop("modalities", [modality])
+        experts = add_bank(model, name, modalities, settings.pop("num_experts", None), settings).experts
     if vocab_size > text.vocab_size:
         notes.append(f"vocabulary {text.vocab_size} -> {vocab_size} tokens")
         _grow_vocabulary(model, vocab_size)
@@ -77,6 +80,14 @@ def _place_for_towers(model: Any) -> Any:
     raise ValueError(
         f"add_modality: {type(model).__name__} has no place for an encoder; use a model with all its parts"
     )
+
+
+def _checked(build: Callable[[], Any]) -> Any:
+    """What a configuration refuses is a ValueError here, as everything else that does not fit."""
+    try:
+        return build()
+    except StrictDataclassError as error:
+        raise ValueError(f"add_modality: {error.__cause__ or error}") from error
 
 
 def _read_tower(modality: str, tower: Any) -> Any:
@@ -118,7 +129,7 @@ def _grow_vocabulary(model: Any, vocab_size: int) -> None:
         table.weight.requires_grad_(is_trained)
 
 
-def _tables(model: Any) -> list[nn.Module]:
+def _tables(model: Any) -> list[Any]:
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     return [table for table in tables if table is not None]
 

@@ -18,6 +18,20 @@ TOWERS = {"vision": "vision_tower", "audio": "audio_tower"}
 CONNECTORS = r"(?:vision|audio)_connector\..+"
 
 
+def decoder_of(model: nn.Module) -> Any:
+    """The [`ChorusTextModel`] below a head, an adapter and wrappers such as DistributedDataParallel.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from .text_model import ChorusTextModel
+
+    for module in model.modules():
+        if isinstance(module, ChorusTextModel):
+            return module
+    raise ValueError(f"{type(model).__name__} holds no ChorusTextModel, so it has no expert banks")
+
+
 def below_head(name: str) -> str:
     """A module's or parameter's name below the head, `language_model.layers...`, whichever head it is."""
     return name.removeprefix("model.")
@@ -34,7 +48,7 @@ def layer_parts(text: Any) -> dict[str, tuple[list[int], str]]:
     }
 
 
-def in_layers(layers: Iterable[int], path: str) -> str:
+def in_layers(layers: Iterable[int | str], path: str) -> str:
     """The pattern of `path` in some layers."""
     return rf"language_model\.layers\.(?:{'|'.join(map(str, layers))})\.{path}"
 

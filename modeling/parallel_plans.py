@@ -68,5 +68,8 @@ def expert_parallel_plan(config: Any) -> dict[str, str]:
 
 
 def _experts_plan(config: Any, styles: dict[str, str]) -> dict[str, str]:
+    """Rules for stacked experts; experts of linear layers are whole on every rank."""
+    if config.experts_layout == "linear":
+        return {}
     banks = {bank.name for layer in config.sparse_layers for bank in config.banks_of_layer(layer)}
     return {f"layers.*.mlp.banks.{bank}.{name}": style for bank in sorted(banks) for name, style in styles.items()}

@@ -4,7 +4,7 @@ Unusual here:
 - only safetensors files are opened, and no code of the checkpoint is ever run;
 - headers are read once; a tensor is mapped from its own part of the file and let go when it is dropped, so a reader
   holds one tensor and never the parent;
-- the first answer of the Hub pins the revision: all files come from the same commit.
+- a revision is turned into a commit once, and all files come from that commit.
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import cached_files
+from transformers.utils.hub import cached_files, resolve_revision
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CURE = (
@@ -64,13 +64,10 @@ class ParentCheckpoint:
         subfolder: str = "",
     ):
         self.source = os.fspath(source)
-        self.loading: dict[str, Any] = {
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "subfolder": subfolder,
-        }
+        access: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        pinned = resolve_revision(self.source, revision, **access)
+        commit = getattr(pinned, "resolved", pinned)
+        self.loading: dict[str, Any] = {**access, "revision": commit, "subfolder": subfolder}
         self.config = self._read_config()
         self._tensors = self._find_tensors()
 
@@ -125,7 +122,6 @@ class ParentCheckpoint:
         values, _ = PreTrainedConfig.get_config_dict(self.source, **self.loading)
         if not values:
             raise OSError(f"{self}: no config.json")
-        self.loading["revision"] = values.get("_commit_hash") or self.loading["revision"]
         model_type = values.get("model_type")
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"{self}: model_type={model_type!r} is not one that transformers knows without extra code")

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, extract_commit_hash, logging
 
 from .audio_tower import ChorusAudioModel
 from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
@@ -167,7 +167,8 @@ def _timm_parent(source: str, values: dict[str, Any], pool_size: int, loading: d
         model = load_timm_encoder(config.architecture, config.model_args, height, channels, weights, classes)
         return model.to(next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point()))
 
-    return TowerParent(source, loading["revision"], config, load, "timm_model.")
+    revision = extract_commit_hash(path, loading["revision"])
+    return TowerParent(source, revision, config, load, "timm_model.")
 
 
 def _huggingface_vision(checkpoint: ParentCheckpoint, pool_size: int) -> TowerParent:

@@ -77,6 +77,19 @@ def without_autocast(states: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+ROW_BLOCK = 4
+
+
+def filled_rows(weight_ED: Tensor) -> Tensor:
+    """The rows of a router, filled up with zeros to a multiple of `ROW_BLOCK`.
+
+    Matrix libraries sum the rows that are left over after blocks of four in another order. So filled, no bit of an
+    expert's score depends on how many others there are, and experts that nobody chooses can be taken away unseen.
+    """
+    missing = -len(weight_ED) % ROW_BLOCK
+    return F.pad(weight_ED, (0, 0, 0, missing)) if missing else weight_ED
+
+
 class Router(nn.Module):
     """What all routers share. A subclass scores; experts are weighed by a softmax unless it says otherwise.
 
@@ -208,7 +221,7 @@ class SoftmaxRouter(Router):
         self.weight = nn.Parameter(torch.empty(bank.num_experts, hidden_size))
 
     def score(self, hidden_TD: Tensor) -> Tensor:
-        return F.linear(hidden_TD, self.weight.float())
+        return F.linear(hidden_TD, filled_rows(self.weight.float()))[:, : len(self.weight)]
 
 
 class SigmoidRouter(SoftmaxRouter):

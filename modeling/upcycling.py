@@ -11,7 +11,8 @@ being a multiple of G, are the slices of the best K / G copies. That holds for a
 
     sum over the best copies c of w_c / G * G * sum over slices s of FFN_cs(x) = sum_c w_c FFN(x) = FFN(x)
 
-where the factor G is the bank's `routed_scaling_factor`. The slices part as soon as training moves them.
+where the factor G is the bank's `routed_scaling_factor`. The slices part as soon as training moves them. (Two copies
+whose scores agree to the last bits could be taken in parts; random rows practically never give that.)
 
 Of a **mixture** parent, every bank starts as a copy of the parent's experts and router.
 

@@ -59,6 +59,9 @@ def prepare_backbone_config(backbone: PreTrainedConfig) -> PreTrainedConfig:
     prepared = deepcopy(backbone)
     for name, value in TRAINING_ONLY.items():
         setattr(prepared, name, value)
+    if prepared.model_type == "wavlm":
+        # It computes attention in its own way, and refuses every other implementation that a whole model may ask for.
+        prepared._attn_implementation = "eager"
     return prepared
 
 

@@ -42,7 +42,7 @@ INTEGER_SCALES = {"int16": 2.0**15, "int32": 2.0**31, "uint8": 2.0**7}
 
 
 class ChorusFeatureExtractor(SequenceFeatureExtractor):
-    """Samples, or log-mel features in Whisper's normalisation (https://arxiv.org/abs/2212.04356, section 2.2), per clip.
+    """Log-mel frames in Whisper's normalisation (https://arxiv.org/abs/2212.04356, section 2.2), or samples, per clip.
 
     Args:
         feature_type: `log_mel`; `whisper`, whose windows are always full, the silence after a clip unmasked;

@@ -106,10 +106,12 @@ def parent_tokenizer(source: str | os.PathLike[str], **loading: Any) -> Any:
     """The text parent's tokenizer.
 
     Raises:
-        OSError: nothing there, as transformers says it.
-        ValueError: a tokenizer without an end of text, which ends the turns of a conversation.
+        ValueError: no tokenizer, or one without an end of text, which ends the turns of a conversation.
     """
-    tokenizer = AutoTokenizer.from_pretrained(os.fspath(source), **loading)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(os.fspath(source), **loading)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: no tokenizer can be read beside the text model: {error!s:.200}") from error
     if tokenizer.eos_token is None:
         raise ValueError(f"{source}: the tokenizer has no eos token; set one and save it again")
     return tokenizer

@@ -135,8 +135,8 @@ class ChorusProcessor(ChatProcessor):
         """The processor of a model composed of pretrained parts.
 
         The tokenizer is the text parent's with the media tokens added, images are prepared as the vision parent's own
-        image processor does; what the audio parent wants is in `config.audio_config`. The text parent's chat template is
-        kept if it can hold images and sound (`carries_media`), otherwise it is ours.
+        image processor does; what the audio parent wants is in `config.audio_config`. The text parent's chat template
+        is kept if it can hold images and sound (`carries_media`), otherwise it is ours.
 
         Args:
             config: the composed model's.

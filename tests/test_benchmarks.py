@@ -11,12 +11,15 @@ import torch
 from benchmarks import (
     adaptive_experts,
     decode,
+    lifelong,
     moe_vs_dense,
+    prune_merge,
     router_reward,
     routing_options,
     sparse_layer,
     timing,
     train_step,
+    upcycle,
 )
 
 EXPECTED = {
@@ -28,8 +31,13 @@ EXPECTED = {
     routing_options: {f"{name}_ratio" for name in routing_options.OPTIONS} - {"chorus_ratio"} | {"chorus_ms"},
     adaptive_experts: {"adaptive_simple_ratio", "adaptive_mixed_used", "adaptive_experts", "half_accuracy",
                        "chorus_mflops", "adaptive_loss"},
+    lifelong: {"all_accuracy", "full_lost", "chorus_lost", "chorus_rehearsed_accuracy", "chorus_identical",
+               "full_parameters"},
     moe_vs_dense: {"dense_ratio", "dense_total", "equal_active_active", "chorus_mflops", "equal_active_accuracy",
                    "dense_loss", "chorus_ms"},
+    upcycle: {"copy_ratio", "copy_parent_ratio", "peak_of_parent_ratio", "build_of_child_ratio", "chorus_ms"},
+    prune_merge: {"chorus_parameters", "use_parameters", "merge_ratio", "use_accuracy", "saliency_accuracy",
+                  "random_accuracy", "merge_accuracy", "chorus_accuracy", "merge_loss"},
 }  # fmt: skip
 
 

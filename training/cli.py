@@ -1,4 +1,4 @@
-"""The command line: `chorus-moe train | evaluate | generate | routing | inspect | doctor | export | demo`.
+"""The command line: `chorus-moe train | evaluate | generate | routing | inspect | doctor | compose | export | demo`.
 
 Commands import what they need when they run, so that `--help` is quick.
 """
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+REVISION_HELP = "branch, tag or commit of that repository"
 MODEL_HELP = "model or adapter: a folder or a Hub id"
 ModelName = Annotated[str, typer.Argument(help=MODEL_HELP)]
 ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
@@ -149,6 +150,65 @@ def doctor(
 
 
 @app.command()
+def compose(
+    text: Annotated[str, typer.Option(help="causal language model: a folder or a Hub id")],
+    out: Annotated[Path, typer.Option(help="new folder for model, processor and card")],
+    vision: Annotated[
+        str | None, typer.Option(help="vision model: a folder, a Hub id or the name of a timm model")
+    ] = None,
+    audio: Annotated[str | None, typer.Option(help="Whisper, wav2vec 2.0, HuBERT, WavLM or Chorus audio model")] = None,
+    text_revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
+    vision_revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
+    audio_revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
+    vision_pool: Annotated[int, typer.Option(min=1, help="so many image tokens along each side become one")] = 1,
+    audio_pool: Annotated[int, typer.Option(min=1, help="so many audio tokens become one")] = 1,
+    audio_library: Annotated[
+        str, typer.Option(help="transformers, or torchaudio's modules of the same encoder")
+    ] = "transformers",
+    experts: Annotated[str | None, typer.Option(help="YAML with banks and options, or a preset of banks")] = None,
+    sparse_layers: Annotated[str | None, typer.Option(help="layers that get experts, such as 1,3,5")] = None,
+    num_experts: Annotated[int | None, typer.Option(min=1, help="experts of a bank")] = None,
+    experts_per_token: Annotated[int | None, typer.Option(min=1)] = None,
+    expert_split: Annotated[int | None, typer.Option(min=1, help="experts that a copy is divided into")] = None,
+    expert_noise: Annotated[float | None, typer.Option(min=0.0, help="noise on the copies, relative")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the text model's), float32, bfloat16 or float16")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Make a new model of a pretrained text model and encoders, its feed-forward copied into experts."""
+    from chorus_moe.training.compose import Parts, layer_numbers, read_experts
+    from chorus_moe.training.compose import compose as compose_parts
+    from chorus_moe.training.inspect_model import inspect_model
+
+    parts = Parts(
+        text=text,
+        vision=vision,
+        audio=audio,
+        text_revision=text_revision,
+        vision_revision=vision_revision,
+        audio_revision=audio_revision,
+        vision_pool=vision_pool,
+        audio_pool=audio_pool,
+        audio_library=audio_library,
+    )
+    given = {
+        "sparse_layers": layer_numbers(sparse_layers),
+        "num_experts": num_experts,
+        "num_experts_per_tok": experts_per_token,
+        "expert_split": expert_split,
+        "expert_noise": expert_noise,
+        "seed": seed,
+    }
+    options = read_experts(experts) | {name: value for name, value in given.items() if value is not None}
+    report = compose_parts(out, parts, dtype=dtype, **options)
+    parameters = inspect_model(out)
+    if as_json:
+        print(json.dumps({"report": report.to_dict(), "parameters": parameters.to_dict()}, indent=2))
+    else:
+        print(report, parameters, sep="\n")
+
+
+@app.command()
 def export(
     model: ModelName,
     folder: Annotated[Path, typer.Argument(help="where the export is written")],
@@ -184,7 +244,7 @@ def main() -> None:
     """Entry point: an error of the user's making is one line, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         sys.exit(f"chorus-moe: {type(error).__name__}: {error}")
 
 

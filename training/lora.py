@@ -228,6 +228,9 @@ def _banks(text: Any, banks: Banks) -> dict[str, list[int]]:
 
 def _bank_group(modules: Mapping[str, nn.Module], name: str, layers: Sequence[int]) -> LoraGroup:
     paths = [f"language_model.layers.{layer}.mlp.banks.{name}.experts" for layer in layers]
+    if isinstance(modules[paths[0]], nn.ModuleList):  # experts_layout="linear"
+        choice = "|".join(re.escape(path) for path in paths)
+        return LoraGroup(f"bank {name}", _linears(modules, rf"(?:{choice})\..+"))
     parameters = {f"{path}.{key}": getattr(modules[path], key) for path in paths for key in EXPERT_PARAMETERS}
     return LoraGroup(f"bank {name}", parameters=parameters)
 

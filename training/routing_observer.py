@@ -12,20 +12,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from chorus_moe.modeling.text_model import ChorusTextModel
+from chorus_moe.modeling.model_parts import decoder_of
 from chorus_moe.training.routing_counters import RoutingCounters
-
-
-def find_decoder(model: nn.Module) -> ChorusTextModel:
-    """The decoder below a head, an adapter and wrappers such as DistributedDataParallel.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for module in model.modules():
-        if isinstance(module, ChorusTextModel):
-            return module
-    raise ValueError(f"{type(model).__name__} holds no ChorusTextModel, so there is no routing to observe")
 
 
 class RoutingObserver:
@@ -45,7 +33,7 @@ class RoutingObserver:
     """
 
     def __init__(self, model: nn.Module, *, training_only: bool = False):
-        self.decoder = find_decoder(model)
+        self.decoder = decoder_of(model)
         self.training_only = training_only
         self.counters = RoutingCounters(self.decoder.config, next(self.decoder.parameters()).device)
         self._handles: list[RemovableHandle] = []

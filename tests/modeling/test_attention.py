@@ -151,8 +151,33 @@ def test_eager_attention_returns_the_map_of_every_layer():
     assert [tuple(m.shape) for m in maps] == [(3, 4, 24, 24)] * 3
 
 
-@pytest.mark.parametrize("options", [{"use_qk_norm": True}, {"attention_bias": True}, {"head_dim": 32}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_qk_norm": True},
+        {"use_qk_norm": True, "qk_norm_scope": "projection"},
+        {"norm_placement": "post"},
+        {"no_rope_layers": [1, 0, 0]},
+        {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
+        {"head_dim": 32},
+    ],
+)
 def test_variants_of_the_llama_family_run(options: dict):
     model = ChorusForConditionalGeneration(tiny_config(**options)).train()
     model(**tiny_batch(model.config)).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_layer_without_rotation_knows_no_positions_but_the_causal_order():
+    model = ChorusForConditionalGeneration(tiny_config(no_rope_layers=[0, 0, 0])).eval()
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        spread = model(input_ids=ids, position_ids=torch.arange(0, 100, 10)[None]).logits
+    assert torch.equal(spread, plain)
+
+
+def test_heads_with_a_common_norm_are_not_spread_over_ranks():
+    plan = tiny_config(use_qk_norm=True, qk_norm_scope="projection").text_config.base_model_tp_plan
+    assert not [rule for rule in plan if "self_attn" in rule]
+    assert [rule for rule in tiny_config(use_qk_norm=True).text_config.base_model_tp_plan if "self_attn" in rule]

@@ -1,5 +1,7 @@
 """What a lean step may pass by, and what it must leave to the modules."""
 
+from typing import Any
+
 import pytest
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -10,6 +12,7 @@ from chorus_moe.modeling.experts import MixtureOfBanks
 from chorus_moe.modeling.lean_checks import can_decode
 from chorus_moe.modeling.lean_decoding import LeanDecoder
 from chorus_moe.modeling.lean_layers import LeanBanks
+from tests.conftest import tiny_config
 from tests.modeling.test_lean_decoding import CASES, make_model
 
 
@@ -54,3 +57,18 @@ def test_a_replaced_method_is_not_passed_by(monkeypatch: pytest.MonkeyPatch):
     forward = Attention.forward
     monkeypatch.setattr(Attention, "forward", lambda *args, **kwargs: forward(*args, **kwargs))
     assert not can_decode(model)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_lean"),
+    [
+        ({}, True),
+        ({"norm_placement": "post"}, False),
+        ({"use_qk_norm": True}, True),
+        ({"use_qk_norm": True, "qk_norm_scope": "projection"}, False),
+        ({"mlp_bias": True}, False),
+        ({"attention_output_bias": True, "no_rope_layers": [0, 1, 1]}, True),
+    ],
+)
+def test_layers_of_another_form_are_left_to_the_modules(text: dict[str, Any], is_lean: bool):
+    assert can_decode(ChorusForConditionalGeneration(tiny_config(**text)).eval()) == is_lean

@@ -283,22 +283,6 @@ def test_gradients_and_autocast_are_left_to_the_modules(steps: list[int]):
     assert not steps
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        {"norm_placement": "post"},
-        {"use_qk_norm": True, "qk_norm_scope": "projection"},
-        {"mlp_bias": True},
-    ],
-    ids=["norms behind", "norms over all heads", "feed-forward bias"],
-)
-def test_layers_that_are_not_written_out_are_left_to_the_modules(text: dict[str, Any], steps: list[int]):
-    model = make_model(**text)
-    expected = decode(model, prompt(model), make_cache("dynamic", model), lean=False)
-    assert torch.equal(decode(model, prompt(model), make_cache("dynamic", model), lean=True), expected)
-    assert not steps
-
-
 def test_a_model_that_recorded_outputs_once_decodes_lean_again(steps: list[int]):
     model = make_model()
     expected = decode(model, prompt(model), make_cache("dynamic", model), lean=False)

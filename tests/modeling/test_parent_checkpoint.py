@@ -113,3 +113,37 @@ def test_integers_have_no_place_among_the_weights(sharded):
     save_file(load_file(path) | {"lm_head.weight": torch.zeros(50, 16, dtype=torch.int8)}, path)
     with pytest.raises(ValueError, match="'lm_head.weight' is I8"):
         ParentCheckpoint(sharded).dtype("lm_head.weight")
+
+
+@pytest.fixture
+def on_hub(llama, fake_hub):
+    """The commits of two versions of a sharded repository, oldest first."""
+    commits = []
+    for value in (1.0, 2.0):
+        torch.nn.init.constant_(llama.lm_head.weight, value)
+        llama.push_to_hub("tester/tiny", max_shard_size="8KB")
+        commits.append(next(reversed(fake_hub.repositories["tester/tiny"].snapshots)))
+    return commits
+
+
+def test_a_repository_is_read_at_the_newest_commit_or_at_the_one_asked_for(on_hub):
+    newest, pinned = ParentCheckpoint("tester/tiny"), ParentCheckpoint("tester/tiny", revision=on_hub[0])
+    assert [newest.revision, pinned.revision] == on_hub[::-1]
+    assert (newest.read("lm_head.weight") == 2).all()
+    assert (pinned.read("lm_head.weight") == 1).all()
+
+
+def test_all_files_come_from_the_commit_of_the_configuration(on_hub, fake_hub):
+    ParentCheckpoint("tester/tiny")
+    asked = [path for path in fake_hub.requests if "/resolve/" in path and "safetensors" in path]
+    assert asked
+    assert all(on_hub[1] in path for path in asked)
+
+
+def test_a_repository_in_the_cache_needs_no_network(on_hub, fake_hub):
+    ParentCheckpoint("tester/tiny")
+    fake_hub.requests.clear()
+    parent = ParentCheckpoint("tester/tiny", local_files_only=True)
+    assert (parent.read("lm_head.weight") == 2).all()
+    assert parent.file("tokenizer.json") is None
+    assert not fake_hub.requests

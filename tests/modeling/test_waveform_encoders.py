@@ -106,6 +106,15 @@ def test_activation_checkpointing_changes_no_gradient():
     assert torch.equal(gradients(False), gradients(True))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_model_may_ask_for_sdpa(kind, tmp_path):
+    tower = tiny_tower(kind)
+    tower.save_pretrained(tmp_path)
+    batch = ragged_batch(LENGTHS)
+    asked = ChorusAudioModel.from_pretrained(tmp_path, attn_implementation="sdpa")(*batch)
+    torch.testing.assert_close(asked.last_hidden_state, tower(*batch).last_hidden_state, atol=ATOL, rtol=0)
+
+
 def test_bfloat16_gives_finite_features():
     assert tiny_tower().bfloat16()(*ragged_batch(LENGTHS)).last_hidden_state.isfinite().all()
 

@@ -140,6 +140,13 @@ def test_the_parents_template_or_ours_is_that_of_tokenizer_and_processor(tmp_pat
     assert ours.chat_template == ours.tokenizer.chat_template != TEXT_ONLY
 
 
+def test_a_text_model_without_tokenizer_is_refused(text):
+    (text / "tokenizer.json").unlink()
+    (text / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="no tokenizer can be read beside the text model"):
+        parent_tokenizer(text)
+
+
 def test_a_tokenizer_without_end_of_text_is_refused(tmp_path):
     plain_tokenizer(eos_token=None).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no eos token"):

@@ -15,7 +15,7 @@ from chorus_moe.training import cli
 from tests.training.test_data import PLAIN, SOUND, write_jsonl
 from tests.training.test_train import recipe  # noqa: F401  a fixture
 
-COMMANDS = {"train", "evaluate", "generate", "routing", "inspect", "doctor", "export", "demo"}
+COMMANDS = {"train", "evaluate", "generate", "routing", "inspect", "doctor", "compose", "export", "demo"}
 
 
 def invoke(*words: object) -> str:

@@ -1,0 +1,200 @@
+"""A composed model and its processor, straight into a folder: `chorus-moe compose`.
+
+Unusual here:
+- whatever can be wrong (folders, files, sizes, token ids, the processor) is found before a weight is read;
+- revisions are pinned first, so weights, tokenizer and image settings of a part come from one commit, and the card
+  names it.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+
+import chorus_moe.auto_classes  # noqa: F401  the command line has not registered them before
+from chorus_moe.modeling.composition import compose_checkpoint, media_token_ids
+from chorus_moe.modeling.configuration_chorus import ChorusConfig
+from chorus_moe.modeling.operation_report import OperationReport
+from chorus_moe.modeling.parent_checkpoint import ParentCheckpoint
+from chorus_moe.modeling.parent_text import ParentText
+from chorus_moe.modeling.parent_towers import TowerParent, audio_parent, vision_parent
+from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.training.recipe import nearest
+from chorus_moe.training.run_card import Parent, run_card
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What `from_pretrained_parts` takes beside the parts.
+EXPERT_OPTIONS = (
+    "experts",
+    "sparse_layers",
+    "num_experts",
+    "num_experts_per_tok",
+    "expert_split",
+    "expert_noise",
+    "cross_modal_layers",
+    "seed",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Where a model comes from.
+
+    Args:
+        text, vision, audio: folders or Hub ids; `vision` may name a timm model.
+        text_revision, vision_revision, audio_revision: branch, tag or commit of the repositories.
+        vision_pool, audio_pool: neighbouring tokens that the connectors turn into one, along each side of an image.
+        audio_seconds: longest window of an encoder of samples.
+        audio_library: `transformers`, or `torchaudio` for its modules of the same encoder.
+        token, cache_dir, local_files_only: as in transformers' `from_pretrained`.
+    """
+
+    text: str
+    vision: str | None = None
+    audio: str | None = None
+    text_revision: str | None = None
+    vision_revision: str | None = None
+    audio_revision: str | None = None
+    vision_pool: int = 1
+    audio_pool: int = 1
+    audio_seconds: float = 30.0
+    audio_library: str = "transformers"
+    token: str | bool | None = None
+    cache_dir: str | None = None
+    local_files_only: bool = False
+
+    @property
+    def access(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("token", "cache_dir", "local_files_only")}
+
+
+def compose(
+    folder: str | os.PathLike[str],
+    parts: Parts,
+    *,
+    dtype: str = "auto",
+    max_shard_size: int | str = "5GB",
+    **experts: Any,
+) -> OperationReport:
+    """Write model, processor and card into a new folder; `AutoModelForMultimodalLM` and `AutoProcessor` load it.
+
+    Args:
+        folder: empty, or not there yet.
+        dtype: of the new model; `auto` for that of the text part.
+        max_shard_size: as in `save_pretrained`.
+        experts: as in `ChorusForConditionalGeneration.from_pretrained_parts` (`EXPERT_OPTIONS`).
+
+    Raises:
+        OSError: a part is not there, or lacks a file, as transformers says it.
+        ValueError: a part or a setting that does not fit, before any weight is read.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: not an empty folder")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; choose from {', '.join(DTYPES)}")
+    check_names(experts, "compose")
+    text = ParentText(ParentCheckpoint(parts.text, revision=parts.text_revision, **parts.access)).checkpoint
+    vision, audio = read_towers(parts)
+    processor = build_processor(parts, text, vision, audio)
+    report = compose_checkpoint(
+        folder,
+        text.source,
+        vision,
+        audio,
+        revision=text.revision,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        **parts.access,
+        **experts,
+    )
+    processor.save_pretrained(folder)
+    parents: dict[str, Any] = {"text": text, "vision": vision, "audio": audio}
+    named = [Parent(part, origin.source, origin.revision) for part, origin in parents.items() if origin is not None]
+    config = ChorusConfig.from_pretrained(folder)
+    (folder / "README.md").write_text(run_card(SimpleNamespace(config=config), parents=named), encoding="utf-8")
+    return report
+
+
+def read_towers(parts: Parts) -> tuple[TowerParent | None, TowerParent | None]:
+    """The encoders, configuration read and weights not."""
+    vision = audio = None
+    if parts.vision is not None:
+        vision = vision_parent(
+            parts.vision, pool_size=parts.vision_pool, revision=parts.vision_revision, **parts.access
+        )
+    if parts.audio is not None:
+        audio = audio_parent(
+            parts.audio,
+            pool_size=parts.audio_pool,
+            max_seconds=parts.audio_seconds,
+            backbone_library=parts.audio_library,
+            revision=parts.audio_revision,
+            **parts.access,
+        )
+    return vision, audio
+
+
+def build_processor(
+    parts: Parts, text: ParentCheckpoint, vision: TowerParent | None, audio: TowerParent | None
+) -> ChorusProcessor:
+    """The processor of the model that will be, from what it will have in its configuration."""
+    ids = media_token_ids(text) if vision is not None or audio is not None else {}
+    future = SimpleNamespace(
+        vision_config=vision and vision.config,
+        audio_config=audio and audio.config,
+        image_token_id=ids.get("image"),
+        audio_token_id=ids.get("audio"),
+    )
+    return ChorusProcessor.from_pretrained_parts(
+        future,
+        text.source,
+        parts.vision,
+        text_loading={"revision": text.revision, **parts.access},
+        vision_loading={"revision": vision and vision.revision, **parts.access},
+    )
+
+
+def read_experts(source: str | None) -> dict[str, Any]:
+    """What `--experts` says: a YAML file with any of `EXPERT_OPTIONS`, or the name of a preset of banks.
+
+    Raises:
+        FileNotFoundError: a YAML file that is not there.
+        ValueError: a name nobody knows, with the nearest one.
+    """
+    if source is None:
+        return {}
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        return {"experts": source}
+    if not path.is_file():
+        raise FileNotFoundError(f"--experts: no file {source!r}")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{source}: expected names such as {', '.join(EXPERT_OPTIONS[:3])}, found {values!r:.60}")
+    check_names(values, source)
+    return dict(values)
+
+
+def check_names(values: Mapping[str, Any], where: str) -> None:
+    for name in values:
+        if name not in EXPERT_OPTIONS:
+            raise ValueError(f"{where}: unknown option {name!r}{nearest(name, EXPERT_OPTIONS)}")
+
+
+def layer_numbers(words: str | None) -> list[int] | None:
+    """`1,3,5` as numbers.
+
+    Raises:
+        ValueError: a word that is no number.
+    """
+    if words is None:
+        return None
+    parts = [word.strip() for word in words.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"layers are numbers such as 1,3,5, found {words!r}")
+    return [int(part) for part in parts]
