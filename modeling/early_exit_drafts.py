@@ -62,7 +62,8 @@ class EarlyExitDrafts(CandidateGenerator):
         room = self.config.max_length - input_ids.shape[1] - 1
         if is_first_iteration or room < 1:
             return input_ids, None
-        text, scores, kwargs = input_ids, [], dict(model_kwargs)
+        text, kwargs = input_ids, dict(model_kwargs)
+        scores: list[Tensor] = []
         while len(scores) < min(self.num_tokens, room):
             scores.append(self._scores(text, kwargs))
             token, probability = self._choose(scores[-1])

@@ -63,8 +63,8 @@ class LeanDecoder:
                 LeanNorm(layer.input_layernorm),
                 LeanAttention(layer.self_attn),
                 LeanNorm(layer.post_attention_layernorm),
-                self._feed_forward(layer.mlp, text.banks),
                 None if layer.skip_gate is None else LeanSkipGate(layer.skip_gate),
+                self._feed_forward(layer.mlp, text.banks),
             )
             for layer in text.layers
         ]
@@ -146,9 +146,8 @@ class LeanDecoder:
     ) -> Tensor:
         residual_D = self.embedding[token].clone()
         tables = self._tables(position)
-        for (norm, attention, feed_norm, feed, gate), layer, kind in zip(
-            layers, cache.layers, self.kinds, strict=False
-        ):
+        of_layers = zip(layers, cache.layers, self.kinds, strict=False)
+        for (norm, attention, feed_norm, gate, feed), layer, kind in of_layers:
             residual_D = attention(residual_D, norm(residual_D), tables, layer, first, total, masks[kind])
             states_D = feed_norm(residual_D)
             if gate is None or gate(states_D) > open_above:
