@@ -20,6 +20,25 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from .configuration_checks import check_exit
 
 
+def check_drafts(generation_config: GenerationConfig, num_hidden_layers: int) -> None:
+    """Refuse drafts that cannot be made, before any work.
+
+    Raises:
+        ValueError: an exit that the model does not have, an empty draft, or beams (transformers would leave the drafts
+            out with a warning).
+    """
+    exit_layer = generation_config.assistant_early_exit
+    if exit_layer is None:
+        return
+    check_exit("assistant_early_exit", exit_layer, num_hidden_layers)
+    if generation_config.num_assistant_tokens < 1:
+        raise ValueError(
+            f"num_assistant_tokens={generation_config.num_assistant_tokens} drafts nothing; it must be at least 1"
+        )
+    if generation_config.num_beams > 1:
+        raise ValueError(f"assistant_early_exit={exit_layer} drafts one text, num_beams={generation_config.num_beams}")
+
+
 class EarlyExitDrafts(CandidateGenerator):
     """Draft tokens of the first layers of the model itself.
 
@@ -30,29 +49,15 @@ class EarlyExitDrafts(CandidateGenerator):
 
     Args:
         model: [`ChorusForConditionalGeneration`].
-
-    Raises:
-        ValueError: an exit that the model does not have, an empty draft, or inputs that assisted decoding cannot take.
     """
 
     requires_model_outputs = True
     model_kwargs_overrides: dict[str, Any] = {}
 
-    def __init__(
-        self,
-        model: Any,
-        generation_config: GenerationConfig,
-        logits_processor: LogitsProcessorList,
-        model_kwargs: dict[str, Any],
-    ):
+    def __init__(self, model: Any, generation_config: GenerationConfig, logits_processor: LogitsProcessorList):
         self.model, self.config, self.logits_processor = model, generation_config, logits_processor
         self.exit_layer: int = generation_config.assistant_early_exit
         self.num_tokens = int(generation_config.num_assistant_tokens)
-        check_exit("assistant_early_exit", self.exit_layer, model.config.text_config.num_hidden_layers)
-        if self.num_tokens < 1:
-            raise ValueError(f"num_assistant_tokens={self.num_tokens} drafts nothing; it must be at least 1")
-        if model_kwargs.get("inputs_embeds") is not None:
-            raise ValueError("assistant_early_exit takes a prompt of input_ids, not of inputs_embeds")
 
     def get_candidates(
         self, input_ids: Tensor, model_kwargs: dict[str, Any], is_first_iteration: bool = False, **kwargs: Any

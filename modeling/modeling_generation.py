@@ -17,7 +17,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_chorus import ChorusConfig
-from .early_exit_drafts import EarlyExitDrafts
+from .early_exit_drafts import EarlyExitDrafts, check_drafts
 from .lean_decoding import lean_decoder, lean_decoding
 from .losses import share_of_batch
 from .modeling_head import ChorusHead
@@ -247,13 +247,14 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         """transformers' early exit writes the number of layers into the composite configuration, where nothing reads
         it."""
         if generation_config.assistant_early_exit is not None:
-            return EarlyExitDrafts(self, generation_config, logits_processor, model_kwargs)
+            return EarlyExitDrafts(self, generation_config, logits_processor)
         return super()._get_candidate_generator(
             generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, **kwargs
         )
 
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        check_drafts(generation_config, self.config.text_config.num_hidden_layers)
         skip_threshold = getattr(generation_config, "skip_threshold", None)
         if skip_threshold is not None:
             model_kwargs["skip_threshold"] = skip_threshold

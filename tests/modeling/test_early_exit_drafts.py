@@ -123,6 +123,8 @@ def test_the_generation_config_carries_the_exit(counts: list[tuple[int, int]]):
 def test_sampled_text_follows_the_last_layer_and_not_the_exit():
     model = make_model(vocab_size=8, mlp_layer_types=["dense"] * 3)
     model.lm_head.weight.data.mul_(3)
+    for layer in model.model.language_model.layers[1:]:
+        layer.mlp.down_proj.weight.data.mul_(20)
     ids = torch.tensor([[5, 6, 7]])
     both = torch.cat((ids.expand(8, 3), torch.arange(8)[:, None]), dim=1)
     with torch.no_grad():
@@ -133,12 +135,12 @@ def test_sampled_text_follows_the_last_layer_and_not_the_exit():
     options = {"do_sample": True, "top_k": 0, "suppress_tokens": None, "max_new_tokens": 3}
     torch.manual_seed(0)
     found = torch.zeros(8)
-    for _ in range(400):
+    for _ in range(150):
         text = model.generate(ids, attention_mask=torch.ones_like(ids), assistant_early_exit=1, **DRAFTS | options)
-        found[text[0, 4]] += 1 / 400
-    assert (at_exit - expected).abs().max() > 0.2
-    # Three standard deviations of a share of 400 draws.
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.075)
+        found[text[0, 4]] += 1 / 150
+    assert (at_exit - expected).abs().max() > 0.25
+    # Three standard deviations of a share of 150 draws.
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.125)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_sampled_text_follows_the_last_layer_and_not_the_exit():
         ({"assistant_early_exit": 1, "num_assistant_tokens": 0}, "num_assistant_tokens=0 drafts nothing"),
         ({"assistant_early_exit": 1, "use_cache": False}, "use_cache=True"),
         ({"assistant_early_exit": 1, "cache_implementation": "static"}, "Static cache"),
-        ({"assistant_early_exit": 1, "num_beams": 2}, "assist"),
+        ({"assistant_early_exit": 1, "num_beams": 2}, "assistant_early_exit=1 drafts one text, num_beams=2"),
     ],
 )
 def test_what_drafts_cannot_do_is_refused(options: dict[str, Any], message: str):
@@ -163,13 +165,6 @@ def test_a_batch_is_refused():
     batch = collate([sample_inputs(model, 0, [], seed) for seed in range(2)])
     with pytest.raises(ValueError, match="batch_size = 1"):
         text_of(model, batch, assistant_early_exit=1)
-
-
-def test_a_prompt_of_embeddings_is_refused():
-    model = make_model()
-    embeds = model.get_input_embeddings()(torch.tensor([[5, 6, 7]]))
-    with pytest.raises(ValueError, match="takes a prompt of input_ids"):
-        model.generate(inputs_embeds=embeds, assistant_early_exit=1, max_new_tokens=3)
 
 
 def test_an_exit_of_the_decoder_equals_a_model_cut_off_there():
@@ -216,7 +211,8 @@ def test_the_loss_at_the_exits_is_one_of_training_alone(batch: dict[str, Tensor]
 
 def test_accumulation_changes_no_gradient_of_the_exits(batch: dict[str, Tensor]):
     model = with_exits(exit_layers=[1, 2], exit_loss_coef=1.0, mlp_layer_types=["dense"] * 3)
-    rows = {"input_ids": batch["input_ids"][:, 16:], "labels": batch["input_ids"][:, 16:]}
+    ids = batch["input_ids"].clamp(min=5)
+    rows = {"input_ids": ids, "labels": ids}
     total = rows["labels"][:, 1:].numel()
     gradients = []
     for pieces in ([slice(0, 3)], [slice(0, 1), slice(1, 3)]):
@@ -230,8 +226,7 @@ def test_accumulation_changes_no_gradient_of_the_exits(batch: dict[str, Tensor])
 
 def test_reentrant_checkpointing_is_refused_where_it_hides_the_exits(batch: dict[str, Tensor]):
     model = with_exits(exit_layers=[1], exit_loss_coef=1.0)
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    model.enable_input_require_grads()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(RuntimeError, match="exit loss would have no gradient"):
         model(**batch)
 
