@@ -37,6 +37,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         super().__init__(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+        # Of a configuration marked as derived, transformers drops entries of our own (`skip_threshold`) on loading.
+        self.generation_config._from_model_config = False
         media = [i for i in (config.image_token_id, config.audio_token_id) if i is not None]
         if media and self.generation_config.suppress_tokens is None:
             # A generated placeholder would stand for an image or a clip that nobody gave.

@@ -11,6 +11,8 @@ import torch
 from benchmarks import (
     adaptive_experts,
     decode,
+    draft_and_verify,
+    layer_skip,
     lifelong,
     moe_vs_dense,
     prune_merge,
@@ -31,6 +33,9 @@ EXPECTED = {
     routing_options: {f"{name}_ratio" for name in routing_options.OPTIONS} - {"chorus_ratio"} | {"chorus_ms"},
     adaptive_experts: {"adaptive_simple_ratio", "adaptive_mixed_used", "adaptive_experts", "half_accuracy",
                        "chorus_mflops", "adaptive_loss"},
+    draft_and_verify: {"chorus_tokens_per_second", "plain_ratio", "accepted", "per_check", "trained_loss"},
+    layer_skip: {"skip_50_ratio", "skip_50_open", "skip_50_right", "skip_50_loss", "chorus_tokens_per_second",
+                 "chorus_ms"},
     lifelong: {"all_accuracy", "full_lost", "chorus_lost", "chorus_rehearsed_accuracy", "chorus_identical",
                "full_parameters"},
     moe_vs_dense: {"dense_ratio", "dense_total", "equal_active_active", "chorus_mflops", "equal_active_accuracy",
