@@ -211,7 +211,6 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         """Mean of the language losses at the exits, through the final norm and the head (LayerSkip, arXiv
         2404.16710)."""
         states = [hidden_states[layers] for layers in self.config.text_config.exit_layers]
-        self._check_graph("exit", states, ("layers.",))
         norm = self.model.language_model.norm
         losses = [self._language_loss(self.lm_head(norm(state)), labels, counted, **kwargs) for state in states]
         return torch.stack(losses).mean()
