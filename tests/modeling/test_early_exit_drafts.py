@@ -141,7 +141,7 @@ def test_sampled_text_follows_the_last_layer_and_not_the_exit():
     for _ in range(150):
         text = model.generate(ids, attention_mask=torch.ones_like(ids), assistant_early_exit=1, **DRAFTS | options)
         found[text[0, 4]] += 1 / 150
-    assert (at_exit - expected).abs().max() > 0.25
+    assert (at_exit - expected).abs().max() > 0.19
     # Three standard deviations of a share of 150 draws.
     torch.testing.assert_close(found[words], expected, rtol=0, atol=0.125)
 
