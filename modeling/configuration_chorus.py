@@ -41,6 +41,9 @@ class ChorusConfig(PreTrainedConfig):
         "aux_loss",
         "z_loss",
         "alignment_loss",
+        "skip_loss",
+        "exit_loss",
+        "skip_logits",
         "image_hidden_states",
         "audio_hidden_states",
     ]

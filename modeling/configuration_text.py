@@ -12,6 +12,7 @@ from .configuration_checks import (
     MAX_VOCABULARY,
     MAX_WIDTH,
     check_divides,
+    check_exit,
     check_range,
     refuse_unknown_keys,
 )
@@ -57,6 +58,13 @@ class ChorusTextConfig(PreTrainedConfig):
         alignment_loss_coef: weight of the alignment of the two directions of cross-modal attention while training.
         chunk_size_feed_forward: feed-forwards take so many tokens at a time, also in training, where each chunk is then
             computed again in the backward. 0 leaves it to the model: chunks for long inputs, at inference only.
+        exit_layers: numbers of layers after which an exit stands, fewer than all.
+        exit_loss_coef: weight, while training, of the language loss at the exits, which share the final norm and the
+            head (LayerSkip, arXiv 2404.16710): exits that draft well in `generate(assistant_early_exit=...)`.
+        skip_layers: layers with a gate that lets tokens pass the feed-forward by; all but the first if None and there
+            is a `skip_budget`.
+        skip_budget: the share of the tokens of these layers that training lets pass, between 0 and 1.
+        skip_loss_coef: weight of the squared distance from the budget while training.
         is_causal: False for a bidirectional model (classification, embedding).
 
     Raises:
@@ -102,6 +110,11 @@ class ChorusTextConfig(PreTrainedConfig):
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.0
     alignment_loss_coef: float = 0.0
+    exit_layers: list[int] | None = None
+    exit_loss_coef: float = 0.0
+    skip_layers: list[int] | None = None
+    skip_budget: float | None = None
+    skip_loss_coef: float = 1.0
     output_router_logits: bool = False
     is_causal: bool = True
     use_cache: bool = True
@@ -126,6 +139,8 @@ class ChorusTextConfig(PreTrainedConfig):
             full = [i for i, kind in enumerate(self.layer_types) if kind == "full_attention"]
             mixed = len(full) < self.num_hidden_layers
             self.cross_modal_layers = full if mixed else [self.num_hidden_layers - 1]
+        if self.skip_layers is None and self.skip_budget is not None:
+            self.skip_layers = list(range(1, self.num_hidden_layers))
         if self.expert_banks is None or isinstance(self.expert_banks, str):
             self.expert_banks = preset_banks(self.expert_banks or "uniform", self.sparse_layers)
         self.expert_banks = {bank.name: bank.to_dict() for bank in self.banks}
@@ -181,7 +196,10 @@ class ChorusTextConfig(PreTrainedConfig):
             },
         )
         check_divides(self, "num_attention_heads", "num_key_value_heads")
-        for name in ("router_aux_loss_coef", "router_z_loss_coef", "alignment_loss_coef"):
+        for name in (
+            *("router_aux_loss_coef", "router_z_loss_coef", "alignment_loss_coef"),
+            *("exit_loss_coef", "skip_loss_coef"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"ChorusTextConfig: {name}={getattr(self, name)} must not be negative")
 
@@ -216,3 +234,21 @@ class ChorusTextConfig(PreTrainedConfig):
         for layer in self.sparse_layers:
             if not self.banks_of_layer(layer):
                 raise ValueError(f"ChorusTextConfig: sparse layer {layer} holds no expert bank")
+
+    def validate_depth(self) -> None:
+        """Part of `@strict` validation: exits stand within the model, skipped layers and their budget go together."""
+        for layers in self.exit_layers or []:
+            check_exit("ChorusTextConfig: exit_layers", layers, self.num_hidden_layers)
+        if self.exit_loss_coef > 0 and not self.exit_layers:
+            raise ValueError(f"ChorusTextConfig: exit_loss_coef={self.exit_loss_coef} without exit_layers")
+        if self.skip_layers and self.skip_budget is None:
+            raise ValueError(f"ChorusTextConfig: skip_layers={self.skip_layers} without a skip_budget")
+        if self.skip_budget is not None and not 0 <= self.skip_budget <= 1:
+            raise ValueError(f"ChorusTextConfig: skip_budget={self.skip_budget} is outside 0..1")
+        if self.skip_budget is not None and not self.skip_layers:
+            raise ValueError(f"ChorusTextConfig: skip_budget={self.skip_budget} without any layer to skip")
+        for layer in self.skip_layers or []:
+            if not 0 <= layer < self.num_hidden_layers:
+                raise ValueError(
+                    f"ChorusTextConfig: skip_layers names layer {layer} of num_hidden_layers={self.num_hidden_layers}"
+                )

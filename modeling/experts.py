@@ -43,7 +43,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return in_chunks(self._feed, (hidden_TD,), self.chunk_size).view(*hidden_states.shape[:-1], -1)
+        return in_chunks(self._feed, (hidden_TD,), self.chunk_size).view_as(hidden_states)
 
     def _feed(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
@@ -196,6 +196,7 @@ class ExpertBank(nn.Module):
             visited_RK = self._visitable(index_RK)
         states_RD = self._feed(hidden_RD, visited_RK, states_weights_RK.to(hidden_RD.dtype))
         output_TD = add_rows(output_TD, rows, states_RD, hidden_TD)
+        rows = plan.in_batch(rows)
         return output_TD, BankRouting(logits_RE, weights_RK, index_RK, token_mask, gate_R, rows, *choice[3:])
 
 

@@ -17,6 +17,7 @@ from .attention import Attention, CrossModalAttention, ModalityProjection, Share
 from .experts import BankGate, ChorusExperts, ExpertBank, GatedMLP, MixtureOfBanks, OwnGate
 from .experts_cpu import CPU_EXPERTS
 from .global_tokens import GlobalKeyValues
+from .layer_skip import SkipGate
 from .modeling_chorus import ChorusModel
 from .norms import RMSNorm
 from .routers import AttentionRouter, SigmoidRouter, SoftmaxRouter
@@ -37,7 +38,7 @@ KNOWN: dict[type[nn.Module], set[str] | None] = {
     ChorusTextModel: {"embed_tokens", "layers", "norm", "rotary_emb"},
     ChorusDecoderLayer: {
         *("self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "gradient_checkpointing"),
-        *("attention_output_norm", "feed_forward_output_norm"),
+        *("attention_output_norm", "feed_forward_output_norm", "skip_gate"),
     },
     Attention: ATTENTION,
     CrossModalAttention: ATTENTION,
@@ -54,6 +55,7 @@ KNOWN: dict[type[nn.Module], set[str] | None] = {
         "automatic_chunk",
     },
     OwnGate: {"weight", "bias"},
+    SkipGate: {"weight", "bias"},
     SoftmaxRouter: ROUTER | {"weight"},
     SigmoidRouter: ROUTER | {"weight"},
     AttentionRouter: ROUTER | {"query", "expert_keys", "expert_values", "up", "down"},
@@ -136,6 +138,7 @@ def can_decode(model: Any) -> bool:
     for layer in text.layers:
         within += [layer, *_norms(layer), *layer.self_attn.modules()]
         within += layer.mlp.modules() if type(layer.mlp) is DenseFeedForward else []
+        within += [layer.skip_gate] if layer.skip_gate is not None else []
     asked = (config.output_attentions, config.output_hidden_states, config.output_router_logits)
     return (
         config._attn_implementation == "sdpa"

@@ -9,7 +9,7 @@ of another kind, is called as a module within the lean step.
 Shape suffixes: D hidden size, C head size.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -29,8 +29,9 @@ from transformers.cache_utils import (
 
 from .attention import rotary_tables
 from .configuration_banks import ExpertBankConfig
+from .layer_skip import threshold_logit
 from .lean_checks import can_decode, is_plain_mixture
-from .lean_layers import FeedForward, LeanAttention, LeanBanks, LeanDense, LeanNorm, ModuleFeedForward
+from .lean_layers import FeedForward, LeanAttention, LeanBanks, LeanDense, LeanNorm, LeanSkipGate, ModuleFeedForward
 from .text_model import DenseFeedForward
 
 CACHES = (DynamicCache, StaticCache)
@@ -62,6 +63,7 @@ class LeanDecoder:
                 LeanNorm(layer.input_layernorm),
                 LeanAttention(layer.self_attn),
                 LeanNorm(layer.post_attention_layernorm),
+                None if layer.skip_gate is None else LeanSkipGate(layer.skip_gate),
                 self._feed_forward(layer.mlp, text.banks),
             )
             for layer in text.layers
@@ -82,6 +84,8 @@ class LeanDecoder:
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
+        skip_threshold: float | None = None,
+        exit_layer: int | None = None,
         **others: Any,
     ) -> Tensor | None:
         """Last hidden state `(1, 1, D)` of one text token, with the cache one position longer. None, and nothing done,
@@ -97,7 +101,9 @@ class LeanDecoder:
         if token < 0 or is_media or first is None or (position_ids is not None and position_ids.shape != (1, 1)):
             return None
         position = total - 1 if position_ids is None else int(position_ids)
-        return self._run(token, position, past_key_values, first, total, masks).view(1, 1, -1)
+        layers = self.layers[:exit_layer]
+        open_above = threshold_logit(skip_threshold)
+        return self._run(token, position, past_key_values, first, total, masks, layers, open_above).view(1, 1, -1)
 
     def _knows(self, cache: Any) -> bool:
         """Whether the cache is a stock one that holds one sequence already."""
@@ -128,13 +134,24 @@ class LeanDecoder:
         return masks, total - real if is_left and real else None
 
     def _run(
-        self, token: int, position: int, cache: Cache, first: int, total: int, masks: dict[str, Tensor | None]
+        self,
+        token: int,
+        position: int,
+        cache: Cache,
+        first: int,
+        total: int,
+        masks: dict[str, Tensor | None],
+        layers: Sequence[Any],
+        open_above: float,
     ) -> Tensor:
         residual_D = self.embedding[token].clone()
         tables = self._tables(position)
-        for (norm, attention, feed_norm, feed), layer, kind in zip(self.layers, cache.layers, self.kinds, strict=True):
+        of_layers = zip(layers, cache.layers, self.kinds, strict=False)
+        for (norm, attention, feed_norm, gate, feed), layer, kind in of_layers:
             residual_D = attention(residual_D, norm(residual_D), tables, layer, first, total, masks[kind])
-            residual_D = feed(residual_D, feed_norm(residual_D))
+            states_D = feed_norm(residual_D)
+            if gate is None or gate(states_D) > open_above:
+                residual_D = feed(residual_D, states_D)
         return self.final_norm(residual_D)
 
     def _tables(self, position: int) -> tuple[Tensor, Tensor]:

@@ -165,6 +165,17 @@ class LeanAttention:
         return key, value
 
 
+class LeanSkipGate:
+    """[`SkipGate`] of one token: its logit."""
+
+    def __init__(self, gate: Any):
+        self.weight_D: Tensor = gate.weight[0]
+        self.bias: float = gate.bias.item()
+
+    def __call__(self, states_D: Tensor) -> float:
+        return torch.dot(self.weight_D.float(), states_D.float()).item() + self.bias
+
+
 class LeanDense:
     """[`GatedMLP`] of one token, added to the residual stream in place."""
 

@@ -9,13 +9,14 @@ Unusual here:
 Shape suffixes: T tokens, E experts, K experts per token, B batch, H heads, Q query tokens, P tokens of the partner.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .configuration_banks import MODALITY_IDS, ExpertBankConfig
 from .expert_choice import router_probabilities
+from .layer_skip import open_share
 from .routers import BankRouting
 
 RoutingOfLayer = dict[str, BankRouting]
@@ -181,6 +182,11 @@ def alignment_loss(
             divergence_HQ = _jensen_shannon(p_HQP, q_HQP, mask_QP)
             total, rows = total + divergence_HQ.sum(), rows + divergence_HQ.numel()
     return total / max(rows, 1)
+
+
+def skip_budget_loss(layers: Sequence[Tensor], real_BS: Tensor | None, budget: float) -> Tensor:
+    """Squared distance of the share of open gates, over real tokens and layers, from `1 - budget`; see `open_share`."""
+    return (open_share(layers, real_BS) - (1 - budget)).square()
 
 
 def share_of_batch(labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Tensor | float:

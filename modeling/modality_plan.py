@@ -31,6 +31,8 @@ class ModalityPlan:
         rows: modality -> indices of its tokens, padding included; None for all tokens. Empty under compilation.
         real_rows: the same without padding.
         options: what the caller asked of the routers; None for nothing.
+        open_above: the logit above which the gates of skipped layers are open.
+        origin: where the tokens are in the flattened batch; None when they are all of it.
     """
 
     modality_T: Tensor
@@ -40,6 +42,8 @@ class ModalityPlan:
     is_static: bool = False
     options: RoutingOptions | None = None
     options_of_banks: dict[str, RowOptions | None] = field(default_factory=dict)
+    open_above: float = 0.0
+    origin: Rows = None
 
     @classmethod
     def build(
@@ -82,6 +86,19 @@ class ModalityPlan:
         all_real = real_T.nonzero().squeeze(1)
         real_rows = {name: all_real if r is None else r[real_T[r]] for name, r in rows.items()}
         return cls(modality_T, real_T, rows, real_rows, options=options)
+
+    def at(self, origin: Tensor) -> "ModalityPlan":
+        """The plan of some tokens, given by their indices, as if the batch had no others."""
+        real_T = None if self.real_T is None else self.real_T[origin].unsqueeze(0)
+        options = None if self.options is None else self.options.at(origin)
+        plan = self.build(self.modality_T[origin].unsqueeze(0), real_T, options)
+        return replace(plan, open_above=self.open_above, origin=origin)
+
+    def in_batch(self, rows: Rows) -> Rows:
+        """Where rows of this plan are in the flattened batch; None for every token of it."""
+        if self.origin is None or rows is None:
+            return self.origin if rows is None else rows
+        return self.origin[rows]
 
     def rows_of(self, modalities: Iterable[str]) -> Rows:
         """Indices of the real tokens of some modalities, in order; None for every token.

@@ -62,6 +62,7 @@ def part_patterns(text: Any) -> dict[str, str]:
         "norms": r"language_model\.(?:layers\.\d+\.\w*norm|norm)\..+",
         "bank_gates": in_layers([r"\d+"], r"mlp\.bank_gate\..+"),
         "connectors": CONNECTORS,
+        "skip_gates": in_layers([r"\d+"], r"skip_gate\..+"),
     }
     for modality, tower in TOWERS.items():
         patterns |= {tower: rf"{tower}\..+", f"{modality}_connector": rf"{modality}_connector\..+"}

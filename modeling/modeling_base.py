@@ -15,6 +15,7 @@ from .configuration_chorus import ChorusConfig
 from .experts import BankGate, ChorusExperts, MixtureOfBanks, OwnGate
 from .experts_cpu import CPU_EXPERTS
 from .global_tokens import GlobalKeyValues, GlobalTokens
+from .layer_skip import SkipGate
 from .routers import Router
 
 
@@ -100,6 +101,9 @@ class ChorusPreTrainedModel(BankOperations, PreTrainedModel):
         elif isinstance(module, OwnGate):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, SkipGate):
+            init.zeros_(module.weight)
+            init.ones_(module.bias)
         elif isinstance(module, BankGate):
             init.copy_(module.is_open, module.open_table())
             if module.weight is not None:
@@ -107,11 +111,12 @@ class ChorusPreTrainedModel(BankOperations, PreTrainedModel):
 
 
 def recorded_outputs(layer_class: type[nn.Module]) -> dict[str, Any]:
-    """What `capture_outputs` can record: hidden states, attention maps, routing, and the rotated queries and keys of
-    the cross-modal layers."""
+    """What `capture_outputs` can record: hidden states, attention maps, routing, the rotated queries and keys of the
+    cross-modal layers, and the gates of skipped layers."""
     return {
         "hidden_states": layer_class,
         "attentions": OutputRecorder(Attention, index=1),
         "router_logits": OutputRecorder(MixtureOfBanks, index=1),
         "cross_modal_states": OutputRecorder(CrossModalAttention, index=2),
+        "skip_logits": OutputRecorder(SkipGate),
     }

@@ -18,6 +18,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .attention_masks import build_masks
 from .configuration_chorus import ChorusConfig
+from .early_exit_drafts import EarlyExitDrafts, check_drafts
 from .lean_decoding import lean_decoder, lean_decoding
 from .losses import share_of_batch
 from .modeling_head import ChorusHead
@@ -37,6 +38,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         super().__init__(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+        # Of a configuration marked as derived, transformers drops entries of our own (`skip_threshold`) on loading.
+        self.generation_config._from_model_config = False
         media = [i for i in (config.image_token_id, config.audio_token_id) if i is not None]
         if media and self.generation_config.suppress_tokens is None:
             # A generated placeholder would stand for an image or a clip that nobody gave.
@@ -137,6 +140,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         expert_budget: Mapping[str, int] | None = None,
         sample_experts: Collection[str] | None = None,
         closed_banks: Collection[str] | None = None,
+        skip_threshold: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ChorusLossOutput:
         """Inputs as in [`ChorusModel`].
@@ -148,11 +152,16 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             complexity_scores, expert_budget, sample_experts, closed_banks: options of the routers and banks, see
                 [`ChorusTextModel`]. In `generate`, `complexity_scores` are those of the prompt; generated tokens use
                 the router's entropy.
+            skip_threshold: see [`ChorusTextModel`]; `generate` also reads it from `generation_config`.
 
         Returns:
             [`ChorusLossOutput`]; in training `loss` holds the weighted auxiliary terms, in evaluation it never does.
         """
         num_items = kwargs.pop("num_items_in_batch", None)
+        train_exits = self.training and labels is not None and self.config.text_config.exit_loss_coef > 0
+        keep_hidden_states = kwargs.get("output_hidden_states", self.config.text_config.output_hidden_states)
+        if train_exits:
+            kwargs["output_hidden_states"] = True
         outputs, terms = self._run(
             output_router_logits,
             mm_token_type_ids,
@@ -170,6 +179,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             expert_budget=expert_budget,
             sample_experts=sample_experts,
             closed_banks=closed_banks,
+            skip_threshold=skip_threshold,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -177,20 +187,34 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         if labels is not None:
             # At least 1: a batch without any label has loss 0, not 0 / 0.
             counted = torch.as_tensor((labels[..., 1:] != -100).sum() if num_items is None else num_items).clamp(min=1)
-            vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits, labels, vocab_size=vocab_size, num_items_in_batch=counted, **kwargs)
+            loss = self._language_loss(logits, labels, counted, **kwargs)
             loss = loss + self._weighted_sum(terms, share_of_batch(labels, num_items))
+            if train_exits:
+                terms["exit_loss"] = self._exit_loss(outputs.hidden_states, labels, counted, **kwargs)
+                loss = loss + self.config.text_config.exit_loss_coef * terms["exit_loss"]
         return ChorusLossOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            hidden_states=outputs.hidden_states if keep_hidden_states else None,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             image_hidden_states=outputs.image_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
             **terms,
         )
+
+    def _language_loss(self, logits: Tensor, labels: Tensor, counted: Tensor, **kwargs: Any) -> Tensor:
+        vocab_size = self.config.text_config.vocab_size
+        return self.loss_function(logits, labels, vocab_size=vocab_size, num_items_in_batch=counted, **kwargs)
+
+    def _exit_loss(self, hidden_states: tuple[Tensor, ...], labels: Tensor, counted: Tensor, **kwargs: Any) -> Tensor:
+        """Mean of the language losses at the exits, through the final norm and the head (LayerSkip, arXiv
+        2404.16710)."""
+        states = [hidden_states[layers] for layers in self.config.text_config.exit_layers]
+        norm = self.model.language_model.norm
+        losses = [self._language_loss(self.lm_head(norm(state)), labels, counted, **kwargs) for state in states]
+        return torch.stack(losses).mean()
 
     def _run(
         self, output_router_logits: bool | None, mm_token_type_ids: Tensor | None, **inputs: Any
@@ -218,11 +242,44 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         with super()._optimize_model_for_decode(), lean_decoding(self):
             yield
 
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        with lean_decoding(self):
+            return super()._assisted_decoding(*args, **kwargs)
+
+    def _get_candidate_generator(
+        self,
+        generation_config: Any,
+        input_ids: Tensor,
+        inputs_tensor: Tensor,
+        logits_processor: Any,
+        model_kwargs: dict[str, Any],
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' early exit writes the number of layers into the composite configuration, where nothing reads
+        it."""
+        if generation_config.assistant_early_exit is not None:
+            return EarlyExitDrafts(self, generation_config, logits_processor)
+        return super()._get_candidate_generator(
+            generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, **kwargs
+        )
+
+    def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        check_drafts(generation_config, self.config.text_config.num_hidden_layers)
+        skip_threshold = getattr(generation_config, "skip_threshold", None)
+        if skip_threshold is not None:
+            model_kwargs["skip_threshold"] = skip_threshold
+        return generation_config, model_kwargs
+
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Complexity scores of the tokens that this step feeds: the prompt's own, and NaN for what was generated."""
+        """Complexity scores of the tokens that this step feeds: the prompt's own, and NaN for what was generated.
+        Drafts are text, also where the prompt before them ends with an image."""
         scores = kwargs.pop("complexity_scores", None)
+        modality_BS = kwargs.get("mm_token_type_ids")
+        if modality_BS is not None and modality_BS.shape[1] < input_ids.shape[1]:
+            kwargs["mm_token_type_ids"] = F.pad(modality_BS, (0, input_ids.shape[1] - modality_BS.shape[1]))
         inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
         if scores is not None:
             cache, fed = inputs.get("past_key_values"), inputs.get("inputs_embeds")

@@ -11,12 +11,17 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .configuration_chorus import ChorusConfig
-from .losses import alignment_loss, balance_loss, mean_over_banks, z_loss
+from .losses import alignment_loss, balance_loss, mean_over_banks, skip_budget_loss, z_loss
 from .modeling_base import ChorusPreTrainedModel
 from .modeling_chorus import ChorusModel
 from .modeling_outputs import ChorusModelOutput
 
 logger = logging.get_logger(__name__)
+
+
+def two_dimensional(attention_mask: Any) -> Tensor | None:
+    """The mask if it is `(B, S)`; masks of another form do not say which tokens are padding."""
+    return attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
 
 
 class ChorusHead(ChorusPreTrainedModel):
@@ -49,15 +54,17 @@ class ChorusHead(ChorusPreTrainedModel):
         # Whoever samples wants the probabilities.
         keep_routing = bool(output_router_logits or inputs.get("sample_experts") or self._counts_choices())
         align = self.training and text.alignment_loss_coef > 0
+        keep_budget = self.training and text.skip_loss_coef > 0 and text.skip_budget is not None
         if mm_token_type_ids is None and inputs.get("input_ids") is not None:
             mm_token_type_ids = self.model.modality_ids(inputs["input_ids"])
         outputs = self.model(
             mm_token_type_ids=mm_token_type_ids,
             output_router_logits=keep_routing or train_router,
             output_cross_modal_states=align,
+            **({"output_skip_logits": True} if keep_budget else {}),
             **inputs,
         )
-        terms: dict[str, Tensor | None] = {"aux_loss": None, "z_loss": None, "alignment_loss": None}
+        terms: dict[str, Tensor | None] = dict.fromkeys(("aux_loss", "z_loss", "alignment_loss", "skip_loss"))
         if output_router_logits or train_router:
             if train_router:
                 logits = [bank.router_logits for layer in outputs.router_logits for bank in layer.values()]
@@ -70,6 +77,10 @@ class ChorusHead(ChorusPreTrainedModel):
             self._check_graph("policy-gradient", drawn, (".router.",))
         if align:
             terms["alignment_loss"] = self._alignment(outputs, mm_token_type_ids, inputs.get("attention_mask"))
+        if keep_budget:
+            self._check_graph("skip budget", outputs.skip_logits, (".skip_gate.",))
+            real_BS = two_dimensional(inputs.get("attention_mask"))
+            terms["skip_loss"] = skip_budget_loss(outputs.skip_logits, real_BS, text.skip_budget)
         if not keep_routing:
             outputs.router_logits = None
         return outputs, terms
@@ -97,7 +108,7 @@ class ChorusHead(ChorusPreTrainedModel):
     def _alignment(self, outputs: ChorusModelOutput, modality_BS: Tensor, attention_mask: Tensor | None) -> Tensor:
         scaling = self.config.text_config.head_dim**-0.5
         is_causal = self.config.text_config.is_causal
-        real_BS = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+        real_BS = two_dimensional(attention_mask)
         projections = tuple(
             f"layers.{i}.self_attn.{name}" for i in self.config.text_config.cross_modal_layers for name in ("q_", "k_")
         )
@@ -127,6 +138,7 @@ class ChorusHead(ChorusPreTrainedModel):
             "aux_loss": text.router_aux_loss_coef,
             "z_loss": text.router_z_loss_coef,
             "alignment_loss": text.alignment_loss_coef,
+            "skip_loss": text.skip_loss_coef,
         }
         added = [
             coefficients[name] * term for name, term in terms.items() if term is not None and coefficients[name] > 0

@@ -20,6 +20,7 @@ class ChorusModelOutput(ModelOutput):
         attentions: attention map of every layer, on request, with `attn_implementation="eager"`.
         router_logits: for each sparse layer, bank name -> [`BankRouting`], with `output_router_logits=True`.
         cross_modal_states: rotated queries and keys of each cross-modal layer, on request.
+        skip_logits: `(B, S)` of each of the `skip_layers`, on request; a token passes by where it is not above 0.
         image_hidden_states: image tokens after the connector, `(images, tokens, D)`.
         audio_hidden_states: audio tokens after the connector, one `(tokens, D)` a window, concatenated.
     """
@@ -30,6 +31,7 @@ class ChorusModelOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[dict[str, BankRouting], ...] | None = None
     cross_modal_states: tuple[tuple[Tensor, Tensor], ...] | None = None
+    skip_logits: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
     audio_hidden_states: Tensor | None = None
 
@@ -46,6 +48,8 @@ class ChorusLossOutput(ModelOutput):
         aux_loss: each bank's own balance loss averaged over the banks and layers that have one, not weighted.
         z_loss: router z-loss, not weighted.
         alignment_loss: alignment of the two directions of cross-modal attention, not weighted.
+        skip_loss: squared distance of the share of open gates from `1 - skip_budget`, not weighted.
+        exit_loss: mean of the language losses at the `exit_layers`, counted as the head's own, not weighted.
     """
 
     loss: Tensor | None = None
@@ -57,6 +61,8 @@ class ChorusLossOutput(ModelOutput):
     aux_loss: Tensor | None = None
     z_loss: Tensor | None = None
     alignment_loss: Tensor | None = None
+    skip_loss: Tensor | None = None
+    exit_loss: Tensor | None = None
     image_hidden_states: Tensor | None = None
     audio_hidden_states: Tensor | None = None
 

@@ -21,7 +21,7 @@ class ParameterReport:
         total: all parameters, shared ones once.
         active: modality -> parameters that work on one of its tokens.
         parts: `embeddings`, `vision_tower`, `audio_tower`, `connectors`, `attention`, `dense_mlp`, `shared_experts`,
-            `bank_gates`, `norms`, `heads` -> parameters.
+            `bank_gates`, `skip_gates`, `norms`, `heads` -> parameters.
         banks: bank -> {"total", "active"}, summed over its layers; active is what one token of the bank uses.
     """
 
@@ -98,6 +98,7 @@ def _part_of(name: str) -> str:
         (".self_attn.", "attention"),
         (".shared_experts.", "shared_experts"),
         (".bank_gate.", "bank_gates"),
+        (".skip_gate.", "skip_gates"),
         (".mlp.", "dense_mlp"),
     ):
         if key in name:

@@ -9,7 +9,7 @@ Shape suffixes: B batch, S sequence, T tokens (B * S), R rows of a bank.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -56,6 +56,12 @@ class RoutingOptions:
     sequence_T: Tensor | None
     limited_banks: frozenset[str]
     closed_banks: frozenset[str] = frozenset()
+
+    def at(self, origin: Tensor) -> "RoutingOptions":
+        """The options of some tokens, given by their indices."""
+        complexity_T = None if self.complexity_T is None else self.complexity_T[origin]
+        sequence_T = None if self.sequence_T is None else self.sequence_T[origin]
+        return replace(self, complexity_T=complexity_T, sequence_T=sequence_T)
 
     def of_rows(
         self, bank: str, modalities: Iterable[str], modality_T: Tensor, rows: Tensor | None, token_mask: Tensor | None

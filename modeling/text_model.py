@@ -15,9 +15,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention, CrossModalAttention, rotary_tables
 from .attention_masks import LocalMask, build_masks
+from .configuration_checks import check_exit
 from .configuration_text import ChorusTextConfig
 from .experts import GatedMLP, MixtureOfBanks
 from .global_tokens import GlobalTokens, leaves_out_global_tokens
+from .layer_skip import SkipGate, feed_open_tokens, threshold_logit
 from .modality_plan import ModalityPlan
 from .modeling_base import ChorusPreTrainedModel, recorded_outputs
 from .modeling_outputs import ChorusModelOutput
@@ -45,6 +47,7 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.self_attn = (CrossModalAttention if is_cross_modal else Attention)(config, layer_idx)
         self.mlp = MixtureOfBanks(config, layer_idx) if is_sparse else DenseFeedForward(config)
+        self.skip_gate = SkipGate(config.hidden_size) if layer_idx in (config.skip_layers or ()) else None
         before, after = (RMSNorm, nn.Identity) if config.norm_placement == "pre" else (nn.Identity, RMSNorm)
         self.input_layernorm = before(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = before(config.hidden_size, config.rms_norm_eps)
@@ -70,8 +73,13 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + self.attention_output_norm(attended)
         del attended  # a long prefill has no room for what is added already
-        fed_forward, _ = self.mlp(self.post_attention_layernorm(hidden_states), plan)
+        fed_forward = self._feed_forward(self.post_attention_layernorm(hidden_states), plan)
         return hidden_states + self.feed_forward_output_norm(fed_forward)
+
+    def _feed_forward(self, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
+        if self.skip_gate is None:
+            return self.mlp(hidden_states, plan)[0]
+        return feed_open_tokens(self.mlp, hidden_states, plan, self.skip_gate(hidden_states))
 
 
 class ChorusTextModel(ChorusPreTrainedModel):
@@ -112,6 +120,8 @@ class ChorusTextModel(ChorusPreTrainedModel):
         expert_budget: Mapping[str, int] | None = None,
         sample_experts: Collection[str] | None = None,
         closed_banks: Collection[str] | None = None,
+        skip_threshold: float | None = None,
+        exit_layer: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ChorusModelOutput:
         """Run the layers.
@@ -127,14 +137,22 @@ class ChorusTextModel(ChorusPreTrainedModel):
                 carries the log-probability of the draw.
             closed_banks: names of banks that this call passes by, at no cost, as if they were not there: the output is
                 that of the model without them, bit for bit where the bank has a gate of its own.
+            skip_threshold: tokens pass the feed-forward of `skip_layers` by where the gate's probability is not above
+                it; 0.5 if None.
+            exit_layer: leave after so many layers; the final norm and the cache of those layers are as ever.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; an option of the routers that does not fit,
                 see `read_routing_options`; a cache, or a mask that is not `(B, S)`, with global tokens in front of a
-                bidirectional sequence; global tokens with an attention implementation that cannot show them.
+                bidirectional sequence; global tokens with an attention implementation that cannot show them; a
+                `skip_threshold` outside 0..1 or without `skip_layers`; an `exit_layer` that the model does not have.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if skip_threshold is not None and not self.config.skip_layers:
+            raise ValueError(f"skip_threshold={skip_threshold} changes nothing: the model has no skip_layers")
+        if exit_layer is not None:
+            check_exit("exit_layer", exit_layer, self.config.num_hidden_layers)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if self.global_tokens is not None and past_key_values is not None:
@@ -165,10 +183,11 @@ class ChorusTextModel(ChorusPreTrainedModel):
             closed_banks,
         )
         plan = ModalityPlan.build(mm_token_type_ids, attention_mask, options)
+        plan.open_above = threshold_logit(skip_threshold)
         masks = build_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         position_embeddings = rotary_tables(*self.rotary_emb(inputs_embeds, position_ids=position_ids))
         hidden_states = inputs_embeds
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+        for layer, layer_type in zip(self.layers, self.config.layer_types[:exit_layer], strict=False):
             hidden_states = layer(
                 hidden_states,
                 plan,

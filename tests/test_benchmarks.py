@@ -11,6 +11,8 @@ import torch
 from benchmarks import (
     adaptive_experts,
     decode,
+    draft_and_verify,
+    layer_skip,
     lifelong,
     long_context,
     moe_vs_dense,
@@ -36,6 +38,9 @@ EXPECTED = {
                    "equal_active_speedup_ratio", "windows_accuracy", "chorus_accuracy", "full_accuracy"},
     lifelong: {"all_accuracy", "full_lost", "chorus_lost", "chorus_rehearsed_accuracy", "chorus_sound_lost",
                "chorus_identical", "chorus_gate", "full_parameters"},
+    draft_and_verify: {"chorus_tokens_per_second", "plain_ratio", "accepted", "per_check", "trained_loss"},
+    layer_skip: {"skip_50_ratio", "skip_50_open", "skip_50_right", "skip_50_loss", "chorus_tokens_per_second",
+                 "chorus_ms"},
     moe_vs_dense: {"dense_ratio", "dense_total", "equal_active_active", "chorus_mflops", "equal_active_accuracy",
                    "dense_loss", "chorus_ms"},
     upcycle: {"copy_ratio", "copy_parent_ratio", "peak_of_parent_ratio", "build_of_child_ratio", "chorus_ms"},
