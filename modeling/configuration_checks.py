@@ -47,6 +47,14 @@ def check_range(config: PreTrainedConfig, limits: dict[str, tuple[int, int]]) ->
             raise ValueError(f"{type(config).__name__}: {name}={value} is outside {low}..{high}")
 
 
+def check_exit(name: str, layers: int, num_hidden_layers: int) -> None:
+    """An exit stands after some layers but not after the last, where the model ends."""
+    if not 1 <= layers < num_hidden_layers:
+        raise ValueError(
+            f"{name}={layers} is outside 1..{num_hidden_layers - 1}: the model has {num_hidden_layers} layers"
+        )
+
+
 def check_divides(config: PreTrainedConfig, whole: str, part: str) -> None:
     if getattr(config, whole) % getattr(config, part) != 0:
         raise ValueError(

@@ -12,6 +12,7 @@ from .configuration_checks import (
     MAX_VOCABULARY,
     MAX_WIDTH,
     check_divides,
+    check_exit,
     check_range,
     refuse_unknown_keys,
 )
@@ -55,6 +56,8 @@ class ChorusTextConfig(PreTrainedConfig):
             accumulation steps and ranks.
         router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906) while training.
         alignment_loss_coef: weight of the alignment of the two directions of cross-modal attention while training.
+        exit_layers: numbers of layers after which an exit stands, fewer than all. In a classifier each has a head.
+        exit_loss_coef: weight, while training, of the mean loss of the exits. A classifier wants 1.
         chunk_size_feed_forward: feed-forwards take so many tokens at a time, also in training, where each chunk is then
             computed again in the backward. 0 leaves it to the model: chunks for long inputs, at inference only.
         is_causal: False for a bidirectional model (classification, embedding).
@@ -102,6 +105,8 @@ class ChorusTextConfig(PreTrainedConfig):
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.0
     alignment_loss_coef: float = 0.0
+    exit_layers: list[int] | None = None
+    exit_loss_coef: float = 0.0
     output_router_logits: bool = False
     is_causal: bool = True
     use_cache: bool = True
@@ -181,7 +186,7 @@ class ChorusTextConfig(PreTrainedConfig):
             },
         )
         check_divides(self, "num_attention_heads", "num_key_value_heads")
-        for name in ("router_aux_loss_coef", "router_z_loss_coef", "alignment_loss_coef"):
+        for name in ("router_aux_loss_coef", "router_z_loss_coef", "alignment_loss_coef", "exit_loss_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"ChorusTextConfig: {name}={getattr(self, name)} must not be negative")
 
@@ -216,3 +221,13 @@ class ChorusTextConfig(PreTrainedConfig):
         for layer in self.sparse_layers:
             if not self.banks_of_layer(layer):
                 raise ValueError(f"ChorusTextConfig: sparse layer {layer} holds no expert bank")
+
+    def validate_exits(self) -> None:
+        """Part of `@strict` validation: exits stand within the model, each once."""
+        exits = self.exit_layers or []
+        for layers in exits:
+            check_exit("ChorusTextConfig: exit_layers", layers, self.num_hidden_layers)
+        if len(set(exits)) != len(exits):
+            raise ValueError(f"ChorusTextConfig: exit_layers={exits} names an exit twice")
+        if self.exit_loss_coef > 0 and not exits:
+            raise ValueError(f"ChorusTextConfig: exit_loss_coef={self.exit_loss_coef} without exit_layers")

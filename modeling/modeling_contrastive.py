@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_banks import MODALITY_IDS
 from .configuration_chorus import ChorusConfig
-from .modeling_classification import pool_tokens
+from .early_exit import pool_tokens
 from .modeling_head import ChorusHead
 from .modeling_outputs import ChorusContrastiveOutput
 from .routers import BankRouting

@@ -189,6 +189,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             router_logits=outputs.router_logits,
             image_hidden_states=outputs.image_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
+            compute=outputs.compute,
             **terms,
         )
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .computation import Computation
 from .routers import BankRouting
 
 
@@ -22,6 +23,7 @@ class ChorusModelOutput(ModelOutput):
         cross_modal_states: rotated queries and keys of each cross-modal layer, on request.
         image_hidden_states: image tokens after the connector, `(images, tokens, D)`.
         audio_hidden_states: audio tokens after the connector, one `(tokens, D)` a window, concatenated.
+        compute: what the decoder spent on each sample, with `output_compute=True`.
     """
 
     last_hidden_state: Tensor | None = None
@@ -32,6 +34,7 @@ class ChorusModelOutput(ModelOutput):
     cross_modal_states: tuple[tuple[Tensor, Tensor], ...] | None = None
     image_hidden_states: Tensor | None = None
     audio_hidden_states: Tensor | None = None
+    compute: Computation | None = None
 
 
 @dataclass
@@ -46,6 +49,10 @@ class ChorusLossOutput(ModelOutput):
         aux_loss: each bank's own balance loss averaged over the banks and layers that have one, not weighted.
         z_loss: router z-loss, not weighted.
         alignment_loss: alignment of the two directions of cross-modal attention, not weighted.
+        exit_loss: mean of the losses at the `exit_layers`, counted as the head's own, not weighted.
+        exit_logits: logits of every exit, shallow first, of a classifier, with `output_exit_logits=True`.
+        left_after: `(B,)` int64, after how many layers each sample left, where samples may leave.
+        compute: what the decoder spent on each sample, with `output_compute=True`.
     """
 
     loss: Tensor | None = None
@@ -57,8 +64,12 @@ class ChorusLossOutput(ModelOutput):
     aux_loss: Tensor | None = None
     z_loss: Tensor | None = None
     alignment_loss: Tensor | None = None
+    exit_loss: Tensor | None = None
+    exit_logits: tuple[Tensor, ...] | None = None
+    left_after: Tensor | None = None
     image_hidden_states: Tensor | None = None
     audio_hidden_states: Tensor | None = None
+    compute: Computation | None = None
 
 
 @dataclass
