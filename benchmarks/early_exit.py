@@ -4,9 +4,9 @@ Run as `python -m benchmarks.early_exit`. One bidirectional decoder learns the d
 after each of `EXITS`. Thresholds are found on half of the held-out questions and measured on the other half. Easy
 questions read the written digit; hard ones need picture and sound.
 
-- `chorus` is the classifier with thresholds, `full` the same with none, in turns, one question or 32 at a time. Encoders
-  have run before: times are those of decoder and heads. `time_saving_ratio` is 1 - chorus / full, `compute_saving_ratio`
-  the same of the floating-point operations;
+- `chorus` is the classifier with thresholds, `full` the same with none, in turns, one question or 32 at a time. The
+  encoders have run before: times are those of decoder and heads. `time_saving_ratio` is 1 - chorus / full, and
+  `compute_saving_ratio` the same of the floating-point operations;
 - `strict` is one threshold for all exits, set on the first half so that 99% of its hard questions go deep;
   `went_deep` is the share that runs through more than five layers.
 """
@@ -51,9 +51,9 @@ class QuestionCollator:
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         found = {column: [list(sample[column]) for sample in samples] for column in MEDIA.values()}
         messages = [clean_messages(sample["messages"][:1]) for sample in samples]
-        options = {"padding": True, "padding_side": "right"}
-        given: dict[str, Any] = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, "return_tensors": "pt"}
-        batch = self.processor.apply_chat_template(messages, **given, processor_kwargs=options, **found)
+        options: dict[str, Any] = {"processor_kwargs": {"padding": True, "padding_side": "right"}}
+        options |= {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+        batch = self.processor.apply_chat_template(messages, **options, **found)
         return {**batch, "labels": torch.tensor([CLASSES.index(sample["answer"]) for sample in samples])}
 
 
@@ -83,7 +83,9 @@ def outcome(model: Any, batches: list[Batch]) -> dict[str, float]:
     for name, chosen in ((OURS, thresholds), ("full", None)):
         model.config.exit_thresholds = chosen
         outputs = [model(**batch, output_compute=True) for batch in batches]
-        right = [output.logits.argmax(dim=-1) == batch["labels"] for output, batch in zip(outputs, batches, strict=True)]
+        right = [
+            output.logits.argmax(dim=-1) == batch["labels"] for output, batch in zip(outputs, batches, strict=True)
+        ]
         results[name] = {
             "layers": torch.cat([output.compute.layers for output in outputs]),
             "flops": torch.cat([output.compute.flops for output in outputs]),

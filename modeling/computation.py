@@ -1,9 +1,9 @@
 """What a forward spends on each sample: layers, visits to experts, floating-point operations.
 
 Counted are the matrix products of the decoder's layers on real tokens, two operations for a product and a sum:
-projections, scores and sums of attention over the keys that a token sees, feed-forwards, gates, routers, and the experts
-that were really visited. Not counted are padding (also where it is computed and thrown away), what is done number by
-number (norms, activations, softmax, rotations), embeddings, encoders, connectors and output heads.
+projections, scores and sums of attention over the keys that a token sees, feed-forwards, gates, routers, and the
+experts that were really visited. Not counted are padding (also where it is computed and thrown away), what is done
+number by number (norms, activations, softmax, rotations), embeddings, encoders, connectors and output heads.
 
 Shape suffixes: B batch, R samples still there, S new tokens, K keys, T tokens (R * S).
 """

@@ -23,9 +23,9 @@ class ChorusConfig(PreTrainedConfig):
 
     Args:
         image_token_id, audio_token_id: the placeholder of one image or audio token in `input_ids`.
-        exit_thresholds: one for each of `text_config.exit_layers`, shallow first: a classifier lets a sample leave there
-            if its confidence, between 0 and 1, is above. If None all samples run through all layers, bit for bit as
-            in a model without exits. `calibrate_exits` finds them.
+        exit_thresholds: one for each of `text_config.exit_layers`, shallow first: a classifier lets a sample leave
+            there if its confidence, between 0 and 1, is above. If None all samples run through all layers, bit for bit
+            as in a model without exits. `calibrate_exits` finds them.
         projection_dim: width of the embeddings of [`ChorusForContrastive`].
 
     Raises:

@@ -43,7 +43,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return in_chunks(self._feed, (hidden_TD,), self.chunk_size).view(*hidden_states.shape[:-1], -1)
+        return in_chunks(self._feed, (hidden_TD,), self.chunk_size).view_as(hidden_states)
 
     def _feed(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

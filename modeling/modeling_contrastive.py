@@ -102,6 +102,8 @@ class ChorusForContrastive(ChorusHead):
         Raises:
             ValueError: the modalities given have different numbers of rows.
         """
+        if kwargs.pop("output_compute", False):
+            raise ValueError("output_compute=True is for models that run once a forward; this one runs once a modality")
         if self._counts_choices():
             kwargs["output_router_logits"] = True
         decoded: dict[str, tuple[Tensor, Routing]] = {}

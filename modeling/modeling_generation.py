@@ -190,7 +190,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
             compute=outputs.compute,
-            **terms,
+            **terms,  # type: ignore[arg-type]
         )
 
     def _run(

@@ -159,9 +159,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
                 inputs_embeds, attention_mask, position_ids, mm_token_type_ids, complexity_scores
             )
             inputs_embeds, attention_mask, position_ids, mm_token_type_ids, complexity_scores = in_front  # type: ignore[assignment]
-        inputs = SequenceInputs(
-            mm_token_type_ids, attention_mask, position_ids, positions_of_caller, complexity_scores
-        )
+        inputs = SequenceInputs(mm_token_type_ids, attention_mask, position_ids, positions_of_caller, complexity_scores)
         requests = (expert_budget, sample_experts, closed_banks)
         hidden_states = inputs_embeds
         plan, masks, position_embeddings = self._prepare(hidden_states, inputs, past_key_values, *requests)

@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     adaptive_experts,
     decode,
+    early_exit,
     lifelong,
     long_context,
     moe_vs_dense,
@@ -32,6 +33,7 @@ EXPECTED = {
     routing_options: {f"{name}_ratio" for name in routing_options.OPTIONS} - {"chorus_ratio"} | {"chorus_ms"},
     adaptive_experts: {"adaptive_simple_ratio", "adaptive_mixed_used", "adaptive_experts", "half_accuracy",
                        "chorus_mflops", "adaptive_loss"},
+    early_exit: {"left_in_first_5", "went_deep", "time_saving_ratio", "compute_saving_ratio", "accuracy_drop"},
     lifelong: {"all_accuracy", "full_lost", "chorus_lost", "chorus_rehearsed_accuracy", "chorus_identical",
                "full_parameters"},
     long_context: {"speedup_ratio", "memory_saving", "growth_ratio", "materialised_speedup_ratio", "flash_ratio",
