@@ -23,6 +23,9 @@ class ChorusConfig(PreTrainedConfig):
 
     Args:
         image_token_id, audio_token_id: the placeholder of one image or audio token in `input_ids`.
+        exit_thresholds: one for each of `text_config.exit_layers`, shallow first: a classifier lets a sample leave
+            there if its confidence, between 0 and 1, is above. If None all samples run through all layers, bit for bit
+            as in a model without exits. `calibrate_exits` finds them.
         projection_dim: width of the embeddings of [`ChorusForContrastive`].
 
     Raises:
@@ -43,7 +46,10 @@ class ChorusConfig(PreTrainedConfig):
         "alignment_loss",
         "skip_loss",
         "exit_loss",
+        "exit_logits",
         "skip_logits",
+        "left_after",
+        "compute",
         "image_hidden_states",
         "audio_hidden_states",
     ]
@@ -54,6 +60,7 @@ class ChorusConfig(PreTrainedConfig):
     image_token_id: int | None = None
     audio_token_id: int | None = None
     projection_dim: int = 256
+    exit_thresholds: list[float] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -84,3 +91,16 @@ class ChorusConfig(PreTrainedConfig):
             raise ValueError(f"ChorusConfig: image_token_id and audio_token_id are both {self.image_token_id}")
         if not 1 <= self.projection_dim <= MAX_WIDTH:
             raise ValueError(f"ChorusConfig: projection_dim={self.projection_dim} is outside 1..{MAX_WIDTH}")
+
+    def validate_exit_thresholds(self) -> None:
+        """Part of `@strict` validation: one threshold an exit, each a probability."""
+        if self.exit_thresholds is None:
+            return
+        exits = self.text_config.exit_layers or []
+        if len(self.exit_thresholds) != len(exits):
+            raise ValueError(
+                f"ChorusConfig: {len(self.exit_thresholds)} exit_thresholds for {len(exits)} exit_layers {exits}"
+            )
+        for layers, threshold in zip(sorted(exits), self.exit_thresholds, strict=True):
+            if not 0 <= threshold <= 1:
+                raise ValueError(f"ChorusConfig: exit_thresholds: {threshold} after {layers} layers is outside 0..1")

@@ -58,9 +58,10 @@ class ChorusTextConfig(PreTrainedConfig):
         alignment_loss_coef: weight of the alignment of the two directions of cross-modal attention while training.
         chunk_size_feed_forward: feed-forwards take so many tokens at a time, also in training, where each chunk is then
             computed again in the backward. 0 leaves it to the model: chunks for long inputs, at inference only.
-        exit_layers: numbers of layers after which an exit stands, fewer than all.
-        exit_loss_coef: weight, while training, of the language loss at the exits, which share the final norm and the
-            head (LayerSkip, arXiv 2404.16710): exits that draft well in `generate(assistant_early_exit=...)`.
+        exit_layers: numbers of layers after which an exit stands, fewer than all. In a classifier each has a head; in a
+            generative model they share the final norm and the head (LayerSkip, arXiv 2404.16710).
+        exit_loss_coef: weight, while training, of the mean loss of the exits. A classifier wants 1. It makes exits that
+            draft well in `generate(assistant_early_exit=...)`.
         skip_layers: layers with a gate that lets tokens pass the feed-forward by; all but the first if None and there
             is a `skip_budget`.
         skip_budget: the share of the tokens of these layers that training lets pass, between 0 and 1.
@@ -237,9 +238,12 @@ class ChorusTextConfig(PreTrainedConfig):
 
     def validate_depth(self) -> None:
         """Part of `@strict` validation: exits stand within the model, skipped layers and their budget go together."""
-        for layers in self.exit_layers or []:
+        exits = self.exit_layers or []
+        for layers in exits:
             check_exit("ChorusTextConfig: exit_layers", layers, self.num_hidden_layers)
-        if self.exit_loss_coef > 0 and not self.exit_layers:
+        if len(set(exits)) != len(exits):
+            raise ValueError(f"ChorusTextConfig: exit_layers={exits} names an exit twice")
+        if self.exit_loss_coef > 0 and not exits:
             raise ValueError(f"ChorusTextConfig: exit_loss_coef={self.exit_loss_coef} without exit_layers")
         if self.skip_layers and self.skip_budget is None:
             raise ValueError(f"ChorusTextConfig: skip_layers={self.skip_layers} without a skip_budget")

@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_banks import MODALITY_IDS
 from .configuration_chorus import ChorusConfig
-from .modeling_classification import pool_tokens
+from .early_exit import pool_tokens
 from .modeling_head import ChorusHead
 from .modeling_outputs import ChorusContrastiveOutput
 from .routers import BankRouting
@@ -102,6 +102,8 @@ class ChorusForContrastive(ChorusHead):
         Raises:
             ValueError: the modalities given have different numbers of rows.
         """
+        if kwargs.pop("output_compute", False):
+            raise ValueError("output_compute=True is for models that run once a forward; this one runs once a modality")
         if self._counts_choices():
             kwargs["output_router_logits"] = True
         decoded: dict[str, tuple[Tensor, Routing]] = {}

@@ -201,7 +201,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             router_logits=outputs.router_logits,
             image_hidden_states=outputs.image_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
-            **terms,
+            compute=outputs.compute,
+            **terms,  # type: ignore[arg-type]
         )
 
     def _language_loss(self, logits: Tensor, labels: Tensor, counted: Tensor, **kwargs: Any) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .computation import Computation
 from .routers import BankRouting
 
 
@@ -23,6 +24,7 @@ class ChorusModelOutput(ModelOutput):
         skip_logits: `(B, S)` of each of the `skip_layers`, on request; a token passes by where it is not above 0.
         image_hidden_states: image tokens after the connector, `(images, tokens, D)`.
         audio_hidden_states: audio tokens after the connector, one `(tokens, D)` a window, concatenated.
+        compute: what the decoder spent on each sample, with `output_compute=True`.
     """
 
     last_hidden_state: Tensor | None = None
@@ -34,6 +36,7 @@ class ChorusModelOutput(ModelOutput):
     skip_logits: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
     audio_hidden_states: Tensor | None = None
+    compute: Computation | None = None
 
 
 @dataclass
@@ -49,7 +52,10 @@ class ChorusLossOutput(ModelOutput):
         z_loss: router z-loss, not weighted.
         alignment_loss: alignment of the two directions of cross-modal attention, not weighted.
         skip_loss: squared distance of the share of open gates from `1 - skip_budget`, not weighted.
-        exit_loss: mean of the language losses at the `exit_layers`, counted as the head's own, not weighted.
+        exit_loss: mean of the losses at the `exit_layers`, counted as the head's own, not weighted.
+        exit_logits: logits of every exit, shallow first, of a classifier, with `output_exit_logits=True`.
+        left_after: `(B,)` int64, after how many layers each sample left, where samples may leave.
+        compute: what the decoder spent on each sample, with `output_compute=True`.
     """
 
     loss: Tensor | None = None
@@ -63,8 +69,11 @@ class ChorusLossOutput(ModelOutput):
     alignment_loss: Tensor | None = None
     skip_loss: Tensor | None = None
     exit_loss: Tensor | None = None
+    exit_logits: tuple[Tensor, ...] | None = None
+    left_after: Tensor | None = None
     image_hidden_states: Tensor | None = None
     audio_hidden_states: Tensor | None = None
+    compute: Computation | None = None
 
 
 @dataclass

@@ -15,8 +15,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention, CrossModalAttention, rotary_tables
 from .attention_masks import LocalMask, build_masks
+from .computation import counts_computation
 from .configuration_checks import check_exit
 from .configuration_text import ChorusTextConfig
+from .early_exit import ExitRun, SequenceInputs
 from .experts import GatedMLP, MixtureOfBanks
 from .global_tokens import GlobalTokens, leaves_out_global_tokens
 from .layer_skip import SkipGate, feed_open_tokens, threshold_logit
@@ -106,6 +108,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
 
     @merge_with_config_defaults
     @leaves_out_global_tokens
+    @counts_computation
     @capture_outputs
     def forward(
         self,
@@ -122,6 +125,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
         closed_banks: Collection[str] | None = None,
         skip_threshold: float | None = None,
         exit_layer: int | None = None,
+        exits: ExitRun | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ChorusModelOutput:
         """Run the layers.
@@ -140,6 +144,8 @@ class ChorusTextModel(ChorusPreTrainedModel):
             skip_threshold: tokens pass the feed-forward of `skip_layers` by where the gate's probability is not above
                 it; 0.5 if None.
             exit_layer: leave after so many layers; the final norm and the cache of those layers are as ever.
+            exits: heads between the layers, by which samples may leave: `last_hidden_state` is of those that stayed.
+            output_compute: also return what was spent on each sample, see [`Computation`].
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; an option of the routers that does not fit,
@@ -171,31 +177,55 @@ class ChorusTextModel(ChorusPreTrainedModel):
                 inputs_embeds, attention_mask, position_ids, mm_token_type_ids, complexity_scores
             )
             inputs_embeds, attention_mask, position_ids, mm_token_type_ids, complexity_scores = in_front  # type: ignore[assignment]
-        options = read_routing_options(
-            self.banks,
-            mm_token_type_ids,
-            positions_of_caller,
-            self.training,
-            past_key_values,
-            complexity_scores,
-            expert_budget,
-            sample_experts,
-            closed_banks,
-        )
-        plan = ModalityPlan.build(mm_token_type_ids, attention_mask, options)
-        plan.open_above = threshold_logit(skip_threshold)
-        masks = build_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        position_embeddings = rotary_tables(*self.rotary_emb(inputs_embeds, position_ids=position_ids))
+        inputs = SequenceInputs(mm_token_type_ids, attention_mask, position_ids, positions_of_caller, complexity_scores)
+        requests = (expert_budget, sample_experts, closed_banks, skip_threshold)
         hidden_states = inputs_embeds
-        for layer, layer_type in zip(self.layers, self.config.layer_types[:exit_layer], strict=False):
+        plan, masks, position_embeddings = self._prepare(hidden_states, inputs, past_key_values, *requests)
+        layers = zip(self.layers[:exit_layer], self.config.layer_types[:exit_layer], strict=True)
+        for number, (layer, layer_type) in enumerate(layers, start=1):
             hidden_states = layer(
                 hidden_states,
                 plan,
                 attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
-                position_ids=position_ids,
+                position_ids=inputs.position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 **kwargs,
             )
+            num_in_front = 0 if self.global_tokens is None else len(self.global_tokens.weight)
+            staying = None if exits is None else exits.passes(number, hidden_states, num_in_front)
+            if staying is not None:
+                hidden_states = hidden_states.index_select(0, staying)
+                if len(staying) == 0:
+                    break
+                inputs = inputs.at(staying)
+                plan, masks, position_embeddings = self._prepare(hidden_states, inputs, past_key_values, *requests)
         return ChorusModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _prepare(
+        self,
+        hidden_states: Tensor,
+        inputs: SequenceInputs,
+        past_key_values: Cache | None,
+        expert_budget: Mapping[str, int] | None,
+        sample_experts: Collection[str] | None,
+        closed_banks: Collection[str] | None,
+        skip_threshold: float | None,
+    ) -> tuple[ModalityPlan, dict[str, Any], tuple[Tensor, Tensor]]:
+        """What every layer is given beside the states: the plan, masks by layer type, and rotary tables."""
+        options = read_routing_options(
+            self.banks,
+            inputs.modality_BS,
+            inputs.positions_of_caller,
+            self.training,
+            past_key_values,
+            inputs.complexity_scores,
+            expert_budget,
+            sample_experts,
+            closed_banks,
+        )
+        plan = ModalityPlan.build(inputs.modality_BS, inputs.attention_mask, options)
+        plan.open_above = threshold_logit(skip_threshold)
+        masks = build_masks(self.config, hidden_states, inputs.attention_mask, past_key_values, inputs.position_ids)
+        return plan, masks, rotary_tables(*self.rotary_emb(hidden_states, position_ids=inputs.position_ids))
