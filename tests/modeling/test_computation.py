@@ -144,3 +144,16 @@ def test_packed_sequences_are_refused():
     positions = torch.tensor([[0, 1, 2, 0, 1]])
     with pytest.raises(ValueError, match="packed sequences"):
         model(input_ids=torch.full((1, 5), 7), position_ids=positions, output_compute=True)
+
+
+def test_tokens_that_pass_layers_by_are_not_counted_in_silence():
+    model = generator(skip_budget=0.3)
+    with pytest.raises(ValueError, match=r"which tokens pass by skip_layers=\[1, 2\]"):
+        model(**tiny_batch(model.config), output_compute=True)
+
+
+def test_an_early_exit_pays_for_its_layers():
+    model = generator()
+    with torch.no_grad():
+        spent = model(**tiny_batch(model.config), output_compute=True, exit_layer=1).compute
+    assert spent.layers.tolist() == [1] * len(spent.layers)
