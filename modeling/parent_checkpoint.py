@@ -48,7 +48,7 @@ class ParentCheckpoint:
         token, cache_dir, local_files_only, subfolder: as in transformers' `from_pretrained`.
 
     Raises:
-        OSError: nothing there, as transformers says it.
+        OSError: nothing there: no such folder, or what transformers says of a repository.
         ValueError: a model type that transformers does not know, a quantised checkpoint, or files that are not
             safetensors or do not hold what their index says.
     """
@@ -64,6 +64,8 @@ class ParentCheckpoint:
         subfolder: str = "",
     ):
         self.source = os.fspath(source)
+        if self.source.startswith((os.sep, ".", "~")) and not os.path.isdir(self.source):
+            raise FileNotFoundError(f"{self.source}: no such folder (a repository of the Hub is named OWNER/NAME)")
         access: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         pinned = resolve_revision(self.source, revision, **access)
         commit = getattr(pinned, "resolved", pinned)
