@@ -6,6 +6,7 @@ Run as `python -m benchmarks.long_context`. Three parts:
   experts of width 512, 2 a token. `flash`: Llama with full attention through SDPA's flash kernel and a feed-forward of
   width 2048, twice what a token uses of `chorus`. `equal_active`: `chorus` with experts of width 1024, as much work a
   token as `flash`. `materialised`: `flash` with its scores as a matrix, what a standard transformer does, at 4k.
+  On another device than the CPU the layers are four times as wide.
   `memory_saving` is the share of the other's peak memory that is spared, beyond the loaded model;
 - a training step of the attention alone at 4k and 8k against the flash kernel;
 - retrieval: a fact in the text, or in an image, far in front of the question. Windows alone; windows with global tokens
@@ -34,6 +35,8 @@ SIZES: dict[str, Any] = {
     "head_dim": 64,
     "max_position_embeddings": 32_768,
 }
+GPU_SIZES: dict[str, Any] = SIZES | {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4}
+GPU_SIZES |= {"head_dim": 128, "max_position_embeddings": 131_072}
 QUICK: dict[str, Any] = SIZES | {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 WINDOW, NUM_GLOBAL, EXPERTS, TOP_K = 128, 4, 16, 2
 PARITY = 1e-4
@@ -77,10 +80,11 @@ def llama(sizes: dict[str, Any], layers: int, width: int, attention: str) -> Pre
 
 
 @torch.no_grad()
-def check_parity(sizes: dict[str, Any], layers: int, width: int) -> None:
+def check_parity(sizes: dict[str, Any], layers: int, width: int, device: str) -> None:
     """Blocks and chunks against the dense mask in one piece, before anything is timed."""
-    input_ids = torch.randint(1, sizes["vocab_size"], (1, 2 * WINDOW + 77))
-    blocks, dense = (chorus(sizes, layers, width, name)(input_ids=input_ids).logits for name in ("sdpa", "eager"))
+    input_ids = torch.randint(1, sizes["vocab_size"], (1, 2 * WINDOW + 77), device=device)
+    models = [chorus(sizes, layers, width, name).to(device) for name in ("sdpa", "eager")]
+    blocks, dense = (model(input_ids=input_ids).logits for model in models)
     if (blocks - dense).abs().max() > PARITY:
         raise RuntimeError(f"blocks and the dense mask differ by {(blocks - dense).abs().max()}")
 
@@ -94,20 +98,25 @@ def prefill(model: PreTrainedModel, input_ids: Tensor) -> Callable[[], Any]:
 
 
 def whole_model(parsed: argparse.Namespace, report: Report) -> None:
-    sizes, lengths = (QUICK, [300, 600, 1200]) if parsed.quick else (SIZES, parsed.lengths)
-    width = 16 if parsed.quick else 512
-    check_parity(sizes, parsed.layers, width)
+    device, on_cpu = parsed.device, parsed.device == "cpu"
+    sizes, lengths = (SIZES if on_cpu else GPU_SIZES), parsed.lengths
+    width = sizes["hidden_size"]
+    if parsed.quick:
+        sizes, lengths, width = QUICK, [300, 600, 1200], 16
+    check_parity(sizes, parsed.layers, width, device)
     models = {
         OURS: chorus(sizes, parsed.layers, width),
         "equal_active": chorus(sizes, parsed.layers, 2 * width),
         "flash": llama(sizes, parsed.layers, 4 * width, "sdpa"),
         "materialised": llama(sizes, parsed.layers, 4 * width, "eager"),
     }
+    models = {name: model.to(device, getattr(torch, parsed.dtype)) for name, model in models.items()}
     seconds = []
     for length in lengths:
-        input_ids = torch.randint(1, sizes["vocab_size"], (1, length))
+        input_ids = torch.randint(1, sizes["vocab_size"], (1, length), device=device)
         chosen = {name: m for name, m in models.items() if name != "materialised" or length == lengths[0]}
-        timings = measure({name: prefill(model, input_ids) for name, model in chosen.items()}, parsed.rounds)
+        calls = {name: prefill(model, input_ids) for name, model in chosen.items()}
+        timings = measure(calls, parsed.rounds, device=device)
         values = {f"{name}_ms": timing.seconds * 1e3 for name, timing in timings.items()}
         values |= {f"{name}_mib": timing.peak_mib or 0.0 for name, timing in timings.items()}
         values |= {
@@ -231,6 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("--layers", {"type": int, "default": 2, "help": "layers of the timed models (default 2)"}),
         ("--steps", {"type": int, "default": 400, "help": "training steps of the retrieval task (default 400)"}),
         ("--parts", {"nargs": "+", "choices": list(PARTS), "default": list(PARTS)}),
+        ("--device", {"default": "cpu", "help": "where the whole models run (default cpu)"}),
     )
     parsed = parse("Long inputs: windows, global tokens, chunks.", arguments, *options)
     report = Report(f"long context, {parsed.dtype}, window {WINDOW}, {parsed.layers} layers", parsed)

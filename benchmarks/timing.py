@@ -5,6 +5,7 @@
   is the wall clock.
 - Peak memory is read from the allocator's trace of one extra call: what torch allocated beyond what was there before.
   Buffers inside matrix libraries are not seen.
+- On a GPU the clock is the wall clock around a synchronised sample, and the allocator itself knows its peak.
 """
 
 import argparse
@@ -41,19 +42,25 @@ class Timing:
     peak_mib: float | None
 
 
-def _clock() -> float:
-    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+def _clock(device: str) -> float:
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.thread_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def _time(call: Call, repeats: int) -> float:
-    start = _clock()
+def _time(call: Call, repeats: int, device: str) -> float:
+    start = _clock(device)
     for _ in range(repeats):
         call()
-    return (_clock() - start) / repeats
+    return (_clock(device) - start) / repeats
 
 
 def measure(
-    calls: Mapping[str, Call], rounds: int, sample_seconds: float = 0.005, memory: bool = True
+    calls: Mapping[str, Call],
+    rounds: int,
+    sample_seconds: float = 0.005,
+    memory: bool = True,
+    device: str = "cpu",
 ) -> dict[str, Timing]:
     """Time the variants in turns.
 
@@ -62,17 +69,18 @@ def measure(
         rounds: rounds to record, after one to warm up.
         sample_seconds: short calls are repeated until one sample takes so long.
         memory: also trace the memory of one call each.
+        device: where the calls run.
     """
     repeats = {}
     for name, call in calls.items():
         call()
-        repeats[name] = max(1, math.ceil(sample_seconds / max(_time(call, 1), 1e-7)))
+        repeats[name] = max(1, math.ceil(sample_seconds / max(_time(call, 1, device), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            samples[name].append(_time(call, repeats[name]))
+            samples[name].append(_time(call, repeats[name], device))
     return {
-        name: Timing(median(samples[name]), samples[name], peak_mib(call) if memory else None)
+        name: Timing(median(samples[name]), samples[name], peak_mib(call, device) if memory else None)
         for name, call in calls.items()
     }
 
@@ -82,8 +90,13 @@ def ratio(other: Timing, ours: Timing) -> float:
     return median(b / a for a, b in zip(ours.rounds, other.rounds, strict=True))
 
 
-def peak_mib(call: Call) -> float:
+def peak_mib(call: Call, device: str = "cpu") -> float:
     """Most memory that one call had allocated at any moment, MiB."""
+    if device != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+        before = torch.accelerator.memory_allocated()
+        call()
+        return (torch.accelerator.max_memory_allocated() - before) / 2**20
     with _quiet_stderr(), tempfile.TemporaryDirectory() as folder:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             call()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 CLOSED = -torch.inf  # the score of an expert that a token may not choose
 # Up to so many tokens, and from so many choices on, one sort is faster than a maximum a choice.
-FEW_TOKENS, MANY_CHOICES = 64, 8
+FEW_TOKENS, FEW_GPU_TOKENS, MANY_CHOICES = 64, 16384, 8
 
 
 def router_probabilities(logits_TE: Tensor, router: str) -> Tensor:
@@ -45,7 +45,7 @@ def best_experts(scores_TE: Tensor, top_k: int) -> Tensor:
 
     At least K scores of a token are finite. A stable sort and repeated maxima give the same, the faster one runs.
     """
-    is_few = len(scores_TE) <= FEW_TOKENS and top_k > 1
+    is_few = len(scores_TE) <= (FEW_GPU_TOKENS if scores_TE.is_cuda else FEW_TOKENS) and top_k > 1
     if torch.compiler.is_compiling() or is_few or top_k > MANY_CHOICES:
         return torch.sort(scores_TE, dim=-1, descending=True, stable=True)[1][:, :top_k]
     chosen = [scores_TE.argmax(dim=-1, keepdim=True)]

@@ -22,7 +22,7 @@ from transformers.integrations import use_experts_implementation
 from .configuration_banks import MODALITY_IDS, LayerBankConfig
 from .configuration_text import ChorusTextConfig
 from .modality_plan import ModalityPlan, add_rows, take_rows
-from .routers import ROUTER_CLASSES, BankRouting, without_autocast
+from .routers import ROUTER_CLASSES, BankRouting, float32_product, without_autocast
 from .sequence_chunks import CHUNK, in_chunks
 
 # Chunks of a long sequence give an expert so many rows on average, or more.
@@ -229,7 +229,7 @@ class BankGate(nn.Module):
         if self.weight is None:
             return open_TN.float()
         with without_autocast(hidden_TD):
-            logits_TN = F.linear(hidden_TD.float(), self.weight.float())
+            logits_TN = float32_product(hidden_TD, self.weight)
             logits_TN = logits_TN.masked_fill(~open_TN, torch.finfo(torch.float32).min)
             return logits_TN.softmax(dim=-1) * open_TN
 

@@ -11,7 +11,8 @@ Unusual here:
   are widened one unit at a time and the products run in float32;
 - an expert id of E or more is a sentinel: the pair costs nothing, adds nothing and receives a zero gradient.
 
-The name may stand in a config on any device: off the CPU, and under `torch.compile`, transformers' functions take over.
+The name may stand in a config on any device: off the CPU `experts_gpu` takes over, and under `torch.compile`
+transformers' functions do.
 
 Shape suffixes: T tokens, K experts per token, E experts, D hidden size, I expert width, P slots; inside one product,
 R experts, C rows per expert, H = 2I.
@@ -23,12 +24,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers.activations import SiLUActivation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
+from transformers.integrations.moe import ExpertsInterface
 
+from .expert_layout import can_group, has_plain_layout, is_silu, run_plainly
 from .expert_slots import PADDED_ROWS, SlotPlan, Unit, few_rows, make_slot_plan
+from .experts_gpu import gpu_mm_experts_forward
 from .routers import without_autocast
 
 CPU_EXPERTS = "cpu_mm"
@@ -266,14 +268,6 @@ def _run_sparse(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: 
     return F.grouped_mm(gate.experts._apply_gate(hidden_PH), down_EDI.transpose(1, 2), offs=ends_E)
 
 
-def _can_group(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor) -> bool:
-    """What `grouped_mm` asks for: one of three dtypes, and rows that are multiples of 16 bytes."""
-    return hidden_TD.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
-        weight.dtype == hidden_TD.dtype and weight.is_contiguous() and weight.shape[2] * weight.itemsize % 16 == 0
-        for weight in (gate_up_EHD, down_EDI)
-    )
-
-
 @cache
 def _is_emulated(dtype: torch.dtype) -> bool:
     """Whether this processor lacks matrix instructions for the dtype."""
@@ -282,19 +276,9 @@ def _is_emulated(dtype: torch.dtype) -> bool:
     return bool(names) and capabilities["architecture"] == "x86_64" and not any(capabilities[name] for name in names)
 
 
-def _is_supported(experts: Any, gate_up: Tensor, hidden_states: Tensor) -> bool:
-    """Whether the module has the layout this file is written for; everything else is transformers' to compute."""
-    return (
-        hidden_states.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and type(gate_up) in (Tensor, nn.Parameter)
-        and getattr(experts, "has_gate", True)
-        and getattr(experts, "is_concatenated", True)
-        and not getattr(experts, "has_bias", False)
-        and not getattr(experts, "is_transposed", False)
-        and not getattr(experts, "has_post_expert_norm", False)
-        and (_is_silu(experts) or next(experts.act_fn.parameters(), None) is None)
-    )
+def _is_supported(experts: Any) -> bool:
+    """Whether the module has the layout this file is written for."""
+    return has_plain_layout(experts) and (is_silu(experts) or next(experts.act_fn.parameters(), None) is None)
 
 
 def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -310,15 +294,14 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         `(T, D)` in the dtype of `hidden_states`. Products run in the dtype of the weights, or of autocast.
     """
     gate_up, down = self.gate_up_proj, self.down_proj
-    if not _is_supported(self, gate_up, hidden_states):
-        few = hidden_states.device.type != "cpu" and not torch.is_grad_enabled() and top_k_index.numel() <= len(gate_up)
-        return ALL_EXPERTS_FUNCTIONS["batched_mm" if few else "grouped_mm"](
-            self, hidden_states, top_k_index, top_k_weights
-        )
+    if hidden_states.device.type != "cpu":
+        return gpu_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    if not _is_supported(self):
+        return run_plainly(self, hidden_states, top_k_index, top_k_weights)
     dtype = gate_up.dtype
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
-    gate = _Gate(self, _is_silu(self))
+    gate = _Gate(self, is_silu(self))
     is_training = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (hidden_states, top_k_weights, gate_up, down)
     )
@@ -326,7 +309,7 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         hidden_TD = hidden_states.to(dtype)
         if not is_training and gate.is_silu and hidden_TD.shape[0] == 1:
             return _one_token(hidden_TD, top_k_index, top_k_weights, gate_up, down).to(hidden_states.dtype)
-        num_few = few_rows(gate_up, is_training) if _can_group(hidden_TD, gate_up, down) else 0
+        num_few = few_rows(gate_up, is_training) if can_group(hidden_TD, gate_up, down) else 0
         plan = make_slot_plan(top_k_index, len(gate_up), num_few)
         if plan.is_sparse:
             output_PD = _run_sparse(hidden_TD, gate_up, down, gate, plan)
@@ -339,10 +322,6 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
             output_PD = _run_units(hidden_TD, gate_up, down, gate, plan, None)
             output_TD = _combine(output_PD, plan, top_k_weights)
         return output_TD.to(hidden_states.dtype)
-
-
-def _is_silu(experts: Any) -> bool:
-    return type(experts)._apply_gate is _default_apply_gate and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
 
 
 ExpertsInterface.register(CPU_EXPERTS, cpu_mm_experts_forward)

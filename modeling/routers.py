@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .configuration_banks import LayerBankConfig
 from .expert_capacity import serve
@@ -80,6 +81,36 @@ def without_autocast(states: Tensor) -> AbstractContextManager:
 ROW_BLOCK = 4
 
 
+class _NarrowProduct(torch.autograd.Function):
+    """`x @ W.T` in float32 of states and weights that are stored in fewer bits, on a GPU.
+
+    Products of two such numbers are exact in float32, and so are the sums' additions carried out: it is what widening
+    both first gives, in another order and without the copies. The gradients are computed in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_TD, weight_ED)
+        return torch.mm(hidden_TD, weight_ED.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden_TD, weight_ED = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad
+        grad_hidden = (grad_TE @ weight_ED.float()).to(hidden_TD.dtype) if need_hidden else None
+        grad_weight = (grad_TE.t() @ hidden_TD.float()).to(weight_ED.dtype) if need_weight else None
+        return grad_hidden, grad_weight
+
+
+def float32_product(hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """`x @ W.T` in float32 whatever the two are stored in, `(T, E)`."""
+    is_narrow = hidden_TD.dtype == weight_ED.dtype and hidden_TD.dtype in (torch.bfloat16, torch.float16)
+    if is_narrow and hidden_TD.is_cuda and not torch.compiler.is_compiling():
+        return _NarrowProduct.apply(hidden_TD, weight_ED)
+    return F.linear(hidden_TD.float(), weight_ED.float())
+
+
 def filled_rows(weight_ED: Tensor) -> Tensor:
     """The rows of a router, filled up with zeros to a multiple of `ROW_BLOCK`.
 
@@ -113,7 +144,7 @@ class Router(nn.Module):
         self.is_plain = self.is_plain and bias is None
 
     def score(self, hidden_TD: Tensor) -> Tensor:
-        """Logits `(T, E)` of float32 states."""
+        """Logits `(T, E)` in float32, of states in any dtype."""
         raise NotImplementedError
 
     def log_weights(self, logits_TE: Tensor) -> Tensor:
@@ -125,9 +156,9 @@ class Router(nn.Module):
 
     def forward(self, hidden_TD: Tensor, options: RowOptions | None = None) -> ExpertChoice:
         with without_autocast(hidden_TD):
-            hidden_TD = hidden_TD.float()
             noise = self.bank.router_jitter_noise
             if noise and self.training:
+                hidden_TD = hidden_TD.float()
                 hidden_TD = hidden_TD * torch.empty_like(hidden_TD).uniform_(1 - noise, 1 + noise)
             logits_TE = self.score(hidden_TD)
             if not self.is_plain or options is not None:
@@ -221,7 +252,7 @@ class SoftmaxRouter(Router):
         self.weight = nn.Parameter(torch.empty(bank.num_experts, hidden_size))
 
     def score(self, hidden_TD: Tensor) -> Tensor:
-        return F.linear(hidden_TD, filled_rows(self.weight.float()))[:, : len(self.weight)]
+        return float32_product(hidden_TD, filled_rows(self.weight))[:, : len(self.weight)]
 
 
 class SigmoidRouter(SoftmaxRouter):
@@ -262,6 +293,7 @@ class AttentionRouter(Router):
         self.down = nn.Parameter(torch.empty(width, 2 * width))
 
     def score(self, hidden_TD: Tensor) -> Tensor:
+        hidden_TD = hidden_TD.float()
         keys_EM = self.expert_keys.float()
         query_TM = F.linear(_norm(hidden_TD), self.query.float())
         heads = (self.NUM_HEADS, self.HEAD_DIM)

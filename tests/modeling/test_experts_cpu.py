@@ -56,7 +56,7 @@ def run(experts: nn.Module, implementation: str, hidden: Tensor, index: Tensor, 
     experts.zero_grad()
     hidden, weights = hidden.detach().requires_grad_(), weights.detach().requires_grad_()
     output = experts(hidden, index, weights)
-    (output.float() * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    (output.float() * torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)).sum().backward()
     grads = [hidden.grad, weights.grad, experts.gate_up_proj.grad, experts.down_proj.grad]
     return dict(zip(NAMES, [output.detach(), *grads], strict=True))
 
@@ -149,7 +149,7 @@ def test_a_lone_gradient_equals_that_of_full_training(trained: str) -> None:
     for name, tensor in tensors.items():
         tensor.requires_grad_(name == trained)
     output = experts(hidden, index, weights)
-    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    (output * torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)).sum().backward()
     assert torch.equal(tensors[trained].grad, expected)
     assert all(tensor.grad is None for name, tensor in tensors.items() if name != trained)
 

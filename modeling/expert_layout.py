@@ -1,0 +1,47 @@
+"""What the experts' fast ways are written for; every other layout is transformers' own functions to compute.
+
+Shape suffixes: T tokens, E experts, D hidden size, I expert width, H = 2I.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+# A batched product copies the weights of every choice: 128 choices of 128 experts took twice as long as grouped ones.
+FEW_CHOICES = 16
+
+
+def is_silu(experts: Any) -> bool:
+    """Whether the experts are SwiGLU: `silu(gate) * up`."""
+    return type(experts)._apply_gate is _default_apply_gate and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+
+
+def has_plain_layout(experts: Any) -> bool:
+    """Gate and up projection stacked in one plain tensor, no bias, no norm; nothing is being compiled."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(experts.gate_up_proj) in (Tensor, nn.Parameter)
+        and getattr(experts, "has_gate", True)
+        and getattr(experts, "is_concatenated", True)
+        and not getattr(experts, "has_bias", False)
+        and not getattr(experts, "is_transposed", False)
+        and not getattr(experts, "has_post_expert_norm", False)
+    )
+
+
+def can_group(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor) -> bool:
+    """What `grouped_mm` asks for: one of three dtypes, and rows that are multiples of 16 bytes."""
+    return hidden_TD.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
+        weight.dtype == hidden_TD.dtype and weight.is_contiguous() and weight.shape[2] * weight.itemsize % 16 == 0
+        for weight in (gate_up_EHD, down_EDI)
+    )
+
+
+def run_plainly(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts through transformers' functions: on a GPU, a batched product for a few choices that train nothing."""
+    is_few = not torch.is_grad_enabled() and top_k_index.numel() <= min(FEW_CHOICES, len(experts.gate_up_proj))
+    name = "batched_mm" if is_few and hidden_states.device.type != "cpu" else "grouped_mm"
+    return ALL_EXPERTS_FUNCTIONS[name](experts, hidden_states, top_k_index, top_k_weights)
