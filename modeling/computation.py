@@ -1,13 +1,15 @@
 """What a forward spends on each sample: layers, visits to experts, floating-point operations.
 
 Counted are the matrix products of the decoder's layers on real tokens, two operations for a product and a sum:
-projections, scores and sums of attention over the keys that a token sees, feed-forwards, gates, routers, and the
-experts that were really visited. Not counted are padding (also where it is computed and thrown away), what is done
-number by number (norms, activations, softmax, rotations), embeddings, encoders, connectors and output heads.
+projections, scores and sums of attention over the keys that a token sees, gates, and of the feed-forwards that a token
+did not pass by their routers and the experts that were really visited. Not counted are padding (also where it is
+computed and thrown away), what is done number by number (norms, activations, softmax, rotations), embeddings, encoders,
+connectors and output heads.
 
 Shape suffixes: B batch, R samples still there, S new tokens, K keys, T tokens (R * S).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ from torch import Tensor
 from transformers.masking_utils import find_packed_sequence_indices
 
 from .configuration_banks import LayerBankConfig
+from .layer_skip import threshold_logit
 from .routers import AttentionRouter, BankRouting
 
 
@@ -72,13 +75,13 @@ def router_flops(hidden_size: int, bank: LayerBankConfig) -> int:
     return own_gate + 2 * hidden_size * width + 6 * width * bank.num_experts + 8 * width * width
 
 
-def token_flops(text: Any, layer: int) -> int:
-    """What every token costs in a layer, whatever it sees and wherever it is routed."""
+def feed_forward_flops(text: Any, layer: int) -> int:
+    """What every token that is fed forward costs in a layer's feed-forward, wherever it is routed."""
     if text.mlp_layer_types[layer] != "sparse":
-        return projection_flops(text) + gated_flops(text, text.intermediate_size)
+        return gated_flops(text, text.intermediate_size)
     num_columns = sum(not bank.has_own_gate for bank in text.banks_of_layer(layer))
     gate = 2 * text.hidden_size * num_columns if num_columns > 1 else 0
-    return projection_flops(text) + gate + gated_flops(text, text.shared_expert_intermediate_size)
+    return gate + gated_flops(text, text.shared_expert_intermediate_size)
 
 
 def bank_rows(routing: BankRouting, real_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,6 +99,7 @@ def computation(
     num_queries: int,
     routing: Sequence[dict[str, BankRouting]],
     num_in_front: int = 0,
+    fed: Sequence[Tensor] = (),
 ) -> Computation:
     """Add up what a forward spent.
 
@@ -104,20 +108,25 @@ def computation(
         layers_B: how many layers each sample ran through; a sample that left is in none of the later layers' rows.
         real_BK: True for real tokens, the last `num_queries` of which are new.
         routing: of the sparse layers that were run, in order.
+        fed: `(R, S)` of each of the `skip_layers` that were run, in order: True for tokens that were fed forward.
     """
     real_BS = real_BK[:, -num_queries:]
     seen = {kind: visible_keys(text, kind, real_BK, num_queries, num_in_front) for kind in set(text.layer_types)}
     attention_B = {kind: (count_BS * real_BS).sum(dim=1) for kind, count_BS in seen.items()}
     experts_B, flops_B = torch.zeros_like(layers_B), torch.zeros_like(layers_B)
-    decisions = iter(routing)
+    decisions, openings = iter(routing), iter(fed)
     for layer in range(int(layers_B.max())):
         there = (layers_B > layer).nonzero().squeeze(1)
-        flops_B[there] += real_BS[there].sum(dim=1) * token_flops(text, layer)
+        fed_RS = real_RS = real_BS[there]
+        of_token = projection_flops(text)
+        if layer in (text.skip_layers or ()):
+            fed_RS, of_token = real_RS & next(openings), of_token + 2 * text.hidden_size
+        flops_B[there] += real_RS.sum(dim=1) * of_token + fed_RS.sum(dim=1) * feed_forward_flops(text, layer)
         heads = text.num_attention_heads * text.head_dim
         flops_B[there] += 4 * heads * attention_B[text.layer_types[layer]][there]
         if text.mlp_layer_types[layer] != "sparse":
             continue
-        decided, real_T = next(decisions), real_BS[there].flatten()
+        decided, real_T = next(decisions), real_RS.flatten()
         for bank in text.banks_of_layer(layer):
             rows, visits = bank_rows(decided[bank.name], real_T)
             samples = there[rows // num_queries]
@@ -136,25 +145,23 @@ def counts_computation(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, *args, **kwargs)
         if args or torch.compiler.is_compiling():
             raise ValueError("output_compute=True takes named inputs and is not for compiled models")
-        if self.config.skip_layers:
-            raise ValueError(
-                f"output_compute=True does not know which tokens pass by skip_layers={self.config.skip_layers}; ask "
-                "for the gates with output_skip_logits=True"
-            )
         tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if tokens is None:
             return forward(self, **kwargs)  # which says what is missing
         cache = kwargs.get("past_key_values")
         real_BK = _real_keys(tokens, kwargs.get("attention_mask"), cache, kwargs.get("position_ids"))
-        keep_routing = kwargs.get("output_router_logits")
+        keep_routing, keep_gates = kwargs.get("output_router_logits"), kwargs.get("output_skip_logits")
         if keep_routing is None:
             keep_routing = self.config.output_router_logits
         as_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
-        outputs = forward(self, **kwargs | {"output_router_logits": True, "return_dict": True})
+        needed = {"output_router_logits": True, "output_skip_logits": bool(self.config.skip_layers)}
+        outputs = forward(self, **kwargs | needed | {"return_dict": True})
         num_in_front = 0 if self.global_tokens is None else len(self.global_tokens.weight)
         exits, batch = kwargs.get("exits"), len(tokens)
         num_layers = kwargs.get("exit_layer") or len(self.layers)
         layers_B = torch.full((batch,), num_layers) if exits is None else exits.left_after.clone()
+        # In training every token is fed forward, and the decision multiplies what comes out.
+        open_above = -math.inf if self.training else threshold_logit(kwargs.get("skip_threshold"))
         outputs.compute = computation(
             self.config,
             layers_B.to(tokens.device),
@@ -162,9 +169,12 @@ def counts_computation(forward: Callable[..., Any]) -> Callable[..., Any]:
             tokens.shape[1] + num_in_front,
             outputs.router_logits or (),
             num_in_front,
+            [logits.to(tokens.device) > open_above for logits in outputs.skip_logits or ()],
         )
         if not keep_routing:
             outputs.router_logits = None
+        if not keep_gates:
+            outputs.skip_logits = None
         return outputs if as_dict else outputs.to_tuple()
 
     return wrapper

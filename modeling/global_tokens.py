@@ -94,6 +94,8 @@ def _leave_out(outputs: Any, count: int) -> None:
         outputs.hidden_states = tuple(None if h is None else h[:, count:] for h in outputs.hidden_states)
     if outputs.attentions is not None:
         outputs.attentions = tuple(None if a is None else a[:, :, count:, count:] for a in outputs.attentions)
+    if outputs.skip_logits is not None:
+        outputs.skip_logits = tuple(logits_BS[:, count:] for logits_BS in outputs.skip_logits)
     if outputs.cross_modal_states is not None:
         outputs.cross_modal_states = tuple((q[:, :, count:], k[:, :, count:]) for q, k in outputs.cross_modal_states)
     if outputs.router_logits is not None:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from chorus_moe import ChorusForConditionalGeneration, ChorusForSequenceClassification
 from chorus_moe.modeling.attention import Attention
 from chorus_moe.modeling.experts import BankGate, ChorusExperts, OwnGate
+from chorus_moe.modeling.layer_skip import SkipGate
 from chorus_moe.modeling.routers import Router
 from tests.conftest import tiny_batch, tiny_config
 
@@ -68,7 +69,9 @@ def counted_by_hooks(model: Any, batch: dict[str, Tensor]) -> tuple[int, int]:
             visited = int((args[1] < module.num_experts).sum())
             visits += visited
             flops += visited * 2 * (module.gate_up_proj[0].numel() + module.down_proj[0].numel())
-        elif isinstance(module, (Router, OwnGate)) or (isinstance(module, BankGate) and module.weight is not None):
+        elif isinstance(module, (Router, OwnGate, SkipGate)) or (
+            isinstance(module, BankGate) and module.weight is not None
+        ):
             flops += 2 * rows * module.weight.numel()
         elif isinstance(module, Attention):
             flops += 4 * module.head_dim * int((output[1] > 0).sum())
@@ -146,10 +149,52 @@ def test_packed_sequences_are_refused():
         model(input_ids=torch.full((1, 5), 7), position_ids=positions, output_compute=True)
 
 
-def test_tokens_that_pass_layers_by_are_not_counted_in_silence():
-    model = generator(skip_budget=0.3)
-    with pytest.raises(ValueError, match=r"which tokens pass by skip_layers=\[1, 2\]"):
-        model(**tiny_batch(model.config), output_compute=True)
+SKIPPING = {"skip_budget": 0.3, "shared_expert_intermediate_size": 32}
+
+
+def open_some_gates(model: Any) -> None:
+    """Gates that are open for about every other token."""
+    torch.manual_seed(1)
+    for layer in model.model.language_model.layers:
+        if layer.skip_gate is not None:
+            torch.nn.init.normal_(layer.skip_gate.weight)
+            torch.nn.init.zeros_(layer.skip_gate.bias)
+
+
+@pytest.mark.parametrize(
+    "text", [{}, {"expert_banks": ADAPTIVE}, {"is_causal": False}, {"mlp_layer_types": ["dense"] * 3}]
+)
+@pytest.mark.parametrize("skip_threshold", [None, 0.4])
+def test_tokens_that_pass_a_feed_forward_by_cost_nothing_there(text: dict[str, Any], skip_threshold: float | None):
+    model = generator(**SKIPPING | text)
+    open_some_gates(model)
+    batch = row_of(tiny_batch(model.config), 2) | {"skip_threshold": skip_threshold}
+    with torch.no_grad():
+        outputs = model.model(**batch, output_compute=True)
+        everything = model(**batch | {"skip_threshold": 0.0}, output_compute=True).compute
+    assert (outputs.compute.experts.item(), outputs.compute.flops.item()) == counted_by_hooks(model, batch)
+    assert outputs.compute.flops < everything.flops and outputs.skip_logits is None
+
+
+def test_in_training_every_token_pays_for_the_feed_forward():
+    model = generator(**SKIPPING)
+    open_some_gates(model)
+    batch = tiny_batch(model.config)
+    with torch.no_grad():
+        everything = model(**batch, skip_threshold=0.0, output_compute=True).compute
+        model.train()
+        assert torch.equal(model(**batch, output_compute=True).compute.flops, everything.flops)
+
+
+def test_gates_of_global_tokens_are_counted_and_left_out_of_what_is_returned():
+    windows = {"layer_types": ["sliding_attention"] * 3, "sliding_window": 4, "num_global_tokens": 2}
+    model = generator(is_causal=False, cross_modal_layers=[], **SKIPPING | windows)
+    open_some_gates(model)
+    batch = row_of(tiny_batch(model.config), 0)
+    with torch.no_grad():
+        outputs = model.model(**batch, output_compute=True, output_skip_logits=True)
+    assert [logits.shape for logits in outputs.skip_logits] == [batch["input_ids"].shape] * 2
+    assert (outputs.compute.experts.item(), outputs.compute.flops.item()) == counted_by_hooks(model, batch)
 
 
 def test_an_early_exit_pays_for_its_layers():
