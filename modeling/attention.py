@@ -24,6 +24,7 @@ from .configuration_text import ChorusTextConfig
 from .global_tokens import GlobalKeyValues
 from .modality_plan import ModalityPlan
 from .norms import RMSNorm
+from .sequence_chunks import CHUNK, GPU_CHUNKS
 
 
 def rotary_tables(cos_BSC: Tensor, sin_BSC: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +81,8 @@ class ModalityProjection(nn.ModuleDict):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions (arXiv 2305.13245, 2104.09864)."""
 
+    keeps_no_queries = True  # nobody asks for its queries, so that they need not be there all at once
+
     def __init__(self, config: ChorusTextConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -124,24 +127,44 @@ class Attention(nn.Module):
         plan: ModalityPlan,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, Tensor]]:
         """Returns the output `(B, S, D)`, the attention map if the backend yields one, and the rotated queries
-        `(B, H, S, C)` and keys `(B, G, S, C)` of the new tokens. `position_embeddings` are [`rotary_tables`]."""
-        input_shape = hidden_states.shape[:-1]
-        head_shape = (*input_shape, -1, self.head_dim)
-        # Each is rotated before the next is projected: a long prefill is at its largest here.
-        query = self.q_norm(self.q_proj(hidden_states, plan).view(*input_shape, -1, self.query_norm_size))
-        query = self._rotated(query.view(head_shape).transpose(1, 2), position_embeddings)
-        key = self.k_norm(self.k_proj(hidden_states, plan).view(*input_shape, -1, self.key_norm_size))
-        key = self._rotated(key.view(head_shape).transpose(1, 2), position_embeddings)
-        value = self.v_proj(hidden_states, plan).view(head_shape).transpose(1, 2)
-        new_states = (query, key)
-
+        `(B, H, S, C)` and keys `(B, G, S, C)` of the new tokens; a long prefill has no queries to return.
+        `position_embeddings` are [`rotary_tables`]."""
+        key = self.k_norm(self.k_proj(hidden_states, plan).unflatten(-1, (-1, self.key_norm_size)))
+        key = self._rotated(self._by_head(key), position_embeddings)
+        value = self._by_head(self.v_proj(hidden_states, plan))
+        new_key = key
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         if self.global_tokens is not None:
             key, value = self.global_tokens(key, value)
+        states = (hidden_states, position_embeddings, plan, key, value)
 
+        size = CHUNK if hidden_states.device.type == "cpu" else CHUNK * GPU_CHUNKS
+        is_long = hidden_states.shape[1] > size and self.keeps_no_queries and not torch.is_grad_enabled()
+        if is_long and isinstance(attention_mask, LocalMask) and attention_mask.is_causal:
+            return self._attend_in_chunks(*states, attention_mask, size, **kwargs), None, (None, new_key)
+        output, weights, query = self._attend(*states, attention_mask, **kwargs)
+        return output, weights, (query, new_key)
+
+    def _by_head(self, states: Tensor) -> Tensor:
+        """`(B, S, ...)` as `(B, heads, S, C)`."""
+        return states.reshape(*states.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def _attend(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        plan: ModalityPlan,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | LocalMask | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The output of some states over keys and values, the attention map if there is one, and rotated queries."""
+        query = self.q_norm(self.q_proj(hidden_states, plan).unflatten(-1, (-1, self.query_norm_size)))
+        query = self._rotated(self._by_head(query), position_embeddings)
         name = BLOCK_LOCAL if isinstance(attention_mask, LocalMask) else self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         output, weights = attend(
@@ -155,13 +178,42 @@ class Attention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        del key, value
-        output = self.o_proj(output.reshape(*input_shape, -1).contiguous())
-        return output, weights, new_states
+        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
+        return output, weights, query
+
+    def _attend_in_chunks(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        plan: ModalityPlan,
+        key: Tensor,
+        value: Tensor,
+        mask: LocalMask,
+        size: int,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The output of a long causal prefill with windows.
+
+        Nothing as long as the sequence is made but keys, values and output: fresh memory of that size costs more than
+        the work that is done on it.
+        """
+        output = torch.empty_like(hidden_states)
+        length, num_keys = hidden_states.shape[1], key.shape[2]
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            seen = num_keys - (length - stop)
+            tables = (position_embeddings[0][:, :, start:stop], position_embeddings[1][:, :, start:stop])
+            part, rule = hidden_states[:, start:stop], mask.of_first(seen)
+            output[:, start:stop] = self._attend(
+                part, tables, plan, key[:, :, :seen], value[:, :, :seen], rule, **kwargs
+            )[0]
+        return output
 
 
 class CrossModalAttention(Attention):
     """Attention whose keys and values are projected by modality and whose queries share one projection."""
+
+    keeps_no_queries = False
 
     def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         if self.config.share_cross_modal_query:

@@ -7,9 +7,10 @@ head, or no head) may differ in the head, and in nothing else.
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 MAX_NAMES = 5
+ALIGNMENT = 64  # bytes, as torch allocates
 
 
 class CheckpointError(RuntimeError, ValueError):
@@ -67,3 +68,14 @@ def _subject(model: nn.Module, name_or_path: Any) -> str:
 def _counted(kind: str, names: list[str], separator: str) -> str:
     more = f"{separator}and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return f"{len(names)} {kind} tensor{'s' if len(names) > 1 else ''}: {separator.join(names[:MAX_NAMES])}{more}"
+
+
+def align_parameters(model: Any) -> None:
+    """Copy parameters that lie in a mapped file, at any multiple of eight bytes, to memory as torch allocates it.
+
+    Some processors sum in another order where operands are not aligned: a loaded model would differ from the saved one
+    in the last bit of what it computes. And a mapped file must not change while the model lives.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and type(parameter.data) is Tensor and parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()

@@ -10,7 +10,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .attention import Attention, CrossModalAttention, ModalityProjection
 from .bank_operations import BankOperations
-from .checkpoint import CheckpointError, check_shapes, describe_misfit
+from .checkpoint import CheckpointError, align_parameters, check_shapes, describe_misfit
 from .configuration_chorus import ChorusConfig
 from .experts import BankGate, ChorusExperts, MixtureOfBanks, OwnGate
 from .experts_cpu import CPU_EXPERTS
@@ -74,13 +74,14 @@ class ChorusPreTrainedModel(BankOperations, PreTrainedModel):
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         """Notes what does not fit for `from_pretrained`, which alone knows whether the caller wants it as a report, and
-        which gets no other account of the model below an adapter."""
+        which gets no other account of the model below an adapter; takes the weights out of the mapped file."""
         if not load_config.ignore_mismatched_sizes:
             check_shapes(model, load_config.pretrained_model_name_or_path, loading_info.mismatched_keys)
         info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
         model._misfit = describe_misfit(
             model, load_config.pretrained_model_name_or_path, info.missing_keys, info.unexpected_keys
         )
+        align_parameters(model)
         return info
 
     @torch.no_grad()

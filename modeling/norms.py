@@ -14,4 +14,7 @@ class RMSNorm(nn.RMSNorm):
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=dtype)
         scale = torch.addcmul(norm.new_full((), self.eps), norm, norm, value=1 / hidden_states.shape[-1]).rsqrt()
-        return (hidden_states * scale).to(hidden_states.dtype) * self.weight
+        normed = (hidden_states * scale).to(hidden_states.dtype)
+        if torch.is_grad_enabled() or normed.dtype != self.weight.dtype:
+            return normed * self.weight
+        return normed.mul_(self.weight)

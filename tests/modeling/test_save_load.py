@@ -23,6 +23,7 @@ from chorus_moe import (
     ChorusForSequenceClassification,
     ChorusModel,
 )
+from chorus_moe.modeling.checkpoint import ALIGNMENT
 from tests.conftest import tiny_batch, tiny_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -128,6 +129,12 @@ def test_a_sharded_checkpoint_loads_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nan_memory")
+def test_loaded_weights_lie_where_torch_allocates_and_not_in_the_mapped_file(tmp_path: Path) -> None:
+    ChorusForConditionalGeneration(tiny_config()).save_pretrained(tmp_path)
+    loaded = ChorusForConditionalGeneration.from_pretrained(tmp_path)
+    assert not [name for name, weight in loaded.named_parameters() if weight.data_ptr() % ALIGNMENT]
+
+
 def test_tied_embeddings_stay_tied_after_loading(tmp_path: Path) -> None:
     config = tiny_config(tie_word_embeddings=True)
     config.tie_word_embeddings = True
