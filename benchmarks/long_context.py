@@ -1,6 +1,6 @@
 """Long inputs: windows with global tokens, experts and chunked feed-forwards against standard dense models.
 
-Run as `python -m benchmarks.long_context`. Three parts:
+Run as `python -m benchmarks.long_context [--plot PATH]`. Three parts:
 
 - a whole decoder over 4k, 8k and 16k tokens, last logits only, no cache. `chorus`: window 128, 4 global tokens, 16
   experts of width 512, 2 a token. `flash`: Llama with full attention through SDPA's flash kernel and a feed-forward of
@@ -14,7 +14,8 @@ Run as `python -m benchmarks.long_context`. Three parts:
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,6 +135,29 @@ def whole_model(parsed: argparse.Namespace, report: Report) -> None:
     report.add("growth", {"growth_ratio": seconds[-1] / seconds[0]}, "ratio")
 
 
+def plot(path: Path, cases: Mapping[str, Mapping[str, float]]) -> None:
+    """Time and memory of the prefill over its length, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = {int(case.split()[1]): values for case, values in cases.items() if case.startswith("prefill")}
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    panels = {"seconds": ("ms", 1e-3), "peak MiB beyond the weights": ("mib", 1.0)}
+    for axis, (title, (unit, scale)) in zip(axes, panels.items(), strict=True):
+        for name in (OURS, "equal_active", "flash", "materialised"):
+            points = [(n, v[f"{name}_{unit}"] * scale) for n, v in rows.items() if f"{name}_{unit}" in v]
+            axis.plot(*zip(*points, strict=True), "o-", label=name)
+        axis.set(xlabel="tokens", title=title, xscale="log", yscale="log")
+        axis.set_xticks(list(rows), [f"{n // 1024}k" if n >= 1024 else str(n) for n in rows], minor=False)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
 def attention_training(parsed: argparse.Namespace, report: Report) -> None:
     heads, groups, size = (2, 1, 16) if parsed.quick else (8, 2, 64)
     for length in [300] if parsed.quick else parsed.lengths[:2]:
@@ -240,12 +264,15 @@ def main(arguments: list[str] | None = None) -> None:
         ("--layers", {"type": int, "default": 2, "help": "layers of the timed models (default 2)"}),
         ("--steps", {"type": int, "default": 400, "help": "training steps of the retrieval task (default 400)"}),
         ("--parts", {"nargs": "+", "choices": list(PARTS), "default": list(PARTS)}),
+        ("--plot", {"type": Path, "metavar": "PATH", "help": "also draw time and memory over the length"}),
         ("--device", {"default": "cpu", "help": "where the whole models run (default cpu)"}),
     )
     parsed = parse("Long inputs: windows, global tokens, chunks.", arguments, *options)
     report = Report(f"long context, {parsed.dtype}, window {WINDOW}, {parsed.layers} layers", parsed)
     for part in parsed.parts:
         PARTS[part](parsed, report)
+    if parsed.plot is not None:
+        plot(parsed.plot, report.cases)
     report.save()
 
 
