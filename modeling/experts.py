@@ -21,8 +21,10 @@ from transformers.integrations import use_experts_implementation
 
 from .configuration_banks import MODALITY_IDS, LayerBankConfig
 from .configuration_text import ChorusTextConfig
+from .experts_cpu import CPU_EXPERTS, is_silu
 from .modality_plan import ModalityPlan, add_rows, take_rows
-from .routers import ROUTER_CLASSES, BankRouting, without_autocast
+from .one_token_experts import run_one_token
+from .routers import ROUTER_CLASSES, BankRouting, is_one_to_read, without_autocast
 from .sequence_chunks import CHUNK, in_chunks
 
 # Chunks of a long sequence give an expert so many rows on average, or more.
@@ -124,6 +126,23 @@ class LinearExperts(nn.ModuleList):
         return output_TD
 
 
+def runs_as_written(experts: Any, dtype: torch.dtype) -> bool:
+    """Whether calling the experts comes to `cpu_mm` on SwiGLU experts and nothing else: no hook, no adapter, no shard,
+    no other dtype. For one token, what a call passes through takes as long as the small operations."""
+    if type(experts) is not ChorusExperts or nn.modules.module._has_any_global_hook():
+        return False
+    state = vars(experts)
+    changes = ("_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl", "forward")
+    return (
+        not any(state.get(name) for name in changes)
+        and experts.config._experts_implementation == CPU_EXPERTS
+        and is_silu(experts)
+        and type(experts.gate_up_proj) is type(experts.down_proj) is nn.Parameter
+        and experts.gate_up_proj.dtype == experts.down_proj.dtype == dtype
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 EXPERT_CLASSES: dict[str, type[ChorusExperts] | type[LinearExperts]] = {"fused": ChorusExperts, "linear": LinearExperts}
 
 
@@ -150,6 +169,12 @@ class ExpertBank(nn.Module):
         return next(module for module in self.experts.modules() if isinstance(module, ChorusExperts))
 
     def _feed(self, hidden_RD: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
+        if is_one_to_read(hidden_RD):
+            experts = self.experts
+            if not runs_as_written(experts, hidden_RD.dtype):
+                return experts(hidden_RD, index_RK, weights_RK)
+            choice = index_RK.tolist()[0], weights_RK.tolist()[0]
+            return run_one_token(hidden_RD, *choice, experts.gate_up_proj, experts.down_proj)
         is_stacked = not isinstance(self.experts, LinearExperts)
         if is_stacked and self._stacked_experts().num_experts != self.num_experts:
             return self.experts(hidden_RD, index_RK, weights_RK)  # spread over ranks, which all make the same calls
@@ -187,7 +212,7 @@ class ExpertBank(nn.Module):
             gate_R = gate_R * token_mask if plan.is_static and token_mask is not None else gate_R
             states_weights_RK = weights_RK * gate_R[:, None]
         elif gate_T is None:
-            gate_R, states_weights_RK = logits_RE.new_ones(len(hidden_RD)), weights_RK
+            gate_R, states_weights_RK = logits_RE.new_ones(hidden_RD.shape[0]), weights_RK
         else:
             gate_R = take_rows(gate_T, rows)
             states_weights_RK = weights_RK * gate_R[:, None]

@@ -29,6 +29,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
 
 from .expert_slots import PADDED_ROWS, SlotPlan, Unit, few_rows, make_slot_plan
+from .one_token_experts import run_one_token
 from .routers import without_autocast
 
 CPU_EXPERTS = "cpu_mm"
@@ -223,41 +224,6 @@ def _accumulate(left: Tensor, right: Tensor, total: Tensor, unit: Unit) -> None:
         target[0].addmm_(left[0], right[0])
 
 
-class OneTokenExpert:
-    """SwiGLU experts of width I for a single token: two matrix-vector products each, nothing gathered."""
-
-    def __init__(self, width: int, dtype: torch.dtype):
-        self.hidden_H = torch.empty(2 * width, dtype=dtype)
-        self.gate_I, self.up_I = self.hidden_H.chunk(2)
-
-    def add(self, output_D: Tensor, token_D: Tensor, gate_up_HD: Tensor, down_DI: Tensor, weight: float) -> None:
-        """Add one expert's weighted output to `output_D`, in place."""
-        torch.mv(gate_up_HD, token_D, out=self.hidden_H)
-        F.silu(self.gate_I, inplace=True).mul_(self.up_I)
-        add_product(output_D, down_DI, self.gate_I, weight)
-
-
-def add_product(output_D: Tensor, weight_DI: Tensor, states_I: Tensor, scale: float = 1.0) -> Tensor:
-    """`output_D += scale * weight_DI @ states_I`. In bfloat16, `addmv_` is slower than a product and a sum."""
-    if output_D.dtype in (torch.float32, torch.float64):
-        return output_D.addmv_(weight_DI, states_I, alpha=scale)
-    return output_D.add_(torch.mv(weight_DI, states_I), alpha=scale)
-
-
-def _one_token(
-    hidden_TD: Tensor, top_k_index: Tensor, weight_TK: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor
-) -> Tensor:
-    token_D, output_D = hidden_TD[0], hidden_TD.new_zeros(hidden_TD.shape[1])
-    one = OneTokenExpert(down_EDI.shape[2], token_D.dtype)
-    for expert, weight in zip(top_k_index.tolist()[0], weight_TK.tolist()[0], strict=True):
-        if expert < down_EDI.shape[0]:
-            gate_up_HD, down_DI = gate_up_EHD[expert], down_EDI[expert]
-            if down_DI.dtype != token_D.dtype:
-                gate_up_HD, down_DI = gate_up_HD.to(token_D.dtype), down_DI.to(token_D.dtype)
-            one.add(output_D, token_D, gate_up_HD, down_DI, weight)
-    return output_D.unsqueeze(0)
-
-
 def _run_sparse(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan) -> Tensor:
     """Unweighted outputs `(P, D)` through two grouped products, weights on the right. Differentiable by itself."""
     ends_E = torch.tensor(list(accumulate(plan.counts)), dtype=torch.int32)
@@ -285,7 +251,7 @@ def _is_emulated(dtype: torch.dtype) -> bool:
 def _is_supported(experts: Any, gate_up: Tensor, hidden_states: Tensor) -> bool:
     """Whether the module has the layout this file is written for; everything else is transformers' to compute."""
     return (
-        hidden_states.device.type == "cpu"
+        hidden_states.is_cpu
         and not torch.compiler.is_compiling()
         and type(gate_up) in (Tensor, nn.Parameter)
         and getattr(experts, "has_gate", True)
@@ -293,7 +259,7 @@ def _is_supported(experts: Any, gate_up: Tensor, hidden_states: Tensor) -> bool:
         and not getattr(experts, "has_bias", False)
         and not getattr(experts, "is_transposed", False)
         and not getattr(experts, "has_post_expert_norm", False)
-        and (_is_silu(experts) or next(experts.act_fn.parameters(), None) is None)
+        and (is_silu(experts) or next(experts.act_fn.parameters(), None) is None)
     )
 
 
@@ -316,16 +282,21 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
             self, hidden_states, top_k_index, top_k_weights
         )
     dtype = gate_up.dtype
-    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+    is_autocast = torch.is_autocast_enabled("cpu")
+    if top_k_index.shape[0] == 1 and not torch.is_grad_enabled() and not is_autocast and is_silu(self):
+        choice = top_k_index.tolist()[0], top_k_weights.tolist()[0]
+        return run_one_token(hidden_states.to(dtype), *choice, gate_up, down).to(hidden_states.dtype)
+    if is_autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
-    gate = _Gate(self, _is_silu(self))
+    gate = _Gate(self, is_silu(self))
     is_training = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (hidden_states, top_k_weights, gate_up, down)
     )
     with without_autocast(hidden_states):
         hidden_TD = hidden_states.to(dtype)
         if not is_training and gate.is_silu and hidden_TD.shape[0] == 1:
-            return _one_token(hidden_TD, top_k_index, top_k_weights, gate_up, down).to(hidden_states.dtype)
+            choice = top_k_index.tolist()[0], top_k_weights.tolist()[0]
+            return run_one_token(hidden_TD, *choice, gate_up, down).to(hidden_states.dtype)
         num_few = few_rows(gate_up, is_training) if _can_group(hidden_TD, gate_up, down) else 0
         plan = make_slot_plan(top_k_index, len(gate_up), num_few)
         if plan.is_sparse:
@@ -341,7 +312,8 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         return output_TD.to(hidden_states.dtype)
 
 
-def _is_silu(experts: Any) -> bool:
+def is_silu(experts: Any) -> bool:
+    """Whether the experts are SwiGLU."""
     return type(experts)._apply_gate is _default_apply_gate and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
 
 

@@ -95,7 +95,7 @@ class LeanDecoder:
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not self._knows(past_key_values):
             return None
         token = int(input_ids)
-        is_media = token in self.media or (mm_token_type_ids is not None and bool(mm_token_type_ids.any()))
+        is_media = token in self.media or (mm_token_type_ids is not None and mm_token_type_ids.tolist() != [[0]])
         total = int(past_key_values.get_seq_length()) + 1  # type: ignore[union-attr]
         masks, first = self._read_mask(attention_mask, total)
         if token < 0 or is_media or first is None or (position_ids is not None and position_ids.shape != (1, 1)):
