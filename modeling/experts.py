@@ -21,7 +21,7 @@ from transformers.integrations import use_experts_implementation
 
 from .configuration_banks import MODALITY_IDS, LayerBankConfig
 from .configuration_text import ChorusTextConfig
-from .experts_cpu import CPU_EXPERTS, is_silu
+from .experts_cpu import CPU_EXPERTS, SILU
 from .modality_plan import ModalityPlan, add_rows, take_rows
 from .one_token_experts import run_one_token
 from .routers import ROUTER_CLASSES, BankRouting, is_one_to_read, without_autocast
@@ -131,14 +131,16 @@ def runs_as_written(experts: Any, dtype: torch.dtype) -> bool:
     no other dtype. For one token, what a call passes through takes as long as the small operations."""
     if type(experts) is not ChorusExperts or nn.modules.module._has_any_global_hook():
         return False
-    state = vars(experts)
-    changes = ("_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl", "forward")
+    # From the dictionaries: a module looks for its parameters and children last, and slowly.
+    state = experts.__dict__
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or state.get("_compiled_call_impl") or "forward" in state:
+        return False
+    gate_up, down = state["_parameters"].get("gate_up_proj"), state["_parameters"].get("down_proj")
     return (
-        not any(state.get(name) for name in changes)
-        and experts.config._experts_implementation == CPU_EXPERTS
-        and is_silu(experts)
-        and type(experts.gate_up_proj) is type(experts.down_proj) is nn.Parameter
-        and experts.gate_up_proj.dtype == experts.down_proj.dtype == dtype
+        type(gate_up) is type(down) is nn.Parameter
+        and gate_up.dtype == down.dtype == dtype
+        and isinstance(state["_modules"].get("act_fn"), SILU)
+        and state["config"]._experts_implementation == CPU_EXPERTS
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -171,10 +173,10 @@ class ExpertBank(nn.Module):
     def _feed(self, hidden_RD: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
         if is_one_to_read(hidden_RD):
             experts = self.experts
-            if not runs_as_written(experts, hidden_RD.dtype):
+            if not runs_as_written(experts, hidden_RD.dtype) or experts.num_experts != self.num_experts:
                 return experts(hidden_RD, index_RK, weights_RK)
-            choice = index_RK.tolist()[0], weights_RK.tolist()[0]
-            return run_one_token(hidden_RD, *choice, experts.gate_up_proj, experts.down_proj)
+            choice, matrices = (index_RK.tolist()[0], weights_RK.tolist()[0]), experts._parameters
+            return run_one_token(hidden_RD, *choice, matrices["gate_up_proj"], matrices["down_proj"])
         is_stacked = not isinstance(self.experts, LinearExperts)
         if is_stacked and self._stacked_experts().num_experts != self.num_experts:
             return self.experts(hidden_RD, index_RK, weights_RK)  # spread over ranks, which all make the same calls
@@ -206,8 +208,9 @@ class ExpertBank(nn.Module):
         options = plan.row_options(self.name, self.modalities, rows, token_mask)
         choice = self.router(hidden_RD, options)
         logits_RE, weights_RK, index_RK = choice[:3]
-        if self.gate is not None:
-            gate_R = self.gate(hidden_RD)
+        own_gate = self.gate
+        if own_gate is not None:
+            gate_R = own_gate(hidden_RD)
             # A static plan shows the bank every row.
             gate_R = gate_R * token_mask if plan.is_static and token_mask is not None else gate_R
             states_weights_RK = weights_RK * gate_R[:, None]

@@ -33,6 +33,7 @@ from .one_token_experts import run_one_token
 from .routers import without_autocast
 
 CPU_EXPERTS = "cpu_mm"
+SILU = nn.SiLU, SiLUActivation
 
 
 class _Gate(NamedTuple):
@@ -314,7 +315,7 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
 
 def is_silu(experts: Any) -> bool:
     """Whether the experts are SwiGLU."""
-    return type(experts)._apply_gate is _default_apply_gate and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+    return type(experts)._apply_gate is _default_apply_gate and isinstance(experts.act_fn, SILU)
 
 
 ExpertsInterface.register(CPU_EXPERTS, cpu_mm_experts_forward)

@@ -143,16 +143,14 @@ class Router(nn.Module):
             if noise and self.training:
                 hidden_TD = hidden_TD * torch.empty_like(hidden_TD).uniform_(1 - noise, 1 + noise)
             logits_TE = self.score(hidden_TD)
-            if is_one_to_read(logits_TE) and self._decides_for_one(options):
+            is_few = is_one_to_read(logits_TE) and logits_TE.shape[1] <= MOST_EXPERTS
+            if is_few and (options is None or options.places is None):
                 return self._choose_for_one(logits_TE, options or NO_OPTIONS)
             if not self.is_plain or options is not None:
                 return self.choose(logits_TE, options or NO_OPTIONS)
             index_TK = best_experts(logits_TE, self.top_k)
             weights_TK = choice_weights(self.log_weights(logits_TE), index_TK, self.norm_topk_prob)
             return ExpertChoice(logits_TE, weights_TK, index_TK)
-
-    def _decides_for_one(self, options: RowOptions | None) -> bool:
-        return (options is None or options.places is None) and self.bank.num_experts <= MOST_EXPERTS
 
     def _choose_for_one(self, logits_1E: Tensor, options: RowOptions) -> ExpertChoice:
         experts, weights, log_prob = choose_for_one(self, logits_1E.tolist()[0], options)
