@@ -283,11 +283,7 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
             self, hidden_states, top_k_index, top_k_weights
         )
     dtype = gate_up.dtype
-    is_autocast = torch.is_autocast_enabled("cpu")
-    if top_k_index.shape[0] == 1 and not torch.is_grad_enabled() and not is_autocast and is_silu(self):
-        choice = top_k_index.tolist()[0], top_k_weights.tolist()[0]
-        return run_one_token(hidden_states.to(dtype), *choice, gate_up, down).to(hidden_states.dtype)
-    if is_autocast and dtype != torch.float64:
+    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
     gate = _Gate(self, is_silu(self))
     is_training = torch.is_grad_enabled() and any(
