@@ -3,8 +3,8 @@
 [`lean_decoding`] opens while `generate` decodes. It reads the model once; where every module of the decoder is exactly
 one that `lean_layers` writes out, steps of one text token run through [`LeanDecoder`], on the same parameters and the
 same cache. Where one is not (a hook, an adapter, a quantised weight, a shard, another attention backend), or where more
-than logits is asked for, the modules run as ever. A router that is not a plain softmax, or a sparse layer with experts
-of another kind, is called as a module within the lean step.
+than logits is asked for, the modules run as ever. Routers decide in Python numbers (`one_token_choice`); a sparse layer
+with experts of another kind is called as a module within the lean step.
 
 Shape suffixes: D hidden size, C head size.
 """
