@@ -7,12 +7,18 @@ Run as `python -m benchmarks.routing_options`. For each number of tokens three c
 
 No option here saves the experts much work: the budget is K, an untrained router uses over 99% of the adaptive slots,
 and K experts are drawn. Where options only exist in training, they are measured there only.
+
+Of few tokens, sampled routing visits other experts at each call where the plain layer finds the same ones, and finds
+them in the cache. `sampled_spread` is sampled routing over the plain layer on tokens whose best experts are a replay
+of draws: as many different experts, and nothing drawn.
+
 Each option takes turns with the plain layer alone, so compare ratios; `chorus_ms` is that of the last pair.
 The balance losses are added to the loss; `bias` counts the choices and moves the bias, once a step.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -31,6 +37,7 @@ TOKENS = (1, 16, 256, 8192)
 SEQUENCE = 512  # tokens of one sequence at most
 SIZES = {"hidden_size": 512, "num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
 QUICK = {"hidden_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SAMPLED, DRAWS = "sampled", 64  # draws that are replayed
 PASSES = ("forward", "training", "once a forward")
 
 
@@ -58,7 +65,7 @@ OPTIONS: dict[str, Option] = {
     "drop": Option(NO_BALANCE | {"expert_capacity": 1.25, "capacity_overflow": "drop"}, in_eval=False),
     "adaptive": Option(NO_BALANCE | {"adaptive_experts": True}),
     "budget": Option(NO_BALANCE, {"expert_budget": {"text": SIZES["num_experts_per_tok"]}}),
-    "sampled": Option(NO_BALANCE, {"sample_experts": (BANK,)}),
+    SAMPLED: Option(NO_BALANCE, {"sample_experts": (BANK,)}),
     "jitter": Option(NO_BALANCE | {"router_jitter_noise": 0.01}, in_eval=False),
 }
 
@@ -105,6 +112,26 @@ class Variant:
         plan = self.prepare(is_training=False)
         return torch.no_grad()(lambda: self.layer(self.hidden_BSD, plan))
 
+    def replay(self, sampled: "Variant") -> Callable[[], Any]:
+        """As `forward`, on tokens whose best experts are those that another layer draws, one draw after the other."""
+        self.layer.eval()
+        sampled.layer.eval()
+        plan, drawing = self.prepare(is_training=False), sampled.prepare(is_training=False)
+        router = self.layer.banks[BANK].router
+        tokens = []
+        with torch.no_grad():
+            sorted_TE = router.score(self.hidden_BSD.flatten(0, 1).float()).sort(dim=-1, descending=True).values
+            inverse_DE = torch.linalg.pinv(router.weight.float())
+            for _ in range(DRAWS):
+                drawn_TK = sampled.layer(self.hidden_BSD, drawing)[1][BANK].selected_experts
+                places_K = torch.arange(drawn_TK.shape[1], 0, -1.0)
+                ranked_TE = torch.zeros_like(sorted_TE).scatter(1, drawn_TK, places_K.expand(drawn_TK.shape))
+                logits_TE = torch.empty_like(sorted_TE).scatter(1, ranked_TE.argsort(descending=True), sorted_TE)
+                hidden_TD = (logits_TE @ inverse_DE.T).to(self.hidden_BSD.dtype)
+                tokens.append(hidden_TD.view_as(self.hidden_BSD))
+        turn = cycle(tokens)
+        return torch.no_grad()(lambda: self.layer(next(turn), plan))
+
     def training(self) -> Callable[[], None]:
         self.layer.train()
         plan = self.prepare(is_training=True)
@@ -129,6 +156,15 @@ class Variant:
         """What the option does after the optimizer's step."""
         if self.banks[BANK].balance == "bias":
             update_balance_bias(self.layer.banks[BANK].router, balance_counts([routing], [0])[0][BANK])
+
+
+def spread_figures(sizes: dict[str, int], hidden_BSD: Tensor, rounds: int) -> dict[str, float]:
+    """Sampled routing over a plain layer that visits as many different experts."""
+    plain = Variant(OPTIONS[OURS], sizes, hidden_BSD, None)
+    sampled = Variant(OPTIONS[SAMPLED], sizes, hidden_BSD, plain.layer.banks[BANK].experts)
+    name = f"{SAMPLED}_spread"
+    values = figures(measure({OURS: plain.replay(sampled), name: sampled.forward()}, rounds))
+    return {key: value for key, value in values.items() if key.startswith(name)}
 
 
 def calls_of(kind: str, sizes: dict[str, int], hidden_BSD: Tensor, names: list[str]) -> dict[str, Callable[[], Any]]:
@@ -156,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("--tokens", {"type": int, "nargs": "+", "default": list(TOKENS)}),
         ("--passes", {"nargs": "+", "default": list(PASSES), "choices": PASSES}),
     )
-    sizes, tokens = (QUICK, [6]) if parsed.quick else (SIZES, parsed.tokens)
+    sizes, tokens = (QUICK, [3]) if parsed.quick else (SIZES, parsed.tokens)
     names = [OURS, *(name for name in parsed.options if name != OURS)]
     report = Report(f"routing options, {parsed.dtype}, {sizes}", parsed)
     for count in tokens:
@@ -168,6 +204,8 @@ def main(arguments: list[str] | None = None) -> None:
             for name, call in calls.items():
                 # Each against the plain layer alone: over a round of thirteen the machine drifts by more than 10%.
                 values |= figures(measure({OURS: ours, name: call}, parsed.rounds))
+            if kind == "forward" and SAMPLED in calls and count * sizes["num_experts_per_tok"] < sizes["num_experts"]:
+                values |= spread_figures(sizes, hidden_BSD, parsed.rounds)
             report.add(f"T{count} {kind}", values)
     report.save()
 

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+SILU = nn.SiLU, SiLUActivation
 # A batched product copies the weights of every choice: 128 choices of 128 experts took twice as long as grouped ones.
 FEW_CHOICES = 16
 
 
 def is_silu(experts: Any) -> bool:
     """Whether the experts are SwiGLU: `silu(gate) * up`."""
-    return type(experts)._apply_gate is _default_apply_gate and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+    return type(experts)._apply_gate is _default_apply_gate and isinstance(experts.act_fn, SILU)
 
 
 def has_plain_layout(experts: Any) -> bool:

@@ -21,8 +21,11 @@ from transformers.integrations import use_experts_implementation
 
 from .configuration_banks import MODALITY_IDS, LayerBankConfig
 from .configuration_text import ChorusTextConfig
+from .expert_layout import SILU
+from .experts_cpu import CPU_EXPERTS
 from .modality_plan import ModalityPlan, add_rows, take_rows
-from .routers import ROUTER_CLASSES, BankRouting, float32_product, without_autocast
+from .one_token_experts import run_one_token
+from .routers import ROUTER_CLASSES, BankRouting, float32_product, is_one_to_read, without_autocast
 from .sequence_chunks import CHUNK, in_chunks
 
 # Chunks of a long sequence give an expert so many rows on average, or more.
@@ -124,6 +127,25 @@ class LinearExperts(nn.ModuleList):
         return output_TD
 
 
+def runs_as_written(experts: Any, dtype: torch.dtype) -> bool:
+    """Whether calling the experts comes to `cpu_mm` on SwiGLU experts and nothing else: no hook, no adapter, no shard,
+    no other dtype. For one token, what a call passes through takes as long as the small operations."""
+    if type(experts) is not ChorusExperts or nn.modules.module._has_any_global_hook():
+        return False
+    # From the dictionaries: a module looks for its parameters and children last, and slowly.
+    state = experts.__dict__
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or state.get("_compiled_call_impl") or "forward" in state:
+        return False
+    gate_up, down = state["_parameters"].get("gate_up_proj"), state["_parameters"].get("down_proj")
+    return (
+        type(gate_up) is type(down) is nn.Parameter
+        and gate_up.dtype == down.dtype == dtype
+        and isinstance(state["_modules"].get("act_fn"), SILU)
+        and state["config"]._experts_implementation == CPU_EXPERTS
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 EXPERT_CLASSES: dict[str, type[ChorusExperts] | type[LinearExperts]] = {"fused": ChorusExperts, "linear": LinearExperts}
 
 
@@ -150,6 +172,12 @@ class ExpertBank(nn.Module):
         return next(module for module in self.experts.modules() if isinstance(module, ChorusExperts))
 
     def _feed(self, hidden_RD: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
+        if is_one_to_read(hidden_RD):
+            experts = self.experts
+            if not runs_as_written(experts, hidden_RD.dtype) or experts.num_experts != self.num_experts:
+                return experts(hidden_RD, index_RK, weights_RK)
+            choice, matrices = (index_RK.tolist()[0], weights_RK.tolist()[0]), experts._parameters
+            return run_one_token(hidden_RD, *choice, matrices["gate_up_proj"], matrices["down_proj"])
         is_stacked = not isinstance(self.experts, LinearExperts)
         if is_stacked and self._stacked_experts().num_experts != self.num_experts:
             return self.experts(hidden_RD, index_RK, weights_RK)  # spread over ranks, which all make the same calls
@@ -181,13 +209,14 @@ class ExpertBank(nn.Module):
         options = plan.row_options(self.name, self.modalities, rows, token_mask)
         choice = self.router(hidden_RD, options)
         logits_RE, weights_RK, index_RK = choice[:3]
-        if self.gate is not None:
-            gate_R = self.gate(hidden_RD)
+        own_gate = self.gate
+        if own_gate is not None:
+            gate_R = own_gate(hidden_RD)
             # A static plan shows the bank every row.
             gate_R = gate_R * token_mask if plan.is_static and token_mask is not None else gate_R
             states_weights_RK = weights_RK * gate_R[:, None]
         elif gate_T is None:
-            gate_R, states_weights_RK = logits_RE.new_ones(len(hidden_RD)), weights_RK
+            gate_R, states_weights_RK = logits_RE.new_ones(hidden_RD.shape[0]), weights_RK
         else:
             gate_R = take_rows(gate_T, rows)
             states_weights_RK = weights_RK * gate_R[:, None]

@@ -31,6 +31,7 @@ from transformers.integrations.moe import ExpertsInterface
 from .expert_layout import can_group, has_plain_layout, is_silu, run_plainly
 from .expert_slots import PADDED_ROWS, SlotPlan, Unit, few_rows, make_slot_plan
 from .experts_gpu import gpu_mm_experts_forward
+from .one_token_experts import run_one_token
 from .routers import without_autocast
 
 CPU_EXPERTS = "cpu_mm"
@@ -225,41 +226,6 @@ def _accumulate(left: Tensor, right: Tensor, total: Tensor, unit: Unit) -> None:
         target[0].addmm_(left[0], right[0])
 
 
-class OneTokenExpert:
-    """SwiGLU experts of width I for a single token: two matrix-vector products each, nothing gathered."""
-
-    def __init__(self, width: int, dtype: torch.dtype):
-        self.hidden_H = torch.empty(2 * width, dtype=dtype)
-        self.gate_I, self.up_I = self.hidden_H.chunk(2)
-
-    def add(self, output_D: Tensor, token_D: Tensor, gate_up_HD: Tensor, down_DI: Tensor, weight: float) -> None:
-        """Add one expert's weighted output to `output_D`, in place."""
-        torch.mv(gate_up_HD, token_D, out=self.hidden_H)
-        F.silu(self.gate_I, inplace=True).mul_(self.up_I)
-        add_product(output_D, down_DI, self.gate_I, weight)
-
-
-def add_product(output_D: Tensor, weight_DI: Tensor, states_I: Tensor, scale: float = 1.0) -> Tensor:
-    """`output_D += scale * weight_DI @ states_I`. In bfloat16, `addmv_` is slower than a product and a sum."""
-    if output_D.dtype in (torch.float32, torch.float64):
-        return output_D.addmv_(weight_DI, states_I, alpha=scale)
-    return output_D.add_(torch.mv(weight_DI, states_I), alpha=scale)
-
-
-def _one_token(
-    hidden_TD: Tensor, top_k_index: Tensor, weight_TK: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor
-) -> Tensor:
-    token_D, output_D = hidden_TD[0], hidden_TD.new_zeros(hidden_TD.shape[1])
-    one = OneTokenExpert(down_EDI.shape[2], token_D.dtype)
-    for expert, weight in zip(top_k_index.tolist()[0], weight_TK.tolist()[0], strict=True):
-        if expert < down_EDI.shape[0]:
-            gate_up_HD, down_DI = gate_up_EHD[expert], down_EDI[expert]
-            if down_DI.dtype != token_D.dtype:
-                gate_up_HD, down_DI = gate_up_HD.to(token_D.dtype), down_DI.to(token_D.dtype)
-            one.add(output_D, token_D, gate_up_HD, down_DI, weight)
-    return output_D.unsqueeze(0)
-
-
 def _run_sparse(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan) -> Tensor:
     """Unweighted outputs `(P, D)` through two grouped products, weights on the right. Differentiable by itself."""
     ends_E = torch.tensor(list(accumulate(plan.counts)), dtype=torch.int32)
@@ -308,7 +274,8 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
     with without_autocast(hidden_states):
         hidden_TD = hidden_states.to(dtype)
         if not is_training and gate.is_silu and hidden_TD.shape[0] == 1:
-            return _one_token(hidden_TD, top_k_index, top_k_weights, gate_up, down).to(hidden_states.dtype)
+            choice = top_k_index.tolist()[0], top_k_weights.tolist()[0]
+            return run_one_token(hidden_TD, *choice, gate_up, down).to(hidden_states.dtype)
         num_few = few_rows(gate_up, is_training) if can_group(hidden_TD, gate_up, down) else 0
         plan = make_slot_plan(top_k_index, len(gate_up), num_few)
         if plan.is_sparse:

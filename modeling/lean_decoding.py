@@ -3,8 +3,8 @@
 [`lean_decoding`] opens while `generate` decodes. It reads the model once; where every module of the decoder is exactly
 one that `lean_layers` writes out, steps of one text token run through [`LeanDecoder`], on the same parameters and the
 same cache. Where one is not (a hook, an adapter, a quantised weight, a shard, another attention backend), or where more
-than logits is asked for, the modules run as ever. A router that is not a plain softmax, or a sparse layer with experts
-of another kind, is called as a module within the lean step.
+than logits is asked for, the modules run as ever. Routers decide in Python numbers (`one_token_choice`); a sparse layer
+with experts of another kind is called as a module within the lean step.
 
 Shape suffixes: D hidden size, C head size.
 """
@@ -95,7 +95,7 @@ class LeanDecoder:
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not self._knows(past_key_values):
             return None
         token = int(input_ids)
-        is_media = token in self.media or (mm_token_type_ids is not None and bool(mm_token_type_ids.any()))
+        is_media = token in self.media or (mm_token_type_ids is not None and mm_token_type_ids.tolist() != [[0]])
         total = int(past_key_values.get_seq_length()) + 1  # type: ignore[union-attr]
         masks, first = self._read_mask(attention_mask, total)
         if token < 0 or is_media or first is None or (position_ids is not None and position_ids.shape != (1, 1)):

@@ -11,8 +11,8 @@ Shape suffixes: D hidden size, H heads, G key-value heads, C head size, S positi
 K experts per token, I expert width.
 """
 
-import math
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from .attention import ModalityProjection
 from .configuration_banks import ExpertBankConfig
-from .experts_cpu import OneTokenExpert, add_product
 from .modality_plan import ModalityPlan
-from .routers import SoftmaxRouter, filled_rows
+from .one_token_choice import choose_for_one, softmax
+from .one_token_experts import add_experts, add_product
+from .routers import NO_OPTIONS, SigmoidRouter, SoftmaxRouter, filled_rows
 from .routing_options import read_routing_options
 
 # Positions that a buffer of keys and values has free when it is made: at least so many, or a quarter of what it holds.
@@ -33,13 +34,24 @@ SPARE_POSITIONS = 128
 FeedForward = Callable[[Tensor, Tensor], Tensor]
 
 
+@cache
+def zeros(size: int, dtype: torch.dtype) -> Tensor:
+    """One vector for all norms of a size: it stays in the cache. It is never written."""
+    return torch.zeros(size, dtype=dtype, device="cpu")
+
+
+@cache
+def exchange_of_halves(size: int) -> Tensor:
+    return torch.arange(size, device="cpu").roll(size // 2)
+
+
 class LeanNorm:
     """[`RMSNorm`] of one token `(D,)`."""
 
     def __init__(self, norm: Any):
         self.weight: Tensor = norm.weight
         self.eps: float = norm.eps
-        self.zero = torch.zeros_like(norm.weight)
+        self.zero = zeros(len(norm.weight), norm.weight.dtype)
         self.size = len(norm.weight)
         self.is_narrow = self.zero.itemsize < 4
 
@@ -49,11 +61,12 @@ class LeanNorm:
         return torch.addcmul(self.zero, states_D, self.weight, value=(mean + self.eps) ** -0.5)
 
 
-def project(linear: Any, states_D: Tensor, out: Tensor) -> Tensor:
+def project(weight: Tensor, bias: Tensor | None, states_D: Tensor, out: Tensor) -> None:
     """A linear layer of one token, written to `out`."""
-    if linear.bias is None:
-        return torch.mv(linear.weight, states_D, out=out)
-    return torch.addmv(linear.bias, linear.weight, states_D, out=out)
+    if bias is None:
+        torch.mv(weight, states_D, out=out)
+    else:
+        torch.addmv(bias, weight, states_D, out=out)
 
 
 class KeyValueBuffer:
@@ -87,7 +100,7 @@ class LeanAttention:
     """[`Attention`] and [`CrossModalAttention`] of one text token, added to the residual stream."""
 
     def __init__(self, attention: Any):
-        text = [
+        text: list[Any] = [
             proj["text"] if isinstance(proj, ModalityProjection) else proj
             for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
         ]
@@ -103,14 +116,20 @@ class LeanAttention:
         self.query = query_key_value[:heads].view(1, groups, heads // groups, size)
         self.key_value = query_key_value[heads:].view(2, 1, groups, 1, size)
         parts = query_key_value.view(-1).split([linear.out_features for linear in text])
-        self.projections = list(zip(text, parts, strict=True))
-        self.exchange = torch.arange(size).roll(size // 2)
+        self.projections: list[tuple[Tensor, Tensor | None, Tensor]] = [
+            (linear.weight, linear.bias, part) for linear, part in zip(text, parts, strict=True)
+        ]
+        self.exchange = exchange_of_halves(size)
+        self.size = size
         self.norm_weight = None
         if not isinstance(attention.q_norm, nn.Identity):
             # A row for each head: so few numbers that a copy costs nothing and spares one product a layer.
             weights = attention.q_norm.weight.expand(heads, size), attention.k_norm.weight.expand(groups, size)
             self.norm_weight = torch.cat(weights)
-            self.eps = torch.full((), attention.q_norm.eps, dtype=torch.promote_types(dtype, torch.float32))
+            wide = torch.promote_types(dtype, torch.float32)
+            self.eps = torch.full((heads + groups, 1, 1), attention.q_norm.eps, dtype=wide)
+            self.is_narrow = dtype.itemsize < 4
+            self.rows, self.columns = self.query_key.unsqueeze(1), self.query_key.unsqueeze(2)
         self.memory = KeyValueBuffer()
         self.global_tokens: Any = attention.global_tokens
 
@@ -132,11 +151,13 @@ class LeanAttention:
             first, total: the real tokens are the positions from `first` to `total`, the new one included.
             mask: over all keys that the layer of the cache returns; replaces `first`.
         """
-        for linear, part in self.projections:
-            project(linear, states_D, part)
+        for weight, bias, part in self.projections:
+            project(weight, bias, states_D, part)
         if self.norm_weight is not None:
-            norm = torch.linalg.vector_norm(self.query_key, dim=-1, keepdim=True, dtype=self.eps.dtype)
-            self.query_key.mul_(torch.addcmul(self.eps, norm, norm, value=1 / self.query_key.shape[1]).rsqrt_())
+            # The mean square of each head and eps in one product.
+            pair = (self.rows.float(), self.columns.float()) if self.is_narrow else (self.rows, self.columns)
+            square = torch.baddbmm(self.eps, *pair, alpha=1 / self.size)
+            self.rows.mul_(square.rsqrt_())
             self.query_key.mul_(self.norm_weight)
         if self.use_rope:
             cos_C, sin_C = tables
@@ -188,36 +209,29 @@ class LeanDense:
 
 
 class LeanBank:
-    """[`ExpertBank`] of one token. A plain [`SoftmaxRouter`] is written out, any other router is called."""
+    """[`ExpertBank`] of one token."""
 
     def __init__(self, bank: Any):
         self.router = bank.router
-        self.choose = self._best if type(self.router) is SoftmaxRouter and self.router.is_plain else self._ask
+        self.is_linear = type(self.router) in (SoftmaxRouter, SigmoidRouter)
         gate_up, down = bank.experts.gate_up_proj, bank.experts.down_proj
         self.experts = list(zip(gate_up.unbind(0), down.unbind(0), strict=True))
-        self.one = OneTokenExpert(down.shape[2], down.dtype)
+        self.size = self.router.top_k, down.shape[2], down.dtype
 
     def __call__(self, residual_D: Tensor, states_D: Tensor, bank_weight: float) -> None:
-        for expert, weight in zip(*self.choose(states_D), strict=True):
-            if expert < len(self.experts):
-                gate_up_HD, down_DI = self.experts[expert]
-                self.one.add(residual_D, states_D, gate_up_HD, down_DI, bank_weight * weight)
+        choice = choose_for_one(self.router, self._logits(states_D), NO_OPTIONS)
+        chosen = [
+            (*self.experts[expert], bank_weight * weight)
+            for expert, weight in zip(choice.experts, choice.weights, strict=True)
+            if expert < len(self.experts)
+        ]
+        add_experts(residual_D, states_D, chosen, self.size)
 
-    def _best(self, states_D: Tensor) -> tuple[list[int], list[float]]:
+    def _logits(self, states_D: Tensor) -> list[float]:
+        if not self.is_linear:
+            return self.router.score(states_D.float().unsqueeze(0)).tolist()[0]
         weight_ED = self.router.weight
-        logits_E = torch.mv(filled_rows(weight_ED.float()), states_D.float())[: len(weight_ED)]
-        logits = logits_E.tolist()
-        # Ties as in `best_experts`: the sort is stable, and reversing keeps it so.
-        index = sorted(range(len(logits)), key=logits.__getitem__, reverse=True)[: self.router.top_k]
-        chosen = [logits[expert] for expert in index]
-        if self.router.norm_topk_prob:
-            return index, softmax(chosen)
-        total = logits_E.logsumexp(0).item()
-        return index, [math.exp(value - total) for value in chosen]
-
-    def _ask(self, states_D: Tensor) -> tuple[list[int], list[float]]:
-        choice = self.router(states_D.unsqueeze(0))
-        return choice.selected_experts[0].tolist(), choice.routing_weights[0].tolist()
+        return torch.mv(filled_rows(weight_ED.float()), states_D.float()).tolist()[: len(self.experts)]
 
 
 class LeanBanks:
@@ -261,10 +275,3 @@ class ModuleFeedForward:
 
     def __call__(self, residual_D: Tensor, states_D: Tensor) -> Tensor:
         return residual_D.add_(self.module(states_D.view(1, 1, -1), self.plan)[0].view(-1))
-
-
-def softmax(values: list[float]) -> list[float]:
-    largest = max(values)
-    powers = [math.exp(value - largest) for value in values]
-    total = sum(powers)
-    return [power / total for power in powers]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,9 +31,8 @@ from .expert_choice import (
     unused_slots,
     uses_all_slots,
 )
+from .one_token_choice import MOST_EXPERTS, NO_OPTIONS, choose_for_one
 from .routing_options import RowOptions
-
-NO_OPTIONS = RowOptions()
 
 
 class ExpertChoice(NamedTuple):
@@ -121,6 +121,17 @@ def filled_rows(weight_ED: Tensor) -> Tensor:
     return F.pad(weight_ED, (0, 0, 0, missing)) if missing else weight_ED
 
 
+def is_one_to_read(states: Tensor) -> bool:
+    """Whether a tensor is of one token and may be read as numbers: nothing waits and no gradient is lost."""
+    return (
+        states.shape[0] == 1
+        and not torch.is_grad_enabled()
+        and states.is_cpu
+        and type(states) is Tensor
+        and not torch.compiler.is_compiling()
+    )
+
+
 class Router(nn.Module):
     """What all routers share. A subclass scores; experts are weighed by a softmax unless it says otherwise.
 
@@ -130,6 +141,8 @@ class Router(nn.Module):
     `e_score_correction_bias`, where the bank is balanced by it, is added to the scores for the choice only. It is
     float32 whatever the model is cast to: its steps of 0.001 would be lost in bfloat16.
     """
+
+    weighs_by_sigmoid = False
 
     def __init__(self, hidden_size: int, bank: LayerBankConfig):
         super().__init__()
@@ -161,11 +174,21 @@ class Router(nn.Module):
                 hidden_TD = hidden_TD.float()
                 hidden_TD = hidden_TD * torch.empty_like(hidden_TD).uniform_(1 - noise, 1 + noise)
             logits_TE = self.score(hidden_TD)
+            is_few = is_one_to_read(logits_TE) and logits_TE.shape[1] <= MOST_EXPERTS
+            if is_few and (options is None or options.places is None):
+                return self._choose_for_one(logits_TE, options or NO_OPTIONS)
             if not self.is_plain or options is not None:
                 return self.choose(logits_TE, options or NO_OPTIONS)
             index_TK = best_experts(logits_TE, self.top_k)
             weights_TK = choice_weights(self.log_weights(logits_TE), index_TK, self.norm_topk_prob)
             return ExpertChoice(logits_TE, weights_TK, index_TK)
+
+    def _choose_for_one(self, logits_1E: Tensor, options: RowOptions) -> ExpertChoice:
+        experts, weights, log_prob = choose_for_one(self, logits_1E.tolist()[0], options)
+        # By way of numpy, which makes small tensors in less than half of the time.
+        weights_1K, index_1K = np.array([weights], np.float32), np.array([experts], np.int64)
+        log_probs = None if log_prob is None else torch.from_numpy(np.array([log_prob], np.float32))
+        return ExpertChoice(logits_1E, torch.from_numpy(weights_1K), torch.from_numpy(index_1K), log_probs)
 
     def choose(self, logits_TE: Tensor, options: RowOptions) -> ExpertChoice:
         """The whole way from logits to weights, with every option."""
@@ -252,11 +275,20 @@ class SoftmaxRouter(Router):
         self.weight = nn.Parameter(torch.empty(bank.num_experts, hidden_size))
 
     def score(self, hidden_TD: Tensor) -> Tensor:
-        return float32_product(hidden_TD, filled_rows(self.weight))[:, : len(self.weight)]
+        count = self.weight.shape[0]
+        rows_ED = self.weight if count % ROW_BLOCK == 0 else filled_rows(self.weight)
+        if is_one_to_read(hidden_TD) and type(rows_ED) in (Tensor, nn.Parameter):
+            # The kernel of the experts, whose code is at hand.
+            logits_TE = torch.mv(rows_ED.float(), hidden_TD[0].float()).unsqueeze(0)
+        else:
+            logits_TE = float32_product(hidden_TD, rows_ED)
+        return logits_TE if count % ROW_BLOCK == 0 else logits_TE[:, :count]
 
 
 class SigmoidRouter(SoftmaxRouter):
     """Linear scores, each expert weighed by its own sigmoid (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+
+    weighs_by_sigmoid = True
 
     def __init__(self, hidden_size: int, bank: LayerBankConfig):
         super().__init__(hidden_size, bank)

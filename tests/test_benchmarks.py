@@ -32,7 +32,8 @@ EXPECTED = {
     train_step: {"qwen3_omni_ratio", "ernie_vl_ratio", "dense_active_ratio", "with_balance_ratio", "chorus_mib"},
     router_reward: {"accuracy", "loss", "load_entropy", "strongest_share", "expert_bits", "train_seconds"},
     decode: {"qwen3_moe_ratio", "dense_active_ratio", "of_bound_ratio", "chorus_tokens_per_second", "chorus_ms"},
-    routing_options: {f"{name}_ratio" for name in routing_options.OPTIONS} - {"chorus_ratio"} | {"chorus_ms"},
+    routing_options: {f"{name}_ratio" for name in routing_options.OPTIONS} - {"chorus_ratio"}
+    | {"chorus_ms", "sampled_spread_ratio"},
     adaptive_experts: {"adaptive_simple_ratio", "adaptive_mixed_used", "adaptive_experts", "half_accuracy",
                        "chorus_mflops", "adaptive_loss"},
     early_exit: {"left_in_first_5", "went_deep", "time_saving_ratio", "compute_saving_ratio", "accuracy_drop"},
@@ -82,3 +83,19 @@ def test_a_ratio_is_formed_within_each_round() -> None:
     ours = timing.Timing(2.0, [1.0, 2.0, 4.0], None)
     other = timing.Timing(6.0, [3.0, 6.0, 12.0], None)
     assert timing.ratio(other, ours) == 3
+
+
+def test_the_replay_of_sampled_routing_visits_the_experts_that_were_drawn() -> None:
+    hidden = torch.randn(1, 2, routing_options.QUICK["hidden_size"])
+    plain, sampled = (
+        routing_options.Variant(routing_options.OPTIONS[name], routing_options.QUICK, hidden, None)
+        for name in (routing_options.OURS, routing_options.SAMPLED)
+    )
+
+    def visited(call: Any) -> list[Any]:
+        return [call()[1][routing_options.BANK].selected_experts.tolist() for _ in range(routing_options.DRAWS)]
+
+    torch.manual_seed(0)
+    replayed = visited(plain.replay(sampled))
+    torch.manual_seed(0)
+    assert replayed == visited(sampled.forward())
