@@ -2,10 +2,14 @@
 
 import functools
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.stats import binom
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from chorus_moe import ChorusForSequenceClassification
 from chorus_moe.training.exit_calibration import (
@@ -17,6 +21,7 @@ from chorus_moe.training.exit_calibration import (
     p_value,
     rows_needed,
 )
+from chorus_moe.training.recipe import TRAINER_SETTINGS
 from tests.conftest import tiny_batch, tiny_config
 
 
@@ -193,3 +198,48 @@ def test_hard_rows_go_deep_in_the_share_that_was_asked_for():
     assert found.thresholds[0] < 1
     with pytest.raises(ValueError, match="36 rows cannot promise a drop of at most 0.02"):
         calibrate_depth(model, batches, layers=1)
+
+
+class HeadGradients(TrainerCallback):
+    """The largest gradient of each exit at every optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[float]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.steps.append([head.score.weight.grad.abs().max().item() for head in model.exits])
+
+
+@torch.no_grad()
+def losses(model: Any, rows: list[dict[str, torch.Tensor]]) -> list[float]:
+    """Of every exit and of the head, on all rows."""
+    model.eval()
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    labels = batch.pop("labels")
+    outputs = model(**batch, output_exit_logits=True)
+    return [F.cross_entropy(logits, labels).item() for logits in (*outputs.exit_logits, outputs.logits)]
+
+
+def test_a_stock_trainer_trains_every_exit_and_the_head_together(tmp_path: Path):
+    model = classifier()
+    model.config.text_config.exit_loss_coef = 1.0
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, (32,), generator=generator)
+    # The label is the one word of five that the text holds.
+    words = torch.randint(20, 128, (32, 8), generator=generator)
+    words[torch.arange(32), torch.randint(8, (32,), generator=generator)] = 10 + labels
+    rows = [
+        {"input_ids": w, "attention_mask": torch.ones_like(w), "labels": n} for w, n in zip(words, labels, strict=True)
+    ]
+    before, gradients = losses(model, rows), HeadGradients()
+    settings = {
+        "max_steps": 24,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "no",
+    }
+    settings |= {"learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "disable_tqdm": True, **TRAINER_SETTINGS}
+    Trainer(model, TrainingArguments(str(tmp_path), **settings), train_dataset=rows, callbacks=[gradients]).train()
+    assert len(gradients.steps) == 24 and min(map(min, gradients.steps)) > 0
+    # Chance is log 5 = 1.61.
+    assert all(after < 0.5 * start for start, after in zip(before, losses(model, rows), strict=True))
