@@ -186,6 +186,29 @@ def find_thresholds(answers: ExitAnswers, max_accuracy_drop: float, error_rate: 
     return [lowest(keeps)] * exits
 
 
+def find_depth_thresholds(
+    answers: ExitAnswers, layers: int, share: float, error_rate: float | None = 0.05
+) -> list[float]:
+    """The lowest threshold, the same for all exits, by which `share` of such rows run through more than `layers`.
+
+    Args:
+        error_rate: as in [`find_thresholds`].
+
+    Raises:
+        ValueError: as in [`find_thresholds`].
+    """
+    rows, exits = len(answers.is_right_NX), len(answers.layers) - 1
+    if error_rate is not None:
+        check_rows(rows, 1 - share, error_rate)
+    depth = torch.tensor(answers.layers)
+
+    def is_deep(value: float) -> bool:
+        left = int((depth[answers.exits_taken([value] * exits)] <= layers).sum())
+        return is_kept(left, 0, rows, 1 - share, error_rate)
+
+    return [lowest(is_deep)] * exits
+
+
 def _taken(model: Any, answers: ExitAnswers, thresholds: list[float]) -> ExitCalibration:
     """Give the model its thresholds."""
     taken = answers.exits_taken(thresholds)
@@ -252,13 +275,4 @@ def calibrate_depth(
         ValueError: as in [`calibrate_exits`].
     """
     answers = ExitAnswers.ask(model, batches)
-    rows, exits = len(answers.is_right_NX), len(answers.layers) - 1
-    if error_rate is not None:
-        check_rows(rows, 1 - share, error_rate)
-    depth = torch.tensor(answers.layers)
-
-    def is_deep(value: float) -> bool:
-        left = int((depth[answers.exits_taken([value] * exits)] <= layers).sum())
-        return is_kept(left, 0, rows, 1 - share, error_rate)
-
-    return _taken(model, answers, [lowest(is_deep)] * exits)
+    return _taken(model, answers, find_depth_thresholds(answers, layers, share, error_rate))
