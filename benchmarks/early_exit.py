@@ -254,6 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
                     )
                 for name, thresholds in {"no margin": margin_free, "deep": deep}.items():
                     add(f"{kind}, {name}, seed {seed}", {"threshold": thresholds[0], **outcome(taken, thresholds)})
+            report.save()
             if seed == parsed.seeds[0]:
                 drawn = curve(lesson, model, answers, min(parsed.rounds, 3), points)
                 for name, values in drawn.items():
