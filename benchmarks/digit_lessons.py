@@ -69,12 +69,15 @@ class LessonSettings:
         return cls(parsed.steps, parsed.encoder_steps, parsed.questions)
 
 
-def lesson_options(steps: int, seeds: int) -> list[tuple[str, dict[str, Any]]]:
+def lesson_options(steps: int, seeds: int, questions: int = 200) -> list[tuple[str, dict[str, Any]]]:
     """What the command line of a benchmark with lessons has."""
     return [
         ("--steps", {"type": int, "default": steps, "help": f"steps of every decoder (default {steps})"}),
         ("--encoder-steps", {"type": int, "default": 400, "help": "steps of each encoder alone (default 400)"}),
-        ("--questions", {"type": int, "default": 200, "help": "held-out questions of each skill (default 200)"}),
+        (
+            "--questions",
+            {"type": int, "default": questions, "help": f"held-out questions of each skill (default {questions})"},
+        ),
         ("--seeds", {"type": int, "nargs": "+", "default": list(range(seeds))}),
         ("--cache", {"type": Path, "default": Path("out/bench/cache"), "help": "folder of the synthetic speech"}),
     ]

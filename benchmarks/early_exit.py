@@ -1,33 +1,41 @@
 """Early exit: what share of questions leaves a classifier of 16 layers in its first five, what time that saves.
 
-Run as `python -m benchmarks.early_exit`. One bidirectional decoder learns the demo's questions as classes, with a head
-after each of `EXITS`. Thresholds are found on half of the held-out questions and measured on the other half. Easy
-questions read the written digit; hard ones need picture and sound.
+Run as `python -m benchmarks.early_exit [--plot PATH]`. One bidirectional decoder learns questions about digits as
+classes, with a head after each of `EXITS`, all trained together. Easy questions name the written or the spoken digit,
+hard ones need both. Thresholds are found on half of the held-out pictures and voices; everything is measured on
+questions about the other half, which are drawn alike but share no picture and no voice with the first.
 
-- `chorus` is the classifier with thresholds, `full` the same with none, in turns, one question or 32 at a time. The
-  encoders have run before: times are those of decoder and heads. `time_saving_ratio` is 1 - chorus / full, and
-  `compute_saving_ratio` the same of the floating-point operations;
-- `strict` is one threshold for all exits, set on the first half so that 99% of its hard questions go deep;
-  `went_deep` is the share that runs through more than five layers.
+- `promised` are the thresholds of [`calibrate_exits`]: at most half a point of accuracy lost on other rows, with a
+  margin; `no margin` are those that lose as much on the rows they were found on;
+- `deep` is the threshold of [`calibrate_depth`] on hard rows alone: 98% of them are to run through more than five
+  layers. This is what a threshold that asks for depth means here;
+- `chorus` is the classifier with promised thresholds, `full` the same with none, in turns, one question or 32 at a
+  time. The encoders have run before: times are those of decoder and heads. `time_saving_ratio` is 1 - chorus / full,
+  and `compute_saving_ratio` the same of the floating-point operations;
+- `curve` rows have one threshold for all exits, over the strictness.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.digit_lessons import Batch, Lesson, LessonSettings, lesson_options, media, with_text
+from benchmarks.digit_lessons import Batch, Lesson, LessonSettings, Media, lesson_options, media, with_text
 from benchmarks.timing import OURS, Report, figures, measure, parse
 from chorus_moe.modeling.modeling_classification import ChorusForSequenceClassification
+from chorus_moe.training.augment import PictureAugment
 from chorus_moe.training.collator import MEDIA, clean_messages
-from chorus_moe.training.demo_data import BASE_SKILLS, SKILLS, Sample
-from chorus_moe.training.exit_calibration import ExitAnswers, calibrate_exits
+from chorus_moe.training.demo_data import SKILLS, DigitPictures, DigitQuestions, Sample
+from chorus_moe.training.exit_calibration import THRESHOLDS, ExitAnswers, find_depth_thresholds, find_thresholds
 
 LAYERS, FIRST = 16, 5
 EXITS = [1, 2, 3, 4, 5, 7, 9, 12]
-EASY, HARD = ("written",), ("sum", "larger", "same")
-KINDS = {"easy": EASY, "hard": HARD, "all": BASE_SKILLS}
+# Weights in training. A sum has nineteen answers.
+LESSON = {"written": 1.0, "spoken": 1.0, "sum": 2.0}
+KINDS = {"easy": ("written", "spoken"), "hard": ("sum",), "all": tuple(LESSON)}
 DECODER: dict[str, Any] = {
     "num_hidden_layers": LAYERS,
     "layer_types": ["full_attention"] * LAYERS,
@@ -39,7 +47,9 @@ DECODER: dict[str, Any] = {
     "exit_layers": EXITS,
     "exit_loss_coef": 1.0,
 }
-CLASSES = sorted({SKILLS[name].answer(w, s) for name in BASE_SKILLS for w in range(10) for s in range(10)})
+CLASSES = sorted({SKILLS[name].answer(w, s) for name in LESSON for w in range(10) for s in range(10)})
+# Rows that are timed at each batch size; all held-out rows count for shares and accuracy.
+TIMED = {1: 40, 32: 96}
 
 
 class QuestionCollator:
@@ -58,11 +68,25 @@ class QuestionCollator:
 
 
 class ClassLesson(Lesson):
-    """The demo's questions as a lesson for a classifier."""
+    """Questions as a lesson for a classifier; `calibration` and `fresh` share no picture and no voice."""
 
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
+    def __init__(self, found: Media, settings: LessonSettings, seed: int):
+        super().__init__(found, settings, seed)
         self.collator: Any = QuestionCollator(self.processor)
+        steps = settings.steps * settings.batch_size
+        augment = PictureAugment()
+        self.questions = DigitQuestions(found.pictures, found.clips, LESSON, steps, seed=seed, picture_augment=augment)
+        self.calibration, self.fresh = (self._held_out(found, side) for side in (0, 1))
+
+    def _held_out(self, found: Media, side: int) -> list[Sample]:
+        """Questions about every second held-out picture and voice."""
+        shown = found.test_pictures
+        pictures = DigitPictures(shown.images[side::2], shown.digits[side::2])
+        voices = sorted(set(found.test_clips.speakers))
+        clips = found.test_clips.by_speaker(*(voices[side::2] or voices))
+        count = self.settings.questions_per_skill * len(LESSON)
+        questions = DigitQuestions(pictures, clips, list(LESSON), count, seed=self.seed + 7 + side)
+        return [questions[row] for row in range(count)]
 
     def classifier(self) -> ChorusForSequenceClassification:
         """A fresh classifier with exits; the encoders' tokens come with the batches."""
@@ -75,90 +99,168 @@ class ClassLesson(Lesson):
         return [self.encode(samples[start : start + size]) for start in range(0, len(samples), size)]
 
 
-@torch.no_grad()
-def outcome(model: Any, batches: list[Batch]) -> dict[str, float]:
-    """Shares that left early, accuracy and operations, with and without thresholds."""
-    thresholds = model.config.exit_thresholds
-    results: dict[str, dict[str, Tensor]] = {}
-    for name, chosen in ((OURS, thresholds), ("full", None)):
-        model.config.exit_thresholds = chosen
-        outputs = [model(**batch, output_compute=True) for batch in batches]
-        right = [
-            output.logits.argmax(dim=-1) == batch["labels"] for output, batch in zip(outputs, batches, strict=True)
-        ]
-        results[name] = {
-            "layers": torch.cat([output.compute.layers for output in outputs]),
-            "flops": torch.cat([output.compute.flops for output in outputs]),
-            "right": torch.cat(right).double(),
-        }
-    model.config.exit_thresholds = thresholds
-    ours, full = results[OURS], results["full"]
-    early = (ours["layers"] <= FIRST).double().mean().item()
+def trained(found: Media, settings: LessonSettings, seed: int, folder: Path | None) -> tuple[ClassLesson, Any, Any]:
+    """The lesson, its classifier and how long a step took (None where weights were there before)."""
+    path = None if folder is None else folder / f"early_exit-{seed}.pt"
+    known = path is not None and path.exists()
+    lesson = ClassLesson(found, replace(settings, encoder_steps=0) if known else settings, seed)
+    model = lesson.classifier()
+    if known:
+        weights = torch.load(path, weights_only=True)
+        lesson.teacher.load_state_dict(weights["encoders"])
+        model.load_state_dict(weights["classifier"])
+        print(f"weights read from {path}")
+        return lesson, model.eval(), None
+    timings = lesson.learn({OURS: model})  # type: ignore[dict-item]
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"encoders": lesson.teacher.state_dict(), "classifier": model.state_dict()}, path)
+    return lesson, model.eval(), figures(timings)
+
+
+def outcome(answers: ExitAnswers, thresholds: list[float]) -> dict[str, float]:
+    """What thresholds do to rows."""
+    lost, won = answers.lost_and_won(thresholds)
+    rows = len(answers.is_right_NX)
+    drop = (lost - won) / rows
+    depth = torch.tensor(answers.layers)[answers.exits_taken(thresholds)]
+    early = (depth <= FIRST).double().mean().item()
     return {
         f"left_in_first_{FIRST}": early,
         "went_deep": 1 - early,
-        "mean_layers": ours["layers"].double().mean().item(),
-        "accuracy": ours["right"].mean().item(),
-        "full_accuracy": full["right"].mean().item(),
-        "accuracy_drop": (full["right"].mean() - ours["right"].mean()).item(),
-        "compute_saving_ratio": 1 - (ours["flops"].sum() / full["flops"].sum()).item(),
+        "mean_layers": depth.double().mean().item(),
+        "accuracy": answers.accuracy(thresholds),
+        "full_accuracy": answers.is_right_NX[:, -1].double().mean().item(),
+        "accuracy_drop": drop,
+        "accuracy_drop_error": ((lost + won) / rows - drop**2) ** 0.5 / rows**0.5,
+        "rows": rows,
     }
 
 
-def times(model: Any, batches: list[Batch], rounds: int) -> dict[str, float]:
-    """Milliseconds for all batches, with and without thresholds, in turns."""
-    thresholds = model.config.exit_thresholds
+def times(
+    model: Any, batches: list[Batch], variants: Mapping[str, list[float] | None], rounds: int
+) -> dict[str, float]:
+    """Milliseconds and operations for all batches, by variant, in turns."""
     inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
 
     @torch.no_grad()
-    def run(chosen: list[float] | None) -> None:
-        model.config.exit_thresholds = chosen
-        for batch in inputs:
-            model(**batch, use_cache=False)
+    def run(thresholds: list[float] | None, **options: Any) -> list[Any]:
+        model.config.exit_thresholds = thresholds
+        return [model(**batch, use_cache=False, **options) for batch in inputs]
 
-    calls = {OURS: lambda: run(thresholds), "full": lambda: run(None)}
-    result = figures(measure(calls, rounds, memory=False))
-    model.config.exit_thresholds = thresholds
-    return result | {"time_saving_ratio": 1 - 1 / result["full_ratio"]}
+    calls = {name: lambda t=thresholds: run(t) for name, thresholds in variants.items()}
+    result = figures(measure(calls, rounds, memory=False), ours="full")
+    flops = {
+        name: sum(output.compute.flops.sum().item() for output in run(thresholds, output_compute=True))
+        for name, thresholds in variants.items()
+    }
+    for name in calls.keys() - {"full"}:
+        prefix = "" if name == OURS else f"{name}_"
+        result[f"{prefix}time_saving_ratio"] = 1 - result.pop(f"{name}_ratio")
+        result[f"{prefix}compute_saving_ratio"] = 1 - flops[name] / flops["full"]
+    return result
 
 
-def strict_threshold(answers: ExitAnswers, hard: Tensor) -> float:
-    """The confidence that one in a hundred hard questions is above at one of the first exits."""
-    first = sum(layers <= FIRST for layers in answers.layers)
-    return answers.confidence_NX[hard, :first].amax(dim=1).quantile(0.99, interpolation="higher").item()
+def of_kind(samples: Sequence[Sample], kind: str) -> list[int]:
+    """Rows of the samples that are of this kind."""
+    return [row for row, sample in enumerate(samples) if sample["skill"] in KINDS[kind]]
+
+
+def curve(
+    lesson: ClassLesson, model: Any, answers: ExitAnswers, rounds: int, points: int
+) -> dict[str, dict[str, float]]:
+    """Accuracy, shares and time saved by one threshold for all exits, falling."""
+    step = max(1, (len(THRESHOLDS) - 1) // points)
+    chosen = {f"{value:.6f}": [value] * len(EXITS) for value in THRESHOLDS[::step]}
+    timed = times(model, lesson.batches(lesson.fresh[:64], 32), {"full": None, **chosen}, rounds)
+    kinds = {kind: answers.at(torch.tensor(of_kind(lesson.fresh, kind))) for kind in KINDS}
+    rows: dict[str, dict[str, float]] = {}
+    for name, thresholds in chosen.items():
+        rows[name] = {"threshold": thresholds[0], **outcome(kinds["all"], thresholds)}
+        for kind in ("easy", "hard"):
+            rows[name][f"{kind}_left_in_first_{FIRST}"] = outcome(kinds[kind], thresholds)[f"left_in_first_{FIRST}"]
+        for what in ("time", "compute"):
+            rows[name][f"{what}_saving_ratio"] = timed[f"{name}_{what}_saving_ratio"]
+    return rows
+
+
+def plot(path: Path, rows: Mapping[str, Mapping[str, float]], promised: float) -> None:
+    """Accuracy, time saved and shares that left over the threshold, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    doubts = [max(1 - row["threshold"], 1e-6) for row in rows.values()]
+    left.plot(doubts, [row["accuracy"] for row in rows.values()], "o-", label="with exits")
+    left.axhline(next(iter(rows.values()))["full_accuracy"], color="grey", linestyle="--", label="all 16 layers")
+    left.set_title("accuracy on fresh questions")
+    lines = {
+        "time saved": "time_saving_ratio",
+        f"easy left in first {FIRST}": f"easy_left_in_first_{FIRST}",
+        f"hard left in first {FIRST}": f"hard_left_in_first_{FIRST}",
+    }
+    for label, key in lines.items():
+        right.plot(doubts, [row[key] for row in rows.values()], "o-", label=label)
+    right.set_title("share")
+    for axis in (left, right):
+        axis.axvline(1 - promised, color="tab:red", linewidth=1, label="promised: at most half a point lost")
+        axis.set(xscale="log", xlabel="1 - threshold (strict to loose)")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parsed = parse("What early exit saves and costs.", arguments, *lesson_options(steps=300, seeds=1))
+    options = [
+        *lesson_options(steps=380, seeds=1, questions=1000),
+        ("--max-drop", {"type": float, "default": 0.005, "help": "accuracy that may be lost (default 0.005)"}),
+        ("--weights", {"type": Path, "metavar": "FOLDER", "help": "keep trained weights here, or read them"}),
+        ("--plot", {"type": Path, "metavar": "PATH", "help": "also draw the curve of the first seed"}),
+    ]
+    parsed = parse("What early exit saves and costs.", arguments, *options)
     settings = LessonSettings.read(parsed)
+    drop, error_rate, points = (1.0, None, 3) if parsed.quick else (parsed.max_drop, 0.05, 12)
     report = Report(f"early exit, {LAYERS} layers, exits after {EXITS}, {settings}", parsed)
+
+    def add(case: str, values: dict[str, float], unit: str = "accuracy") -> None:
+        report.add(case, values, unit)
+        print({name: round(value, 4) for name, value in values.items()}, flush=True)
+
     with media(parsed) as found:
-        for seed in parsed.seeds[:1]:
-            lesson = ClassLesson(found, settings, seed)
-            model: Any = lesson.classifier()
-            report.add("training step", figures(lesson.learn({OURS: model})))
-            model.eval()
-            # Skills come in turn: pairs of turns alternate between the halves.
-            half = [(row // len(BASE_SKILLS)) % 2 for row in range(len(lesson.test))]
-            known = [sample for sample, side in zip(lesson.test, half, strict=True) if side == 0]
-            unknown = [sample for sample, side in zip(lesson.test, half, strict=True) if side == 1] or known
-            calibration = calibrate_exits(model, lesson.batches(known, 32))
-            print(calibration, flush=True)
-            groups = {kind: [s for s in unknown if s["skill"] in skills] for kind, skills in KINDS.items()}
-            for kind, samples in groups.items():
-                for size, count in ((32, 96), (1, 40)):
-                    taken = samples if size > 1 else samples[:count]
-                    values = outcome(model, lesson.batches(samples, 32))
-                    values |= times(model, lesson.batches(taken[:count], size), parsed.rounds)
-                    report.add(f"{kind} batch {size}", values)
-                    print({name: round(value, 4) for name, value in values.items()}, flush=True)
-            hard = torch.tensor([sample["skill"] in HARD for sample in known])
-            answers = ExitAnswers.ask(model, lesson.batches(known, 32))
-            model.config.exit_thresholds = [strict_threshold(answers, hard)] * len(EXITS)
-            for kind, samples in groups.items():
-                values = outcome(model, lesson.batches(samples, 32))
-                report.add(f"{kind} strict", values, "accuracy")
-                print({name: round(value, 4) for name, value in values.items()}, flush=True)
+        for seed in parsed.seeds:
+            lesson, model, step = trained(found, settings, seed, parsed.weights)
+            if step is not None:
+                report.add(f"training step, seed {seed}", step)
+            known = ExitAnswers.ask(model, lesson.batches(lesson.calibration, 32))
+            promised = find_thresholds(known, drop, error_rate)
+            margin_free = find_thresholds(known, drop, error_rate=None)
+            hard = known.at(torch.tensor(of_kind(lesson.calibration, "hard")))
+            deep = find_depth_thresholds(hard, FIRST, 0.98, error_rate)
+            add(f"calibration, promised, seed {seed}", {"threshold": promised[0], **outcome(known, promised)})
+            answers = ExitAnswers.ask(model, lesson.batches(lesson.fresh, 32))
+            for kind in KINDS:
+                rows = of_kind(lesson.fresh, kind)
+                taken = answers.at(torch.tensor(rows))
+                for size, count in TIMED.items():
+                    batches = lesson.batches([lesson.fresh[row] for row in rows[:count]], size)
+                    timed = times(model, batches, {OURS: promised, "full": None}, parsed.rounds)
+                    add(
+                        f"{kind}, batch {size}, seed {seed}",
+                        {"threshold": promised[0], **outcome(taken, promised), **timed},
+                    )
+                for name, thresholds in {"no margin": margin_free, "deep": deep}.items():
+                    add(f"{kind}, {name}, seed {seed}", {"threshold": thresholds[0], **outcome(taken, thresholds)})
+            report.save()
+            if seed == parsed.seeds[0]:
+                drawn = curve(lesson, model, answers, min(parsed.rounds, 3), points)
+                for name, values in drawn.items():
+                    add(f"curve {name}", values)
+                if parsed.plot is not None:
+                    plot(parsed.plot, drawn, promised[0])
     report.save()
 
 
