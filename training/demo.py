@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from chorus_moe.training.demo_data import (
     corpus,
     handwritten_digits,
 )
-from chorus_moe.training.demo_encoders import EncoderLesson, LoneDigitCollator, LoneDigits
+from chorus_moe.training.demo_encoders import EncoderLesson, LoneDigitCollator, LoneDigits, learn_alone
 from chorus_moe.training.demo_model import build_demo
 from chorus_moe.training.demo_regularisation import drop_tokens, smooth_labels
 from chorus_moe.training.demo_report import write_report
@@ -56,10 +57,11 @@ REPLAY_OF_SPEAKER = REPLAY | {"written": 4.0, "spoken": 6.0}
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much of everything: the defaults take seven to eight minutes on two processor cores.
+    """How much of everything: the defaults take eight to nine minutes on two processor cores.
 
     Args:
         picture_steps, sound_steps: optimizer steps of each encoder alone.
+        sound_teachers: encoders that learn sound beforehand, for the model's own to learn from.
         base_steps, lora_steps: optimizer steps of the two stages.
         batch_size: samples a step.
         label_smoothing, token_dropout: of both stages, see `demo_regularisation`.
@@ -69,6 +71,7 @@ class DemoSettings:
 
     picture_steps: int = 1_400
     sound_steps: int = 700
+    sound_teachers: int = 2
     base_steps: int = 1_100
     lora_steps: int = 600
     batch_size: int = 44
@@ -244,10 +247,11 @@ def run_demo(
     print(model.config.parameter_report(), flush=True)
     for modality, lesson in data.alone.items():
         collator = LoneDigitCollator(processor, modality)
-        encoder = EncoderLesson(model.model, modality, lesson.num_classes)
         steps = len(lesson) // settings.batch_size
-        train(encoder, lesson, collator, out / "encoders", steps, settings.encoder_lr, settings)
-        encoder.freeze()
+        learn = partial(
+            train, collator=collator, folder=out / "encoders", steps=steps, lr=settings.encoder_lr, settings=settings
+        )
+        learn_alone(model, modality, lesson, learn, settings.sound_teachers if modality == "audio" else 0)
     finish("encoders, each alone")
     smooth_labels(model, settings.label_smoothing)
     drop_tokens(model.model.audio_connector, settings.token_dropout)

@@ -5,8 +5,9 @@ shown noise learns nothing from it for hundreds of steps. The classifier used he
 are the model's own, and stay as the lesson left them.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from chorus_moe.training.speech import SAMPLING_RATE, SpeechClips
 
 # Of the clips: enough to hear sounds rather than ten patterns, and still two thirds digits.
 OTHER_SHARE = 0.35
+# Of a lesson with teachers: the rest is the true label.
+TEACHERS_SHARE = 0.8
 
 
 class EncoderLesson(nn.Module):
@@ -28,10 +31,13 @@ class EncoderLesson(nn.Module):
         model: a ChorusModel.
         modality: "image" or "audio".
         num_classes: the ten digits, and whatever else is to be told apart.
+        teachers: lessons that are over; the mean of their probabilities is most of what is to be learnt. They are no
+            part of this module: neither trained nor saved with it.
     """
 
-    def __init__(self, model: Any, modality: str, num_classes: int = 10):
+    def __init__(self, model: Any, modality: str, num_classes: int = 10, teachers: Sequence["EncoderLesson"] = ()):
         super().__init__()
+        self.teach = [teacher.eval().requires_grad_(False) for teacher in teachers]
         is_image = modality == "image"
         self.tower = model.vision_tower if is_image else model.audio_tower
         self.connector = model.vision_connector if is_image else model.audio_connector
@@ -51,8 +57,17 @@ class EncoderLesson(nn.Module):
         outputs = {"logits": logits}
         if labels is None:
             return outputs
+        if self.teach:
+            own = nn.functional.cross_entropy(logits, labels)
+            taught = nn.functional.cross_entropy(logits, self._taught(media))
+            return {"loss": TEACHERS_SHARE * taught + (1 - TEACHERS_SHARE) * own} | outputs
         # Smoothed labels carry over to unknown speakers better (docs/log.md, 2026-11-24).
         return {"loss": nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)} | outputs
+
+    @torch.no_grad()
+    def _taught(self, media: Mapping[str, Tensor]) -> Tensor:
+        """The mean of the teachers' probabilities, `(N, num_classes)`."""
+        return torch.stack([teacher(**media)["logits"].softmax(dim=1) for teacher in self.teach]).mean(dim=0)
 
     def freeze(self) -> None:
         """Leave tower and connector as they are from now on: trained on with the decoder, they learn its speakers."""
@@ -86,6 +101,12 @@ class LoneDigits(Dataset):
         """Ten digits, and every other word."""
         return 10 if self.other_words is None else 11 + int(self.other_words.digits.max())
 
+    def in_another_order(self, number: int) -> Self:
+        """The same media, drawn as no other `number` draws them."""
+        other = copy.copy(self)
+        other.seed = self.seed + 1_000 * (1 + number)
+        return other
+
     def __len__(self) -> int:
         return self.length
 
@@ -114,3 +135,30 @@ class LoneDigitCollator:
         else:
             batch = dict(self.processor.feature_extractor(media, sampling_rate=SAMPLING_RATE, return_tensors="pt"))
         return batch | {"labels": torch.tensor([digit for _, digit in items])}
+
+
+def learn_alone(
+    model: Any,
+    modality: str,
+    items: LoneDigits,
+    train: Callable[[EncoderLesson, LoneDigits], None],
+    teachers: int = 0,
+) -> EncoderLesson:
+    """Let `train` teach tower and connector of one modality their medium, after as many `teachers`; they are frozen.
+
+    Args:
+        model: a ChorusForConditionalGeneration; every teacher is the tower and connector of another one, of the same
+            configuration and with random weights of its own.
+        train: trains a lesson on items.
+    """
+    had = []
+    for number in range(teachers):
+        with torch.random.fork_rng():
+            # Whatever trains may set the seed: teachers that start alike would err alike.
+            torch.manual_seed(items.in_another_order(number).seed)
+            had.append(EncoderLesson(type(model)(model.config).model, modality, items.num_classes))
+        train(had[-1], items.in_another_order(number))
+    lesson = EncoderLesson(model.model, modality, items.num_classes, had)
+    train(lesson, items)
+    lesson.freeze()
+    return lesson

@@ -32,7 +32,14 @@ def small_speech(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_the_demo_trains_adapts_reloads_and_reports(tmp_path: Path, small_speech: None) -> None:
     settings = demo.DemoSettings(
-        picture_steps=2, sound_steps=2, base_steps=4, lora_steps=2, batch_size=8, questions_per_skill=2, workers=0
+        picture_steps=2,
+        sound_steps=2,
+        sound_teachers=1,
+        base_steps=4,
+        lora_steps=2,
+        batch_size=8,
+        questions_per_skill=2,
+        workers=0,
     )
     card = tmp_path / "card.md"
 

@@ -8,7 +8,14 @@ import torch
 
 from chorus_moe.training.augment import PictureAugment
 from chorus_moe.training.demo_data import DigitPictures, corpus, handwritten_digits
-from chorus_moe.training.demo_encoders import OTHER_SHARE, EncoderLesson, LoneDigitCollator, LoneDigits
+from chorus_moe.training.demo_encoders import (
+    OTHER_SHARE,
+    TEACHERS_SHARE,
+    EncoderLesson,
+    LoneDigitCollator,
+    LoneDigits,
+    learn_alone,
+)
 from chorus_moe.training.demo_model import build_demo
 from chorus_moe.training.speech import SpeechClips
 
@@ -96,3 +103,46 @@ def test_a_lesson_with_other_words_scores_every_class(demo: tuple[Any, Any]):
     model, processor = demo
     lesson, collate = EncoderLesson(model.model, "audio", 13), LoneDigitCollator(processor, "audio")
     assert lesson(**collate([(clips().waveforms[0], 12)]))["logits"].shape == (1, 13)
+
+
+def test_the_loss_of_a_lesson_with_teachers_is_the_label_and_their_mean_probability(demo: tuple[Any, Any]):
+    model, processor = demo
+    teachers = [EncoderLesson(type(model)(model.config).model, "audio") for _ in range(2)]
+    lesson = EncoderLesson(model.model, "audio", teachers=teachers)
+    batch = LoneDigitCollator(processor, "audio")([(clips().waveforms[digit], digit) for digit in (3, 8)])
+    with torch.no_grad():
+        outputs = lesson(**batch)
+        labels = batch.pop("labels")
+        taught = sum(teacher(**batch)["logits"].softmax(dim=1) for teacher in teachers) / 2
+    scores = outputs["logits"].log_softmax(dim=1)
+    hit, cross = scores[[0, 1], labels].mean(), (taught * scores).sum(dim=1).mean()
+    torch.testing.assert_close(outputs["loss"], -TEACHERS_SHARE * cross - (1 - TEACHERS_SHARE) * hit)
+
+
+def test_teachers_are_neither_trained_nor_saved_with_a_lesson(demo: tuple[Any, Any]):
+    model, processor = demo
+    teacher = EncoderLesson(type(model)(model.config).model, "audio")
+    lesson = EncoderLesson(model.model, "audio", teachers=[teacher]).train()
+    assert not {id(parameter) for parameter in teacher.parameters()} & {id(p) for p in lesson.parameters()}
+    assert set(lesson.state_dict()) == set(EncoderLesson(model.model, "audio").state_dict())
+    lesson(**LoneDigitCollator(processor, "audio")([(clips().waveforms[1], 1)]))["loss"].backward()
+    assert not teacher.training and all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_every_teacher_has_weights_and_an_order_of_its_own_and_comes_before_the_models_own_encoder():
+    model = build_demo(corpus())[0]
+    items = LoneDigits(clips(), 20, seed=4)
+    seen: list[tuple[EncoderLesson, list[int]]] = []
+
+    def train(lesson: EncoderLesson, items: LoneDigits) -> None:
+        torch.manual_seed(0)  # as a Trainer does
+        seen.append((lesson, [items[i][1] for i in range(20)]))
+
+    learn_alone(model, "audio", items, train, teachers=2)
+
+    lessons, orders = [lesson for lesson, _ in seen], [order for _, order in seen]
+    assert lessons[2].teach == lessons[:2] and lessons[2].tower is model.model.audio_tower
+    assert orders[2] == [items[i][1] for i in range(20)] and len(set(map(tuple, orders))) == 3
+    weights = [next(lesson.tower.parameters()) for lesson in lessons]
+    assert not any(torch.equal(a, b) for a, b in zip(weights, [*weights[1:], weights[0]], strict=True))
+    assert not any(parameter.requires_grad for parameter in model.model.audio_tower.parameters())
