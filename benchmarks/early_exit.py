@@ -170,8 +170,9 @@ def curve(
     lesson: ClassLesson, model: Any, answers: ExitAnswers, rounds: int, points: int
 ) -> dict[str, dict[str, float]]:
     """Accuracy, shares and time saved by one threshold for all exits, falling."""
-    step = max(1, (len(THRESHOLDS) - 1) // points)
-    chosen = {f"{value:.6f}": [value] * len(EXITS) for value in THRESHOLDS[::step]}
+    loose = THRESHOLDS[len(THRESHOLDS) // 2 :]  # above, nobody leaves
+    step = max(1, (len(loose) - 1) // points)
+    chosen = {f"{value:.6f}": [value] * len(EXITS) for value in loose[::step]}
     timed = times(model, lesson.batches(lesson.fresh[:64], 32), {"full": None, **chosen}, rounds)
     kinds = {kind: answers.at(torch.tensor(of_kind(lesson.fresh, kind))) for kind in KINDS}
     rows: dict[str, dict[str, float]] = {}

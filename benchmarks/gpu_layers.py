@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parse(
         "Layers on a GPU.",
         arguments,
-        ("--device", {"default": "cuda"}),
+        ("--device", {"default": "cuda" if torch.cuda.is_available() else "cpu"}),
         ("--tokens", {"type": int, "nargs": "+", "default": [1, 16, 8192, 32768, 65536]}),
         ("--parts", {"nargs": "+", "default": list(PARTS), "choices": list(PARTS)}),
     )
