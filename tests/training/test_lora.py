@@ -17,6 +17,10 @@ from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.lora import LoraTargets, full_path_regex, lora_config
 from tests.training.conftest import make_model, make_rows
 
+# The same bits in other memory: equal on processors with AVX-512; on AVX2, torch's attention of the audio tower differs
+# by 3e-7 at most.
+LAST_BIT = 1e-6
+
 LAYERS = "model.language_model.layers"
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
 CROSS_MODAL = ["q_proj", *(f"{p}_proj.{m}" for p in "kv" for m in ("text", "image", "audio")), "o_proj"]
@@ -234,7 +238,7 @@ def test_a_merged_adapter_gives_the_same_logits_also_after_saving(
     torch.testing.assert_close(logits(merged, batch), expected, atol=1e-5, rtol=0)
     merged.save_pretrained(folder / "merged")
     reloaded = ChorusForConditionalGeneration.from_pretrained(folder / "merged")
-    assert torch.equal(logits(reloaded, batch), logits(merged, batch))
+    torch.testing.assert_close(logits(reloaded, batch), logits(merged, batch), atol=LAST_BIT, rtol=0)
 
 
 def test_a_disabled_adapter_leaves_the_base_as_it_was(
@@ -243,4 +247,4 @@ def test_a_disabled_adapter_leaves_the_base_as_it_was(
     adapted, folder, _ = trained
     base = ChorusForConditionalGeneration.from_pretrained(folder / "base")
     with adapted.disable_adapter():
-        assert torch.equal(logits(adapted, batch), logits(base, batch))
+        torch.testing.assert_close(logits(adapted, batch), logits(base, batch), atol=LAST_BIT, rtol=0)
