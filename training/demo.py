@@ -61,7 +61,8 @@ class DemoSettings:
 
     Args:
         picture_steps, sound_steps: optimizer steps of each encoder alone.
-        sound_teachers: encoders that learn sound beforehand, for the model's own to learn from.
+        sound_teachers: encoders that learn real speech beforehand, for the model's own to learn from; of synthetic voices
+            there are enough to do without.
         base_steps, lora_steps: optimizer steps of the two stages.
         batch_size: samples a step.
         label_smoothing, token_dropout: of both stages, see `demo_regularisation`.
@@ -251,7 +252,8 @@ def run_demo(
         learn = partial(
             train, collator=collator, folder=out / "encoders", steps=steps, lr=settings.encoder_lr, settings=settings
         )
-        learn_alone(model, modality, lesson, learn, settings.sound_teachers if modality == "audio" else 0)
+        has_teachers = modality == "audio" and speech_dir is not None
+        learn_alone(model, modality, lesson, learn, settings.sound_teachers if has_teachers else 0)
     finish("encoders, each alone")
     smooth_labels(model, settings.label_smoothing)
     drop_tokens(model.model.audio_connector, settings.token_dropout)

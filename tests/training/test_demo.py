@@ -34,7 +34,6 @@ def test_the_demo_trains_adapts_reloads_and_reports(tmp_path: Path, small_speech
     settings = demo.DemoSettings(
         picture_steps=2,
         sound_steps=2,
-        sound_teachers=1,
         base_steps=4,
         lora_steps=2,
         batch_size=8,
