@@ -61,8 +61,8 @@ class DemoSettings:
 
     Args:
         picture_steps, sound_steps: optimizer steps of each encoder alone.
-        sound_teachers: encoders that learn real speech beforehand, for the model's own to learn from; of synthetic voices
-            there are enough to do without.
+        sound_teachers: encoders that learn real speech beforehand, for the model's own to learn from. Synthetic voices
+            are many enough to do without.
         base_steps, lora_steps: optimizer steps of the two stages.
         batch_size: samples a step.
         label_smoothing, token_dropout: of both stages, see `demo_regularisation`.
