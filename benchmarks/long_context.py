@@ -140,7 +140,7 @@ def plot(path: Path, cases: Mapping[str, Mapping[str, float]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     rows = {int(case.split()[1]): values for case, values in cases.items() if case.startswith("prefill")}
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
@@ -151,8 +151,9 @@ def plot(path: Path, cases: Mapping[str, Mapping[str, float]]) -> None:
             axis.plot(*zip(*points, strict=True), "o-", label=name)
         axis.set(xlabel="tokens", title=title, xscale="log", yscale="log")
         axis.set_xticks(list(rows), [f"{n // 1024}k" if n >= 1024 else str(n) for n in rows], minor=False)
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[0].legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
