@@ -186,6 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
         ("--tokens", {"type": int, "nargs": "+", "default": [1, 16, 8192, 32768, 65536]}),
         ("--parts", {"nargs": "+", "default": list(PARTS), "choices": list(PARTS)}),
     )
+    if parsed.device == "cpu" and not parsed.quick:
+        raise SystemExit("benchmarks.gpu_layers needs a GPU, and found none; --quick runs tiny sizes on the CPU")
     if parsed.quick:
         parsed.tokens = [6, 80]
     report = Report(f"layers on {parsed.device}, bfloat16", parsed)

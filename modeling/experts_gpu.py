@@ -27,7 +27,7 @@ from .expert_layout import can_group, has_plain_layout, is_silu, run_plainly
 
 GPU_EXPERTS = "gpu_mm"
 # Up to so many choices that train nothing the launches take longer than what they launch, and transformers has fewer.
-FEW_CHOICES = 4096
+CHOICES_TO_LAUNCH = 4096
 
 
 class _Slots(NamedTuple):
@@ -146,7 +146,7 @@ def gpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         `(T, D)` in the dtype of `hidden_states`. Products run in the dtype of the weights, or of autocast.
     """
     kind = hidden_states.device.type
-    is_few = not torch.is_grad_enabled() and top_k_index.numel() <= FEW_CHOICES
+    is_few = not torch.is_grad_enabled() and top_k_index.numel() <= CHOICES_TO_LAUNCH
     is_known = kind == "cuda" and has_plain_layout(self) and is_silu(self)
     if is_few or not is_known or not _can_run_kernels(hidden_states.device):
         return run_plainly(self, hidden_states, top_k_index, top_k_weights)
