@@ -3,8 +3,9 @@
 Unusual here:
 - an expert is taken away with everything that belongs to it: its row in the router, its keys and values in an attention
   router, its correction bias. What is left is neither rescaled nor moved;
-- experts that no token chose can be taken away without a changed bit, where a choice depends on the chosen alone. Where
-  it does not (see `dependence`), the report says so.
+- experts that no token chose can be taken away without a change (but for the last bits, where the matrix library sums a
+  row in another order beside fewer others), where a choice depends on the chosen alone. Where it does not (see
+  `dependence`), the report says so.
 """
 
 from collections.abc import Mapping

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,6 +15,15 @@ from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
 pytest_plugins = ["tests.fake_hub", "tests.transformers_suite"]
 
 IMAGE_TOKEN, AUDIO_TOKEN = 3, 4
+
+# Matrix libraries sum a row in another order when its neighbours, their number or its address change: up to 3e-7 here.
+# What really reaches a position moves its logits by 3e-3 at least.
+ROUNDING = 1e-5
+
+
+def moved(before: Tensor, after: Tensor) -> Tensor:
+    """Which positions `(...,)` of `(..., width)` differ by more than rounding."""
+    return ((before - after).abs() > ROUNDING).any(dim=-1)
 
 
 def tiny_config(**text: Any) -> ChorusConfig:

@@ -14,7 +14,7 @@ from chorus_moe import (
     ChorusModel,
     ChorusTextModel,
 )
-from tests.conftest import tiny_batch, tiny_config
+from tests.conftest import ROUNDING, tiny_batch, tiny_config
 
 Scores = dict[int, dict[str, torch.Tensor]]
 IDLE = [5, 9, 11]  # of 14 experts of the bank `text`
@@ -51,14 +51,16 @@ def logits_of(model: Any, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("router_kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("implementation", ["cpu_mm", "eager", "batched_mm", "grouped_mm"])
-def test_without_experts_that_nothing_chose_outputs_are_the_same_bits(implementation: str, router_kind: str) -> None:
+def test_without_experts_that_nothing_chose_outputs_are_the_same(implementation: str, router_kind: str) -> None:
     model = make(router=router_kind)
     model.set_experts_implementation(implementation)
     scores = idle(model)
     before = [logits_of(model, seed) for seed in range(3)]
     report = model.prune_experts({"text": "used"}, scores)
     assert report.experts == {"text": {1: (14, 11), 2: (14, 11)}}
-    assert all(torch.equal(old, logits_of(model, seed)) for seed, old in enumerate(before))
+    # The same bits on Intel's processors; on AMD's, MKL sums a row in another order beside fewer others.
+    for seed, old in enumerate(before):
+        torch.testing.assert_close(logits_of(model, seed), old, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -72,7 +74,7 @@ def test_without_experts_that_nothing_chose_generation_is_the_same(use_cache: bo
     model.prune_experts({"text": "used"}, scores)
     after = model.generate(**prompt, **options)
     assert torch.equal(before.sequences, after.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))
+    torch.testing.assert_close(after.logits, before.logits, rtol=0, atol=ROUNDING)
 
 
 def test_the_best_stay_with_all_that_is_theirs_in_their_order() -> None:

@@ -12,7 +12,7 @@ from chorus_moe.modeling.experts import BankGate, MixtureOfBanks, runs_as_writte
 from chorus_moe.modeling.experts_cpu import CPU_EXPERTS
 from chorus_moe.modeling.modality_plan import ModalityPlan
 from chorus_moe.modeling.routing_options import RoutingOptions
-from tests.conftest import tiny_batch, tiny_config
+from tests.conftest import moved, tiny_batch, tiny_config
 
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm", CPU_EXPERTS]
 # float32 sums in another order: worst difference seen over four seeds is 1.5e-8.
@@ -170,8 +170,7 @@ def test_a_modality_sees_its_own_banks_and_no_other(changed: str):
         for parameter in mlp.banks[changed].parameters():
             parameter.add_(1.0)
         after, _ = mlp(hidden, plan)
-    moved = (before != after).any(dim=-1)[0]
-    assert torch.equal(moved, torch.tensor(MIXED) == MODALITY_IDS[changed])
+    assert torch.equal(moved(before, after)[0], torch.tensor(MIXED) == MODALITY_IDS[changed])
 
 
 def test_the_common_bank_serves_every_token():
@@ -181,7 +180,7 @@ def test_the_common_bank_serves_every_token():
         before, _ = mlp(hidden, plan)
         mlp.banks["common"].experts.down_proj.add_(1.0)
         after, _ = mlp(hidden, plan)
-    assert (before != after).any(dim=-1).all()
+    assert moved(before, after).all()
 
 
 def test_the_output_is_the_documented_sum():
