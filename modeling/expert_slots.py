@@ -6,6 +6,8 @@ are padded to a common number of rows and become one batched product. Nothing is
 Shape suffixes: T tokens, K experts per token, E experts, P slots.
 """
 
+import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -61,11 +63,20 @@ class SlotPlan(NamedTuple):
         return value_TK if self.sentinel_TK is None else value_TK.masked_fill(self.sentinel_TK, 0.0)
 
 
+@cache
+def treats_operands_alike() -> bool:
+    """Whether products take as long with the weight on either side, as on AMD's processors."""
+    return "AMD" in str(torch.cpu.get_capabilities().get("cpu_name", ""))
+
+
 def few_rows(gate_up_EHD: Tensor, is_training: bool) -> float:
     """Mean rows per chosen expert below which weights stand on the right, by plain sorting, without units.
 
-    Such a product packs its weight anew; the smaller the expert, the more rows it takes until that shows.
+    Such a product packs its weight anew; the smaller the expert, the more rows it takes until that shows. Where it does
+    not show, units only add padding.
     """
+    if treats_operands_alike():
+        return math.inf
     is_wide = gate_up_EHD.dtype == torch.float32
     if is_training:
         return FEW_TRAINING_ROWS if is_wide else 0

@@ -29,12 +29,15 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ExpertsInterface
 
 from .expert_layout import can_group, has_plain_layout, is_silu, run_plainly
-from .expert_slots import PADDED_ROWS, SlotPlan, Unit, few_rows, make_slot_plan
+from .expert_slots import CHUNK_ROWS, PADDED_ROWS, SlotPlan, Unit, few_rows, make_slot_plan
 from .experts_gpu import gpu_mm_experts_forward
 from .one_token_experts import run_one_token
 from .routers import without_autocast
+from .row_products import MOST_ROWS, can_stream, multiply_stacked
 
 CPU_EXPERTS = "cpu_mm"
+# Mean rows of an expert from which one expert after the other, in buffers that stay in cache, beats grouped products.
+CHUNKED_ROWS = 128
 
 
 class _Gate(NamedTuple):
@@ -226,12 +229,45 @@ def _accumulate(left: Tensor, right: Tensor, total: Tensor, unit: Unit) -> None:
         target[0].addmm_(left[0], right[0])
 
 
+def _run_rows(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan) -> Tensor:
+    """Unweighted outputs `(P, D)`, expert by expert, weights on the right; a handful of rows streams its weights."""
+    rows_PD = hidden_TD.index_select(0, plan.token_P)
+    output_PD = torch.empty_like(rows_PD)
+    largest = max(gate_up_EHD, down_EDI, key=lambda weight: weight.shape[2])
+    few = [count if gate.is_silu and can_stream(largest, count) else 0 for count in plan.counts]
+    if any(few):
+        is_few_P = (torch.tensor(few) > 0).repeat_interleave(torch.tensor(plan.counts))
+        output_PD[is_few_P] = _stream(rows_PD[is_few_P], gate_up_EHD, down_EDI, few)
+    most = min(max(plan.counts), CHUNK_ROWS)
+    hidden_CH, active_CI = (rows_PD.new_empty(most, width) for width in (gate_up_EHD.shape[1], down_EDI.shape[2]))
+    stop = 0
+    for expert, count in enumerate(plan.counts):
+        start, stop = stop, stop + count
+        while start < stop and not few[expert]:
+            # Equal chunks: none of them is short.
+            rows = -(-(stop - start) // -(-(stop - start) // CHUNK_ROWS))
+            chunk, hidden_RH, active_RI = slice(start, start + rows), hidden_CH[:rows], active_CI[:rows]
+            torch.mm(rows_PD[chunk], gate_up_EHD[expert].t(), out=hidden_RH)
+            gate.forward(hidden_RH.t().unsqueeze(0), active_RI.t().unsqueeze(0))
+            torch.mm(active_RI, down_EDI[expert].t(), out=output_PD[chunk])
+            start += rows
+    return output_PD
+
+
+def _stream(rows_PD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, counts: list[int]) -> Tensor:
+    """Unweighted outputs `(P, D)` of SwiGLU experts with a handful of rows each, sorted by expert."""
+    gate_IP, up_IP = multiply_stacked(gate_up_EHD, rows_PD, counts).chunk(2)
+    active_PI = F.silu(gate_IP, inplace=True).mul_(up_IP).t().contiguous()
+    return multiply_stacked(down_EDI, active_PI, counts).t()
+
+
 def _run_sparse(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan) -> Tensor:
     """Unweighted outputs `(P, D)` through two grouped products, weights on the right. Differentiable by itself."""
     ends_E = torch.tensor(list(accumulate(plan.counts)), dtype=torch.int32)
     rows_PD = hidden_TD.index_select(0, plan.token_P)
     hidden_PH = F.grouped_mm(rows_PD, gate_up_EHD.transpose(1, 2), offs=ends_E)
-    return F.grouped_mm(gate.experts._apply_gate(hidden_PH), down_EDI.transpose(1, 2), offs=ends_E)
+    active_PI = gate.experts._apply_gate(hidden_PH)
+    return F.grouped_mm(active_PI, down_EDI.transpose(1, 2), offs=ends_E)
 
 
 @cache
@@ -279,7 +315,9 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         num_few = few_rows(gate_up, is_training) if can_group(hidden_TD, gate_up, down) else 0
         plan = make_slot_plan(top_k_index, len(gate_up), num_few)
         if plan.is_sparse:
-            output_PD = _run_sparse(hidden_TD, gate_up, down, gate, plan)
+            mean_rows = sum(plan.counts) / max(1, sum(count > 0 for count in plan.counts))
+            is_grouped = is_training or MOST_ROWS < mean_rows < CHUNKED_ROWS
+            output_PD = (_run_sparse if is_grouped else _run_rows)(hidden_TD, gate_up, down, gate, plan)
             return _combine(output_PD, plan, top_k_weights).to(hidden_states.dtype)
         if _is_emulated(dtype):
             hidden_TD = hidden_states.float()

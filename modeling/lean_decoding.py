@@ -30,8 +30,9 @@ from transformers.cache_utils import (
 from .attention import rotary_tables
 from .configuration_banks import ExpertBankConfig
 from .layer_skip import threshold_logit
-from .lean_checks import can_decode, is_plain_mixture
+from .lean_checks import can_decode, is_plain, is_plain_mixture
 from .lean_layers import FeedForward, LeanAttention, LeanBanks, LeanDense, LeanNorm, LeanSkipGate, ModuleFeedForward
+from .row_products import multiply, operand, weight_operand
 from .text_model import DenseFeedForward
 
 CACHES = (DynamicCache, StaticCache)
@@ -53,16 +54,19 @@ class LeanDecoder:
         self.model = model
         self.embedding: Tensor = text.embed_tokens.weight
         self.rotary = text.rotary_emb
-        self.final_norm = LeanNorm(text.norm)
+        normed = operand(torch.empty_like(text.norm.weight))
+        self.final_norm = LeanNorm(text.norm, normed)
+        has_plain_head = is_plain(model.lm_head, self.embedding.dtype) and model.lm_head.bias is None
+        self.head = weight_operand(model.lm_head.weight) if has_plain_head else None
         self.media = {model.config.image_token_id, model.config.audio_token_id}
         self.kinds = config.layer_types
         self.tables: list[tuple[Tensor, Tensor]] = []
         self.first_position = 0
         self.layers = [
             (
-                LeanNorm(layer.input_layernorm),
+                LeanNorm(layer.input_layernorm, normed),
                 LeanAttention(layer.self_attn),
-                LeanNorm(layer.post_attention_layernorm),
+                LeanNorm(layer.post_attention_layernorm, normed),
                 None if layer.skip_gate is None else LeanSkipGate(layer.skip_gate),
                 self._feed_forward(layer.mlp, text.banks),
             )
@@ -105,6 +109,15 @@ class LeanDecoder:
         open_above = threshold_logit(skip_threshold)
         return self._run(token, position, past_key_values, first, total, masks, layers, open_above).view(1, 1, -1)
 
+    def logits(self, states_11D: Tensor) -> Tensor:
+        """What the head makes of the last hidden state `(1, 1, D)`."""
+        is_module = self.head is None or self.head.array is None or states_11D.dtype != self.embedding.dtype
+        if is_module or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return self.model.lm_head(states_11D)
+        out = states_11D.new_empty(1, 1, len(self.head.tensor))
+        multiply(self.head, operand(states_11D.view(-1)), operand(out.view(-1)))
+        return out
+
     def _knows(self, cache: Any) -> bool:
         """Whether the cache is a stock one that holds one sequence already."""
         return (
@@ -144,15 +157,15 @@ class LeanDecoder:
         layers: Sequence[Any],
         open_above: float,
     ) -> Tensor:
-        residual_D = self.embedding[token].clone()
+        residual_D = operand(self.embedding[token].clone())
         tables = self._tables(position)
         of_layers = zip(layers, cache.layers, self.kinds, strict=False)
         for (norm, attention, feed_norm, gate, feed), layer, kind in of_layers:
-            residual_D = attention(residual_D, norm(residual_D), tables, layer, first, total, masks[kind])
-            states_D = feed_norm(residual_D)
+            attention(residual_D, norm(residual_D.tensor), tables, layer, first, total, masks[kind])
+            states_D = feed_norm(residual_D.tensor)
             if gate is None or gate(states_D) > open_above:
-                residual_D = feed(residual_D, states_D)
-        return self.final_norm(residual_D)
+                feed(residual_D, states_D)
+        return self.final_norm(residual_D.tensor).tensor.clone()
 
     def _tables(self, position: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines `(C,)` of a position; made for many positions at once where they are fixed."""

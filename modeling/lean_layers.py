@@ -24,14 +24,15 @@ from .attention import ModalityProjection
 from .configuration_banks import ExpertBankConfig
 from .modality_plan import ModalityPlan
 from .one_token_choice import choose_for_one, softmax
-from .one_token_experts import add_experts, add_product
+from .one_token_experts import add_experts, expert_of
 from .routers import NO_OPTIONS, SigmoidRouter, SoftmaxRouter, filled_rows
 from .routing_options import read_routing_options
+from .row_products import Operand, add_product, multiply, operand, weight_operand
 
 # Positions that a buffer of keys and values has free when it is made: at least so many, or a quarter of what it holds.
 SPARE_POSITIONS = 128
 
-FeedForward = Callable[[Tensor, Tensor], Tensor]
+FeedForward = Callable[[Operand, Operand], None]
 
 
 @cache
@@ -46,27 +47,28 @@ def exchange_of_halves(size: int) -> Tensor:
 
 
 class LeanNorm:
-    """[`RMSNorm`] of one token `(D,)`."""
+    """[`RMSNorm`] of one token `(D,)`, into a buffer."""
 
-    def __init__(self, norm: Any):
+    def __init__(self, norm: Any, output: Operand):
         self.weight: Tensor = norm.weight
         self.eps: float = norm.eps
         self.zero = zeros(len(norm.weight), norm.weight.dtype)
         self.size = len(norm.weight)
         self.is_narrow = self.zero.itemsize < 4
+        self.output = output
 
-    def __call__(self, states_D: Tensor) -> Tensor:
+    def __call__(self, states_D: Tensor) -> Operand:
         wide_D = states_D.float() if self.is_narrow else states_D
-        mean = torch.dot(wide_D, wide_D).item() / self.size
-        return torch.addcmul(self.zero, states_D, self.weight, value=(mean + self.eps) ** -0.5)
+        scale = (torch.dot(wide_D, wide_D).item() / self.size + self.eps) ** -0.5
+        torch.addcmul(self.zero, states_D, self.weight, value=scale, out=self.output.tensor)
+        return self.output
 
 
-def project(weight: Tensor, bias: Tensor | None, states_D: Tensor, out: Tensor) -> None:
+def project(weight: Operand, bias: Tensor | None, states_D: Operand, out: Operand) -> None:
     """A linear layer of one token, written to `out`."""
-    if bias is None:
-        torch.mv(weight, states_D, out=out)
-    else:
-        torch.addmv(bias, weight, states_D, out=out)
+    product = multiply(weight, states_D, out)
+    if bias is not None:
+        product.add_(bias)
 
 
 class KeyValueBuffer:
@@ -105,7 +107,7 @@ class LeanAttention:
             for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
         ]
         size, dtype = attention.head_dim, attention.o_proj.weight.dtype
-        self.output: Tensor = attention.o_proj.weight
+        self.output = weight_operand(attention.o_proj.weight)
         self.output_bias: Tensor | None = attention.o_proj.bias
         self.use_rope: bool = attention.use_rope
         self.scaling: float = attention.scaling
@@ -116,8 +118,9 @@ class LeanAttention:
         self.query = query_key_value[:heads].view(1, groups, heads // groups, size)
         self.key_value = query_key_value[heads:].view(2, 1, groups, 1, size)
         parts = query_key_value.view(-1).split([linear.out_features for linear in text])
-        self.projections: list[tuple[Tensor, Tensor | None, Tensor]] = [
-            (linear.weight, linear.bias, part) for linear, part in zip(text, parts, strict=True)
+        self.projections: list[tuple[Operand, Tensor | None, Operand]] = [
+            (weight_operand(linear.weight), linear.bias, operand(part))
+            for linear, part in zip(text, parts, strict=True)
         ]
         self.exchange = exchange_of_halves(size)
         self.size = size
@@ -135,14 +138,14 @@ class LeanAttention:
 
     def __call__(
         self,
-        residual_D: Tensor,
-        states_D: Tensor,
+        residual_D: Operand,
+        states_D: Operand,
         tables: tuple[Tensor, Tensor],
         layer: CacheLayerMixin,
         first: int,
         total: int,
         mask: Tensor | None,
-    ) -> Tensor:
+    ) -> None:
         """The new residual stream `(D,)`, in place.
 
         Args:
@@ -170,8 +173,8 @@ class LeanAttention:
             key, value = self.global_tokens(key, value)
         attended = F.scaled_dot_product_attention(self.query, key, value, attn_mask=mask, scale=self.scaling)
         if self.output_bias is not None:
-            residual_D.add_(self.output_bias)
-        return add_product(residual_D, self.output, attended.reshape(-1))
+            residual_D.tensor.add_(self.output_bias)
+        add_product(residual_D, self.output, operand(attended.reshape(-1)))
 
     def _visible(self, key: Tensor, value: Tensor, first: int, total: int) -> tuple[Tensor, Tensor]:
         """The keys and values that the token may see, of those that a cache layer holds: it holds the last of `total`
@@ -193,19 +196,23 @@ class LeanSkipGate:
         self.weight_D: Tensor = gate.weight[0]
         self.bias: float = gate.bias.item()
 
-    def __call__(self, states_D: Tensor) -> float:
-        return torch.dot(self.weight_D.float(), states_D.float()).item() + self.bias
+    def __call__(self, states_D: Operand) -> float:
+        return torch.dot(self.weight_D.float(), states_D.tensor.float()).item() + self.bias
 
 
 class LeanDense:
     """[`GatedMLP`] of one token, added to the residual stream in place."""
 
     def __init__(self, mlp: Any):
-        self.gate, self.up, self.down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+        linears = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.gate, self.up, self.down = (weight_operand(linear.weight) for linear in linears)
+        gate_I = mlp.gate_proj.weight.new_empty(mlp.gate_proj.out_features)
+        self.active, self.other = operand(gate_I), operand(torch.empty_like(gate_I))
 
-    def __call__(self, residual_D: Tensor, states_D: Tensor) -> Tensor:
-        active_I = F.silu(torch.mv(self.gate, states_D), inplace=True).mul_(torch.mv(self.up, states_D))
-        return add_product(residual_D, self.down, active_I)
+    def __call__(self, residual_D: Operand, states_D: Operand) -> None:
+        active_I = multiply(self.gate, states_D, self.active)
+        F.silu(active_I, inplace=True).mul_(multiply(self.up, states_D, self.other))
+        add_product(residual_D, self.down, self.active)
 
 
 class LeanBank:
@@ -214,12 +221,13 @@ class LeanBank:
     def __init__(self, bank: Any):
         self.router = bank.router
         self.is_linear = type(self.router) in (SoftmaxRouter, SigmoidRouter)
-        gate_up, down = bank.experts.gate_up_proj, bank.experts.down_proj
-        self.experts = list(zip(gate_up.unbind(0), down.unbind(0), strict=True))
-        self.size = self.router.top_k, down.shape[2], down.dtype
+        gate_up, down = weight_operand(bank.experts.gate_up_proj), weight_operand(bank.experts.down_proj)
+        count, width, dtype = len(down.tensor), down.tensor.shape[2], down.tensor.dtype
+        self.experts = [(expert_of(gate_up, expert), expert_of(down, expert)) for expert in range(count)]
+        self.size = self.router.top_k, width, dtype
 
-    def __call__(self, residual_D: Tensor, states_D: Tensor, bank_weight: float) -> None:
-        choice = choose_for_one(self.router, self._logits(states_D), NO_OPTIONS)
+    def __call__(self, residual_D: Operand, states_D: Operand, bank_weight: float) -> None:
+        choice = choose_for_one(self.router, self._logits(states_D.tensor), NO_OPTIONS)
         chosen = [
             (*self.experts[expert], bank_weight * weight)
             for expert, weight in zip(choice.experts, choice.weights, strict=True)
@@ -251,17 +259,16 @@ class LeanBanks:
         self.own_gates = [bank.gate for bank in own]
         self.own_banks = [LeanBank(bank) for bank in own]
 
-    def __call__(self, residual_D: Tensor, states_D: Tensor) -> Tensor:
+    def __call__(self, residual_D: Operand, states_D: Operand) -> None:
         weights = [1.0]
         if self.gate is not None and len(self.banks) > 1:
-            logits = torch.mv(self.gate.float(), states_D.float()).tolist()
+            logits = torch.mv(self.gate.float(), states_D.tensor.float()).tolist()
             weights = softmax([logits[column] for column in self.columns])
-        weights = weights[: len(self.banks)] + [gate(states_D).item() for gate in self.own_gates]
+        weights = weights[: len(self.banks)] + [gate(states_D.tensor).item() for gate in self.own_gates]
         if self.shared is not None:
             self.shared(residual_D, states_D)
         for bank, weight in zip(self.banks + self.own_banks, weights, strict=True):
             bank(residual_D, states_D, weight)
-        return residual_D
 
 
 class ModuleFeedForward:
@@ -273,5 +280,5 @@ class ModuleFeedForward:
         options = read_routing_options(banks, modality_BS, None, False, None, None, None, None)
         self.plan = ModalityPlan.build(modality_BS, None, options)
 
-    def __call__(self, residual_D: Tensor, states_D: Tensor) -> Tensor:
-        return residual_D.add_(self.module(states_D.view(1, 1, -1), self.plan)[0].view(-1))
+    def __call__(self, residual_D: Operand, states_D: Operand) -> None:
+        residual_D.tensor.add_(self.module(states_D.tensor.view(1, 1, -1), self.plan)[0].view(-1))

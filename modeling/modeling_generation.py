@@ -182,7 +182,9 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             skip_threshold=skip_threshold,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        decoder = lean_decoder(self, input_ids)
+        head = self.lm_head if decoder is None else decoder.logits
+        logits = head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             # At least 1: a batch without any label has loss 0, not 0 / 0.

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from chorus_moe.modeling import expert_slots
 from chorus_moe.modeling.expert_slots import FEW_ROWS, PADDED_ROWS, few_rows, make_slot_plan
 
 
 @pytest.fixture
-def one_thread():
+def one_thread(monkeypatch: pytest.MonkeyPatch):
+    """On a processor that packs the right operand anew."""
+    monkeypatch.setattr(expert_slots, "treats_operands_alike", lambda: False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -29,6 +32,16 @@ def test_the_smaller_the_expert_the_more_rows_are_few():
 def test_bfloat16_is_trained_in_units_and_decoded_by_sorting():
     assert few_rows(weights(512, torch.bfloat16), is_training=True) == 0
     assert few_rows(weights(512, torch.bfloat16), is_training=False) == FEW_ROWS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_training", [False, True])
+def test_where_both_operands_are_alike_all_rows_are_sorted(
+    dtype: torch.dtype, is_training: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(expert_slots, "treats_operands_alike", lambda: True)
+    few = few_rows(weights(512, dtype), is_training)
+    assert make_slot_plan(torch.zeros(5000, 1, dtype=torch.long), num_experts=8, few_rows=few).is_sparse
 
 
 @pytest.mark.parametrize(("few", "is_sparse"), [(2.5, True), (2.0, False)])

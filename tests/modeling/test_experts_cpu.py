@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
+from chorus_moe.modeling import expert_slots
 from chorus_moe.modeling.experts_cpu import CPU_EXPERTS, cpu_mm_experts_forward
 
 NAMES = ("output", "hidden", "weights", "gate_up_proj", "down_proj")
@@ -16,6 +17,12 @@ NAMES = ("output", "hidden", "weights", "gate_up_proj", "down_proj")
 # Norm of the difference over norm of the value. float32 sums in another order: some 1e-6. bfloat16 keeps 8 bits, one
 # rounding is up to 4e-3, and the plain loop it is compared with runs in float32: four in a row stay below 1e-2.
 RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True, params=["units", "operands alike"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kinds of processor, whichever runs the tests."""
+    monkeypatch.setattr(expert_slots, "treats_operands_alike", lambda: request.param == "operands alike")
 
 
 @use_experts_implementation

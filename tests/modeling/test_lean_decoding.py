@@ -266,7 +266,8 @@ def test_padding_between_tokens_is_left_to_the_modules(steps: list[int]):
     batch = prompt(model)
     batch["attention_mask"][0, 2] = 0
     expected = decode(model, batch, make_cache("dynamic", model), lean=False)
-    assert torch.equal(decode(model, batch, make_cache("dynamic", model), lean=True), expected)
+    found = decode(model, batch, make_cache("dynamic", model), lean=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=ATOL[torch.float32])
     assert not steps
 
 
