@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 DEMO_ARGS ?=
-PYTEST_ARGS ?=
+# One process for each core; a choice of tests given on the command line runs in one.
+PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format bench clean

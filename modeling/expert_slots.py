@@ -6,7 +6,6 @@ are padded to a common number of rows and become one batched product. Nothing is
 Shape suffixes: T tokens, K experts per token, E experts, P slots.
 """
 
-import math
 from functools import cache
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ PADDED_ROWS = 100  # experts with more rows than this are not padded
 PADDED_EXPERTS = 4
 FEW_ROWS = 5  # mean rows per chosen expert below which weights on the right are faster
 FEW_TRAINING_ROWS = 100  # the same in float32 training, where writing the weight gradients takes most of the time
+ALIKE_ROWS, ALIKE_TRAINING_ROWS = 128, 256  # the same where products treat both operands alike
 SMALL_EXPERT = 2**23  # on one thread, rows times weights of `gate_up` below which they are faster too
 TILE_ROWS = 16  # a product takes as long as one with rows rounded up to this
 
@@ -45,6 +45,7 @@ class SlotPlan(NamedTuple):
     slot_TK: Tensor  # the slot of each pair; 0 for sentinels
     sentinel_TK: Tensor | None  # the pairs to skip, if there are any
     is_sparse: bool  # few rows per expert: plain sorting, no units
+    by_row: bool  # how activations within a unit lie in memory: a row after the other, or a feature after the other
 
     def to_slots(self, value_TK: Tensor) -> Tensor:
         """Values of the pairs in slot order; padding slots hold zero."""
@@ -73,10 +74,10 @@ def few_rows(gate_up_EHD: Tensor, is_training: bool) -> float:
     """Mean rows per chosen expert below which weights stand on the right, by plain sorting, without units.
 
     Such a product packs its weight anew; the smaller the expert, the more rows it takes until that shows. Where it does
-    not show, units only add padding.
+    not show, units pay once their activations, in buffers that stay in cache, are many.
     """
     if treats_operands_alike():
-        return math.inf
+        return ALIKE_TRAINING_ROWS if is_training else ALIKE_ROWS
     is_wide = gate_up_EHD.dtype == torch.float32
     if is_training:
         return FEW_TRAINING_ROWS if is_wide else 0
@@ -93,17 +94,18 @@ def make_slot_plan(top_k_index: Tensor, num_experts: int, few_rows: float) -> Sl
     order = choices.argsort(stable=True)[:num_pairs]
     slot = torch.arange(num_pairs)
     is_sparse = num_pairs < few_rows * sum(count > 0 for count in counts)
-    units, shifts, num_slots = ([], [], num_pairs) if is_sparse else _make_units(counts)
+    by_row = treats_operands_alike()
+    units, shifts, num_slots = ([], [], num_pairs) if is_sparse else _make_units(counts, is_padded=not by_row)
     token_P = order // top_k_index.shape[1]
     if num_slots > num_pairs:
         slot += torch.tensor(shifts).repeat_interleave(torch.tensor(counts))
         token_P = token_P.new_zeros(num_slots).index_copy_(0, slot, token_P)
     slot_TK = torch.zeros_like(choices).index_copy_(0, order, slot).view(top_k_index.shape)
     sentinel_TK = top_k_index >= num_experts if num_pairs < choices.numel() else None
-    return SlotPlan(units, counts, token_P, slot_TK, sentinel_TK, is_sparse)
+    return SlotPlan(units, counts, token_P, slot_TK, sentinel_TK, is_sparse, by_row)
 
 
-def _make_units(counts: list[int]) -> tuple[list[Unit], list[int], int]:
+def _make_units(counts: list[int], is_padded: bool) -> tuple[list[Unit], list[int], int]:
     """The units, how many slots each expert's rows move against plain sorting, and the number of slots."""
     units: list[Unit] = []
     shifts = [0] * len(counts)
@@ -111,7 +113,7 @@ def _make_units(counts: list[int]) -> tuple[list[Unit], list[int], int]:
     slack = 1.2 if torch.get_num_threads() > 1 else 1.0
     while first < len(counts):
         last, rows, total = first + 1, counts[first], _tiled(counts[first])
-        while last < len(counts) and last - first < PADDED_EXPERTS and rows and counts[last]:
+        while is_padded and last < len(counts) and last - first < PADDED_EXPERTS and rows and counts[last]:
             widest, cost = max(rows, counts[last]), total + _tiled(counts[last])
             if widest > PADDED_ROWS or _tiled(widest) * (last + 1 - first) > slack * cost:
                 break
@@ -119,7 +121,7 @@ def _make_units(counts: list[int]) -> tuple[list[Unit], list[int], int]:
         for expert in range(first, last):
             shifts[expert] = start + (expert - first) * rows - sorted_start
             sorted_start += counts[expert]
-        if last - first == 1 and rows != 1:
+        if last - first == 1 and (rows != 1 or not is_padded):
             chunks = max(1, round(rows / CHUNK_ROWS)) if rows else 0
             for chunk in range(chunks):
                 begin, end = rows * chunk // chunks, rows * (chunk + 1) // chunks

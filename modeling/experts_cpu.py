@@ -29,15 +29,13 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ExpertsInterface
 
 from .expert_layout import can_group, has_plain_layout, is_silu, run_plainly
-from .expert_slots import CHUNK_ROWS, PADDED_ROWS, SlotPlan, Unit, few_rows, make_slot_plan
+from .expert_slots import PADDED_ROWS, SlotPlan, Unit, few_rows, make_slot_plan
 from .experts_gpu import gpu_mm_experts_forward
 from .one_token_experts import run_one_token
 from .routers import without_autocast
 from .row_products import MOST_ROWS, can_stream, multiply_stacked
 
 CPU_EXPERTS = "cpu_mm"
-# Mean rows of an expert from which one expert after the other, in buffers that stay in cache, beats grouped products.
-CHUNKED_ROWS = 128
 
 
 class _Gate(NamedTuple):
@@ -84,7 +82,7 @@ class _Workspace:
 
     def __init__(self, plan: SlotPlan, dtype: torch.dtype):
         self.widest = max(((unit.last - unit.first) * unit.rows for unit in plan.units), default=0)
-        self.dtype = dtype
+        self.dtype, self.by_row = dtype, plan.by_row
         self.buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, int, int], width: int) -> Tensor:
@@ -93,6 +91,11 @@ class _Workspace:
             self.buffers[name] = torch.empty(self.widest * width, dtype=self.dtype)
         return self.buffers[name][: shape[0] * shape[1] * shape[2]].view(shape)
 
+    def take_features(self, name: str, shape: tuple[int, int, int], width: int) -> Tensor:
+        """Activations `(experts, features, rows)`, in the order in memory that the plan names."""
+        buffer = self.take(name, shape, width)
+        return as_features(buffer.view(-1), shape) if self.by_row else buffer
+
     def widen(self, name: str, weight: Tensor) -> Tensor:
         """The weight in the dtype of the products, copied into a buffer if it has another."""
         if weight.dtype == self.dtype:
@@ -100,6 +103,19 @@ class _Workspace:
         if name not in self.buffers or self.buffers[name].shape[0] < weight.shape[0]:
             self.buffers[name] = torch.empty(weight.shape, dtype=self.dtype)
         return self.buffers[name][: weight.shape[0]].copy_(weight)
+
+
+def as_features(memory: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """`(experts, features, rows)` over memory that holds one row after the other."""
+    experts, features, rows = shape
+    return memory.view(experts, rows, features).transpose(1, 2)
+
+
+def _kept_features(kept: Tensor, plan: SlotPlan, unit: Unit, width: int) -> Tensor:
+    """What is kept of a unit, `(experts, features, rows)`."""
+    memory = kept[unit.slots.start * width : unit.slots.stop * width]
+    shape = unit.last - unit.first, width, unit.rows
+    return as_features(memory, shape) if plan.by_row else memory.view(shape)
 
 
 def _run_units(
@@ -116,13 +132,13 @@ def _run_units(
         rows_RCD = space.take("rows", (group, rows, width), width)
         torch.index_select(hidden_TD, 0, plan.token_P[slots], out=rows_RCD.view(-1, width))
         if kept is None:
-            hidden_RHC = space.take("hidden", (group, double, rows), double)
+            hidden_RHC = space.take_features("hidden", (group, double, rows), double)
         else:
-            hidden_RHC = kept[slots.start * double : slots.stop * double].view(group, double, rows)
+            hidden_RHC = _kept_features(kept, plan, unit, double)
         _product(space.widen("gate_up", gate_up_EHD[first:last]), rows_RCD.transpose(1, 2), hidden_RHC)
-        active_RIC = gate.forward(hidden_RHC, space.take("active", (group, single, rows), single))
+        active_RIC = gate.forward(hidden_RHC, space.take_features("active", (group, single, rows), single))
         down_RDI, out_RCD = space.widen("down", down_EDI[first:last]), output_PD[slots].view(group, rows, width)
-        if rows > PADDED_ROWS:
+        if rows > PADDED_ROWS or plan.by_row:
             _product(active_RIC.transpose(1, 2), down_RDI.transpose(1, 2), out_RCD)
         else:
             out_RDC = _product(down_RDI, active_RIC, space.take("rows", (group, width, rows), width))
@@ -185,14 +201,14 @@ class _Experts(torch.autograd.Function):
         for unit in plan.units:
             experts, slots = slice(unit.first, unit.last), unit.slots
             group, rows = unit.last - unit.first, unit.rows
-            hidden_RHC = kept[slots.start * double : slots.stop * double].view(group, double, rows)
+            hidden_RHC = _kept_features(kept, plan, unit, double)
             weight_R1C = weight_P[slots].view(group, 1, rows)
             grad_RCD = space.take("grad", (group, rows, width), width)
             torch.index_select(grad_TD, 0, plan.token_P[slots], out=grad_RCD.view(-1, width))
-            active_RIC = gate.forward(hidden_RHC, space.take("active", (group, single, rows), single))
-            grad_RIC = space.take("grad_active", (group, single, rows), single)
+            active_RIC = gate.forward(hidden_RHC, space.take_features("active", (group, single, rows), single))
+            grad_RIC = space.take_features("grad_active", (group, single, rows), single)
             down_RDI = space.widen("down", down_EDI[experts])
-            if rows > PADDED_ROWS:
+            if rows > PADDED_ROWS or plan.by_row:
                 _product(down_RDI.transpose(1, 2), grad_RCD.transpose(1, 2), grad_RIC)
             else:
                 buffer = space.take("grad_double", (group, rows, single), double)
@@ -203,7 +219,7 @@ class _Experts(torch.autograd.Function):
                 _accumulate(grad_RCD.transpose(1, 2), active_RIC.mul_(weight_R1C).transpose(1, 2), grad_down, unit)
             if not (need_hidden or need_gate_up):
                 continue
-            buffer = space.take("grad_double", (group, double, rows), double)
+            buffer = space.take_features("grad_double", (group, double, rows), double)
             grad_RHC = gate.backward(hidden_RHC, grad_RIC.mul_(weight_R1C), buffer)
             if grad_gate_up is not None:
                 rows_RCD = space.take("rows", (group, rows, width), width)
@@ -238,19 +254,12 @@ def _run_rows(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _G
     if any(few):
         is_few_P = (torch.tensor(few) > 0).repeat_interleave(torch.tensor(plan.counts))
         output_PD[is_few_P] = _stream(rows_PD[is_few_P], gate_up_EHD, down_EDI, few)
-    most = min(max(plan.counts), CHUNK_ROWS)
-    hidden_CH, active_CI = (rows_PD.new_empty(most, width) for width in (gate_up_EHD.shape[1], down_EDI.shape[2]))
-    stop = 0
-    for expert, count in enumerate(plan.counts):
-        start, stop = stop, stop + count
-        while start < stop and not few[expert]:
-            # Equal chunks: none of them is short.
-            rows = -(-(stop - start) // -(-(stop - start) // CHUNK_ROWS))
-            chunk, hidden_RH, active_RI = slice(start, start + rows), hidden_CH[:rows], active_CI[:rows]
-            torch.mm(rows_PD[chunk], gate_up_EHD[expert].t(), out=hidden_RH)
-            gate.forward(hidden_RH.t().unsqueeze(0), active_RI.t().unsqueeze(0))
-            torch.mm(active_RI, down_EDI[expert].t(), out=output_PD[chunk])
-            start += rows
+    ends = accumulate(plan.counts)
+    for expert, (count, stop) in enumerate(zip(plan.counts, ends, strict=True)):
+        if count and not few[expert]:
+            slots = slice(stop - count, stop)
+            active_RI = gate.experts._apply_gate(torch.mm(rows_PD[slots], gate_up_EHD[expert].t()))
+            torch.mm(active_RI, down_EDI[expert].t(), out=output_PD[slots])
     return output_PD
 
 
@@ -261,7 +270,7 @@ def _stream(rows_PD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, counts: list
     return multiply_stacked(down_EDI, active_PI, counts).t()
 
 
-def _run_sparse(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan) -> Tensor:
+def _run_grouped(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan) -> Tensor:
     """Unweighted outputs `(P, D)` through two grouped products, weights on the right. Differentiable by itself."""
     ends_E = torch.tensor(list(accumulate(plan.counts)), dtype=torch.int32)
     rows_PD = hidden_TD.index_select(0, plan.token_P)
@@ -316,8 +325,8 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         plan = make_slot_plan(top_k_index, len(gate_up), num_few)
         if plan.is_sparse:
             mean_rows = sum(plan.counts) / max(1, sum(count > 0 for count in plan.counts))
-            is_grouped = is_training or MOST_ROWS < mean_rows < CHUNKED_ROWS
-            output_PD = (_run_sparse if is_grouped else _run_rows)(hidden_TD, gate_up, down, gate, plan)
+            is_grouped = is_training or mean_rows > MOST_ROWS
+            output_PD = (_run_grouped if is_grouped else _run_rows)(hidden_TD, gate_up, down, gate, plan)
             return _combine(output_PD, plan, top_k_weights).to(hidden_states.dtype)
         if _is_emulated(dtype):
             hidden_TD = hidden_states.float()

@@ -3,6 +3,11 @@
 import os
 from typing import Any
 
+# Of several processes of tests each gets its share of the cores, and so do the processes that they start.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
 import pytest
 import torch
 from torch import Tensor

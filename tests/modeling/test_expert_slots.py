@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from chorus_moe.modeling import expert_slots
-from chorus_moe.modeling.expert_slots import FEW_ROWS, PADDED_ROWS, few_rows, make_slot_plan
+from chorus_moe.modeling.expert_slots import (
+    ALIKE_ROWS,
+    ALIKE_TRAINING_ROWS,
+    FEW_ROWS,
+    PADDED_ROWS,
+    few_rows,
+    make_slot_plan,
+)
 
 
 @pytest.fixture
@@ -35,13 +42,18 @@ def test_bfloat16_is_trained_in_units_and_decoded_by_sorting():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("is_training", [False, True])
-def test_where_both_operands_are_alike_all_rows_are_sorted(
-    dtype: torch.dtype, is_training: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("is_training", "limit"), [(False, ALIKE_ROWS), (True, ALIKE_TRAINING_ROWS)])
+def test_where_both_operands_are_alike_units_are_for_many_rows_and_without_padding(
+    dtype: torch.dtype, is_training: bool, limit: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(expert_slots, "treats_operands_alike", lambda: True)
     few = few_rows(weights(512, dtype), is_training)
-    assert make_slot_plan(torch.zeros(5000, 1, dtype=torch.long), num_experts=8, few_rows=few).is_sparse
+    index = torch.tensor([0] * (limit - 1) + [2]).unsqueeze(1)
+    assert make_slot_plan(index, num_experts=8, few_rows=few).is_sparse
+    index = torch.tensor([0] * (2 * limit - 1) + [1]).unsqueeze(1)
+    plan = make_slot_plan(index, num_experts=8, few_rows=few)
+    assert not plan.is_sparse
+    assert [(unit.first, unit.last, unit.rows) for unit in plan.units] == [(0, 1, 2 * limit - 1), (1, 2, 1)]
 
 
 @pytest.mark.parametrize(("few", "is_sparse"), [(2.5, True), (2.0, False)])
