@@ -1,4 +1,4 @@
-"""What can be done to the banks of a model after it was built: a method an operation, the work in sibling files.
+"""What can be done to a model after it was built, to its banks above all: a method an operation, the work elsewhere.
 
 Every operation changes weights and configuration together, so that a saved model loads as it stands, and returns an
 [`OperationReport`]. It is refused before anything is changed while adapters are active.
@@ -12,6 +12,7 @@ from torch import nn
 
 from .bank_exchange import load_bank, save_bank
 from .bank_growth import add_bank, add_experts, set_closed
+from .depth_growth import add_exits, add_skip_gates
 from .expert_conversion import export_experts, fuse_experts, unfuse_experts
 from .expert_merging import merge_experts
 from .expert_pruning import ExpertScores, Keep, prune_experts
@@ -82,13 +83,46 @@ class BankOperations:
         """
         return add_modality(self._as_module(), modality, tower, token_id, bank)
 
+    def add_exits(self, layers: Sequence[int], exit_loss_coef: float | None = None) -> OperationReport:
+        """Add exits to a classifier or a generative model. Outputs stay as they are, bit for bit.
+
+        In a classifier each new exit has a head, which starts with copies of the final norm and of `score`: as if the
+        model ended there. Train them alone with `freeze("all")` and `unfreeze("exits")`. Where `config.exit_thresholds`
+        are set a new exit gets 1, at which none leaves; `calibrate_exits` finds better ones. In a generative model
+        exits share the final norm and the head, so that only the configuration changes.
+
+        Args:
+            layers: after how many layers each stands, besides the exits that the model has.
+            exit_loss_coef: weight of the exits in training; if None that of the exits before, 1 if there were none.
+
+        Raises:
+            ValueError: adapters are active, the head knows no exits, or no layers, one that has an exit already, or one
+                after which none can stand. Nothing has been changed then.
+        """
+        return add_exits(self._as_module(), layers, exit_loss_coef)
+
+    def add_skip_gates(self, layers: Sequence[int], skip_budget: float | None = None) -> OperationReport:
+        """Add gates that let tokens pass the feed-forward of a layer by. New gates are open for every token: outputs
+        stay as they are, bit for bit, at any `skip_threshold` below 0.73. Train them alone with `freeze("all")` and
+        `unfreeze("skip_gates")`.
+
+        Args:
+            layers: indices of the layers, besides those that have a gate.
+            skip_budget: the share of the tokens of all these layers that training lets pass; the model's own if None.
+
+        Raises:
+            ValueError: adapters are active, no layers, one that has a gate already or that the model does not have, or
+                no budget between 0 and 1. Nothing has been changed then.
+        """
+        return add_skip_gates(self._as_module(), layers, skip_budget)
+
     def freeze(self, *names: str) -> OperationReport:
         """Keep parts from being trained.
 
         Args:
             names: "all", a bank, "router:BANK", "experts:BANK", "bank_gates", "attention", "cross_modal",
                 "shared_experts", "dense", "vision_tower", "audio_tower", "connectors", "vision_connector",
-                "audio_connector", "embeddings", "norms", "head".
+                "audio_connector", "embeddings", "norms", "head" (with its exits), "exits", "skip_gates".
 
         Returns:
             A report with the trainable parameters before and after. A frozen router's balance bias rests, too.

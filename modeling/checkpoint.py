@@ -4,12 +4,15 @@ Unusual here: a checkpoint saved by the same class must hold exactly its tensors
 head, or no head) may differ in the head, and in nothing else.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 MAX_NAMES = 5
+# Operation of a model -> the tensors that it adds, where a configuration alone asks for them in vain.
+GROWN = {"add_exits": r"exits\.\d+\..+", "add_skip_gates": r".*\.skip_gate\..+"}
 ALIGNMENT = 64  # bytes, as torch allocates
 
 
@@ -47,17 +50,24 @@ def describe_misfit(model: Any, name_or_path: Any, missing: Iterable[str], unexp
     def matters(name: str) -> bool:
         return same_class or name.startswith(prefix) or hasattr(base, name.partition(".")[0])
 
+    lacks, has_too_much = sorted(filter(matters, missing)), sorted(filter(matters, unexpected))
     faults = [
-        _counted(kind, names, ", ")
-        for kind, found in (("missing", missing), ("unexpected", unexpected))
-        if (names := sorted(filter(matters, found)))
+        _counted(kind, names, ", ") for kind, names in (("missing", lacks), ("unexpected", has_too_much)) if names
     ]
     if not faults:
         return None
+    operations = [] if has_too_much else _operations_that_add(lacks)
+    advice = f"Load it with its own configuration and call {' and '.join(operations)}. " if operations else ""
     return (
-        f"{_subject(model, name_or_path)}: {'; '.join(faults)}. Pass output_loading_info=True to load it all the same, "
-        "missing tensors newly initialised, and get the full list"
+        f"{_subject(model, name_or_path)}: {'; '.join(faults)}. {advice}Pass output_loading_info=True to load it all "
+        "the same, missing tensors newly initialised, and get the full list"
     )
+
+
+def _operations_that_add(missing: list[str]) -> list[str]:
+    """The operations of a model after which it has these tensors; empty if one is of another kind."""
+    found = {name: sum(bool(re.fullmatch(pattern, tensor)) for tensor in missing) for name, pattern in GROWN.items()}
+    return [name for name, count in found.items() if count] if sum(found.values()) == len(missing) else []
 
 
 def _subject(model: nn.Module, name_or_path: Any) -> str:

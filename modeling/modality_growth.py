@@ -4,11 +4,10 @@ Unusual here: modules and configuration end in the order of a model built with t
 the states of an optimizer agree with those of the saved and reloaded model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from .attention import ModalityProjection
@@ -17,7 +16,7 @@ from .configuration_banks import check_name
 from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from .connectors import AudioConnector, VisionConnector
 from .model_parts import decoder_of
-from .operation_report import OperationReport, count_parameters, refuse_adapters
+from .operation_report import OperationReport, checked, count_parameters, refuse_adapters
 
 CONFIGS: dict[str, Any] = {"image": ChorusVisionConfig, "audio": ChorusAudioConfig}
 CONNECTORS: dict[str, Any] = {"image": VisionConnector, "audio": AudioConnector}
@@ -34,14 +33,14 @@ def add_modality(
     inner, config, before = _place_for_towers(model), model.config, count_parameters(model)
     if modality in config.modalities:
         raise ValueError(f"add_modality: the model has {modality!r} already; its modalities are {config.modalities}")
-    tower_config = _checked(lambda: _read_tower(modality, tower))
+    tower_config = checked("add_modality", lambda: _read_tower(modality, tower))
     text, decoder = config.text_config, decoder_of(model)
     token_id = text.vocab_size if token_id is None else token_id
     vocab_size = max(text.vocab_size, token_id + 1)
     changes = {f"{NAMES[modality]}_config": tower_config, f"{modality}_token_id": token_id}
     values = config.to_dict()
     values |= changes | {"text_config": {**values["text_config"], "vocab_size": vocab_size}}
-    _checked(lambda: type(config)(**values))
+    checked("add_modality", lambda: type(config)(**values))
 
     like = decoder.norm.weight
     built = tower if isinstance(tower, nn.Module) else _build_tower(modality, tower_config)
@@ -80,14 +79,6 @@ def _place_for_towers(model: Any) -> Any:
     raise ValueError(
         f"add_modality: {type(model).__name__} has no place for an encoder; use a model with all its parts"
     )
-
-
-def _checked(build: Callable[[], Any]) -> Any:
-    """What a configuration refuses is a ValueError here, as everything else that does not fit."""
-    try:
-        return build()
-    except StrictDataclassError as error:
-        raise ValueError(f"add_modality: {error.__cause__ or error}") from error
 
 
 def _read_tower(modality: str, tower: Any) -> Any:

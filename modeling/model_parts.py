@@ -16,6 +16,9 @@ from .operation_report import OperationReport, count_parameters, refuse_adapters
 
 TOWERS = {"vision": "vision_tower", "audio": "audio_tower"}
 CONNECTORS = r"(?:vision|audio)_connector\..+"
+# Exits by their smallest modules: PEFT, asked for `task_type="SEQ_CLS"`, also wraps all that ends in `score`, and one
+# wrapped module within another cannot be saved.
+EXITS, SKIP_GATES = r"exits\.\d+\.(?:norm|score)", r"language_model\.layers\.\d+\.skip_gate"
 
 
 def decoder_of(model: nn.Module) -> Any:
@@ -58,11 +61,12 @@ def part_patterns(text: Any) -> dict[str, str]:
     patterns = {
         "all": r".+",
         "embeddings": r"language_model\.embed_tokens\..+",
-        "head": r"(?:lm_head|score|projections)\..+|logit_scale",
+        "head": r"(?:lm_head|score|exits|projections)\..+|logit_scale",
+        "exits": EXITS + r"\..+",
         "norms": r"language_model\.(?:layers\.\d+\.\w*norm|norm)\..+",
         "bank_gates": in_layers([r"\d+"], r"mlp\.bank_gate\..+"),
         "connectors": CONNECTORS,
-        "skip_gates": in_layers([r"\d+"], r"skip_gate\..+"),
+        "skip_gates": SKIP_GATES + r"\..+",
     }
     for modality, tower in TOWERS.items():
         patterns |= {tower: rf"{tower}\..+", f"{modality}_connector": rf"{modality}_connector\..+"}

@@ -103,7 +103,7 @@ class ChorusForSequenceClassification(ChorusHead):
     ) -> ExitRun | None:
         """What this forward does at the exits; None if nothing."""
         if output_exit_logits and not self.exits:
-            raise ValueError("output_exit_logits=True, but the model has no exits: set text_config.exit_layers")
+            raise ValueError("output_exit_logits=True, but the model has no exits: add_exits adds them")
         thresholds = None if self.training or output_exit_logits else self.config.exit_thresholds
         if not self.exits or (thresholds is None and not (self.training or output_exit_logits)):
             return None

@@ -1,12 +1,14 @@
-"""What an operation on a model's banks did, and when it must not be done.
+"""What an operation on a model did, and when it must not be done.
 
 Operations (compose, add, prune, merge, convert, exchange) change weights and configuration together, and return a
 report.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 
@@ -50,6 +52,14 @@ class OperationReport:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def checked(operation: str, build: Callable[[], Any]) -> Any:
+    """What a configuration refuses is a ValueError of the operation, as everything else that does not fit."""
+    try:
+        return build()
+    except StrictDataclassError as error:
+        raise ValueError(f"{operation}: {error.__cause__ or error}") from error
 
 
 def refuse_adapters(model: nn.Module, operation: str) -> None:

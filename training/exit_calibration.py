@@ -74,7 +74,7 @@ class ExitAnswers:
         """
         text = model.config.text_config
         if not text.exit_layers:
-            raise ValueError("the model has no exits: set text_config.exit_layers and train it")
+            raise ValueError("the model has no exits: add them with add_exits and train them")
         device, was_training = device_of(model), model.training
         model.eval()
         sure, right = [], []

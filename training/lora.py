@@ -17,7 +17,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from chorus_moe.modeling.model_parts import CONNECTORS, TOWERS, below_head, in_layers, layer_parts
+from chorus_moe.modeling.model_parts import CONNECTORS, EXITS, SKIP_GATES, TOWERS, below_head, in_layers, layer_parts
 
 Layers = bool | Sequence[int]
 Banks = str | Sequence[str] | Mapping[str, Layers]
@@ -42,6 +42,8 @@ class LoraTargets:
     connectors: bool
     towers: bool | Sequence[str]
     router: str
+    exits: bool
+    skip_gates: bool
 
     def __post_init__(self) -> None:
         if self.router not in ("frozen", "train"):
@@ -93,6 +95,8 @@ def lora_config(
     connectors: bool = False,
     towers: bool | Sequence[str] = False,
     router: str = "frozen",
+    exits: bool = False,
+    skip_gates: bool = False,
     r: int = 8,
     lora_alpha: int = 16,
     lora_dropout: float = 0.0,
@@ -112,6 +116,8 @@ def lora_config(
         towers: linear layers of the encoders; True for all, or some of "vision" and "audio".
         router: "train" also trains, whole, the routers of `banks` (of all banks when none is named) and what weighs
             them: a bank's own gate, or the gates over the banks in its layers, which weigh every modality there.
+        exits: also train, whole, the heads of a classifier's exits.
+        skip_gates: also train, whole, the gates of the `skip_layers`.
         options: anything else that `LoraConfig` takes, such as `use_rslora` or `rank_pattern`.
 
     Raises:
@@ -121,7 +127,9 @@ def lora_config(
     reserved = [name for name in RESERVED if name in options]
     if reserved:
         raise TypeError(f"{reserved[0]} is decided by the groups; build peft.LoraConfig yourself to set it")
-    targets = LoraTargets(banks, attention, cross_modal, shared_experts, dense, connectors, towers, router)
+    targets = LoraTargets(
+        banks, attention, cross_modal, shared_experts, dense, connectors, towers, router, exits, skip_gates
+    )
     groups = find_groups(model, targets)
     parameters = [name for group in groups for name in group.parameters]
     if parameters and lora_dropout > 0:
@@ -178,15 +186,19 @@ def find_groups(model: nn.Module, targets: LoraTargets) -> list[LoraGroup]:
         groups.append(LoraGroup("connectors", _linears(modules, CONNECTORS)))
     for name in targets.tower_names:
         groups.append(LoraGroup(TOWERS[name], _linears(modules, rf"{TOWERS[name]}\..+")))
-    empty = [group.name for group in groups if not group.names]
-    if empty:
-        raise ValueError(f"the group {empty[0]!r} matches nothing in this model; take it out")
     if not groups:
         raise ValueError(
-            "no group to put a LoRA on: name banks, attention, cross_modal, shared_experts, dense, connectors or towers"
+            "no group to put a LoRA on: name banks, attention, cross_modal, shared_experts, dense, connectors or "
+            "towers. Routers, exits and skip gates alone are trained without, by freeze and unfreeze of the model"
         )
     if targets.router == "train":
         groups.append(_router_group(modules, chosen or _banks(text, "all")))
+    for name, pattern in {"exits": EXITS, "skip_gates": SKIP_GATES}.items():
+        if getattr(targets, name):
+            groups.append(LoraGroup(name, saved={n: m for n, m in modules.items() if re.fullmatch(pattern, n)}))
+    empty = [group.name for group in groups if not group.names]
+    if empty:
+        raise ValueError(f"the group {empty[0]!r} matches nothing in this model; take it out")
     return groups
 
 

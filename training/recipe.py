@@ -57,6 +57,7 @@ class LoraArguments:
     connectors: bool = False
     towers: list[str] | None = field(default=None, metadata={"help": "vision, audio"})
     router: str = field(default="frozen", metadata={"help": "frozen or train"})
+    skip_gates: bool = field(default=False, metadata={"help": "also train, whole, the gates of skipped layers"})
     lora_rank: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0
@@ -70,6 +71,7 @@ class LoraArguments:
             "towers": read_flag(self.towers),
             "connectors": self.connectors,
             "router": self.router,
+            "skip_gates": self.skip_gates,
             "r": self.lora_rank,
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,

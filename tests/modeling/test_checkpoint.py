@@ -80,6 +80,28 @@ def test_a_missing_tensor_is_refused_also_when_mismatches_are_ignored(folder: Pa
         AutoModelForMultimodalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
 
 
+EXIT, GATE = "exits.0.norm.weight", "model.language_model.layers.1.skip_gate.bias"
+
+
+@pytest.mark.parametrize(
+    ("lost", "advice"),
+    [
+        ([EXIT], r"Load it with its own configuration and call add_exits\. Pass"),
+        ([GATE], r"Load it with its own configuration and call add_skip_gates\. Pass"),
+        ([EXIT, GATE], r"Load it with its own configuration and call add_exits and add_skip_gates\. Pass"),
+        ([EXIT, GATE, EXPERTS], rf"{re.escape(EXPERTS)}, {re.escape(GATE)}\. Pass output_loading_info"),
+    ],
+)
+def test_a_checkpoint_that_lacks_only_exits_or_gates_is_told_of_the_operations(
+    tmp_path: Path, lost: list[str], advice: str
+) -> None:
+    config = tiny_config(exit_layers=[1], skip_budget=0.3)
+    ChorusForSequenceClassification(config).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda state: [state.pop(name) for name in lost])
+    with pytest.raises(CheckpointError, match=advice):
+        ChorusForSequenceClassification.from_pretrained(tmp_path)
+
+
 def test_many_faults_are_counted_and_the_first_named(folder: Path) -> None:
     rewrite(folder, lambda state: [state.pop(name) for name in list(state) if ".banks.image.experts." in name])
     with pytest.raises(CheckpointError, match=r"4 missing tensors: model\.language_model.*down_proj, "):

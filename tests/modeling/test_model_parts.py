@@ -44,6 +44,20 @@ def test_a_part_is_just_its_parameters(name: str, expected: set[str]):
     assert trained(model) == expected
 
 
+EXITS = {f"exits.{i}.{part}.weight" for i in (0, 1) for part in ("norm", "score")}
+GATES = {f"{LAYERS}.{i}.skip_gate.{name}" for i in (1, 2) for name in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("head", EXITS | {"score.weight"}), ("exits", EXITS), ("skip_gates", GATES)]
+)
+def test_the_head_of_a_classifier_includes_its_exits(name: str, expected: set[str]):
+    model = ChorusForSequenceClassification(tiny_config(exit_layers=[1, 2], skip_budget=0.3))
+    model.freeze("all")
+    model.unfreeze(name)
+    assert trained(model) == expected
+
+
 @pytest.mark.parametrize(
     ("name", "inside"),
     [

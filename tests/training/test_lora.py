@@ -12,7 +12,7 @@ from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from chorus_moe import ChorusForConditionalGeneration, ChorusModel, ChorusProcessor
+from chorus_moe import ChorusForConditionalGeneration, ChorusForSequenceClassification, ChorusModel, ChorusProcessor
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.lora import LoraTargets, full_path_regex, lora_config
 from tests.training.conftest import make_model, make_rows
@@ -144,6 +144,9 @@ def test_a_rank_pattern_is_counted(model: ChorusForConditionalGeneration, capsys
         ({"towers": ["video"]}, "unknown tower 'video'"),
         ({"router": "thaw", "dense": True}, "router='thaw'; choose 'frozen' or 'train'"),
         ({"router": "train"}, "no group to put a LoRA on"),
+        ({"skip_gates": True}, "skip gates alone are trained without, by freeze and unfreeze"),
+        ({"dense": True, "skip_gates": True}, "the group 'skip_gates' matches nothing in this model"),
+        ({"dense": True, "exits": True}, "the group 'exits' matches nothing in this model"),
         ({}, "no group to put a LoRA on"),
         ({"banks": "all", "lora_dropout": 0.1}, "lora_dropout=0.1 with expert banks"),
     ],
@@ -191,6 +194,62 @@ def test_a_regex_matches_its_names_and_no_others() -> None:
     pattern = full_path_regex(["layers.1.a", "layers.11.a", "b"])
     assert [bool(re.fullmatch(pattern, name)) for name in ("layers.1.a", "model.layers.11.a", "b")] == [True] * 3
     assert not any(re.fullmatch(pattern, name) for name in ("layers.2.a", "layers.1.a.c", "layersx1.a", "ab"))
+
+
+@pytest.fixture
+def grown(model: ChorusForConditionalGeneration, tmp_path: Path) -> ChorusForSequenceClassification:
+    """A classifier with exits and gates, saved in the folder `base`."""
+    model.config.num_labels = 5
+    torch.manual_seed(0)
+    classifier = ChorusForSequenceClassification(model.config)
+    classifier.add_exits([1, 2])
+    classifier.add_skip_gates([1], skip_budget=0.4)
+    classifier.save_pretrained(tmp_path / "base")
+    return ChorusForSequenceClassification.from_pretrained(tmp_path / "base")
+
+
+EXITS = [f"exits.{i}.{part}.weight" for i in (0, 1) for part in ("norm", "score")]
+GATES = [f"{LAYERS}.1.skip_gate.{name}" for name in ("weight", "bias")]
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+@pytest.mark.parametrize(
+    ("groups", "whole"),
+    [({"exits": True}, EXITS), ({"skip_gates": True}, GATES), ({"exits": True, "skip_gates": True}, EXITS + GATES)],
+    ids=["exits", "gates", "both"],
+)
+def test_exits_and_gates_are_trained_whole_beside_a_lora(
+    groups: dict[str, bool],
+    whole: list[str],
+    task_type: str | None,
+    grown: ChorusForSequenceClassification,
+    batch: dict[str, torch.Tensor],
+    tmp_path: Path,
+) -> None:
+    base = hashes(grown)
+    adapted = get_peft_model(grown, lora_config(grown, attention=[1], r=4, **groups, task_type=task_type))
+    trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    batch = {**batch, "labels": torch.tensor([0, 4, 2])}
+    train_steps(adapted, batch)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = exit_logits(adapted, batch)
+    again = ChorusForSequenceClassification.from_pretrained(tmp_path / "base")
+    again = PeftModel.from_pretrained(again, tmp_path / "adapter")
+    torch.testing.assert_close(exit_logits(again, batch), expected, atol=LAST_BIT, rtol=0)
+
+    # PEFT itself trains all that ends in `score` for a task of this type: the head, and of an exit all but its norm.
+    of_task = {"score.weight", EXITS[1], EXITS[3]} if task_type else set()
+    assert {plain_name(name) for name in trainable if ".lora_" not in name} == {*whole} | of_task
+    merged = hashes(adapted.merge_and_unload())
+    changed = {name for name in base if merged[name] != base[name]}
+    adapters = {f"{LAYERS}.1.{name}.weight" for name in ATTENTION}
+    assert changed == {*whole} | of_task | adapters
+
+
+@torch.no_grad()
+def exit_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    outputs = model.eval()(**batch, output_exit_logits=True)
+    return torch.stack([*outputs.exit_logits, outputs.logits])
 
 
 @pytest.fixture

@@ -51,6 +51,11 @@ def test_overrides_win(path: Path) -> None:
     assert recipe.training.prediction_loss_only is False
 
 
+def test_skip_gates_are_trained_where_a_recipe_asks_for_them(path: Path) -> None:
+    asked = [read_recipe(path, words).lora.to_options()["skip_gates"] for words in ([], ["--skip_gates"])]
+    assert asked == [False, True]
+
+
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("training: {learning_rate: 1e-4, report_to: none, use_cpu: true}")
     assert read_recipe(tmp_path / "recipe.yaml").training.learning_rate == 1e-4
