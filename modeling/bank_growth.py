@@ -115,7 +115,8 @@ def place_bank(decoder: Any, bank: ExpertBankConfig) -> Changes:
     sparse = config.sparse_layers
     for layer in bank.layers_among(sparse):
         mlp = decoder.layers[layer].mlp
-        like = decoder.layers[layer].input_layernorm.weight
+        # A norm is never quantised; which a layer has depends on where they are placed.
+        like = next(value for name, value in decoder.layers[layer].named_parameters() if "norm" in name)
         module = ExpertBank(config, bank.of_layer(layer, sparse)).to(like.device, like.dtype).train(mlp.training)
         for part in module.modules():
             decoder._init_weights(part)

@@ -46,6 +46,14 @@ def grown() -> ChorusForConditionalGeneration:
     return model
 
 
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_a_bank_is_added_wherever_the_norms_are(placement: str, batch: Batch):
+    model = make(norm_placement=placement)
+    before = logits_of(model, batch)
+    model.add_bank("medical", modalities=["text"], num_experts=3)
+    assert torch.equal(logits_of(model, batch), before)
+
+
 def train(model: nn.Module, batch: Batch, steps: int = 5) -> list[float]:
     """Losses of AdamW with weight decay on what is not frozen."""
     model.train()
