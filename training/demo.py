@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from chorus_moe.training.demo_data import (
     corpus,
     handwritten_digits,
 )
-from chorus_moe.training.demo_encoders import EncoderLesson, LoneDigitCollator, LoneDigits, learn_alone
+from chorus_moe.training.demo_encoders import EncoderLesson, LoneDigitCollator, LoneDigits, beside, learn_alone
 from chorus_moe.training.demo_model import build_demo
 from chorus_moe.training.demo_regularisation import drop_tokens, smooth_labels
 from chorus_moe.training.demo_report import write_report
@@ -187,6 +188,7 @@ def train(
         label_names=["labels"],
         seed=settings.seed,
         report_to="none",
+        disable_tqdm=parent_process() is not None,  # one bar at a time
         use_cpu=not torch.cuda.is_available(),
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator)
@@ -229,7 +231,7 @@ def run_demo(
     from peft import get_peft_model
 
     settings = settings or DemoSettings()
-    torch.set_num_threads(1)  # products this small gain nothing from a second thread; the other core makes the batches
+    torch.set_num_threads(1)  # products this small gain nothing from a second thread; the other core does the rest
     started = time.monotonic()
     set_seed(settings.seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -246,14 +248,16 @@ def run_demo(
 
     model, processor = build_demo(corpus())
     print(model.config.parameter_report(), flush=True)
-    for modality, lesson in data.alone.items():
-        collator = LoneDigitCollator(processor, modality)
-        steps = len(lesson) // settings.batch_size
-        learn = partial(
-            train, collator=collator, folder=out / "encoders", steps=steps, lr=settings.encoder_lr, settings=settings
-        )
-        has_teachers = modality == "audio" and speech_dir is not None
-        learn_alone(model, modality, lesson, learn, settings.sound_teachers if has_teachers else 0)
+
+    def learn(modality: str, teachers: int = 0) -> None:
+        lesson, collator = data.alone[modality], LoneDigitCollator(processor, modality)
+        folder, steps, lr = out / "encoders" / modality, len(lesson) // settings.batch_size, settings.encoder_lr
+        teach = partial(train, collator=collator, folder=folder, steps=steps, lr=lr, settings=settings)
+        learn_alone(model, modality, lesson, teach, teachers)
+
+    seeing = [model.model.vision_tower, model.model.vision_connector]
+    with beside(partial(learn, "image"), seeing, out / "pictures.safetensors"):
+        learn("audio", settings.sound_teachers if speech_dir is not None else 0)
     finish("encoders, each alone")
     smooth_labels(model, settings.label_smoothing)
     drop_tokens(model.model.audio_connector, settings.token_dropout)

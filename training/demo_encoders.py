@@ -6,11 +6,16 @@ are the model's own, and stay as the lesson left them.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -162,3 +167,36 @@ def learn_alone(
     train(lesson, items)
     lesson.freeze()
     return lesson
+
+
+@contextmanager
+def beside(learn: Callable[[], None], modules: Sequence[nn.Module], file: Path) -> Iterator[None]:
+    """While the body runs, `learn` trains `modules` on the other core, in a forked process that hands them over in a
+    `file`; then they are frozen. Without `fork`, or with a GPU, which does not survive one, it runs before the body.
+
+    Raises:
+        RuntimeError: the process failed; what it failed of, it has printed.
+    """
+    parts = nn.ModuleList(modules)
+    if sys.platform != "linux" or torch.cuda.is_available():
+        learn()
+        yield
+    else:
+
+        def learn_and_save() -> None:
+            learn()
+            save_file(parts.state_dict(), file)
+
+        process = get_context("fork").Process(target=learn_and_save)
+        process.start()
+        try:
+            yield
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            process.join()
+        if process.exitcode:
+            raise RuntimeError(f"the lesson beside this one ended with exit code {process.exitcode}")
+        parts.load_state_dict(load_file(file))
+    parts.requires_grad_(False)

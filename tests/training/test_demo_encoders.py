@@ -1,5 +1,8 @@
 """Each encoder of the demo learns its own medium first."""
 
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ from chorus_moe.training.demo_encoders import (
     EncoderLesson,
     LoneDigitCollator,
     LoneDigits,
+    beside,
     learn_alone,
 )
 from chorus_moe.training.demo_model import build_demo
@@ -146,3 +150,22 @@ def test_every_teacher_has_weights_and_an_order_of_its_own_and_comes_before_the_
     weights = [next(lesson.tower.parameters()) for lesson in lessons]
     assert not any(torch.equal(a, b) for a, b in zip(weights, [*weights[1:], weights[0]], strict=True))
     assert not any(parameter.requires_grad for parameter in model.model.audio_tower.parameters())
+
+
+def test_what_is_learnt_in_a_process_beside_this_one_comes_back_and_is_frozen(tmp_path: Path):
+    module = torch.nn.Linear(2, 2)
+    with beside(lambda: module.weight.data.fill_(3.0), [module], tmp_path / "learnt.safetensors"):
+        pass
+    assert module.weight.eq(3.0).all() and not module.weight.requires_grad
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+def test_a_failure_in_the_process_beside_this_one_is_an_error(tmp_path: Path):
+    def learn() -> None:
+        os._exit(3)
+
+    with (
+        pytest.raises(RuntimeError, match="exit code 3"),
+        beside(learn, [torch.nn.Linear(2, 2)], tmp_path / "learnt.safetensors"),
+    ):
+        pass
