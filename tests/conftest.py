@@ -31,6 +31,11 @@ def moved(before: Tensor, after: Tensor) -> Tensor:
     return ((before - after).abs() > ROUNDING).any(dim=-1)
 
 
+def override(monkeypatch: pytest.MonkeyPatch, table: Any, name: str, function: Any) -> None:
+    """Put a function into one of transformers' tables for a test; an item set by itself would stay there."""
+    monkeypatch.setattr(table, "_local_mapping", {**table._local_mapping, name: function})
+
+
 def tiny_config(**text: Any) -> ChorusConfig:
     """A trimodal configuration of some 300,000 parameters; keyword arguments go to the text part."""
     return ChorusConfig(

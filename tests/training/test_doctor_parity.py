@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from chorus_moe.modeling.lean_decoding import LeanDecoder
 from chorus_moe.training.doctor_inputs import Patient
 from chorus_moe.training.doctor_parity import batch_mates, cache, checkpointing, implementations, padding_side
+from tests.conftest import override
 from tests.training.conftest import failing, found_by, make_patient
 
 
@@ -79,7 +80,7 @@ def louder(function: Any, by: float = 1.01) -> Any:
 def test_an_implementation_that_computes_something_else_is_named(
     patient: Patient, monkeypatch: pytest.MonkeyPatch, table: Any, name: str
 ) -> None:
-    monkeypatch.setitem(table, name, louder(table[name]))
+    override(monkeypatch, table, name, louder(table[name]))
     found = failing(patient, implementations, padding_side)
     assert found.keys() == {"implementations"}
     assert f" {name}" in found["implementations"]
@@ -91,7 +92,7 @@ def test_an_implementation_that_cannot_run_here_is_no_failure(
     def missing(*args: Any) -> Tensor:
         raise ImportError("no such kernel")
 
-    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "grouped_mm", missing)
+    override(monkeypatch, ALL_EXPERTS_FUNCTIONS, "grouped_mm", missing)
     finding = found_by(patient, implementations)["implementations"]
     assert finding.verdict == "ok"
     assert "not usable here: grouped_mm: no such kernel" in finding.explanation

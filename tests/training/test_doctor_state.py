@@ -9,13 +9,14 @@ from transformers.utils import logging as transformers_logging
 
 from chorus_moe.training.doctor_inputs import Patient
 from chorus_moe.training.doctor_state import left_as_found, nan_memory, recorded_calls, recorded_inputs
+from tests.conftest import override
 
 
 def test_the_innermost_implementation_counts(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
     def hand_over(*args: object) -> torch.Tensor:
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](*args)
 
-    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "cpu_mm", hand_over)
+    override(monkeypatch, ALL_EXPERTS_FUNCTIONS, "cpu_mm", hand_over)
     before = dict(ALL_EXPERTS_FUNCTIONS)
     with recorded_calls(ALL_EXPERTS_FUNCTIONS) as calls:
         patient.logits(patient.encode())
