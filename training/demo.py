@@ -74,8 +74,8 @@ class DemoSettings:
     picture_steps: int = 1_400
     sound_steps: int = 700
     sound_teachers: int = 2
-    base_steps: int = 1_100
-    lora_steps: int = 600
+    base_steps: int = 950
+    lora_steps: int = 500
     batch_size: int = 44
     encoder_lr: float = 2e-3
     base_lr: float = 2e-3
