@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import parent_process
 from pathlib import Path
@@ -87,6 +87,10 @@ class DemoSettings:
     replay: float = 0.65
     workers: int = 1
     seed: int = 0
+
+
+# Real voices take more steps than synthetic ones: with fewer, "spoken" lost 4 to 6 points (docs/log.md, 2026-11-27).
+FOR_RECORDINGS = DemoSettings(base_steps=1_100, lora_steps=600)
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ def run_demo(
     """
     from peft import get_peft_model
 
-    settings = settings or DemoSettings()
+    settings = settings or (DemoSettings() if speech_dir is None else FOR_RECORDINGS)
     torch.set_num_threads(1)  # products this small gain nothing from a second thread; the other core does the rest
     started = time.monotonic()
     set_seed(settings.seed)
@@ -337,7 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model-card", type=Path, help="also write the model's card here")
     options = parser.parse_args(arguments)
-    settings = DemoSettings(seed=options.seed)
+    settings = DemoSettings() if options.speech_dir is None else FOR_RECORDINGS
+    settings = replace(settings, seed=options.seed)
     run_demo(options.out, settings, options.speech_dir, options.held_out_speaker, options.model_card)
 
 
