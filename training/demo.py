@@ -111,10 +111,8 @@ def prepare_data(
 ) -> DemoData:
     """Pictures, voices and questions; speech is synthesised and augmented once and kept in `cache`."""
     train_pictures, test_pictures = handwritten_digits()
-    replay, old_voices = (
-        REPLAY,
-        1.0,
-    )  # as many clips of old voices as of new ones, so that the new do not displace the old
+    # As many clips of old voices as of new ones, so that the new do not displace the old.
+    replay, old_voices = REPLAY, 1.0
     if speech_dir is None:
         speech = synthetic_speech_sets(cache)
     else:
