@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -13,7 +14,7 @@ from chorus_moe.modeling.lean_checks import can_decode
 from chorus_moe.modeling.lean_decoding import LeanDecoder
 from chorus_moe.modeling.lean_layers import LeanBanks
 from tests.conftest import tiny_config
-from tests.modeling.test_lean_decoding import CASES, make_model
+from tests.modeling.test_lean_decoding import ATOL, CASES, TOKENS, decode, make_cache, make_model, prompt
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -72,3 +73,21 @@ def test_a_replaced_method_is_not_passed_by(monkeypatch: pytest.MonkeyPatch):
 )
 def test_layers_of_another_form_are_left_to_the_modules(text: dict[str, Any], is_lean: bool):
     assert can_decode(ChorusForConditionalGeneration(tiny_config(**text)).eval()) == is_lean
+
+
+def test_the_head_is_called_as_a_module_where_it_is_more_than_a_product():
+    model = make_model()
+    calls: list[int] = []
+    plain = decode(model, prompt(model), make_cache("dynamic", model), lean=True)
+    model.lm_head.register_forward_hook(lambda _, inputs, output: calls.append(1) or 2.0 * output)
+    found = decode(model, prompt(model), make_cache("dynamic", model), lean=True)
+    torch.testing.assert_close(found, 2.0 * plain, rtol=0, atol=2 * ATOL[torch.float32])
+    assert len(calls) == len(TOKENS) + 1  # and the prefill
+
+
+def test_a_head_with_a_bias_adds_it():
+    model = make_model()
+    model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, model.lm_head.out_features))
+    expected = decode(model, prompt(model), make_cache("dynamic", model), lean=False)
+    found = decode(model, prompt(model), make_cache("dynamic", model), lean=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=ATOL[torch.float32])

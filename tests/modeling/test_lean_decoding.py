@@ -321,25 +321,6 @@ def test_a_changed_sparse_layer_is_called_within_a_lean_step(change: str, steps:
     assert steps == TOKENS
 
 
-def test_the_head_is_called_as_a_module_where_it_is_more_than_a_product(steps: list[int]):
-    model = make_model()
-    calls: list[int] = []
-    plain = decode(model, prompt(model), make_cache("dynamic", model), lean=True)
-    model.lm_head.register_forward_hook(lambda _, inputs, output: calls.append(1) or 2.0 * output)
-    found = decode(model, prompt(model), make_cache("dynamic", model), lean=True)
-    torch.testing.assert_close(found, 2.0 * plain, rtol=0, atol=2 * ATOL[torch.float32])
-    assert steps == TOKENS * 2 and len(calls) == len(TOKENS) + 1  # and the prefill
-
-
-def test_a_head_with_a_bias_adds_it(steps: list[int]):
-    model = make_model()
-    model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, model.lm_head.out_features))
-    expected = decode(model, prompt(model), make_cache("dynamic", model), lean=False)
-    found = decode(model, prompt(model), make_cache("dynamic", model), lean=True)
-    torch.testing.assert_close(found, expected, rtol=0, atol=ATOL[torch.float32])
-    assert steps == TOKENS
-
-
 def test_a_limited_capacity_is_refused_with_a_cache_also_while_decoding():
     model = make_model(expert_banks={"common": {"expert_capacity": 2.0, "capacity_in_eval": True}})
     with pytest.raises(ValueError, match="limits the capacity of its experts"):
