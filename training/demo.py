@@ -89,7 +89,7 @@ class DemoSettings:
     seed: int = 0
 
 
-# Real voices take more steps than synthetic ones: with fewer, "spoken" was 4 to 5 points lower (docs/log.md, 2026-11-27).
+# Real voices take more steps than synthetic ones: with fewer, "spoken" was 4 to 5 points lower (docs/log.md).
 FOR_RECORDINGS = DemoSettings(base_steps=1_100, lora_steps=600)
 
 
