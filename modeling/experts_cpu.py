@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ExpertsInterface
 
 from .expert_layout import can_group, has_plain_layout, is_silu, run_plainly
-from .expert_slots import PADDED_ROWS, SlotPlan, Unit, few_rows, make_slot_plan
+from .expert_slots import FEW_ROWS, PADDED_ROWS, SlotPlan, Unit, few_rows, make_slot_plan
 from .experts_gpu import gpu_mm_experts_forward
 from .one_token_experts import run_one_token
 from .routers import without_autocast
@@ -322,6 +322,8 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
             choice = top_k_index.tolist()[0], top_k_weights.tolist()[0]
             return run_one_token(hidden_TD, *choice, gate_up, down).to(hidden_states.dtype)
         num_few = few_rows(gate_up, is_training) if can_group(hidden_TD, gate_up, down) else 0
+        if _is_emulated(dtype):  # units are widened
+            num_few = min(num_few, 0 if is_training else FEW_ROWS)
         plan = make_slot_plan(top_k_index, len(gate_up), num_few)
         if plan.is_sparse:
             mean_rows = sum(plan.counts) / max(1, sum(count > 0 for count in plan.counts))

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from chorus_moe.modeling import expert_slots
+from chorus_moe.modeling import expert_slots, experts_cpu
 from chorus_moe.modeling.experts_cpu import CPU_EXPERTS, cpu_mm_experts_forward
 
 NAMES = ("output", "hidden", "weights", "gate_up_proj", "down_proj")
@@ -92,6 +92,21 @@ def assert_parity(experts: nn.Module, hidden: Tensor, index: Tensor, weights: Te
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 5, 16, 65, 300, 2000])
 def test_output_and_gradients_equal_the_plain_loop(num_tokens: int, dtype: torch.dtype) -> None:
     assert_parity(*make(num_tokens, dtype))
+
+
+@pytest.mark.parametrize("num_tokens", [5, 16, 300])
+def test_bfloat16_where_the_processor_has_no_instructions_for_it(
+    num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts_cpu, "_is_emulated", lambda dtype: dtype == torch.bfloat16)
+    products: list[torch.dtype] = []
+    run_units = experts_cpu._run_units
+    monkeypatch.setattr(
+        experts_cpu, "_run_units", lambda hidden, *others: products.append(hidden.dtype) or run_units(hidden, *others)
+    )
+    assert_parity(*make(num_tokens, torch.bfloat16, top_k=1))
+    # Training always, inference from five rows an expert on.
+    assert products == [torch.float32] * (2 if num_tokens == 300 else 1)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 40, 300])
