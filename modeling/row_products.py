@@ -18,7 +18,7 @@ from torch import Tensor
 from .expert_slots import treats_operands_alike
 
 STREAMED_DTYPES = torch.float32, torch.float64
-MOST_THREADS = 2  # from three on, several short streams are as fast as a long one
+MOST_THREADS = 2  # measured with one and with two; with more, a product that uses them all is left to torch
 MOST_ROWS = 6  # more rows are products whose arithmetic counts
 MOST_VALUES = 4096  # of all rows: beside a row of the matrix they fill the first cache
 
@@ -31,7 +31,7 @@ class Operand(NamedTuple):
 
 
 def operand(tensor: Tensor) -> Operand:
-    """A buffer or an input. It must be contiguous."""
+    """A buffer or an input."""
     tensor = tensor.detach()
     return Operand(tensor, tensor.numpy() if tensor.dtype in STREAMED_DTYPES else None)
 
