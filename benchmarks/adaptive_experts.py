@@ -24,7 +24,7 @@ from benchmarks.routing_options import BANK, NO_BALANCE, QUICK, SEQUENCE, SIZES,
 from benchmarks.timing import OURS, Report, figures, measure, parse
 from chorus_moe.modeling.configuration_banks import MODALITY_IDS
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.modeling.routers import BankRouting
+from chorus_moe.modeling.modeling_outputs import BankRouting
 
 TOKENS = (1, 16, 256, 2048)
 TOP_K = 4

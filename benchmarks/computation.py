@@ -10,7 +10,8 @@ from torch import Tensor
 from chorus_moe.modeling.configuration_banks import MODALITY_IDS
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.modeling.parameter_report import ParameterReport
+from chorus_moe.surgery import parameter_report
+from chorus_moe.surgery.parameters import ParameterReport
 
 ENCODERS = ("vision_tower", "vision_connector", "audio_tower", "audio_connector")
 
@@ -42,7 +43,7 @@ def active_in_decoder(config: ChorusConfig) -> tuple[ParameterReport, dict[str, 
     """The report, and modality -> parameters of the decoder that work on one of its tokens, encoders left out."""
     with torch.device("meta"):
         model = ChorusForConditionalGeneration(config).model
-    report = config.parameter_report()
+    report = parameter_report(config)
     encoders = {
         "image": (model.vision_tower, model.vision_connector),
         "audio": (model.audio_tower, model.audio_connector),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3Mo
 
 from benchmarks.timing import OURS, Report, figures, measure, parse
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
-from chorus_moe.modeling.row_products import multiply, operand, weight_operand
+from chorus_moe.fastpaths.row_products import multiply, operand, weight_operand
 
 SIZES = {
     "vocab_size": 8192,

@@ -27,13 +27,13 @@ from benchmarks.computation import ENCODERS
 from benchmarks.timing import Timing
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.training.augment import PictureAugment
 from chorus_moe.training.collator import ChorusDataCollator
-from chorus_moe.training.demo_answers import answer
-from chorus_moe.training.demo_data import BASE_SKILLS, DigitPictures, DigitQuestions, Sample, corpus, handwritten_digits
-from chorus_moe.training.demo_encoders import EncoderLesson, LoneDigitCollator, LoneDigits
-from chorus_moe.training.demo_model import build_demo
-from chorus_moe.training.speech import TEST_VARIANTS, SpeechClips, SynthesisSettings, synthetic_digits
+from chorus_moe.training.demo.answers import answer
+from chorus_moe.training.demo.augment import PictureAugment
+from chorus_moe.training.demo.data import BASE_SKILLS, DigitPictures, DigitQuestions, Sample, corpus, handwritten_digits
+from chorus_moe.training.demo.encoders import EncoderLesson, LoneDigitCollator, LoneDigits
+from chorus_moe.training.demo.model import build_demo
+from chorus_moe.training.demo.speech import TEST_VARIANTS, SpeechClips, SynthesisSettings, synthetic_digits
 
 # By how hard a skill is: a sum has nineteen answers, "same" two.
 SKILLS = {"written": 1.3, "spoken": 0.7, "sum": 2.0, "larger": 1.0, "same": 0.8}

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from benchmarks.digit_lessons import Batch, Lesson, LessonSettings, Media, lesson_options, media, with_text
 from benchmarks.timing import OURS, Report, figures, measure, parse
-from chorus_moe.modeling.modeling_classification import ChorusForSequenceClassification
-from chorus_moe.training.augment import PictureAugment
+from chorus_moe.modeling.modeling_heads import ChorusForSequenceClassification
 from chorus_moe.training.collator import MEDIA, clean_messages
-from chorus_moe.training.demo_data import SKILLS, DigitPictures, DigitQuestions, Sample
+from chorus_moe.training.demo.augment import PictureAugment
+from chorus_moe.training.demo.data import SKILLS, DigitPictures, DigitQuestions, Sample
 from chorus_moe.training.exit_calibration import THRESHOLDS, ExitAnswers, find_depth_thresholds, find_thresholds
 
 LAYERS, FIRST = 16, 5

@@ -31,10 +31,11 @@ from benchmarks.sparse_layer import (
     spans,
 )
 from benchmarks.timing import OURS, Report, figures, measure, parse
+from chorus_moe.modeling.attention_blocks import attend_in_blocks
 from chorus_moe.modeling.attention_masks import LocalMask
-from chorus_moe.modeling.block_attention import attend_in_blocks
-from chorus_moe.modeling.experts import GatedMLP, MixtureOfBanks
-from chorus_moe.modeling.modality_plan import ModalityPlan
+from chorus_moe.modeling.layers import GatedMLP
+from chorus_moe.modeling.moe_banks import MixtureOfBanks
+from chorus_moe.modeling.moe_plan import ModalityPlan
 
 # experts -> (chosen per token, hidden size, width): Qwen3-30B-A3B's, and few wide experts as Mixtral has.
 SHAPES = {128: (8, 2048, 768), 16: (2, 2048, 2048)}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import counting
 from benchmarks.timing import OURS, Report, figures, measure, parse
-from chorus_moe.modeling.layer_skip import open_share
+from chorus_moe.modeling.depth_skip import open_share
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 
 Models = Mapping[str, ChorusForConditionalGeneration]

@@ -37,12 +37,13 @@ from benchmarks.lifelong_questions import NEW_SKILLS, OLD_SKILLS, Questioner
 from benchmarks.timing import OURS, Report, parse
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.training.augment import PictureAugment
+from chorus_moe.surgery import add_bank, add_modality, freeze, unfreeze
 from chorus_moe.training.collator import ChorusDataCollator
-from chorus_moe.training.demo_answers import answer
-from chorus_moe.training.demo_data import Sample, Skill, corpus
-from chorus_moe.training.demo_encoders import EncoderLesson, LoneDigitCollator, LoneDigits
-from chorus_moe.training.demo_model import build_demo
+from chorus_moe.training.demo.answers import answer
+from chorus_moe.training.demo.augment import PictureAugment
+from chorus_moe.training.demo.data import Sample, Skill, corpus
+from chorus_moe.training.demo.encoders import EncoderLesson, LoneDigitCollator, LoneDigits
+from chorus_moe.training.demo.model import build_demo
 
 # Nothing reads the sound positions of the last layer, and what a bank changes in a lower one the old layers still read.
 BANK, BANK_LAYERS = "hearing", [1]
@@ -112,7 +113,7 @@ class Life:
         learn({OURS: self.model}, [self.encode(lesson) for lesson in lessons], settings)
         self.old_batches = self._encoded(self.old_test)
         self.first_logits = self.old_logits(self.model)
-        self.model.add_modality("audio", demo.config.audio_config, demo.config.audio_token_id)
+        add_modality(self.model, "audio", demo.config.audio_config, demo.config.audio_token_id)
         self._learn_alone("audio", partial(LoneDigits, found.clips), settings.sound_steps)
         self.new_batches = self._encoded(self.new_test)
 
@@ -125,7 +126,7 @@ class Life:
         for step in range(steps):
             take_step(collate([digits[index] for index in range(step * size, (step + 1) * size)]))
         name = "vision" if modality == "image" else "audio"
-        self.model.freeze(f"{name}_tower", f"{name}_connector")
+        freeze(self.model, f"{name}_tower", f"{name}_connector")
 
     @torch.no_grad()
     def encode(self, samples: Sequence[Sample]) -> Batch:
@@ -193,9 +194,9 @@ def learn(models: Mapping[str, Model], batches: Sequence[Batch], settings: Lifel
 def with_bank(model: Model, *modalities: str) -> Model:
     """A copy with a new bank for some modalities, which alone is trained."""
     grown = deepcopy(model)
-    grown.add_bank(BANK, modalities=modalities, layers=BANK_LAYERS)
-    grown.freeze("all")
-    grown.unfreeze(BANK)
+    add_bank(grown, BANK, modalities=modalities, layers=BANK_LAYERS)
+    freeze(grown, "all")
+    unfreeze(grown, BANK)
     return grown
 
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from chorus_moe.training.augment import PictureAugment
-from chorus_moe.training.demo_data import SKILLS, DigitPictures, Sample, Skill
-from chorus_moe.training.speech import SAMPLING_RATE, SpeechClips
+from chorus_moe.training.demo.augment import PictureAugment
+from chorus_moe.training.demo.data import SKILLS, DigitPictures, Sample, Skill
+from chorus_moe.training.demo.speech import SAMPLING_RATE, SpeechClips
 
 PARITY = Skill(
     "parity",

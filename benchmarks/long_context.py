@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.timing import OURS, Report, measure, parse, ratio
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
+from chorus_moe.modeling.attention_blocks import attend_in_blocks
 from chorus_moe.modeling.attention_masks import LocalMask
-from chorus_moe.modeling.block_attention import attend_in_blocks
 
 SIZES: dict[str, Any] = {
     "vocab_size": 1024,

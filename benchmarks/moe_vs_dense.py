@@ -19,6 +19,7 @@ from benchmarks.computation import TokenMix, active_in_decoder, decoder_mflops
 from benchmarks.digit_lessons import Lesson, LessonSettings, lesson_options, media, score, unit_of, with_text
 from benchmarks.timing import OURS, Report, figures, parse
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
+from chorus_moe.surgery import parameter_report
 
 EXPERTS: dict[str, Any] = {
     # Nothing reads the image and audio positions of the last layer of a causal model: experts there would idle.
@@ -48,7 +49,7 @@ def decoders(base: ChorusConfig, mix: TokenMix, sizes: Sequence[int]) -> dict[st
         return mix.mean(active_in_decoder(config)[1])
 
     ours = with_text(base, **experts)
-    same_total = dense(width_for(ours.parameter_report().total, lambda width: dense(width).parameter_report().total))
+    same_total = dense(width_for(parameter_report(ours).total, lambda width: parameter_report(dense(width)).total))
     same_active = sparse(width_for(active(same_total), lambda width: active(sparse(width))))
     return {OURS: ours, "dense": same_total, "equal_active": same_active}
 

@@ -20,8 +20,9 @@ from benchmarks.digit_lessons import Lesson, LessonSettings, lesson_options, med
 from benchmarks.moe_vs_dense import EXPERTS
 from benchmarks.timing import OURS, Report, figures, measure, parse
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.training.expert_saliency import ExpertSaliency, SaliencyObserver, Scores
-from chorus_moe.training.routing_observer import RoutingObserver
+from chorus_moe.surgery import merge_experts, prune_experts
+from chorus_moe.training.routing.observer import RoutingObserver
+from chorus_moe.training.routing.saliency import ExpertSaliency, SaliencyObserver, Scores
 
 SIZES = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 SHARES = (0.75, 0.5, 0.25)
@@ -50,11 +51,11 @@ def with_fewer(model: Model, found: ExpertSaliency, share: float, seed: int) -> 
     }
 
     def prune(copy: Model, scores: Scores) -> None:
-        copy.prune_experts(dict.fromkeys(banks, share), scores)
+        prune_experts(copy, dict.fromkeys(banks, share), scores)
 
     def merge(copy: Model) -> None:
         for bank in banks:
-            copy.merge_experts(bank, round(share * SIZES["num_experts"]), found.uses)
+            merge_experts(copy, bank, round(share * SIZES["num_experts"]), found.uses)
 
     ways: dict[str, Callable[[Model], None]] = {
         "use": lambda copy: prune(copy, found.uses),

@@ -28,16 +28,16 @@ from benchmarks.digit_lessons import DECODER
 from benchmarks.timing import Report, parse
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.modeling.routers import Router
+from chorus_moe.modeling.moe_routers import Router
 from chorus_moe.training.collator import ChorusDataCollator
-from chorus_moe.training.demo_data import DigitQuestions, corpus, handwritten_digits
-from chorus_moe.training.demo_model import build_demo
+from chorus_moe.training.demo.data import DigitQuestions, corpus, handwritten_digits
+from chorus_moe.training.demo.model import build_demo
+from chorus_moe.training.demo.speech import TEST_VARIANTS, SpeechClips, SynthesisSettings, synthetic_digits
 from chorus_moe.training.evaluate import evaluate_rows
 from chorus_moe.training.recipe import TRAINER_SETTINGS
-from chorus_moe.training.router_reward import RouterRewardTrainer
-from chorus_moe.training.routing_report import count_rows
-from chorus_moe.training.routing_statistics import routing_metrics, summarise
-from chorus_moe.training.speech import TEST_VARIANTS, SpeechClips, SynthesisSettings, synthetic_digits
+from chorus_moe.training.routing.report import count_rows
+from chorus_moe.training.routing.reward import RouterRewardTrainer
+from chorus_moe.training.routing.statistics import routing_metrics, summarise
 
 SKILLS = {"written": 2.0, "spoken": 1.0}
 VARIANTS = ("plain", "reward", "switch")

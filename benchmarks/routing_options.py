@@ -25,12 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import OURS, Report, figures, measure, parse
-from chorus_moe.modeling.balance_bias import balance_counts, update_balance_bias
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
-from chorus_moe.modeling.experts import MixtureOfBanks
 from chorus_moe.modeling.losses import RoutingOfLayer, balance_loss
-from chorus_moe.modeling.modality_plan import ModalityPlan
-from chorus_moe.modeling.routing_options import read_routing_options
+from chorus_moe.modeling.moe_banks import MixtureOfBanks
+from chorus_moe.modeling.moe_plan import ModalityPlan, read_routing_options
+from chorus_moe.modeling.moe_routers import balance_counts, update_balance_bias
 
 BANK = "common"
 TOKENS = (1, 16, 256, 8192)

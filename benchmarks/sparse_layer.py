@@ -25,11 +25,12 @@ from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as qwen
 from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeTextConfig
 
 from benchmarks.timing import OURS, Report, figures, keep_pages, measure, parse
+from chorus_moe.fastpaths.expert_slots import few_rows
 from chorus_moe.modeling.configuration_banks import MODALITY_IDS
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
-from chorus_moe.modeling.expert_slots import few_rows
-from chorus_moe.modeling.experts import GatedMLP, MixtureOfBanks
-from chorus_moe.modeling.modality_plan import ModalityPlan
+from chorus_moe.modeling.layers import GatedMLP
+from chorus_moe.modeling.moe_banks import MixtureOfBanks
+from chorus_moe.modeling.moe_plan import ModalityPlan
 
 HIDDEN = 512
 SHAPES = {8: (2, 1024), 16: (2, 512), 64: (4, 256)}  # experts -> (chosen per token, width)

@@ -22,7 +22,7 @@ from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen
 from benchmarks.timing import OURS, Report, figures, measure, parse
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.losses import mean_over_banks, switch_loss
-from chorus_moe.modeling.text_model import ChorusTextModel
+from chorus_moe.modeling.modeling_text import ChorusTextModel
 
 BATCHES = ((1, 64), (4, 64), (4, 256), (8, 512))  # sequences, tokens
 SIZES = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_experts": 16}

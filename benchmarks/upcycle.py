@@ -8,7 +8,7 @@ bfloat16, `--dtype float32` for twice as much), then composed into a model with 
   takes N times as long as ours, so that .5 means that ours takes twice as long;
 - `peak_mib` is by how much the largest resident set exceeds the one before; mapped files count. `peak_of_parent_ratio`
   divides it by the size of the parent's files;
-- `build` is `from_pretrained_parts`, which ends with the model in memory: its peak is divided by the size of the child.
+- `build` is what `compose` does, which ends with the model in memory: its peak is divided by the size of the child.
 
 Before anything is timed, every expert of a layer is compared with the parent's feed-forward.
 """
@@ -34,11 +34,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.timing import OURS, Report, Timing, figures, parse
-from chorus_moe.modeling.checkpoint_writer import PlannedTensor, write_checkpoint
-from chorus_moe.modeling.composition import compose_checkpoint
 from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.modeling.parent_checkpoint import ParentCheckpoint
+from chorus_moe.surgery.checkpoint_writer import PlannedTensor, write_checkpoint
+from chorus_moe.surgery.compose_plan import compose_checkpoint, plan_composition
+from chorus_moe.surgery.parent_checkpoint import ParentCheckpoint
 
 MIB = 2**20
 BILLION: dict[str, Any] = {
@@ -99,7 +99,7 @@ def work(kind: str, parent: Path, child: Path, layers: int, quick: bool) -> dict
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     start = time.perf_counter()
     if kind == "build":
-        ChorusForConditionalGeneration.from_pretrained_parts(parent, **options)
+        plan_composition(ChorusForConditionalGeneration, parent, **options).build()
     else:
         compose_checkpoint(child, parent, **options)
     seconds = time.perf_counter() - start

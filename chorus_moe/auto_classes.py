@@ -14,19 +14,17 @@ from transformers import (
     AutoProcessor,
 )
 
-from chorus_moe.modeling.audio_tower import ChorusAudioModel
-from chorus_moe.modeling.composition import compose_checkpoint
+import chorus_moe.fastpaths.experts_cpu  # noqa: F401  registers `cpu_mm` and `gpu_mm`
 from chorus_moe.modeling.configuration_banks import MODALITY_IDS, ExpertBankConfig
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from chorus_moe.modeling.modeling_chorus import ChorusModel
-from chorus_moe.modeling.modeling_classification import ChorusForSequenceClassification
-from chorus_moe.modeling.modeling_contrastive import ChorusForContrastive
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.modeling.parameter_report import ParameterReport
-from chorus_moe.modeling.text_model import ChorusTextModel
-from chorus_moe.modeling.vision_tower import ChorusVisionModel
+from chorus_moe.modeling.modeling_heads import ChorusForContrastive, ChorusForSequenceClassification
+from chorus_moe.modeling.modeling_text import ChorusTextModel
+from chorus_moe.modeling.tower_audio import ChorusAudioModel
+from chorus_moe.modeling.tower_vision import ChorusVisionModel
 from chorus_moe.processors.feature_extraction_chorus import ChorusFeatureExtractor
 from chorus_moe.processors.image_processing_chorus import ChorusImageProcessor
 from chorus_moe.processors.processing_chorus import ChorusProcessor
@@ -62,6 +60,4 @@ __all__ = [
     "ChorusVisionConfig",
     "ChorusVisionModel",
     "ExpertBankConfig",
-    "ParameterReport",
-    "compose_checkpoint",
 ]

@@ -17,14 +17,13 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from .attention_blocks import BLOCK_LOCAL
+from .attention_globals import GlobalKeyValues
 from .attention_masks import LocalMask
-from .block_attention import BLOCK_LOCAL
 from .configuration_banks import MODALITY_IDS
 from .configuration_text import ChorusTextConfig
-from .global_tokens import GlobalKeyValues
-from .modality_plan import ModalityPlan
-from .norms import RMSNorm
-from .sequence_chunks import CHUNK, GPU_CHUNKS
+from .layers import CHUNK, GPU_CHUNKS, RMSNorm
+from .moe_plan import ModalityPlan
 
 
 def rotary_tables(cos_BSC: Tensor, sin_BSC: Tensor) -> tuple[Tensor, Tensor]:

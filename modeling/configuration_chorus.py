@@ -14,7 +14,6 @@ from transformers.configuration_utils import SubConfigSpec
 from .configuration_checks import MAX_WIDTH, refuse_unknown_keys
 from .configuration_text import ChorusTextConfig
 from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
-from .parameter_report import ParameterReport, report_parameters
 
 
 @strict
@@ -72,10 +71,6 @@ class ChorusConfig(PreTrainedConfig):
         """The modalities that this model takes, `text` first."""
         towers = {"image": self.vision_config, "audio": self.audio_config}
         return ["text"] + [name for name, tower in towers.items() if tower is not None]
-
-    def parameter_report(self) -> ParameterReport:
-        """Total and active parameters by bank, tower and modality, counted on the meta device."""
-        return report_parameters(self)
 
     def validate_placeholders(self) -> None:
         """Part of `@strict` validation: each tower has a placeholder token of its own within the vocabulary."""

@@ -16,7 +16,7 @@ from .configuration_checks import (
     check_range,
     refuse_unknown_keys,
 )
-from .parallel_plans import expert_parallel_plan, tensor_parallel_plan
+from .configuration_parallel import expert_parallel_plan, tensor_parallel_plan
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 QK_NORM_SCOPES = ("head", "projection")

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_checks import MAX_LAYERS, MAX_WIDTH, check_divides, check_range, refuse_unknown_keys
-from .vision_probe import probe_backbone, probe_vision_encoder
+from .tower_vision_probe import probe_backbone, probe_vision_encoder
 
 FEATURE_TYPES = ("log_mel", "whisper", "waveform")
 

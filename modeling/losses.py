@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .configuration_banks import MODALITY_IDS, ExpertBankConfig
-from .expert_choice import router_probabilities
-from .layer_skip import open_share
-from .routers import BankRouting
+from .depth_skip import open_share
+from .modeling_outputs import BankRouting
+from .moe_selection import count_choices, router_probabilities
 
 RoutingOfLayer = dict[str, BankRouting]
 
@@ -27,18 +27,10 @@ def counted_logits(routing: BankRouting) -> Tensor:
     return routing.router_logits if routing.token_mask is None else routing.router_logits[routing.token_mask]
 
 
-def expert_counts(routing: BankRouting) -> Tensor:
-    """`(E,)` int64: how often real tokens of the bank chose each expert."""
-    chosen_TK, num_experts = routing.selected_experts, routing.router_logits.shape[-1]
-    if routing.token_mask is not None:
-        chosen_TK = chosen_TK.masked_fill(~routing.token_mask[:, None], num_experts)
-    return torch.bincount(chosen_TK.reshape(-1), minlength=num_experts + 1)[:num_experts]
-
-
 def _load(routing: BankRouting, router: str) -> tuple[Tensor, Tensor]:
     """`f_E`, the share of the choices that fell on each expert, and `P_E`, its mean probability; at least one row."""
     logits_TE = counted_logits(routing)
-    count_E = expert_counts(routing)
+    count_E = count_choices(routing)
     share_E = count_E.to(logits_TE.dtype) / count_E.sum().clamp(min=1)
     return share_E, router_probabilities(logits_TE, router).mean(dim=0)
 

@@ -15,14 +15,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .audio_tower import ChorusAudioModel
 from .configuration_banks import MODALITY_IDS
 from .configuration_chorus import ChorusConfig
-from .connectors import AudioConnector, VisionConnector
 from .modeling_base import ChorusPreTrainedModel
 from .modeling_outputs import ChorusModelOutput
-from .text_model import ChorusTextModel
-from .vision_tower import ChorusVisionModel
+from .modeling_text import ChorusTextModel
+from .tower_audio import ChorusAudioModel
+from .tower_connectors import AudioConnector, VisionConnector
+from .tower_vision import ChorusVisionModel
 
 logger = logging.get_logger(__name__)
 

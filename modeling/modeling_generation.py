@@ -1,7 +1,6 @@
 """The generative head: text, images and sound in, text out."""
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from copy import copy
 from itertools import accumulate
 from typing import Any
@@ -18,11 +17,10 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .attention_masks import build_masks
 from .configuration_chorus import ChorusConfig
-from .early_exit_drafts import EarlyExitDrafts, check_drafts
-from .lean_decoding import lean_decoder, lean_decoding
+from .depth_exits import EarlyExitDrafts, check_drafts
 from .losses import share_of_batch
-from .modeling_head import ChorusHead
-from .modeling_outputs import ChorusLossOutput, ChorusModelOutput
+from .modeling_heads import ChorusHead
+from .modeling_outputs import ChorusLossOutput
 
 logger = logging.get_logger(__name__)
 
@@ -44,50 +42,6 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         if media and self.generation_config.suppress_tokens is None:
             # A generated placeholder would stand for an image or a clip that nobody gave.
             self.generation_config.suppress_tokens = media
-
-    @classmethod
-    def from_pretrained_parts(
-        cls,
-        text: Any,
-        vision: Any = None,
-        audio: Any = None,
-        experts: Any = None,
-        *,
-        return_report: bool = False,
-        **options: Any,
-    ) -> Any:
-        """One model of a pretrained text model and encoders, its feed-forward upcycled into expert banks.
-
-        On text alone the model computes what the text model computes (up to rounding), until it is trained; new are the
-        connectors, the routers of a dense parent and the gates over banks. In cross-modal layers keys and values of
-        every modality start as the parent's.
-
-        Args:
-            text: folder or Hub id of a causal language model in safetensors files: Llama (and SmolLM), Mistral,
-                Ministral, Qwen2, Qwen3, SmolLM3, OLMo 2, Mixtral, Qwen3-MoE or OLMoE. The sparse layers of a mixture
-                model stay sparse, and all its banks start as its own experts and router.
-            vision, audio: folder or Hub id of an encoder, or a `ChorusVisionConfig` / `ChorusAudioConfig` for a new
-                one; None for a model without.
-            experts: bank -> settings as in `config.expert_banks`, or a preset's name. If None: a bank for each
-                modality, and `common` of a dense parent with encoders. See [`UpcyclingOptions`] for what a bank must
-                keep.
-            return_report: return `(model, report)`, the report being an [`OperationReport`]; it is logged otherwise.
-            options: `sparse_layers`, `num_experts`, `num_experts_per_tok`, `expert_split` and `expert_noise` as in
-                [`UpcyclingOptions`]; `cross_modal_layers` as in [`ChorusTextConfig`] (the last layer if all slide);
-                `seed` of all that is drawn; `dtype`, the parent's if None; `revision`, `vision_revision` and
-                `audio_revision` of the Hub's repositories; `token`, `cache_dir` and `local_files_only` as in
-                `from_pretrained`.
-
-        Raises:
-            OSError: a part is not there.
-            ValueError: a part or a setting that does not fit, before any weight is read.
-        """
-        from .composition import plan_composition
-
-        plan = plan_composition(cls, text, vision, audio, experts, **options)
-        logger.info(str(plan.report))
-        model = plan.build()
-        return (model, plan.report) if return_report else model
 
     def train(self, mode: bool = True) -> "ChorusForConditionalGeneration":
         """Training mode; warns once about trained experts that labels on text alone cannot reach."""
@@ -182,9 +136,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             skip_threshold=skip_threshold,
             **kwargs,
         )
-        decoder = lean_decoder(self, input_ids)
-        head = self.lm_head if decoder is None else decoder.logits
-        logits = head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             # At least 1: a batch without any label has loss 0, not 0 / 0.
@@ -219,18 +171,6 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         losses = [self._language_loss(self.lm_head(norm(state)), labels, counted, **kwargs) for state in states]
         return torch.stack(losses).mean()
 
-    def _run(
-        self, output_router_logits: bool | None, mm_token_type_ids: Tensor | None, **inputs: Any
-    ) -> tuple[ChorusModelOutput, dict[str, Tensor | None]]:
-        """As in [`ChorusHead`]; while `generate` decodes, a [`LeanDecoder`] takes the steps that it can."""
-        decoder = lean_decoder(self, inputs.get("input_ids"))
-        if decoder is not None and not output_router_logits:
-            last_hidden_state = decoder.step(mm_token_type_ids, **inputs)
-            if last_hidden_state is not None:
-                cache = inputs["past_key_values"]
-                return ChorusModelOutput(last_hidden_state=last_hidden_state, past_key_values=cache), {}
-        return super()._run(output_router_logits, mm_token_type_ids, **inputs)
-
     def create_masks_for_generate(self, config: Any, attention_mask: Tensor | None, **inputs: Any) -> Any:
         """For caches that can be compiled: what the decoder would make of the mask. A prefill is never compiled, and
         the decoder, which finds padding in the mask, makes its own."""
@@ -239,15 +179,6 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         names = ("inputs_embeds", "past_key_values", "position_ids")
         text = config.get_text_config()
         return build_masks(text, attention_mask=attention_mask, **{name: inputs.get(name) for name in names})
-
-    @contextmanager
-    def _optimize_model_for_decode(self) -> Iterator[None]:
-        with super()._optimize_model_for_decode(), lean_decoding(self):
-            yield
-
-    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        with lean_decoding(self):
-            return super()._assisted_decoding(*args, **kwargs)
 
     def _get_candidate_generator(
         self,

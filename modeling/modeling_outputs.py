@@ -1,13 +1,62 @@
 """Outputs of the models, with every loss term on its own."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from .computation import Computation
-from .routers import BankRouting
+
+class RouterChoice(NamedTuple):
+    """What a router decided for its rows; the fields are those of [`BankRouting`]."""
+
+    router_logits: Tensor
+    routing_weights: Tensor
+    selected_experts: Tensor
+    log_probs: Tensor | None = None
+    num_rerouted: Tensor | None = None
+    num_dropped: Tensor | None = None
+
+
+class BankRouting(NamedTuple):
+    """What one bank of one layer decided, for its rows.
+
+    Args:
+        router_logits: `(T, E)` float32.
+        routing_weights: `(T, K)` float32, before the weight of the bank itself; zero in unused slots.
+        selected_experts: `(T, K)` int64, best first; E in slots that a token does not use (sentinels).
+        token_mask: `(T,)` bool, the rows that count in losses and statistics; None when all do.
+        bank_weights: `(T,)` float32, the weight of the bank for each row.
+        rows: `(T,)` int64, which tokens of the flattened batch the rows are; None when they are all of them.
+        log_probs: `(T,)` float32, log-probability of the ordered draw, where experts were sampled.
+        num_rerouted: how many choices another expert took over, where capacity was limited; an int64 scalar.
+        num_dropped: how many choices were lost for want of room; an int64 scalar.
+    """
+
+    router_logits: Tensor
+    routing_weights: Tensor
+    selected_experts: Tensor
+    token_mask: Tensor | None
+    bank_weights: Tensor | None = None
+    rows: Tensor | None = None
+    log_probs: Tensor | None = None
+    num_rerouted: Tensor | None = None
+    num_dropped: Tensor | None = None
+
+
+class Computation(NamedTuple):
+    """What was spent on each sample, int64 `(B,)` each.
+
+    Args:
+        layers: layers that the sample ran through.
+        experts: visits of its tokens to routed experts, over all layers; shared experts are not among them.
+        flops: floating-point operations, see above.
+    """
+
+    layers: Tensor
+    experts: Tensor
+    flops: Tensor
 
 
 @dataclass

@@ -5,8 +5,8 @@ if __name__ == "processors":
 
 from .feature_extraction_chorus import ChorusFeatureExtractor
 from .image_processing_chorus import ChorusImageProcessor
-from .media_limits import MediaError, MediaLimits
 from .processing_chorus import ChorusProcessor
+from .processing_limits import MediaError, MediaLimits
 from .tokenization_chorus import add_media_tokens, build_tokenizer
 
 __all__ = [

@@ -22,14 +22,7 @@ from transformers import BatchFeature, WhisperFeatureExtractor
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.utils import logging
 
-from .media_limits import (
-    MediaLimits,
-    MediaPlace,
-    check_clip_size,
-    check_rate,
-    decode_sound,
-    unpack_file_dict,
-)
+from .processing_limits import MediaLimits, MediaPlace, check_clip_size, check_rate, decode_sound, unpack_file_dict
 
 logger = logging.get_logger(__name__)
 

@@ -15,8 +15,8 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import ImageInput, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
-from .media_layout import flatten_media
-from .media_limits import MediaError, MediaLimits, MediaPlace, load_image
+from .processing_limits import MediaError, MediaLimits, MediaPlace, load_image
+from .processing_placement import flatten_media
 
 
 class ChorusImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers.processing_utils import ProcessorMixin
 
-from .chat_messages import prepare_conversation, split_batch
-from .media_layout import flatten_media
-from .media_limits import MediaError
-from .token_rows import label_rows, pair_tokens
+from .processing_limits import MediaError
+from .processing_messages import prepare_conversation, split_batch
+from .processing_placement import flatten_media
+from .processing_rows import label_rows, pair_tokens
 
 
 class ChatProcessor(ProcessorMixin):

@@ -9,20 +9,18 @@ Unusual here:
 """
 
 import math
-import os
 from typing import Any
 
 from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 
-from .chat_messages import default_chat_template
 from .feature_extraction_chorus import ChorusFeatureExtractor
 from .image_processing_chorus import ChorusImageProcessor
-from .media_layout import flatten_media, nest_media
-from .media_limits import MediaError, MediaLimits, MediaPlace
-from .parent_processing import carries_media, parent_image_settings, parent_tokenizer
 from .processing_chat import ChatProcessor
-from .token_rows import pad_rows, truncate_rows
+from .processing_limits import MediaError, MediaLimits, MediaPlace
+from .processing_messages import default_chat_template
+from .processing_placement import flatten_media, nest_media
+from .processing_rows import pad_rows, truncate_rows
 from .tokenization_chorus import add_media_tokens
 
 MEDIA_TOKENS = {"image_token": "<image>", "audio_token": "<audio>"}
@@ -120,44 +118,6 @@ class ChorusProcessor(ChatProcessor):
                 raise ValueError(f"the tokenizer gives {token} the id {found}, the config expects {expected}")
         tokenizer.padding_side = "left"
         return cls(ChorusImageProcessor(**image_settings), ChorusFeatureExtractor(**audio_settings), tokenizer, **own)
-
-    @classmethod
-    def from_pretrained_parts(
-        cls,
-        config: Any,
-        text: str | os.PathLike[str],
-        vision: str | os.PathLike[str] | None = None,
-        *,
-        text_loading: dict[str, Any] | None = None,
-        vision_loading: dict[str, Any] | None = None,
-        **overrides: Any,
-    ) -> "ChorusProcessor":
-        """The processor of a model composed of pretrained parts.
-
-        The tokenizer is the text parent's with the media tokens added, images are prepared as the vision parent's own
-        image processor does; what the audio parent wants is in `config.audio_config`. The text parent's chat template
-        is kept if it can hold images and sound (`carries_media`), otherwise it is ours.
-
-        Args:
-            config: the composed model's.
-            text, vision: folders or Hub ids; `vision` may name a timm model, and is None for a new vision tower.
-            text_loading, vision_loading: `revision`, `token`, `cache_dir`, `local_files_only` of each.
-            overrides: as in `from_config`.
-
-        Raises:
-            OSError: a part without tokenizer or image processor, as transformers says it.
-            ValueError: parts that do not fit the config.
-        """
-        tokenizer = parent_tokenizer(text, **text_loading or {})
-        settings: dict[str, Any] = {}
-        if vision is not None and config.vision_config is not None:
-            settings = parent_image_settings(vision, config.vision_config.image_size, **vision_loading or {})
-        tokens = {name: overrides.get(name, token) for name, token in MEDIA_TOKENS.items()}
-        if carries_media(tokenizer, **tokens):
-            settings["chat_template"] = tokenizer.chat_template
-        processor = cls.from_config(config, tokenizer, **settings | overrides)
-        tokenizer.chat_template = processor.chat_template
-        return processor
 
     @property
     def limits(self) -> MediaLimits:

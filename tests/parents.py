@@ -43,6 +43,9 @@ from transformers import (
     WhisperModel,
 )
 
+from chorus_moe import ChorusForConditionalGeneration
+from chorus_moe.surgery.compose_plan import plan_composition
+
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 PIXELS = {"image_size": 32, "patch_size": 8}
 WORDS = SIZES | {"vocab_size": 99, "max_position_embeddings": 16}
@@ -171,3 +174,8 @@ def save_text_parent(folder: Path, **special: Any) -> Any:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
+
+
+def build(text: Any, vision: Any = None, audio: Any = None, experts: Any = None, **options: Any) -> Any:
+    """The model of a composition alone, of parents that need neither tokenizer nor image processor."""
+    return plan_composition(ChorusForConditionalGeneration, text, vision, audio, experts, **options).build()

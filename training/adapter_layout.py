@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from chorus_moe.modeling.model_parts import decoder_of
+from chorus_moe.surgery.parts import decoder_of
 from chorus_moe.training.lora import full_path_regex
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -71,7 +71,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
     """Answer one prompt of text, pictures and sound."""
-    from chorus_moe.training.generate import answer_rows, user_turn
+    from chorus_moe.training.answers import answer_rows, user_turn
     from chorus_moe.training.loading import load_model
 
     row = user_turn(text, [str(path) for path in image or []], [str(path) for path in audio or []])
@@ -91,8 +91,8 @@ def routing(
     """What the experts do: load, dead experts, overflow and modality, by layer and bank, with a heat map."""
     from chorus_moe.training.data import load_rows
     from chorus_moe.training.loading import load_model
-    from chorus_moe.training.routing_report import FIGURES, count_rows, routing_table, write_routing
-    from chorus_moe.training.routing_statistics import summarise
+    from chorus_moe.training.routing.report import FIGURES, count_rows, routing_table, write_routing
+    from chorus_moe.training.routing.statistics import summarise
 
     rows = load_rows(data, split)
     chosen = [rows[index] for index in range(min(limit or len(rows), len(rows)))]
@@ -124,7 +124,7 @@ def doctor(
     json_path: Annotated[Path | None, typer.Option("--json", help="also write the findings to this file")] = None,
 ) -> None:
     """Contract checks on a checkpoint or adapter, with a verdict and a cure for each; exit status 1 if one fails."""
-    from chorus_moe.training.doctor import (
+    from chorus_moe.training.doctor.examine import (
         chosen_checks,
         examine,
         heading,
@@ -217,7 +217,7 @@ def export(
     """Save a model, merged with its adapter, with the code that loads it where this package is missing."""
     from chorus_moe.training.hub import export_for_hub
     from chorus_moe.training.loading import load_model
-    from chorus_moe.training.run_card import run_card
+    from chorus_moe.training.model_card import run_card
 
     loaded, processor = load_model(model, base=base, merge=True)
     export_for_hub(loaded, processor, folder)
@@ -227,7 +227,7 @@ def export(
 @app.command(context_settings=PASS_ON | {"help_option_names": []})
 def demo(context: typer.Context) -> None:
     """Train, fine-tune, save, reload and question a small trimodal model; `demo --help` lists its options."""
-    from chorus_moe.training.demo import main as run_demo
+    from chorus_moe.training.demo.run import main as run_demo
 
     run_demo(context.args)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from chorus_moe.processors.media_limits import MediaError
+from chorus_moe.processors.processing_limits import MediaError
 
 logger = logging.get_logger(__name__)
 MEDIA = {"image": "images", "audio": "audio"}

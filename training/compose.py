@@ -16,18 +16,19 @@ from typing import Any
 import yaml
 
 import chorus_moe.auto_classes  # noqa: F401  the command line has not registered them before
-from chorus_moe.modeling.composition import compose_checkpoint, media_token_ids
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
-from chorus_moe.modeling.operation_report import OperationReport
-from chorus_moe.modeling.parent_checkpoint import ParentCheckpoint
-from chorus_moe.modeling.parent_text import ParentText
-from chorus_moe.modeling.parent_towers import TowerParent, audio_parent, vision_parent
 from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.surgery.compose_plan import compose_checkpoint, media_token_ids
+from chorus_moe.surgery.compose_processor import compose_processor, parent_tokenizer
+from chorus_moe.surgery.parent_checkpoint import ParentCheckpoint
+from chorus_moe.surgery.parent_text import ParentText
+from chorus_moe.surgery.parent_towers import TowerParent, audio_parent, vision_parent
+from chorus_moe.surgery.report import OperationReport
+from chorus_moe.training.model_card import Parent, run_card
 from chorus_moe.training.recipe import nearest
-from chorus_moe.training.run_card import Parent, run_card
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# What `from_pretrained_parts` takes beside the parts.
+# What `chorus_moe.surgery.compose` takes beside the parts.
 EXPERT_OPTIONS = (
     "experts",
     "sparse_layers",
@@ -86,7 +87,7 @@ def compose(
         folder: empty, or not there yet.
         dtype: of the new model; `auto` for that of the text part.
         max_shard_size: as in `save_pretrained`.
-        experts: as in `ChorusForConditionalGeneration.from_pretrained_parts` (`EXPERT_OPTIONS`).
+        experts: as in `chorus_moe.surgery.compose` (`EXPERT_OPTIONS`).
 
     Raises:
         OSError: a part is not there, or lacks a file, as transformers says it.
@@ -150,11 +151,10 @@ def build_processor(
         image_token_id=ids.get("image"),
         audio_token_id=ids.get("audio"),
     )
-    return ChorusProcessor.from_pretrained_parts(
+    return compose_processor(
         future,
-        text.source,
+        parent_tokenizer(text),
         parts.vision,
-        text_loading={"revision": text.revision, **parts.access},
         vision_loading={"revision": vision and vision.revision, **parts.access},
     )
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from chorus_moe.training.answers import answer_rows
 from chorus_moe.training.collator import ChorusDataCollator, clean_messages
 from chorus_moe.training.data import RowDataset
-from chorus_moe.training.generate import answer_rows
 from chorus_moe.training.loading import device_of
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chorus_moe.modeling.early_exit import confidence
+from chorus_moe.modeling.depth_exits import confidence
 from chorus_moe.training.loading import device_of
 
 # 1 - 1e-6 ... 0, twenty to a power of ten: known before any row is seen, or the order of the tests would not be fixed.

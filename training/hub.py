@@ -18,10 +18,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_chorus import ChorusModel
-from chorus_moe.modeling.modeling_classification import ChorusForSequenceClassification
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
+from chorus_moe.modeling.modeling_heads import ChorusForSequenceClassification
 from chorus_moe.training.loading import base_model
-from chorus_moe.training.run_card import run_card
+from chorus_moe.training.model_card import run_card
 
 MODEL_CLASSES: dict[str, type] = {
     "AutoModel": ChorusModel,

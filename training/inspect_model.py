@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
-from chorus_moe.modeling.parameter_report import ParameterReport
+from chorus_moe.surgery import parameter_report
+from chorus_moe.surgery.parameters import ParameterReport
 
 
 def inspect_model(name_or_path: str | os.PathLike[str]) -> ParameterReport:
@@ -21,4 +22,4 @@ def inspect_model(name_or_path: str | os.PathLike[str]) -> ParameterReport:
     values, _ = ChorusConfig.get_config_dict(source)
     if values.get("model_type") != ChorusConfig.model_type:
         raise ValueError(f"{source!r} is a {values.get('model_type')!r}, expected {ChorusConfig.model_type!r}")
-    return ChorusConfig.from_dict(values).parameter_report()
+    return parameter_report(ChorusConfig.from_dict(values))

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from chorus_moe.modeling.model_parts import CONNECTORS, EXITS, SKIP_GATES, TOWERS, below_head, in_layers, layer_parts
+from chorus_moe.surgery.parts import CONNECTORS, EXITS, SKIP_GATES, TOWERS, below_head, in_layers, layer_parts
 
 Layers = bool | Sequence[int]
 Banks = str | Sequence[str] | Mapping[str, Layers]

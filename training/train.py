@@ -16,13 +16,13 @@ from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import RowDataset, load_rows
 from chorus_moe.training.evaluate import text_of
 from chorus_moe.training.loading import load_processor
-from chorus_moe.training.optimizer_fit import check_resume
 from chorus_moe.training.recipe import ModelArguments, Recipe, RoutingArguments
-from chorus_moe.training.router_reward import RouterRewardTrainer
-from chorus_moe.training.routing_callback import RoutingCallback
-from chorus_moe.training.routing_counters import RoutingCounters
-from chorus_moe.training.routing_observer import RoutingObserver
-from chorus_moe.training.routing_report import write_routing
+from chorus_moe.training.resume import check_resume
+from chorus_moe.training.routing.callback import RoutingCallback
+from chorus_moe.training.routing.counters import RoutingCounters
+from chorus_moe.training.routing.observer import RoutingObserver
+from chorus_moe.training.routing.report import write_routing
+from chorus_moe.training.routing.reward import RouterRewardTrainer
 
 
 def run_training(recipe: Recipe) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _publish(
     """Write the card and its picture of routing (of the evaluation data, or without them of the last logged steps) into
     the output folder; upload model, processor and card when the recipe asks for it."""
     from chorus_moe.training.hub import push_to_hub
-    from chorus_moe.training.run_card import run_card
+    from chorus_moe.training.model_card import run_card
 
     folder = Path(trainer.args.output_dir)
     picture = write_routing(folder, counters) if counters is not None and counters.num_tokens else None

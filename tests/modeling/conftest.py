@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from chorus_moe import ChorusForConditionalGeneration
-from chorus_moe.modeling import block_attention
+from chorus_moe.modeling import attention_blocks as block_attention
+from chorus_moe.modeling.moe_routers import Router
 from tests.conftest import tiny_config
 
 WINDOW = 6
@@ -27,4 +28,17 @@ def windowed_model(attention: str = "sdpa", **text: Any) -> ChorusForConditional
     for parameter in model.parameters():
         parameter.data.mul_(1.5).add_(torch.randn_like(parameter), alpha=0.02)
     model.generation_config.eos_token_id = None
+    return model
+
+
+def make_model(dtype: torch.dtype = torch.float32, **text: Any) -> ChorusForConditionalGeneration:
+    """A model whose weights are away from their start: norms of one and biases of zero hide faults."""
+    torch.manual_seed(0)
+    model = ChorusForConditionalGeneration(tiny_config(**text)).eval().to(dtype)
+    model.generation_config.eos_token_id = None
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5).add_(torch.randn_like(parameter), alpha=0.02)
+    for router in (part for part in model.modules() if isinstance(part, Router)):
+        if router.e_score_correction_bias is not None:
+            router.e_score_correction_bias.normal_(std=0.1)
     return model

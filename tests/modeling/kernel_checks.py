@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers.integrations.moe import ExpertsInterface
 
-from chorus_moe.modeling.experts_gpu import grouped_experts
-from tests.modeling.test_experts_cpu import make, run
+from chorus_moe.fastpaths.experts_gpu import grouped_experts
+from tests.fastpaths.test_experts_cpu import make, run
 
 
 def on_this_device(experts: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

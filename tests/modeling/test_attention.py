@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling.attention import Attention, CrossModalAttention, ModalityProjection
-from chorus_moe.modeling.modality_plan import ModalityPlan
+from chorus_moe.modeling.moe_plan import ModalityPlan
 from tests.conftest import moved, tiny_batch, tiny_config
 
 # float32 sums in another order: worst difference of logits between backends seen over four seeds is 2.1e-7.

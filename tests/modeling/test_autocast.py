@@ -3,7 +3,7 @@
 import torch
 
 from chorus_moe import ChorusForConditionalGeneration, ExpertBankConfig
-from chorus_moe.modeling.routers import SoftmaxRouter
+from chorus_moe.modeling.moe_routers import SoftmaxRouter
 from tests.conftest import tiny_batch, tiny_config
 
 

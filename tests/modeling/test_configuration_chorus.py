@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig
 
 from chorus_moe import ChorusAudioConfig, ChorusConfig, ChorusTextConfig, ChorusVisionConfig
-from chorus_moe.modeling.vision_probe import probe_vision_encoder
+from chorus_moe.modeling.tower_vision_probe import probe_vision_encoder
 from tests.conftest import tiny_config
 
 TEXT = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling.losses import BALANCE_LOSSES, mean_over_banks, share_of_batch
-from chorus_moe.modeling.routers import BankRouting
+from chorus_moe.modeling.modeling_outputs import BankRouting
 from tests.conftest import tiny_batch, tiny_config
 
 

@@ -13,13 +13,13 @@ from chorus_moe.modeling.losses import (
     alignment_loss,
     balance_loss,
     cv2_loss,
-    expert_counts,
     mean_over_banks,
     switch_loss,
     variance_loss,
     z_loss,
 )
-from chorus_moe.modeling.routers import BankRouting
+from chorus_moe.modeling.modeling_outputs import BankRouting
+from chorus_moe.modeling.moe_selection import count_choices
 from tests.conftest import tiny_batch
 
 
@@ -128,7 +128,7 @@ def test_sentinels_are_no_choices(kind: str):
     cut = made._replace(selected_experts=made.selected_experts[:, :1])
     padded = made._replace(selected_experts=torch.cat([cut.selected_experts, torch.full((10, 1), 4)], dim=1))
     assert torch.equal(BALANCE_LOSSES[kind](padded, "softmax"), BALANCE_LOSSES[kind](cut, "softmax"))
-    assert expert_counts(padded).sum() == 10
+    assert count_choices(padded).sum() == 10
 
 
 @pytest.mark.parametrize("loss", LOSSES)

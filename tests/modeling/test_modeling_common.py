@@ -15,8 +15,8 @@ from transformers.models.auto import modeling_auto
 
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_chorus import ChorusModel
-from chorus_moe.modeling.modeling_classification import ChorusForSequenceClassification
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
+from chorus_moe.modeling.modeling_heads import ChorusForSequenceClassification
 from tests import transformers_suite
 
 common = transformers_suite.load("test_modeling_common")

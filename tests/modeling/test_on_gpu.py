@@ -9,15 +9,16 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusForSequenceClassification
-from chorus_moe.modeling import attention_masks, experts_gpu
+from chorus_moe.fastpaths import experts_gpu
+from chorus_moe.modeling import attention_masks
+from chorus_moe.modeling.attention_blocks import attend_in_blocks
 from chorus_moe.modeling.attention_masks import LocalMask
-from chorus_moe.modeling.block_attention import attend_in_blocks
-from chorus_moe.modeling.expert_choice import best_experts
-from chorus_moe.modeling.routers import float32_product
+from chorus_moe.modeling.layers import float32_product
+from chorus_moe.modeling.moe_selection import best_experts
 from chorus_moe.training.lora import lora_config
 from tests.conftest import tiny_batch, tiny_config
-from tests.modeling.test_block_attention import dense
-from tests.modeling.test_experts_cpu import make, run
+from tests.fastpaths.test_experts_cpu import make, run
+from tests.modeling.test_attention_blocks import dense
 
 pytestmark = [
     pytest.mark.gpu,

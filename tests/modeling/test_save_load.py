@@ -23,7 +23,7 @@ from chorus_moe import (
     ChorusForSequenceClassification,
     ChorusModel,
 )
-from chorus_moe.modeling.checkpoint import ALIGNMENT
+from chorus_moe.modeling.modeling_base import ALIGNMENT
 from tests.conftest import tiny_batch, tiny_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

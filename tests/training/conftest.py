@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration, ChorusProcessor
 from chorus_moe.processors.tokenization_chorus import build_tokenizer
-from chorus_moe.training.doctor import examine
-from chorus_moe.training.doctor_checks import Check
-from chorus_moe.training.doctor_finding import Finding
-from chorus_moe.training.doctor_inputs import Patient
+from chorus_moe.training.doctor.checks import Check
+from chorus_moe.training.doctor.examine import examine
+from chorus_moe.training.doctor.finding import Finding
+from chorus_moe.training.doctor.inputs import Patient
 from tests.conftest import tiny_config
 
 QUESTION = "what is it?"

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from chorus_moe.training.router_reward import RouterRewardTrainer
-from chorus_moe.training.routing_callback import RoutingCallback
+from chorus_moe.training.routing.callback import RoutingCallback
+from chorus_moe.training.routing.reward import RouterRewardTrainer
+from tests.training.routing.test_callback import biases, metric
 from tests.training.routing_streams import make_trainer, rewarded_model, router_weights, skewed_model, token_rows
-from tests.training.test_routing_callback import biases, metric
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from chorus_moe import ChorusForConditionalGeneration
-from chorus_moe.modeling.routers import Router
+from chorus_moe.modeling.moe_routers import Router
 from chorus_moe.training.recipe import TRAINER_SETTINGS
 from tests.conftest import tiny_config
 

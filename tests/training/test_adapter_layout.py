@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from chorus_moe import ChorusForConditionalGeneration
+from chorus_moe.surgery import unfuse_experts
 from chorus_moe.training.adapter_layout import WEIGHTS, convert_adapter, fuse_adapter, unfuse_adapter
 from chorus_moe.training.lora import lora_config
 from tests.conftest import tiny_batch, tiny_config
@@ -20,7 +21,7 @@ def make(is_linear: bool = False) -> ChorusForConditionalGeneration:
     torch.manual_seed(0)
     model = ChorusForConditionalGeneration(tiny_config(expert_banks=BANKS)).eval()
     if is_linear:
-        model.unfuse_experts()
+        unfuse_experts(model)
     return model
 
 

@@ -114,7 +114,7 @@ def test_train_refuses_an_option_nobody_knows(recipe: Path, monkeypatch: pytest.
 
 
 def test_demo_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    from chorus_moe.training import demo
+    from chorus_moe.training.demo import run as demo
 
     seen: list[list[str]] = []
     monkeypatch.setattr(demo, "main", lambda arguments: seen.append(list(arguments)))

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
-from chorus_moe.processors.media_limits import MediaError
+from chorus_moe.processors.processing_limits import MediaError
 from chorus_moe.training.collator import ChorusDataCollator, clean_messages, without_media
 from tests.training.conftest import make_row, make_rows
 

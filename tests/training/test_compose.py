@@ -11,11 +11,11 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
-from chorus_moe.modeling.parent_towers import audio_parent
+from chorus_moe.surgery.parent_towers import audio_parent
 from chorus_moe.training import cli
+from chorus_moe.training.answers import answer_rows
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.compose import Parts, compose, layer_numbers, read_experts
-from chorus_moe.training.generate import answer_rows
 from tests.parents import save_audio_parent, save_text_parent, save_timm_parent, save_vision_parent
 from tests.training.test_cli import invoke
 

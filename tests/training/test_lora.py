@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusForSequenceClassification, ChorusModel, ChorusProcessor
+from chorus_moe.surgery import add_exits, add_skip_gates
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.lora import LoraTargets, full_path_regex, lora_config
 from tests.training.conftest import make_model, make_rows
@@ -202,8 +203,8 @@ def grown(model: ChorusForConditionalGeneration, tmp_path: Path) -> ChorusForSeq
     model.config.num_labels = 5
     torch.manual_seed(0)
     classifier = ChorusForSequenceClassification(model.config)
-    classifier.add_exits([1, 2])
-    classifier.add_skip_gates([1], skip_budget=0.4)
+    add_exits(classifier, [1, 2])
+    add_skip_gates(classifier, [1], skip_budget=0.4)
     classifier.save_pretrained(tmp_path / "base")
     return ChorusForSequenceClassification.from_pretrained(tmp_path / "base")
 

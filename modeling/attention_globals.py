@@ -1,0 +1,120 @@
+"""Global tokens: what every window of a sliding-window model sees.
+
+- Bidirectional (Longformer, arXiv 2004.05150; ETC, arXiv 2004.08483): learned tokens in front of the sequence. They
+  read and are read by every position and pass through the layers like text; whatever the decoder returns leaves them
+  out, routing included. They all stand at position 0, and the sequence keeps the positions it has without them.
+- Causal (persistent memory, arXiv 1907.01470): nothing in front may read what follows, so each sliding layer has
+  learned keys and values, put in front of its keys once the cache has taken those of the tokens. They stand at
+  position 0 too: they are not rotated.
+
+Shape suffixes: B batch, S sequence, M global tokens, G key-value heads, K keys, C head size, D hidden size, T tokens.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .modeling_outputs import BankRouting
+
+
+class GlobalTokens(nn.Module):
+    """Learned tokens in front of a bidirectional sequence, `weight (M, D)`."""
+
+    def __init__(self, count: int, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, hidden_size))
+
+    def in_front_of(
+        self,
+        embeds_BSD: Tensor,
+        attention_mask: Tensor | dict[str, Any] | None,
+        position_ids: Tensor,
+        mm_token_type_ids: Tensor,
+        complexity_scores: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+        """The same inputs with the global tokens in front: real, at position 0, text, of unknown complexity.
+
+        Raises:
+            ValueError: a mask that is not `(B, S)`.
+        """
+        if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
+            raise ValueError("a model with global tokens takes an attention_mask (batch, sequence) and no other form")
+        count = len(self.weight)
+        embeds = torch.cat((self.weight.to(embeds_BSD.dtype).expand(len(embeds_BSD), -1, -1), embeds_BSD), dim=1)
+        return (
+            embeds,
+            None if attention_mask is None else F.pad(attention_mask, (count, 0), value=1),
+            F.pad(position_ids, (count, 0)),
+            F.pad(mm_token_type_ids, (count, 0)),
+            None if complexity_scores is None else F.pad(complexity_scores, (count, 0), value=torch.nan),
+        )
+
+
+class GlobalKeyValues(nn.Module):
+    """Learned keys and values of a causal sliding layer, each `(G, M * C)`: a shard of the heads is a shard of rows."""
+
+    def __init__(self, count: int, heads: int, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.key = nn.Parameter(torch.empty(heads, count * head_dim))
+        self.value = nn.Parameter(torch.empty(heads, count * head_dim))
+
+    def forward(self, key_BGKC: Tensor, value_BGKC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with the learned ones in front."""
+        return self._in_front(self.key, key_BGKC), self._in_front(self.value, value_BGKC)
+
+    def _in_front(self, learned: Tensor, states_BGKC: Tensor) -> Tensor:
+        learned_GMC = learned.to(states_BGKC.dtype).unflatten(1, (-1, self.head_dim))
+        return torch.cat((learned_GMC.expand(len(states_BGKC), -1, -1, -1), states_BGKC), dim=2)
+
+
+def leaves_out_global_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """For a decoder's forward with recorded outputs: what it returns is about the sequence alone."""
+
+    @wraps(forward)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.global_tokens is None:
+            return forward(self, *args, **kwargs)
+        as_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
+        outputs = forward(self, *args, **kwargs, return_dict=True)
+        _leave_out(outputs, len(self.global_tokens.weight))
+        return outputs if as_dict else outputs.to_tuple()
+
+    return wrapper
+
+
+def _leave_out(outputs: Any, count: int) -> None:
+    batch, length = outputs.last_hidden_state.shape[:2]
+    outputs.last_hidden_state = outputs.last_hidden_state[:, count:]
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(None if h is None else h[:, count:] for h in outputs.hidden_states)
+    if outputs.attentions is not None:
+        outputs.attentions = tuple(None if a is None else a[:, :, count:, count:] for a in outputs.attentions)
+    if outputs.skip_logits is not None:
+        outputs.skip_logits = tuple(logits_BS[:, count:] for logits_BS in outputs.skip_logits)
+    if outputs.cross_modal_states is not None:
+        outputs.cross_modal_states = tuple((q[:, :, count:], k[:, :, count:]) for q, k in outputs.cross_modal_states)
+    if outputs.router_logits is not None:
+        outputs.router_logits = tuple(
+            {name: _routing_of_sequence(routing, batch, length, count) for name, routing in layer.items()}
+            for layer in outputs.router_logits
+        )
+
+
+def _routing_of_sequence(routing: BankRouting, batch: int, length: int, count: int) -> BankRouting:
+    """The rows of a bank that are no global tokens, numbered as if there were none."""
+    rows = routing.rows
+    if rows is None:
+        places_BS = torch.arange(batch * length, device=routing.router_logits.device).view(batch, length)
+        keep_R = places_BS[:, count:].flatten()
+    else:
+        keep_R = (rows % length >= count).nonzero().squeeze(1)
+        rows = rows[keep_R]
+        rows = rows - count * (rows // length + 1)
+    of_rows = ("router_logits", "routing_weights", "selected_experts", "token_mask", "bank_weights", "log_probs")
+    kept = {name: getattr(routing, name) for name in of_rows}
+    return routing._replace(rows=rows, **{n: None if v is None else v[keep_R] for n, v in kept.items()})

@@ -1,0 +1,185 @@
+"""What a forward spends on each sample: layers, visits to experts, floating-point operations.
+
+Counted are the matrix products of the decoder's layers on real tokens, two operations for a product and a sum:
+projections, scores and sums of attention over the keys that a token sees, gates, and of the feed-forwards that a token
+did not pass by their routers and the experts that were really visited. Not counted are padding (also where it is
+computed and thrown away), what is done number by number (norms, activations, softmax, rotations), embeddings, encoders,
+connectors and output heads.
+
+Shape suffixes: B batch, R samples still there, S new tokens, K keys, T tokens (R * S).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.masking_utils import find_packed_sequence_indices
+
+from .configuration_banks import LayerBankConfig
+from .depth_skip import threshold_logit
+from .modeling_outputs import BankRouting, Computation
+from .moe_routers import AttentionRouter
+
+
+def visible_keys(text: Any, kind: str, real_BK: Tensor, num_queries: int, num_in_front: int) -> Tensor:
+    """`(B, S)`: how many real keys each of the last `num_queries` tokens sees in a layer of some type.
+
+    Args:
+        text: the decoder's configuration.
+        num_in_front: the first keys are so many global tokens, which see and are seen by all.
+    """
+    keys = torch.arange(real_BK.shape[1], device=real_BK.device)
+    distance_SK = keys[-num_queries:, None] - keys
+    sees_SK = distance_SK >= 0 if text.is_causal else torch.ones_like(distance_SK, dtype=torch.bool)
+    if kind == "sliding_attention":
+        near_SK = distance_SK.abs() < text.sliding_window + (not text.is_causal)
+        sees_SK = sees_SK & near_SK | (keys < num_in_front) | (keys[-num_queries:, None] < num_in_front)
+    seen_BS = (sees_SK & real_BK[:, None]).sum(dim=-1)
+    has_global_keys = kind == "sliding_attention" and text.is_causal
+    return seen_BS + (text.num_global_tokens if has_global_keys else 0)
+
+
+def projection_flops(text: Any) -> int:
+    """Of queries, keys, values and output, for one token of one layer."""
+    return 4 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
+
+
+def gated_flops(text: Any, width: int) -> int:
+    """Of a SwiGLU feed-forward for one token."""
+    return 6 * text.hidden_size * width
+
+
+def router_flops(hidden_size: int, bank: LayerBankConfig) -> int:
+    """Of a bank's router, and of the bank's own gate if it has one, for one token."""
+    own_gate = 2 * hidden_size * bank.has_own_gate
+    if bank.router != "attention":
+        return own_gate + 2 * hidden_size * bank.num_experts
+    width = AttentionRouter.NUM_HEADS * AttentionRouter.HEAD_DIM
+    return own_gate + 2 * hidden_size * width + 6 * width * bank.num_experts + 8 * width * width
+
+
+def feed_forward_flops(text: Any, layer: int) -> int:
+    """What every token that is fed forward costs in a layer's feed-forward, wherever it is routed."""
+    if text.mlp_layer_types[layer] != "sparse":
+        return gated_flops(text, text.intermediate_size)
+    num_columns = sum(not bank.has_own_gate for bank in text.banks_of_layer(layer))
+    gate = 2 * text.hidden_size * num_columns if num_columns > 1 else 0
+    return gate + gated_flops(text, text.shared_expert_intermediate_size)
+
+
+def bank_rows(routing: BankRouting, real_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Real tokens that a bank took, as indices, and how many experts each of them visited."""
+    visits_T = (routing.selected_experts < routing.router_logits.shape[-1]).sum(dim=-1)
+    rows = torch.arange(len(real_T), device=real_T.device) if routing.rows is None else routing.rows
+    counts = real_T[rows] if routing.token_mask is None else real_T[rows] & routing.token_mask
+    return rows[counts], visits_T[counts]
+
+
+def computation(
+    text: Any,
+    layers_B: Tensor,
+    real_BK: Tensor,
+    num_queries: int,
+    routing: Sequence[dict[str, BankRouting]],
+    num_in_front: int = 0,
+    fed: Sequence[Tensor] = (),
+) -> Computation:
+    """Add up what a forward spent.
+
+    Args:
+        text: the decoder's configuration.
+        layers_B: how many layers each sample ran through; a sample that left is in none of the later layers' rows.
+        real_BK: True for real tokens, the last `num_queries` of which are new.
+        routing: of the sparse layers that were run, in order.
+        fed: `(R, S)` of each of the `skip_layers` that were run, in order: True for tokens that were fed forward.
+    """
+    real_BS = real_BK[:, -num_queries:]
+    seen = {kind: visible_keys(text, kind, real_BK, num_queries, num_in_front) for kind in set(text.layer_types)}
+    attention_B = {kind: (count_BS * real_BS).sum(dim=1) for kind, count_BS in seen.items()}
+    experts_B, flops_B = torch.zeros_like(layers_B), torch.zeros_like(layers_B)
+    decisions, openings = iter(routing), iter(fed)
+    for layer in range(int(layers_B.max())):
+        there = (layers_B > layer).nonzero().squeeze(1)
+        fed_RS = real_RS = real_BS[there]
+        of_token = projection_flops(text)
+        if layer in (text.skip_layers or ()):
+            fed_RS, of_token = real_RS & next(openings), of_token + 2 * text.hidden_size
+        flops_B[there] += real_RS.sum(dim=1) * of_token + fed_RS.sum(dim=1) * feed_forward_flops(text, layer)
+        heads = text.num_attention_heads * text.head_dim
+        flops_B[there] += 4 * heads * attention_B[text.layer_types[layer]][there]
+        if text.mlp_layer_types[layer] != "sparse":
+            continue
+        decided, real_T = next(decisions), real_RS.flatten()
+        for bank in text.banks_of_layer(layer):
+            rows, visits = bank_rows(decided[bank.name], real_T)
+            samples = there[rows // num_queries]
+            experts_B.index_add_(0, samples, visits)
+            of_visit, of_row = gated_flops(text, bank.intermediate_size), router_flops(text.hidden_size, bank)
+            flops_B.index_add_(0, samples, visits * of_visit + of_row)
+    return Computation(layers_B, experts_B, flops_B)
+
+
+def counts_computation(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """For a decoder's forward with recorded outputs: adds `compute` where `output_compute=True` asks for it."""
+
+    @wraps(forward)
+    def wrapper(self: Any, *args: Any, output_compute: bool | None = None, **kwargs: Any) -> Any:
+        if not output_compute:
+            return forward(self, *args, **kwargs)
+        if args or torch.compiler.is_compiling():
+            raise ValueError("output_compute=True takes named inputs and is not for compiled models")
+        tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if tokens is None:
+            return forward(self, **kwargs)  # which says what is missing
+        cache = kwargs.get("past_key_values")
+        real_BK = _real_keys(tokens, kwargs.get("attention_mask"), cache, kwargs.get("position_ids"))
+        keep_routing, keep_gates = kwargs.get("output_router_logits"), kwargs.get("output_skip_logits")
+        if keep_routing is None:
+            keep_routing = self.config.output_router_logits
+        as_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
+        needed = {"output_router_logits": True, "output_skip_logits": bool(self.config.skip_layers)}
+        outputs = forward(self, **kwargs | needed | {"return_dict": True})
+        num_in_front = 0 if self.global_tokens is None else len(self.global_tokens.weight)
+        exits, batch = kwargs.get("exits"), len(tokens)
+        num_layers = kwargs.get("exit_layer") or len(self.layers)
+        layers_B = torch.full((batch,), num_layers) if exits is None else exits.left_after.clone()
+        # In training every token is fed forward, and the decision multiplies what comes out.
+        open_above = -math.inf if self.training else threshold_logit(kwargs.get("skip_threshold"))
+        outputs.compute = computation(
+            self.config,
+            layers_B.to(tokens.device),
+            F.pad(real_BK, (num_in_front, 0), value=True),
+            tokens.shape[1] + num_in_front,
+            outputs.router_logits or (),
+            num_in_front,
+            [logits.to(tokens.device) > open_above for logits in outputs.skip_logits or ()],
+        )
+        if not keep_routing:
+            outputs.router_logits = None
+        if not keep_gates:
+            outputs.skip_logits = None
+        return outputs if as_dict else outputs.to_tuple()
+
+    return wrapper
+
+
+def _real_keys(tokens: Tensor, attention_mask: Any, cache: Any, position_ids: Tensor | None) -> Tensor:
+    """`(B, past + S)`: True for real tokens.
+
+    Raises:
+        ValueError: a mask of another form, or packed sequences, of which it is not known who sees whom.
+    """
+    batch, count = tokens.shape[:2]
+    expected = (batch, count + (int(cache.get_seq_length()) if cache is not None else 0))
+    if attention_mask is None:
+        if position_ids is not None and find_packed_sequence_indices(position_ids) is not None:
+            raise ValueError("output_compute=True does not know which tokens of packed sequences see each other")
+        return torch.ones(expected, dtype=torch.bool, device=tokens.device)
+    if isinstance(attention_mask, dict) or tuple(attention_mask.shape) != expected:
+        form = "masks by layer type" if isinstance(attention_mask, dict) else tuple(attention_mask.shape)
+        raise ValueError(f"output_compute=True takes an attention_mask of shape {expected}, not {form}")
+    return attention_mask.bool()

@@ -1,0 +1,286 @@
+"""Exits: heads after some layers, by which a classifier answers easy samples early and leaves them out of what follows.
+
+As in BranchyNet (arXiv 1709.01686) and DeeBERT (arXiv 2004.12993): a head after each of the `exit_layers`, all trained
+together; at inference a sample leaves at the first exit that is sure enough. Sure is the largest softmax probability
+(arXiv 1610.02136), which needs no second number to be explained: 0 lets all leave, 1 none.
+
+Unusual here:
+- samples that leave are taken out of the batch, so that the time is really saved: without that, a batch takes as long
+  as its hardest sample;
+- a sample gets the logits of the exit it leaves by, bit for bit; nothing is averaged over exits.
+
+Shape suffixes: B batch, R samples still there, S sequence, D hidden size, L labels.
+
+Early exit in `generate`: the first layers draft, all layers verify.
+
+Unusual here:
+- transformers' own early exit runs a second `generate` for each draft, with a prefill and a cache of its own. Here a
+  draft continues the cache that verification uses: the first layers append their keys and values and give them back,
+  so nothing is computed twice and a draft step costs what its layers cost (LayerSkip, arXiv 2404.16710);
+
+Verification, acceptance and sampling are those of transformers' assisted decoding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.generation import LogitsProcessorList
+from transformers.generation.candidate_generator import CandidateGenerator
+
+from .configuration_checks import check_exit
+from .layers import RMSNorm
+
+
+def pool_tokens(hidden_BSD: Tensor, attention_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """One vector a sample `(B, D)`: the last real token of a causal model, the mean of a bidirectional one."""
+    if attention_mask is None:
+        attention_mask = hidden_BSD.new_ones(hidden_BSD.shape[:2])
+    mask_BS = attention_mask.to(hidden_BSD.device).bool()
+    if is_causal:
+        positions = torch.arange(mask_BS.shape[1], device=mask_BS.device)
+        last_B = (positions * mask_BS).argmax(dim=-1)
+        return hidden_BSD[torch.arange(len(hidden_BSD), device=hidden_BSD.device), last_B]
+    weights = mask_BS.to(hidden_BSD.dtype)
+    return (hidden_BSD * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """The largest softmax probability of each row, float32."""
+    return logits.float().softmax(dim=-1).amax(dim=-1)
+
+
+@dataclass(frozen=True)
+class SequenceInputs:
+    """What the layers are told about the tokens of a batch; `at` leaves samples out.
+
+    Args:
+        modality_BS: `mm_token_type_ids`.
+        attention_mask, complexity_scores: `(B, S)`.
+        position_ids: `(B, S)`, or `(1, S)` for all samples.
+        positions_of_caller: the same as the caller gave them, by which packed sequences are known.
+    """
+
+    modality_BS: Tensor
+    attention_mask: Any
+    position_ids: Tensor
+    positions_of_caller: Tensor | None
+    complexity_scores: Tensor | None
+
+    def at(self, rows: Tensor) -> "SequenceInputs":
+        batch = len(self.modality_BS)
+
+        def take(value: Tensor | None) -> Tensor | None:
+            return value if value is None or len(value) != batch else value.index_select(0, rows.to(value.device))
+
+        return SequenceInputs(*(take(getattr(self, name)) for name in self.__dataclass_fields__))
+
+
+class ExitHead(nn.Module):
+    """A classifier on the states of a layer in the middle, which have a norm of their own."""
+
+    def __init__(self, hidden_size: int, num_labels: int, eps: float):
+        super().__init__()
+        self.norm = RMSNorm(hidden_size, eps)
+        self.score = nn.Linear(hidden_size, num_labels, bias=False)
+
+    def forward(self, pooled_RD: Tensor) -> Tensor:
+        return self.score(self.norm(pooled_RD))
+
+
+class Exits(nn.ModuleList):
+    """The heads of the exits, shallow first; empty in a model without."""
+
+    def __init__(self, text: Any, num_labels: int):
+        self.layers: list[int] = sorted(text.exit_layers or [])
+        super().__init__(ExitHead(text.hidden_size, num_labels, text.rms_norm_eps) for _ in self.layers)
+
+
+class ExitRun:
+    """One forward past the exits.
+
+    Args:
+        thresholds: one an exit, shallow first; a sample leaves where its confidence is above. None: all stay, and every
+            exit answers every sample.
+        attention_mask: `(B, S)`, as the head was given it.
+
+    After the forward `logits` holds, by layer, those of the samples that were still there, `left_after (B,)` after how
+    many layers each left, and `stayed (R,)` the rows of those that ran through all layers.
+    """
+
+    def __init__(
+        self,
+        exits: Exits,
+        thresholds: Sequence[float] | None,
+        attention_mask: Tensor | None,
+        batch: int,
+        num_layers: int,
+        is_causal: bool,
+    ):
+        self.heads: dict[int, ExitHead] = dict(zip(exits.layers, exits, strict=True))  # type: ignore[arg-type]
+        self.thresholds = None if thresholds is None else dict(zip(exits.layers, thresholds, strict=True))
+        self.attention_mask, self.is_causal = attention_mask, is_causal
+        self.logits: dict[int, Tensor] = {}
+        self.left_after = torch.full((batch,), num_layers)
+        self.stayed = torch.arange(batch)
+        self.answers: list[tuple[Tensor, Tensor]] = []
+
+    def passes(self, layers: int, hidden_BSD: Tensor, num_in_front: int) -> Tensor | None:
+        """Answer after so many layers.
+
+        Args:
+            hidden_BSD: states of the samples still there, with `num_in_front` global tokens in front.
+
+        Returns:
+            Which of these samples go on, as indices; None for all of them.
+        """
+        if layers not in self.heads:
+            return None
+        mask = self.attention_mask
+        if mask is not None and len(mask) != len(hidden_BSD):
+            mask = mask[self.stayed.to(mask.device)]
+        logits_RL = self.heads[layers](pool_tokens(hidden_BSD[:, num_in_front:], mask, self.is_causal))
+        self.logits[layers] = logits_RL
+        if self.thresholds is None:
+            return None
+        leaves_R = confidence(logits_RL) > self.thresholds[layers]
+        leaving = leaves_R.nonzero().squeeze(1)
+        if len(leaving) == 0:
+            return None
+        rows = self.stayed[leaving.cpu()]
+        self.left_after[rows] = layers
+        self.answers.append((rows, logits_RL[leaving]))
+        staying = (~leaves_R).nonzero().squeeze(1)
+        self.stayed = self.stayed[staying.cpu()]
+        return staying
+
+    def gather(self, last_RL: Tensor) -> Tensor:
+        """Logits `(B, L)`: each sample's from where it left; `last_RL` are those of the samples that stayed."""
+        rows, logits = zip(*self.answers, (self.stayed, last_RL), strict=True)
+        order = torch.cat(rows).argsort().to(last_RL.device)
+        return torch.cat([part.to(last_RL.device) for part in logits]).index_select(0, order)
+
+    def pooled(self, hidden_RSD: Tensor) -> Tensor:
+        """What the last head reads of the samples that stayed."""
+        mask = self.attention_mask
+        if mask is not None and len(mask) != len(hidden_RSD):
+            mask = mask[self.stayed.to(mask.device)]
+        return pool_tokens(hidden_RSD, mask, self.is_causal)
+
+
+def check_early_exit(config: Any, attention_mask: Any, asked: dict[str, Any]) -> None:
+    """Refuse what makes no sense while samples leave the batch.
+
+    Args:
+        config: of the head.
+        asked: name -> value of what the forward was asked for.
+
+    Raises:
+        ValueError: naming the request and the reason.
+    """
+    text = config.text_config
+    if config.problem_type in ("regression", "multi_label_classification") or config.num_labels == 1:
+        raise ValueError(
+            f"exit_thresholds compare the probability of one class of many; num_labels={config.num_labels} with "
+            f"problem_type={config.problem_type!r} has none"
+        )
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        if asked.get(name) or (asked.get(name) is None and getattr(text, name, False)):
+            raise ValueError(
+                f"{name}=True while samples leave at exits: each layer has another number of samples. Leave it out, or "
+                "set config.exit_thresholds = None"
+            )
+    for name in ("use_cache", "past_key_values", "sample_experts"):
+        if asked.get(name):
+            raise ValueError(f"{name} while samples leave at exits: later layers know nothing of those that left")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(f"early exit takes an attention_mask (batch, sequence), not {tuple(attention_mask.shape)}")
+    if torch.compiler.is_compiling():
+        raise ValueError("early exit cannot be compiled: how many samples go on depends on the data")
+
+
+def check_drafts(generation_config: GenerationConfig, num_hidden_layers: int) -> None:
+    """Refuse drafts that cannot be made, before any work.
+
+    Raises:
+        ValueError: an exit that the model does not have, an empty draft, or beams (transformers would leave the drafts
+            out with a warning).
+    """
+    exit_layer = generation_config.assistant_early_exit
+    if exit_layer is None:
+        return
+    check_exit("assistant_early_exit", exit_layer, num_hidden_layers)
+    if generation_config.num_assistant_tokens < 1:
+        raise ValueError(
+            f"num_assistant_tokens={generation_config.num_assistant_tokens} drafts nothing; it must be at least 1"
+        )
+    if generation_config.num_beams > 1:
+        raise ValueError(f"assistant_early_exit={exit_layer} drafts one text, num_beams={generation_config.num_beams}")
+
+
+class EarlyExitDrafts(CandidateGenerator):
+    """Draft tokens of the first layers of the model itself.
+
+    `generation_config` carries everything: `assistant_early_exit` (after how many layers a draft leaves),
+    `num_assistant_tokens` (the longest draft), `assistant_confidence_threshold` (a draft ends with the first token that
+    is less probable), and `num_assistant_tokens_schedule`, of which `heuristic` and `heuristic_transient` both adapt
+    the length of drafts within this call.
+
+    Args:
+        model: [`ChorusForConditionalGeneration`].
+    """
+
+    requires_model_outputs = True
+    model_kwargs_overrides: dict[str, Any] = {}
+
+    def __init__(self, model: Any, generation_config: GenerationConfig, logits_processor: LogitsProcessorList):
+        self.model, self.config, self.logits_processor = model, generation_config, logits_processor
+        self.exit_layer: int = generation_config.assistant_early_exit
+        self.num_tokens = int(generation_config.num_assistant_tokens)
+
+    def get_candidates(
+        self, input_ids: Tensor, model_kwargs: dict[str, Any], is_first_iteration: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The text `(1, S)` with a draft at its end, and the draft's scores `(1, tokens, vocabulary)`. The prefill,
+        which all layers compute, has no draft."""
+        room = self.config.max_length - input_ids.shape[1] - 1
+        if is_first_iteration or room < 1:
+            return input_ids, None
+        text, kwargs = input_ids, dict(model_kwargs)
+        scores: list[Tensor] = []
+        while len(scores) < min(self.num_tokens, room):
+            scores.append(self._scores(text, kwargs))
+            token, probability = self._choose(scores[-1])
+            text = torch.cat((text, token.to(text.device)), dim=-1)
+            if probability < (self.config.assistant_confidence_threshold or 0.0) or self._ends(token):
+                break
+        for layer in model_kwargs["past_key_values"].layers[: self.exit_layer]:
+            layer.crop(-len(scores))
+        return text, torch.stack(scores, dim=1)
+
+    def _scores(self, text: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Processed scores `(1, vocabulary)` of the next token at the exit; `kwargs` are brought up to date."""
+        inputs = self.model.prepare_inputs_for_generation(text, next_sequence_length=1, **kwargs)
+        outputs = self.model(**inputs, exit_layer=self.exit_layer)
+        self.model._update_model_kwargs_for_generation(outputs, kwargs)
+        return self.logits_processor(text, outputs.logits[:, -1].to(text.device, torch.float32, copy=True))
+
+    def _choose(self, scores: Tensor) -> tuple[Tensor, float]:
+        """A token `(1, 1)` and its probability."""
+        probabilities = scores.softmax(dim=-1)
+        token = torch.multinomial(probabilities, 1) if self.config.do_sample else scores.argmax(dim=-1, keepdim=True)
+        return token, probabilities.gather(1, token).item()
+
+    def _ends(self, token: Tensor) -> bool:
+        ends = self.config._eos_token_tensor
+        return ends is not None and bool(torch.isin(token, ends.to(token.device)))
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        """Longer drafts after a draft that was taken whole, shorter ones after any other."""
+        if not self.config.num_assistant_tokens_schedule.startswith("heuristic"):
+            return
+        num_drafted = scores.shape[1] - 1
+        self.num_tokens = self.num_tokens + 2 if num_matches == num_drafted else max(1, self.num_tokens - 1)

@@ -1,0 +1,82 @@
+"""Layer skipping: a gate lets a token pass a layer's feed-forward by. Attention and cache are always complete.
+
+Unusual here:
+- the gate reads one token and ranks none against others (as the top-k of Mixture-of-Depths, arXiv 2404.02258, does), so
+  a token's output depends neither on later tokens nor on its batch mates, and a cached step equals an uncached one;
+- at inference the rows that pass by are left out of the feed-forward: nothing of it is computed for them. In training
+  all rows go in and the decision multiplies what comes out, so that the gate learns what passing by would have cost.
+
+Shape suffixes: B batch, S sequence, T tokens (B * S), R rows whose gate is open, D hidden size.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import without_autocast
+from .moe_plan import ModalityPlan
+
+
+def threshold_logit(skip_threshold: float | None) -> float:
+    """The logit above which a gate is open: 0, or that of a probability.
+
+    Raises:
+        ValueError: a threshold outside 0..1.
+    """
+    if skip_threshold is None:
+        return 0.0
+    if not 0 <= skip_threshold <= 1:
+        raise ValueError(f"skip_threshold={skip_threshold} is outside 0..1")
+    if skip_threshold in (0, 1):
+        return math.inf if skip_threshold else -math.inf
+    return math.log(skip_threshold / (1 - skip_threshold))
+
+
+def straight_through(logits: Tensor, open_above: float = 0.0) -> Tensor:
+    """1 where the gate is open and 0 elsewhere, exactly, with the gradient of the sigmoid (arXiv 1308.3432)."""
+    probability = logits.sigmoid()
+    return (logits > open_above).to(logits.dtype) + (probability - probability.detach())
+
+
+class SkipGate(nn.Module):
+    """Logits `w x + b` `(B, S)` in float32. It starts open for every token, as if it were not there."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size))
+        self.bias = nn.Parameter(torch.empty(1))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        with without_autocast(hidden_states):
+            return F.linear(hidden_states.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+
+
+def feed_open_tokens(feed_forward: Any, hidden_states: Tensor, plan: ModalityPlan, logits_BS: Tensor) -> Tensor:
+    """Output `(B, S, D)` of a feed-forward, zero for tokens whose gate is closed."""
+    if feed_forward.training or plan.is_static:
+        decision_BS1 = straight_through(logits_BS, plan.open_above).unsqueeze(-1)
+        return feed_forward(hidden_states, plan)[0] * decision_BS1.to(hidden_states.dtype)
+    rows = (logits_BS.reshape(-1) > plan.open_above).nonzero().squeeze(1)
+    if len(rows) == logits_BS.numel():
+        return feed_forward(hidden_states, plan)[0]
+    hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+    fed_RD = feed_forward(hidden_TD.index_select(0, rows).unsqueeze(0), plan.at(rows))[0].squeeze(0)
+    return torch.zeros_like(hidden_TD).index_copy(0, rows, fed_RD).view_as(hidden_states)
+
+
+def open_share(layers: Sequence[Tensor], real_BS: Tensor | None) -> Tensor:
+    """Mean over real tokens and layers of the open gates, straight through.
+
+    Args:
+        layers: logits `(B, S)` of each layer with a gate.
+        real_BS: 1 for real tokens; None when there is no padding.
+    """
+    open_LBS = torch.stack([straight_through(logits.to(layers[0].device)) for logits in layers])
+    if real_BS is None:
+        return open_LBS.mean()
+    real_BS = real_BS.to(open_LBS)
+    return (open_LBS * real_BS).sum() / (len(layers) * real_BS.sum()).clamp(min=1)

@@ -1,0 +1,136 @@
+"""Root mean square normalisation in few operations: on the CPU, `torch.rms_norm` takes twice the time on one token.
+
+Feed-forwards in chunks of the sequence: exact, for every token is fed forward alone, and far smaller in memory.
+
+At inference long sequences are cut by themselves. With `chunk_size_feed_forward` set they are cut to that size, in
+training too: there each chunk is computed a second time in the backward, and nothing between its input and its output
+is kept.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
+
+from .configuration_text import ChorusTextConfig
+
+
+def without_autocast(states: Tensor) -> AbstractContextManager:
+    """A context in which autocast is off. Where it is off already, the context costs nothing."""
+    kind = states.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+ROW_BLOCK = 4
+
+
+class _NarrowProduct(torch.autograd.Function):
+    """`x @ W.T` in float32 of states and weights that are stored in fewer bits, on a GPU.
+
+    Products of two such numbers are exact in float32, and so are the sums' additions carried out: it is what widening
+    both first gives, in another order and without the copies. The gradients are computed in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_TD, weight_ED)
+        return torch.mm(hidden_TD, weight_ED.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden_TD, weight_ED = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad
+        grad_hidden = (grad_TE @ weight_ED.float()).to(hidden_TD.dtype) if need_hidden else None
+        grad_weight = (grad_TE.t() @ hidden_TD.float()).to(weight_ED.dtype) if need_weight else None
+        return grad_hidden, grad_weight
+
+
+def float32_product(hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """`x @ W.T` in float32 whatever the two are stored in, `(T, E)`."""
+    is_narrow = hidden_TD.dtype == weight_ED.dtype and hidden_TD.dtype in (torch.bfloat16, torch.float16)
+    if is_narrow and hidden_TD.is_cuda and not torch.compiler.is_compiling():
+        return _NarrowProduct.apply(hidden_TD, weight_ED)
+    return F.linear(hidden_TD.float(), weight_ED.float())
+
+
+def filled_rows(weight_ED: Tensor) -> Tensor:
+    """The rows of a router, filled up with zeros to a multiple of `ROW_BLOCK`.
+
+    Matrix libraries sum the rows that are left over after blocks of four in another order. So filled, no bit of an
+    expert's score depends on how many others there are, and experts that nobody chooses can be taken away unseen.
+    """
+    missing = -len(weight_ED) % ROW_BLOCK
+    return F.pad(weight_ED, (0, 0, 0, missing)) if missing else weight_ED
+
+
+class RMSNorm(nn.RMSNorm):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension (arXiv 1910.07467), the mean at least in float32.
+
+    As in Llama, the normalised states return to their own dtype before the weight multiplies them.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=dtype)
+        scale = torch.addcmul(norm.new_full((), self.eps), norm, norm, value=1 / hidden_states.shape[-1]).rsqrt()
+        normed = (hidden_states * scale).to(hidden_states.dtype)
+        if torch.is_grad_enabled() or normed.dtype != self.weight.dtype:
+            return normed * self.weight
+        return normed.mul_(self.weight)
+
+
+# Tokens of a chunk where nothing else is asked for: on the CPU, whose caches hold them; a GPU wants so many times more.
+CHUNK = 1024
+GPU_CHUNKS = 16
+
+
+def in_chunks(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], size: int, automatic: int = CHUNK) -> Tensor:
+    """`function(*inputs)`, on so many rows at a time.
+
+    Args:
+        function: from tensors `(T, ...)` to one tensor `(T, D)`, each row by itself.
+        size: rows of a chunk, also in training; 0 for chunks of `automatic` rows (on a GPU more), at inference only.
+    """
+    count, is_training = len(inputs[0]), torch.is_grad_enabled()
+    if inputs[0].device.type != "cpu":
+        automatic *= GPU_CHUNKS
+    size = size or (count if is_training else automatic)
+    if count <= size or torch.compiler.is_compiling():
+        return function(*inputs)
+    parts = zip(*(states.split(size) for states in inputs), strict=True)
+    if is_training:
+        return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
+    output = None
+    for start, part in zip(range(0, count, size), parts, strict=True):
+        result = function(*part)
+        output = result.new_empty(count, *result.shape[1:]) if output is None else output
+        output[start : start + size] = result
+    assert output is not None
+    return output
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU feed-forward (arXiv 2002.05202): dense layers and the always-on shared experts. Long inputs run in chunks,
+    see `in_chunks`."""
+
+    def __init__(self, config: ChorusTextConfig, intermediate_size: int, bias: bool = False):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.chunk_size = config.chunk_size_feed_forward
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return in_chunks(self._feed, (hidden_TD,), self.chunk_size).view_as(hidden_states)
+
+    def _feed(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

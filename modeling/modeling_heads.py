@@ -1,0 +1,389 @@
+"""What all heads share: the inner model and its auxiliary losses.
+
+Unusual here: the loss terms of the router and of cross-modal attention are added in training only, are scaled by the
+micro-batch's share of the step, and are returned one by one.
+
+Sequence classification: one label for a text with its images and clips, also from a layer in the middle.
+Contrastive embeddings: text, image and sound of one sample are pulled together in one space.
+"""
+
+from itertools import combinations
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+
+from .configuration_banks import MODALITY_IDS
+from .configuration_chorus import ChorusConfig
+from .depth_exits import ExitRun, Exits, check_early_exit, pool_tokens
+from .losses import alignment_loss, balance_loss, mean_over_banks, skip_budget_loss, z_loss
+from .modeling_base import ChorusPreTrainedModel
+from .modeling_chorus import ChorusModel
+from .modeling_outputs import BankRouting, ChorusContrastiveOutput, ChorusLossOutput, ChorusModelOutput
+
+logger = logging.get_logger(__name__)
+
+
+def two_dimensional(attention_mask: Any) -> Tensor | None:
+    """The mask if it is `(B, S)`; masks of another form do not say which tokens are padding."""
+    return attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+
+
+class ChorusHead(ChorusPreTrainedModel):
+    """What all heads share: the inner model and its auxiliary losses."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: ChorusConfig):
+        super().__init__(config)
+        self.model = ChorusModel(config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def _run(
+        self, output_router_logits: bool | None, mm_token_type_ids: Tensor | None, **inputs: Any
+    ) -> tuple[ChorusModelOutput, dict[str, Tensor | None]]:
+        """The inner model's outputs and the unweighted auxiliary losses that were asked for."""
+        text = self.config.text_config
+        if output_router_logits is None:
+            output_router_logits = text.output_router_logits
+        banks = self.model.language_model.banks
+        train_router = self.training and (
+            text.router_z_loss_coef > 0
+            or (text.router_aux_loss_coef > 0 and any(bank.has_balance_loss for bank in banks.values()))
+        )
+        # Whoever samples wants the probabilities.
+        keep_routing = bool(output_router_logits or inputs.get("sample_experts") or self._counts_choices())
+        align = self.training and text.alignment_loss_coef > 0
+        keep_budget = self.training and text.skip_loss_coef > 0 and text.skip_budget is not None
+        if mm_token_type_ids is None and inputs.get("input_ids") is not None:
+            mm_token_type_ids = self.model.modality_ids(inputs["input_ids"])
+        outputs = self.model(
+            mm_token_type_ids=mm_token_type_ids,
+            output_router_logits=keep_routing or train_router,
+            output_cross_modal_states=align,
+            **({"output_skip_logits": True} if keep_budget else {}),
+            **inputs,
+        )
+        terms: dict[str, Tensor | None] = dict.fromkeys(("aux_loss", "z_loss", "alignment_loss", "skip_loss"))
+        if output_router_logits or train_router:
+            if train_router:
+                logits = [bank.router_logits for layer in outputs.router_logits for bank in layer.values()]
+                self._check_graph("balance", logits, (".router.",))
+            terms["aux_loss"] = balance_loss(outputs.router_logits, banks)
+            terms["z_loss"] = mean_over_banks(outputs.router_logits, z_loss)
+        if inputs.get("sample_experts"):
+            banks_of_layers = [bank for layer in outputs.router_logits for bank in layer.values()]
+            drawn = [bank.log_probs for bank in banks_of_layers if bank.log_probs is not None]
+            self._check_graph("policy-gradient", drawn, (".router.",))
+        if align:
+            terms["alignment_loss"] = self._alignment(outputs, mm_token_type_ids, inputs.get("attention_mask"))
+        if keep_budget:
+            self._check_graph("skip budget", outputs.skip_logits, (".skip_gate.",))
+            real_BS = two_dimensional(inputs.get("attention_mask"))
+            terms["skip_loss"] = skip_budget_loss(outputs.skip_logits, real_BS, text.skip_budget)
+        if not keep_routing:
+            outputs.router_logits = None
+        return outputs, terms
+
+    def _counts_choices(self) -> bool:
+        """Whether whoever moves a balance bias must see the choices of this forward, whatever was asked for."""
+        names = [name for name, bank in self.model.language_model.banks.items() if bank.balance == "bias"]
+        if not (self.training and names):
+            return False
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._nobody_counts():
+            logger.warning_once(
+                f"expert banks {names} are balanced by a bias that moves only when somebody counts their choices and "
+                "calls `update_balance_bias` once an optimizer step. `RoutingCallback` does it for a Trainer "
+                "(`chorus-moe train` adds it); nothing seems to do it here"
+            )
+        return True
+
+    def _nobody_counts(self) -> bool:
+        """Whether routers learn while no observer is attached to the decoder."""
+        decoder = self.model.language_model
+        return not decoder._forward_hooks and any(
+            parameter.requires_grad for name, parameter in decoder.named_parameters() if ".router." in name
+        )
+
+    def _alignment(self, outputs: ChorusModelOutput, modality_BS: Tensor, attention_mask: Tensor | None) -> Tensor:
+        scaling = self.config.text_config.head_dim**-0.5
+        is_causal = self.config.text_config.is_causal
+        real_BS = two_dimensional(attention_mask)
+        projections = tuple(
+            f"layers.{i}.self_attn.{name}" for i in self.config.text_config.cross_modal_layers for name in ("q_", "k_")
+        )
+        self._check_graph("alignment", [query for query, _ in outputs.cross_modal_states], projections)
+        layers = [
+            alignment_loss(query, key, modality_BS, real_BS, scaling, is_causal)
+            for query, key in outputs.cross_modal_states
+        ]
+        return torch.stack([layer.to(layers[0].device) for layer in layers]).mean()
+
+    def _check_graph(self, term: str, sources: list[Tensor], trained: tuple[str, ...]) -> None:
+        """Refuse a loss term whose sources have no graph although parameters with these names are trained."""
+        if not (self.training and torch.is_grad_enabled()) or any(source.requires_grad for source in sources):
+            return
+        if any(p.requires_grad for n, p in self.model.named_parameters() if any(part in n for part in trained)):
+            raise RuntimeError(
+                f"the {term} loss would have no gradient: activation checkpointing runs with use_reentrant=True, which "
+                "hides what it is computed from; use activation_checkpointing_kwargs={'use_reentrant': False}"
+            )
+
+    def _weighted_sum(self, terms: dict[str, Tensor | None], share: Tensor | float) -> Tensor | float:
+        """What training adds to the loss of the head; nothing in evaluation."""
+        if not self.training:
+            return 0.0
+        text = self.config.text_config
+        coefficients = {
+            "aux_loss": text.router_aux_loss_coef,
+            "z_loss": text.router_z_loss_coef,
+            "alignment_loss": text.alignment_loss_coef,
+            "skip_loss": text.skip_loss_coef,
+        }
+        added = [
+            coefficients[name] * term for name, term in terms.items() if term is not None and coefficients[name] > 0
+        ]
+        return share * sum(added) if added else 0.0
+
+
+class ChorusForSequenceClassification(ChorusHead):
+    """A linear classifier (or regressor, see `problem_type`) on the pooled sequence, and one after each of
+    `text_config.exit_layers`. With `config.exit_thresholds`, in evaluation, samples leave at the exits."""
+
+    def __init__(self, config: ChorusConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.score = nn.Linear(config.text_config.hidden_size, config.num_labels, bias=False)
+        self.exits = Exits(config.text_config, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        output_exit_logits: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ChorusLossOutput:
+        """Inputs as in [`ChorusModel`]; `labels` are `(B,)` classes, or `(B, num_labels)` floats. Logits are
+        `(B, num_labels)`, those of the exit where a sample left.
+
+        Args:
+            output_exit_logits: return the logits of every exit too; no sample leaves.
+
+        Raises:
+            ValueError: something was asked for that makes no sense while samples leave, see [`check_early_exit`].
+        """
+        exits = self._exit_run(input_ids, attention_mask, output_exit_logits, output_router_logits, kwargs)
+        outputs, terms = self._run(
+            output_router_logits,
+            mm_token_type_ids,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            exits=exits,
+            **kwargs,
+        )
+        leaves = exits is not None and exits.thresholds is not None
+        if exits is not None and leaves:
+            logits = exits.gather(self.score(exits.pooled(outputs.last_hidden_state)))
+        else:
+            is_causal = self.config.text_config.is_causal
+            logits = self.score(pool_tokens(outputs.last_hidden_state, attention_mask, is_causal))
+        exit_logits = None if exits is None or leaves else tuple(exits.logits.values())
+        loss = exit_loss = None
+        if labels is not None:
+            loss, exit_loss = self._losses(logits, exit_logits, labels)
+            share: Tensor | float = 1.0
+            if num_items_in_batch is not None:
+                share = len(labels) / num_items_in_batch
+                loss = loss * share
+            loss = loss + self._weighted_sum(terms, share)
+            if self.training and exit_loss is not None:
+                loss = loss + share * self.config.text_config.exit_loss_coef * exit_loss
+        return ChorusLossOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            image_hidden_states=outputs.image_hidden_states,
+            audio_hidden_states=outputs.audio_hidden_states,
+            exit_loss=exit_loss,
+            exit_logits=exit_logits if output_exit_logits else None,
+            left_after=exits.left_after.to(logits.device) if exits is not None and leaves else None,
+            compute=outputs.compute,
+            **terms,
+        )
+
+    def _exit_run(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        output_exit_logits: bool,
+        output_router_logits: bool | None,
+        kwargs: dict[str, Any],
+    ) -> ExitRun | None:
+        """What this forward does at the exits; None if nothing."""
+        if output_exit_logits and not self.exits:
+            raise ValueError("output_exit_logits=True, but the model has no exits: add_exits adds them")
+        thresholds = None if self.training or output_exit_logits else self.config.exit_thresholds
+        if not self.exits or (thresholds is None and not (self.training or output_exit_logits)):
+            return None
+        if thresholds is not None:
+            asked = kwargs | {"output_router_logits": output_router_logits}
+            check_early_exit(self.config, attention_mask, asked)
+            kwargs["use_cache"] = False
+        tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
+        text = self.config.text_config
+        return ExitRun(
+            self.exits, thresholds, attention_mask, len(tokens), text.num_hidden_layers, is_causal=text.is_causal
+        )
+
+    def _losses(
+        self, logits: Tensor, exit_logits: tuple[Tensor, ...] | None, labels: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss of the head, and the mean loss of the exits where all of them answered."""
+        loss = self.loss_function(pooled_logits=logits, labels=labels, config=self.config)
+        if exit_logits is None:
+            return loss, None
+        of_exits = [self.loss_function(pooled_logits=part, labels=labels, config=self.config) for part in exit_logits]
+        return loss, torch.stack([part.to(loss.device) for part in of_exits]).mean()
+
+
+Routing = tuple[dict[str, BankRouting], ...]
+
+
+class ChorusForContrastive(ChorusHead):
+    """One unit vector a modality, trained with the symmetric cross-entropy of CLIP (arXiv 2103.00020) over all pairs.
+
+    Each modality runs through the decoder alone, so a vector can be computed and indexed without its partners.
+    """
+
+    def __init__(self, config: ChorusConfig):
+        super().__init__(config)
+        hidden_size = config.text_config.hidden_size
+        self.projections = nn.ModuleDict(
+            {name: nn.Linear(hidden_size, config.projection_dim, bias=False) for name in config.modalities}
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.constant_(self.logit_scale, 2.6592)
+
+    def _embed(self, name: str, hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
+        pooled = pool_tokens(hidden_BSD, mask_BS, self.config.text_config.is_causal)
+        return F.normalize(self.projections[name](pooled), dim=-1)
+
+    def _decode(self, name: str, mask_BS: Tensor | None, **inputs: Any) -> tuple[Tensor, Routing]:
+        """Unit vectors, and the routing if it was asked for."""
+        decoded = self.model.language_model(attention_mask=mask_BS, **inputs)
+        return self._embed(name, decoded.last_hidden_state, mask_BS), decoded.router_logits or ()
+
+    def _decode_tokens(self, name: str, tokens_BSD: Tensor, mask_BS: Tensor, **kwargs: Any) -> tuple[Tensor, Routing]:
+        modality_BS = torch.full(tokens_BSD.shape[:2], MODALITY_IDS[name], device=tokens_BSD.device)
+        return self._decode(name, mask_BS, inputs_embeds=tokens_BSD, mm_token_type_ids=modality_BS, **kwargs)
+
+    def _decode_images(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Routing]:
+        tokens = self.model.get_image_features(pixel_values).pooler_output
+        mask = torch.ones_like(tokens[..., 0], dtype=torch.long)
+        return self._decode_tokens("image", tokens, mask, **kwargs)
+
+    def _decode_audio(
+        self, input_features: Tensor, input_features_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Routing]:
+        pieces = self.model.get_audio_features(input_features, input_features_mask).pooler_output
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(p[:, 0], dtype=torch.long) for p in pieces], True)
+        return self._decode_tokens("audio", nn.utils.rnn.pad_sequence(pieces, True), mask, **kwargs)
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Unit vectors `(B, projection_dim)` of texts without placeholders."""
+        return self._decode("text", attention_mask, input_ids=input_ids, **kwargs)[0]
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """Unit vectors `(images, projection_dim)`."""
+        return self._decode_images(pixel_values, **kwargs)[0]
+
+    def get_audio_features(
+        self, input_features: Tensor, input_features_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Unit vectors `(windows, projection_dim)`."""
+        return self._decode_audio(input_features, input_features_mask, **kwargs)[0]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: Tensor | None = None,
+        return_loss: bool = True,
+        num_items_in_batch: Any = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ChorusContrastiveOutput:
+        """Embed what is given; row i of every modality belongs together.
+
+        Args:
+            input_ids, attention_mask: `(B, S)`, texts without placeholders.
+            pixel_values: `(B, C, H, W)`, one image a sample.
+            input_features, input_features_mask: `(B, frames, mel bins)` and `(B, frames)`, one clip a sample.
+
+        Raises:
+            ValueError: the modalities given have different numbers of rows.
+        """
+        if kwargs.pop("output_compute", False):
+            raise ValueError("output_compute=True is for models that run once a forward; this one runs once a modality")
+        if self._counts_choices():
+            kwargs["output_router_logits"] = True
+        decoded: dict[str, tuple[Tensor, Routing]] = {}
+        if input_ids is not None:
+            decoded["text"] = self._decode("text", attention_mask, input_ids=input_ids, **kwargs)
+        if pixel_values is not None:
+            decoded["image"] = self._decode_images(pixel_values, **kwargs)
+        if input_features is not None:
+            decoded["audio"] = self._decode_audio(input_features, input_features_mask, **kwargs)
+        embeds = {name: vectors for name, (vectors, _) in decoded.items()}
+        routing = tuple(layer for _, layers in decoded.values() for layer in layers)
+        sizes = {name: len(vectors) for name, vectors in embeds.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"contrastive batches need one row of each modality a sample, got {sizes}")
+
+        logits, losses = {}, []
+        for left, right in combinations(embeds, 2):
+            scores = embeds[left] @ embeds[right].T * self.logit_scale.exp().clamp(max=100.0)
+            logits[f"{left}-{right}"] = scores
+            target = torch.arange(len(scores), device=scores.device)
+            losses.append((F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2)
+        loss = torch.stack(losses).mean() if losses and return_loss else None
+        return ChorusContrastiveOutput(
+            loss=loss,
+            text_embeds=embeds.get("text"),
+            image_embeds=embeds.get("image"),
+            audio_embeds=embeds.get("audio"),
+            logits_per_pair=logits,
+            router_logits=routing or None,
+        )

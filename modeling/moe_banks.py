@@ -1,0 +1,252 @@
+"""Expert banks: a router and its experts, open to some modalities.
+
+Unusual here:
+- a bank is addressed by name everywhere (config, LoRA, losses, statistics);
+- tokens are found once per forward, by the model, never by a bank;
+- a bank without tokens stays in the graph, with zero gradients; where no gradient is wanted it is passed by;
+- a bank may have a gate of its own beside the softmax over the others, so that it can be added and takes nothing.
+
+Shape suffixes: T tokens, D hidden size, N banks of the layer, E experts in the bank, K experts per token, I expert
+width.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from .configuration_banks import MODALITY_IDS, LayerBankConfig
+from .configuration_text import ChorusTextConfig
+from .layers import CHUNK, GatedMLP, float32_product, in_chunks, without_autocast
+from .modeling_outputs import BankRouting
+from .moe_plan import ModalityPlan, add_rows, take_rows
+from .moe_routers import ROUTER_CLASSES
+
+# Chunks of a long sequence give an expert so many rows on average, or more.
+ROWS_OF_AN_EXPERT = 128
+
+
+@use_experts_implementation
+class ChorusExperts(nn.Module):
+    """The experts of one bank, stacked: `gate_up_proj (E, 2I, D)` and `down_proj (E, D, I)`.
+
+    This forward is the reference (`experts_implementation="eager"`); the others come from transformers'
+    experts interface and from `experts_cpu`.
+    """
+
+    def __init__(self, config: ChorusTextConfig, bank: LayerBankConfig):
+        super().__init__()
+        self.num_experts = bank.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = bank.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(bank.num_experts, 2 * bank.intermediate_size, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(bank.num_experts, config.hidden_size, bank.intermediate_size))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def run_expert(self, expert: int, hidden_states: Tensor) -> Tensor:
+        """The output of one expert, unweighted."""
+        gate, up = F.linear(hidden_states, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        # The empty sums keep both parameters and the router in the graph when the bank has no tokens.
+        unused = self.gate_up_proj[:0].sum() + self.down_proj[:0].sum() + top_k_weights[:0].sum()
+        output_TD = torch.zeros_like(hidden_states) + unused.to(hidden_states.dtype)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            if len(token) == 0:
+                continue
+            states = self.run_expert(expert, hidden_states[token]) * top_k_weights[token, slot, None]
+            output_TD = output_TD.index_add(0, token, states.to(output_TD.dtype))
+        return output_TD
+
+
+class OwnGate(nn.Module):
+    """The weight of a bank that stands beside the softmax over the others: `sigmoid(w x + b)`, in float32."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size))
+        self.bias = nn.Parameter(torch.empty(1))
+
+    def forward(self, hidden_RD: Tensor) -> Tensor:
+        with without_autocast(hidden_RD):
+            return F.linear(hidden_RD.float(), self.weight.float(), self.bias.float()).squeeze(-1).sigmoid()
+
+
+class LinearExperts(nn.ModuleList):
+    """The experts of one bank as feed-forwards of ordinary linear layers (`experts_layout="linear"`).
+
+    Per-sample gradients, 4-bit loaders and several adapters at a time need `nn.Linear`. Parameters are named as in
+    checkpoints with one tensor an expert: `experts.0.gate_proj.weight`. One way to compute, expert after expert.
+    """
+
+    def __init__(self, config: ChorusTextConfig, bank: LayerBankConfig):
+        super().__init__(GatedMLP(config, bank.intermediate_size) for _ in range(bank.num_experts))
+        self.num_experts = bank.num_experts
+
+    def run_expert(self, expert: int, hidden_states: Tensor) -> Tensor:
+        """The output of one expert, unweighted."""
+        return self[expert](hidden_states)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        output_TD = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            # Without rows it runs all the same where gradients are wanted: its parameters stay in the graph.
+            if len(token) == 0 and not torch.is_grad_enabled():
+                continue
+            states = self.run_expert(expert, hidden_states[token]) * top_k_weights[token, slot, None]
+            output_TD = output_TD.index_add(0, token, states.to(output_TD.dtype))
+        return output_TD
+
+
+EXPERT_CLASSES: dict[str, type[ChorusExperts] | type[LinearExperts]] = {"fused": ChorusExperts, "linear": LinearExperts}
+
+
+class ExpertBank(nn.Module):
+    """A router and its experts. Adds `gate * bank(x)` to the output at the rows that may enter."""
+
+    def __init__(self, config: ChorusTextConfig, bank: LayerBankConfig):
+        super().__init__()
+        self.name = bank.name
+        self.modalities = bank.modalities
+        self.num_experts = bank.num_experts
+        self.router = ROUTER_CLASSES[bank.router](config.hidden_size, bank)
+        self.experts = EXPERT_CLASSES[config.experts_layout](config, bank)
+        self.gate = OwnGate(config.hidden_size) if bank.has_own_gate else None
+        self.may_skip_slots = bank.adaptive_experts or bank.expert_capacity is not None
+        self.chunk_size = config.chunk_size_feed_forward
+        # As many rows as give each expert enough of them to be worth reading.
+        self.automatic_chunk = max(CHUNK, ROWS_OF_AN_EXPERT * bank.num_experts // bank.num_experts_per_tok)
+
+    def _stacked_experts(self) -> ChorusExperts:
+        """The experts themselves, also where an adapter is wrapped around them."""
+        if isinstance(self.experts, ChorusExperts):
+            return self.experts
+        return next(module for module in self.experts.modules() if isinstance(module, ChorusExperts))
+
+    def _feed(self, hidden_RD: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
+        is_stacked = not isinstance(self.experts, LinearExperts)
+        if is_stacked and self._stacked_experts().num_experts != self.num_experts:
+            return self.experts(hidden_RD, index_RK, weights_RK)  # spread over ranks, which all make the same calls
+        inputs = (hidden_RD, index_RK, weights_RK)
+        return in_chunks(self.experts, inputs, self.chunk_size, self.automatic_chunk)
+
+    def _visitable(self, index_RK: Tensor) -> Tensor:
+        """Choices with sentinels, as the experts can take them.
+
+        transformers' functions skip an id of E or more, and mask its gradient, only where a flag is set. Of experts
+        spread over ranks each rank has fewer than E, and the exchange of tokens between them knows no id of nobody:
+        there, an unused slot visits expert 0 with weight 0.
+        """
+        if isinstance(self.experts, LinearExperts):
+            return index_RK
+        experts: Any = self._stacked_experts()
+        if not experts._is_expert_parallel:
+            experts._is_expert_parallel = True
+        return index_RK if experts.num_experts == self.num_experts else index_RK.remainder(self.num_experts)
+
+    def forward(
+        self, output_TD: Tensor | None, hidden_TD: Tensor, gate_T: Tensor | None, plan: ModalityPlan
+    ) -> tuple[Tensor | None, BankRouting]:
+        rows = plan.rows_of_bank(self.name, self.modalities)
+        if rows is not None and len(rows) == 0 and not torch.is_grad_enabled():
+            return output_TD, self.router.no_rows(hidden_TD)
+        hidden_RD = take_rows(hidden_TD, rows)
+        token_mask = plan.token_mask(self.modalities, rows)
+        options = plan.row_options(self.name, self.modalities, rows, token_mask)
+        choice = self.router(hidden_RD, options)
+        logits_RE, weights_RK, index_RK = choice[:3]
+        own_gate = self.gate
+        if own_gate is not None:
+            gate_R = own_gate(hidden_RD)
+            # A static plan shows the bank every row.
+            gate_R = gate_R * token_mask if plan.is_static and token_mask is not None else gate_R
+            states_weights_RK = weights_RK * gate_R[:, None]
+        elif gate_T is None:
+            gate_R, states_weights_RK = logits_RE.new_ones(hidden_RD.shape[0]), weights_RK
+        else:
+            gate_R = take_rows(gate_T, rows)
+            states_weights_RK = weights_RK * gate_R[:, None]
+        visited_RK = index_RK
+        if self.may_skip_slots or (options is not None and options.budget_R is not None):
+            visited_RK = self._visitable(index_RK)
+        states_RD = self._feed(hidden_RD, visited_RK, states_weights_RK.to(hidden_RD.dtype))
+        output_TD = add_rows(output_TD, rows, states_RD, hidden_TD)
+        rows = plan.in_batch(rows)
+        return output_TD, BankRouting(logits_RE, weights_RK, index_RK, token_mask, gate_R, rows, *choice[3:])
+
+
+class BankGate(nn.Module):
+    """First level of the gate: a softmax over the banks open to a token's modality, in float32.
+
+    A token that no bank is open to gets zeros. One bank needs no weights: it gets ones where it is open. Banks with a
+    gate of their own are none of its columns.
+    """
+
+    def __init__(self, hidden_size: int, banks: list[LayerBankConfig]):
+        super().__init__()
+        self.banks = banks
+        self.weight = nn.Parameter(torch.empty(len(banks), hidden_size)) if len(banks) > 1 else None
+        self.is_open = nn.Buffer(self.open_table(), persistent=False)
+
+    def open_table(self) -> Tensor:
+        """`(modality id, bank)`: True where the bank takes the modality."""
+        table = torch.zeros(max(MODALITY_IDS.values()) + 1, len(self.banks), dtype=torch.bool)
+        for column, bank in enumerate(self.banks):
+            for modality in bank.modalities:
+                table[MODALITY_IDS[modality], column] = True
+        return table
+
+    def forward(self, hidden_TD: Tensor, modality_T: Tensor, closed_banks: Collection[str] = ()) -> Tensor:
+        open_TN = self.is_open[modality_T]
+        for column, bank in enumerate(self.banks):
+            if bank.name in closed_banks:
+                open_TN[:, column] = False
+        if self.weight is None:
+            return open_TN.float()
+        with without_autocast(hidden_TD):
+            logits_TN = float32_product(hidden_TD, self.weight)
+            logits_TN = logits_TN.masked_fill(~open_TN, torch.finfo(torch.float32).min)
+            return logits_TN.softmax(dim=-1) * open_TN
+
+
+class MixtureOfBanks(nn.Module):
+    """Gate over expert banks, the feed-forward of a sparse layer.
+
+    1. the always-on shared experts see every token;
+    2. the bank gate weighs the banks open to the token's modality, those with a gate of their own apart;
+    3. each bank routes its own tokens to K experts;
+    4. the weighted outputs are summed.
+
+    Returns the output `(B, S, D)` and, by bank, what was decided ([`BankRouting`]).
+    """
+
+    def __init__(self, config: ChorusTextConfig, layer_idx: int):
+        super().__init__()
+        banks = config.banks_of_layer(layer_idx)
+        shared_size = config.shared_expert_intermediate_size
+        self.shared_experts = GatedMLP(config, shared_size) if shared_size else None
+        self.bank_gate = BankGate(config.hidden_size, [bank for bank in banks if not bank.has_own_gate])
+        self.banks = nn.ModuleDict({bank.name: ExpertBank(config, bank) for bank in banks})
+
+    def forward(self, hidden_states: Tensor, plan: ModalityPlan) -> tuple[Tensor, dict[str, BankRouting]]:
+        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        output_TD = None if self.shared_experts is None else self.shared_experts(hidden_TD)
+        # A single bank is open at every row that it is shown, except by a static plan, which shows it all rows.
+        alone = self.bank_gate.weight is None and not plan.is_static
+        gates: dict[str, Tensor] = {}
+        if not alone:
+            gate_TN = self.bank_gate(hidden_TD, plan.modality_T, plan.closed_banks)
+            gates = {bank.name: gate_TN[:, column] for column, bank in enumerate(self.bank_gate.banks)}
+        routing = {}
+        for name, bank in self.banks.items():
+            output_TD, routing[name] = bank(output_TD, hidden_TD, gates.get(name), plan)
+        if output_TD is None:
+            output_TD = torch.zeros_like(hidden_TD)
+        return output_TD.view_as(hidden_states), routing

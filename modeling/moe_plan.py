@@ -1,0 +1,368 @@
+"""Where the tokens of each modality are: found once per forward, used by every layer.
+
+Unusual here:
+- rows are index tensors, never boolean masks: a mask per layer would wait for the device each time;
+- `None` means "every row", so a batch of text alone, or a bank open to all modalities, gathers nothing;
+- under `torch.compile` there are no data-dependent shapes: every bank sees every row and the gate is zero where closed.
+
+Shape suffixes: B batch, S sequence, T tokens (B * S), R rows of a modality, D hidden size.
+
+What a caller may ask of the routers in one call, and what each bank's rows make of it.
+
+Unusual here:
+- options travel in the modality plan, so layers need no further arguments and nothing is stored in a module;
+- they are worked out once a forward for each set of modalities, not once a layer;
+- without any option there is no object at all, and the plain path costs nothing.
+
+Shape suffixes: B batch, S sequence, T tokens (B * S), R rows of a bank.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.masking_utils import find_packed_sequence_indices
+
+from .configuration_banks import MODALITY_IDS, ExpertBankConfig, check_name
+from .moe_selection import Places
+
+
+class RowOptions(NamedTuple):
+    """Options for the rows of one bank.
+
+    Args:
+        complexity_R: complexity between 0 and 1 from the caller; NaN where the router's entropy stands for it.
+        budget_R: experts that a row may visit at most.
+        places: where each row stands in its sequence, where capacity is limited.
+        is_sampled: experts are drawn, not ranked.
+    """
+
+    complexity_R: Tensor | None = None
+    budget_R: Tensor | None = None
+    places: Places | None = None
+    is_sampled: bool = False
+
+
+@dataclass
+class RoutingOptions:
+    """Options of one forward.
+
+    Args:
+        complexity_T: see `RowOptions.complexity_R`.
+        budget: modality -> experts that a token may visit at most in each bank.
+        sampled_banks: names of the banks whose experts are drawn.
+        sequence_T: the sequence of each token, where some bank limits its capacity.
+        limited_banks: names of the banks that do.
+        closed_banks: names of the banks that are passed by.
+    """
+
+    complexity_T: Tensor | None
+    budget: dict[str, int]
+    sampled_banks: frozenset[str]
+    sequence_T: Tensor | None
+    limited_banks: frozenset[str]
+    closed_banks: frozenset[str] = frozenset()
+
+    def at(self, origin: Tensor) -> "RoutingOptions":
+        """The options of some tokens, given by their indices."""
+        complexity_T = None if self.complexity_T is None else self.complexity_T[origin]
+        sequence_T = None if self.sequence_T is None else self.sequence_T[origin]
+        return replace(self, complexity_T=complexity_T, sequence_T=sequence_T)
+
+    def of_rows(
+        self, bank: str, modalities: Iterable[str], modality_T: Tensor, rows: Tensor | None, token_mask: Tensor | None
+    ) -> RowOptions | None:
+        """Options of one bank for its rows; None if it has none."""
+
+        def take(values_T: Tensor | None) -> Tensor | None:
+            return values_T if values_T is None or rows is None else values_T.index_select(0, rows)
+
+        budget_R = None
+        if any(name in self.budget for name in modalities):
+            table = modality_T.new_full((max(MODALITY_IDS.values()) + 1,), torch.iinfo(torch.int64).max)
+            for name, count in self.budget.items():
+                table[MODALITY_IDS[name]] = count
+            budget_R = table[take(modality_T)]
+        places = Places.find(take(self.sequence_T), token_mask) if bank in self.limited_banks else None
+        is_sampled = bank in self.sampled_banks
+        if self.complexity_T is None and budget_R is None and places is None and not is_sampled:
+            return None
+        return RowOptions(take(self.complexity_T), budget_R, places, is_sampled)
+
+
+NO_OPTIONS = RowOptions()
+
+
+Rows = Tensor | None
+
+
+@dataclass
+class ModalityPlan:
+    """Positions of every modality's tokens in the flattened batch.
+
+    Args:
+        modality_T: values of `MODALITY_IDS`, one a token.
+        real_T: True for real tokens, False for padding; None when there is no padding.
+        rows: modality -> indices of its tokens, padding included; None for all tokens. Empty under compilation.
+        real_rows: the same without padding.
+        options: what the caller asked of the routers; None for nothing.
+        open_above: the logit above which the gates of skipped layers are open.
+        origin: where the tokens are in the flattened batch; None when they are all of it.
+    """
+
+    modality_T: Tensor
+    real_T: Tensor | None
+    rows: dict[str, Rows] = field(default_factory=dict)
+    real_rows: dict[str, Rows] = field(default_factory=dict)
+    is_static: bool = False
+    options: RoutingOptions | None = None
+    options_of_banks: dict[str, RowOptions | None] = field(default_factory=dict)
+    open_above: float = 0.0
+    origin: Rows = None
+
+    @classmethod
+    def build(
+        cls,
+        modality_BS: Tensor,
+        attention_mask: Tensor | Mapping[str, Any] | None,
+        options: RoutingOptions | None = None,
+    ) -> "ModalityPlan":
+        """Find the rows.
+
+        Args:
+            modality_BS: `mm_token_type_ids`.
+            attention_mask: `(B, S)` or, with a cache, `(B, past + S)`; masks of another form say nothing about
+                padding of the new tokens and are passed over.
+
+        Raises:
+            ValueError: a token has a modality that the model does not know.
+        """
+        modality_T = modality_BS.reshape(-1)
+        real_T = None
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            real_T = attention_mask[:, -modality_BS.shape[1] :].reshape(-1).bool()
+        if torch.compiler.is_compiling():
+            return cls(modality_T, real_T, is_static=True, options=options)
+        if real_T is not None and bool(real_T.all()):
+            real_T = None
+        if not modality_T.any():
+            rows: dict[str, Rows] = {name: modality_T.new_empty(0) for name in MODALITY_IDS} | {"text": None}
+        else:
+            rows = {name: (modality_T == value).nonzero().squeeze(1) for name, value in MODALITY_IDS.items()}
+            found = sum(len(r) for r in rows.values() if r is not None)
+            if found != len(modality_T):
+                unknown = sorted(set(modality_T.tolist()) - set(MODALITY_IDS.values()))
+                raise ValueError(
+                    f"mm_token_type_ids holds {unknown} in {len(modality_T) - found} of {len(modality_T)} tokens; "
+                    f"this model knows {MODALITY_IDS}"
+                )
+        if real_T is None:
+            return cls(modality_T, None, rows, rows, options=options)
+        all_real = real_T.nonzero().squeeze(1)
+        real_rows = {name: all_real if r is None else r[real_T[r]] for name, r in rows.items()}
+        return cls(modality_T, real_T, rows, real_rows, options=options)
+
+    def at(self, origin: Tensor) -> "ModalityPlan":
+        """The plan of some tokens, given by their indices, as if the batch had no others."""
+        real_T = None if self.real_T is None else self.real_T[origin].unsqueeze(0)
+        options = None if self.options is None else self.options.at(origin)
+        plan = self.build(self.modality_T[origin].unsqueeze(0), real_T, options)
+        return replace(plan, open_above=self.open_above, origin=origin)
+
+    def in_batch(self, rows: Rows) -> Rows:
+        """Where rows of this plan are in the flattened batch; None for every token of it."""
+        if self.origin is None or rows is None:
+            return self.origin if rows is None else rows
+        return self.origin[rows]
+
+    def rows_of(self, modalities: Iterable[str]) -> Rows:
+        """Indices of the real tokens of some modalities, in order; None for every token.
+
+        A bank open to all modalities gets every row, padding included: nothing is gathered, the work on padding is
+        thrown away, and `token_mask` keeps it out of losses and statistics.
+        """
+        if self.is_static or len(set(modalities)) == len(MODALITY_IDS):
+            return None
+        key = "+".join(sorted(modalities))
+        if key not in self.real_rows:
+            parts = [self.real_rows[name] for name in modalities]
+            whole = any(part is None for part in parts)
+            self.real_rows[key] = None if whole else torch.cat([p for p in parts if p is not None]).sort().values
+        return self.real_rows[key]
+
+    @property
+    def closed_banks(self) -> frozenset[str]:
+        return frozenset() if self.options is None else self.options.closed_banks
+
+    def rows_of_bank(self, name: str, modalities: Iterable[str]) -> Rows:
+        """As `rows_of`; no row for a bank that is closed."""
+        return self.modality_T.new_empty(0) if name in self.closed_banks else self.rows_of(modalities)
+
+    def token_mask(self, modalities: Iterable[str], rows: Rows) -> Tensor | None:
+        """Which of a bank's rows count: real tokens of its modalities. None when all of them do."""
+        if rows is not None:
+            return None
+        if not self.is_static:
+            return self.real_T
+        open_T = torch.zeros_like(self.modality_T, dtype=torch.bool)
+        for name in modalities:
+            open_T = open_T | (self.modality_T == MODALITY_IDS[name])
+        return open_T if self.real_T is None else open_T & self.real_T
+
+    def row_options(
+        self, bank: str, modalities: Iterable[str], rows: Rows, token_mask: Tensor | None
+    ) -> RowOptions | None:
+        """What the caller asked of one bank, for its rows; worked out for the first layer that holds it."""
+        if self.options is None:
+            return None
+        if bank not in self.options_of_banks:
+            found = self.options.of_rows(bank, modalities, self.modality_T, rows, token_mask)
+            self.options_of_banks[bank] = found
+        return self.options_of_banks[bank]
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "ModalityPlan":
+        """The plan on another device (layers of one model may live on several)."""
+        if self.modality_T.device == torch.device(device):
+            return self
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=non_blocking)
+            return {k: move(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+        moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}
+        if self.options is not None:
+            options = {f.name: move(getattr(self.options, f.name)) for f in fields(self.options)}
+            moved |= {"options": replace(self.options, **options), "options_of_banks": {}}
+        return replace(self, **moved)
+
+
+def take_rows(states_TD: Tensor, rows: Rows) -> Tensor:
+    """The rows of a bank, `(R, D)`."""
+    return states_TD if rows is None else states_TD.index_select(0, rows)
+
+
+def add_rows(output_TD: Tensor | None, rows: Rows, states_RD: Tensor, hidden_TD: Tensor) -> Tensor:
+    """`output_TD` with a bank's output added at its rows; None stands for zeros, shaped like `hidden_TD`."""
+    if rows is None:
+        return states_RD if output_TD is None else output_TD + states_RD.to(output_TD.dtype)
+    if output_TD is None:
+        return torch.zeros_like(hidden_TD).index_copy_(0, rows, states_RD.to(hidden_TD.dtype))
+    states_RD = states_RD.to(output_TD.dtype)
+    return (
+        output_TD.index_add(0, rows, states_RD) if torch.is_grad_enabled() else output_TD.index_add_(0, rows, states_RD)
+    )
+
+
+def read_routing_options(
+    banks: Mapping[str, ExpertBankConfig],
+    modality_BS: Tensor,
+    position_ids: Tensor | None,
+    is_training: bool,
+    cache: Cache | None,
+    complexity_scores: Tensor | None,
+    expert_budget: Mapping[str, int] | None,
+    sample_experts: Collection[str] | None,
+    closed_banks: Collection[str] | None = None,
+) -> RoutingOptions | None:
+    """Check what was asked for; None if nothing was.
+
+    Args:
+        position_ids: as the caller gave them; a jump starts a new sequence (packing).
+        complexity_scores: `(B, S)`, between 0 and 1; NaN where the router's entropy is to be used.
+        expert_budget: modality -> number of experts.
+        sample_experts: names of banks.
+        closed_banks: names of banks, besides those whose configuration closes them.
+
+    Raises:
+        ValueError: naming the argument, the bank or modality, and the numbers.
+    """
+    limited = frozenset(name for name, bank in banks.items() if bank.limits_capacity(is_training))
+    num_cached = int(cache.get_seq_length()) if limited and cache is not None else 0
+    if num_cached:
+        raise ValueError(
+            f"expert bank {min(limited)!r} limits the capacity of its experts, counted over the whole sequence, but of "
+            f"{num_cached} tokens the cache holds keys and values and not what they chose; use use_cache=False, or "
+            "leave capacity_in_eval out"
+        )
+    complexity_T = _read_complexity(banks, modality_BS, complexity_scores)
+    budget = _read_budget(expert_budget or {})
+    closed = _read_closed(banks, closed_banks or ())
+    sampled = _read_sampled(banks, limited, closed, sample_experts or ())
+    if not (limited or budget or sampled or closed) and complexity_T is None:
+        return None
+    sequence_T = _sequences(modality_BS, position_ids) if limited else None
+    return RoutingOptions(complexity_T, budget, sampled, sequence_T, limited, closed)
+
+
+def _read_complexity(
+    banks: Mapping[str, ExpertBankConfig], modality_BS: Tensor, complexity_scores: Tensor | None
+) -> Tensor | None:
+    if complexity_scores is None:
+        return None
+    if complexity_scores.shape != modality_BS.shape:
+        raise ValueError(
+            f"complexity_scores has shape {tuple(complexity_scores.shape)}, the tokens have {tuple(modality_BS.shape)}"
+        )
+    if not any(bank.adaptive_experts for bank in banks.values()):
+        raise ValueError(f"complexity_scores changes nothing: no bank of {sorted(banks)} has adaptive_experts=True")
+    if not torch.compiler.is_compiling() and bool(((complexity_scores < 0) | (complexity_scores > 1)).any()):
+        raise ValueError(
+            f"complexity_scores lie between {complexity_scores.nan_to_num(0).min():g} and "
+            f"{complexity_scores.nan_to_num(0).max():g}; they must lie between 0 and 1"
+        )
+    return complexity_scores.reshape(-1).to(modality_BS.device, torch.float32)
+
+
+def _read_budget(expert_budget: Mapping[str, int]) -> dict[str, int]:
+    for name, count in expert_budget.items():
+        check_name("expert_budget", "modality", name, MODALITY_IDS)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"expert_budget[{name!r}]={count!r} must be a whole number of at least 1")
+    return dict(expert_budget)
+
+
+def _check_banks(argument: str, banks: Mapping[str, ExpertBankConfig], names: Collection[str]) -> None:
+    if isinstance(names, str):
+        raise ValueError(f"{argument}={names!r} is a string; give the names of banks, as in ('text',)")
+    for name in names:
+        check_name(argument, "bank", name, banks)
+
+
+def _read_closed(banks: Mapping[str, ExpertBankConfig], closed_banks: Collection[str]) -> frozenset[str]:
+    _check_banks("closed_banks", banks, closed_banks)
+    return frozenset(closed_banks) | {name for name, bank in banks.items() if bank.closed}
+
+
+def _read_sampled(
+    banks: Mapping[str, ExpertBankConfig],
+    limited: Collection[str],
+    closed: Collection[str],
+    sample_experts: Collection[str],
+) -> frozenset[str]:
+    _check_banks("sample_experts", banks, sample_experts)
+    for name in sample_experts:
+        if name in closed:
+            raise ValueError(f"sample_experts names {name!r}, which is closed and draws nothing")
+        if name in limited:
+            raise ValueError(
+                f"sample_experts names {name!r}, which limits the capacity of its experts: what a full expert turns "
+                "away is no longer a draw, so its probability is not known"
+            )
+        if banks[name].balance == "bias":
+            raise ValueError(
+                f"sample_experts names {name!r}, which has balance='bias': the correction bias is no part of the "
+                "distribution that is sampled; give the bank another balance"
+            )
+    return frozenset(sample_experts)
+
+
+def _sequences(modality_BS: Tensor, position_ids: Tensor | None) -> Tensor:
+    """`(T,)`: a number for each sequence, packed ones apart, each in one piece."""
+    batch, length = modality_BS.shape
+    packed = None if position_ids is None else find_packed_sequence_indices(position_ids.expand(batch, length))
+    row_B1 = torch.arange(batch, device=modality_BS.device)[:, None] * (length + 1)
+    return (row_B1.expand(batch, length) if packed is None else row_B1 + packed).reshape(-1)

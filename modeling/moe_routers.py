@@ -1,0 +1,313 @@
+"""Routers: which experts of a bank a token visits, and with what weight.
+
+Unusual here:
+- all arithmetic is float32, also under autocast, so that precision never changes a choice;
+- a router differs from another in how it scores; what follows is shared, in `expert_choice` and `expert_capacity`;
+- a router returns its logits, weights and choices; losses and statistics read the choices actually made.
+
+Shape suffixes: T tokens, D hidden size, E experts in the bank, K experts per token.
+
+Balance without a loss: a correction bias that moves by a fixed step (arXiv 2408.15664; DeepSeek-V3, 2412.19437).
+
+Unusual here:
+- nothing moves by itself: whoever owns the optimizer step counts choices over micro-batches and ranks, then calls
+  `update_balance_bias` once; so evaluation and accumulation cannot move it;
+- counts are integers, so that any order of summation gives the same step;
+- the bias is recentred to mean zero: a constant in it changes no choice, and would grow without bound.
+
+Shape suffixes: E experts.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_banks import LayerBankConfig
+from .layers import ROW_BLOCK, filled_rows, float32_product, without_autocast
+from .losses import RoutingOfLayer
+from .modeling_outputs import BankRouting, RouterChoice
+from .moe_plan import NO_OPTIONS, RowOptions
+from .moe_selection import (
+    CLOSED,
+    best_experts,
+    choice_weights,
+    count_choices,
+    draw_log_probability,
+    limit_groups,
+    normalised_entropy,
+    perturbed,
+    serve,
+    unused_slots,
+    uses_all_slots,
+)
+
+
+class Router(nn.Module):
+    """What all routers share. A subclass scores; experts are weighed by a softmax unless it says otherwise.
+
+    With `norm_topk_prob` the weights are the softmax over the chosen logits, which equals the softmax over all experts
+    divided by the sum over the chosen. With K = E this is the dense, softly gated mixture.
+
+    `e_score_correction_bias`, where the bank is balanced by it, is added to the scores for the choice only. It is
+    float32 whatever the model is cast to: its steps of 0.001 would be lost in bfloat16.
+    """
+
+    weighs_by_sigmoid = False
+
+    def __init__(self, hidden_size: int, bank: LayerBankConfig):
+        super().__init__()
+        self.bank = bank
+        self.top_k = bank.num_experts_per_tok
+        self.norm_topk_prob = bank.norm_topk_prob
+        bias = torch.zeros(bank.num_experts, dtype=torch.float32) if bank.balance == "bias" else None
+        self.e_score_correction_bias: Tensor | None
+        self.register_buffer("e_score_correction_bias", bias)
+        self.limits_groups = bank.topk_groups not in (None, bank.num_groups)
+        self.is_plain = not (self.limits_groups or bank.adaptive_experts or bank.routed_scaling_factor != 1.0)
+        self.is_plain = self.is_plain and bias is None
+
+    def score(self, hidden_TD: Tensor) -> Tensor:
+        """Logits `(T, E)` in float32, of states in any dtype."""
+        raise NotImplementedError
+
+    def log_weights(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE if self.norm_topk_prob else logits_TE.log_softmax(dim=-1)
+
+    def choice_scores(self, logits_TE: Tensor) -> Tensor:
+        """What the correction bias is added to, and what a group sums."""
+        return logits_TE.softmax(dim=-1)
+
+    def forward(self, hidden_TD: Tensor, options: RowOptions | None = None) -> RouterChoice:
+        with without_autocast(hidden_TD):
+            noise = self.bank.router_jitter_noise
+            if noise and self.training:
+                hidden_TD = hidden_TD.float()
+                hidden_TD = hidden_TD * torch.empty_like(hidden_TD).uniform_(1 - noise, 1 + noise)
+            logits_TE = self.score(hidden_TD)
+            if not self.is_plain or options is not None:
+                return self.choose(logits_TE, options or NO_OPTIONS)
+            index_TK = best_experts(logits_TE, self.top_k)
+            weights_TK = choice_weights(self.log_weights(logits_TE), index_TK, self.norm_topk_prob)
+            return RouterChoice(logits_TE, weights_TK, index_TK)
+
+    def choose(self, logits_TE: Tensor, options: RowOptions) -> RouterChoice:
+        """The whole way from logits to weights, with every option."""
+        bank = self.bank
+        log_weights_TE = self.log_weights(logits_TE)
+        is_unused_TK = self._unused(log_weights_TE, options)
+        if options.is_sampled:
+            log_weights_TE = self.open_log_weights(logits_TE)
+            scores_TE = perturbed(log_weights_TE)
+        else:
+            scores_TE = self._rank(logits_TE)
+        index_TK = best_TK = best_experts(scores_TE, self.top_k)
+        if is_unused_TK is not None:
+            index_TK = best_TK.masked_fill(is_unused_TK, bank.num_experts)
+        log_probs_T = draw_log_probability(log_weights_TE, index_TK, is_unused_TK) if options.is_sampled else None
+        if options.places is None:
+            weights_TK = self._weigh(log_weights_TE, best_TK, is_unused_TK)
+            return RouterChoice(logits_TE, weights_TK, index_TK, log_probs_T)
+        capacity_L = options.places.capacity(bank.expert_capacity, self.top_k, bank.num_experts)
+        served = serve(scores_TE, index_TK, options.places, capacity_L, bank.capacity_overflow)
+        is_lost_TK = served.selected_experts >= bank.num_experts
+        if bank.capacity_overflow == "reroute":
+            best_TK, is_unused_TK = served.selected_experts.clamp(max=bank.num_experts - 1), is_lost_TK
+        weights_TK = self._weigh(log_weights_TE, best_TK, is_unused_TK).masked_fill(is_lost_TK, 0.0)
+        return RouterChoice(logits_TE, weights_TK, *served[:1], log_probs_T, *served[1:])
+
+    def open_log_weights(self, logits_TE: Tensor) -> Tensor:
+        """The log-weights that experts are drawn by: those outside a token's best groups are never drawn."""
+        log_weights_TE = self.log_weights(logits_TE)
+        if not self.limits_groups:
+            return log_weights_TE
+        return log_weights_TE.masked_fill(self._rank(logits_TE) == CLOSED, torch.finfo(torch.float32).min)
+
+    def _rank(self, logits_TE: Tensor) -> Tensor:
+        """What ranks the experts; `CLOSED` for those that a token may not choose."""
+        if self.e_score_correction_bias is None and not self.limits_groups:
+            return logits_TE
+        scores_TE = self.choice_scores(logits_TE.detach())
+        if self.e_score_correction_bias is not None:
+            scores_TE = scores_TE + self.e_score_correction_bias
+        if self.limits_groups:
+            scores_TE = limit_groups(scores_TE, self.bank.num_groups, self.bank.topk_groups)
+        return scores_TE
+
+    def _unused(self, log_weights_TE: Tensor, options: RowOptions) -> Tensor | None:
+        """`(T, K)`: the slots that a token does not use; None where it uses all."""
+        limit_T = options.budget_R
+        if self.bank.adaptive_experts:
+            wanted_T = normalised_entropy(log_weights_TE.detach(), self.top_k)
+            if options.complexity_R is not None:
+                is_given_T = ~options.complexity_R.isnan()
+                wanted_T = torch.where(is_given_T, options.complexity_R * self.top_k, wanted_T)
+            limit_T = wanted_T if limit_T is None else torch.minimum(wanted_T, limit_T)
+        is_whole = limit_T is None or uses_all_slots(limit_T, self.top_k)
+        return None if is_whole else unused_slots(limit_T, self.top_k)
+
+    def _weigh(self, log_weights_TE: Tensor, index_TK: Tensor, is_unused_TK: Tensor | None) -> Tensor:
+        weights_TK = choice_weights(log_weights_TE, index_TK, self.norm_topk_prob, is_unused_TK)
+        factor = self.bank.routed_scaling_factor
+        return weights_TK if factor == 1.0 else weights_TK * factor
+
+    def no_rows(self, hidden_TD: Tensor) -> BankRouting:
+        """What a bank without tokens decides: nothing."""
+        weights_0K = hidden_TD.new_empty(0, self.top_k, dtype=torch.float32)
+        logits_0E = hidden_TD.new_empty(0, self.bank.num_experts, dtype=torch.float32)
+        index_0K = weights_0K.long()
+        return BankRouting(logits_0E, weights_0K, index_0K, None, weights_0K.new_empty(0), index_0K.new_empty(0))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        after = self.e_score_correction_bias
+        if after is not None and after.dtype != torch.float32:
+            no_data = before.is_meta or after.is_meta
+            self.e_score_correction_bias = after.float() if no_data else before.to(after.device)
+        return self
+
+
+class SoftmaxRouter(Router):
+    """Linear scores, softmax over the chosen K (arXiv 1701.06538, 2401.04088)."""
+
+    def __init__(self, hidden_size: int, bank: LayerBankConfig):
+        super().__init__(hidden_size, bank)
+        self.weight = nn.Parameter(torch.empty(bank.num_experts, hidden_size))
+
+    def score(self, hidden_TD: Tensor) -> Tensor:
+        count = self.weight.shape[0]
+        rows_ED = self.weight if count % ROW_BLOCK == 0 else filled_rows(self.weight)
+        logits_TE = float32_product(hidden_TD, rows_ED)
+        return logits_TE if count % ROW_BLOCK == 0 else logits_TE[:, :count]
+
+
+class SigmoidRouter(SoftmaxRouter):
+    """Linear scores, each expert weighed by its own sigmoid (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+
+    weighs_by_sigmoid = True
+
+    def __init__(self, hidden_size: int, bank: LayerBankConfig):
+        super().__init__(hidden_size, bank)
+        self.is_plain = False
+
+    def log_weights(self, logits_TE: Tensor) -> Tensor:
+        return F.logsigmoid(logits_TE)
+
+    def choice_scores(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE.sigmoid()
+
+
+class AttentionRouter(Router):
+    """A light transformer layer: the token attends to learned keys of the experts, then is compared with them.
+
+        q = W_q norm(x)                                       H heads of C, H * C = M
+        z = q + concat_h softmax_e(q_h . k_eh / sqrt(C)) v_eh     attention over the E experts
+        z = z + W_down silu(W_up norm(z))                     feed-forward of width 2M
+        logits_e = norm(z) . k_e
+
+    `norm` divides by the root mean square. Experts are scored in the light of each other, where a linear router scores
+    each alone. The token attends to experts and not to tokens, so routing stays causal and needs no cache.
+    """
+
+    NUM_HEADS, HEAD_DIM = 4, 16
+
+    def __init__(self, hidden_size: int, bank: LayerBankConfig):
+        super().__init__(hidden_size, bank)
+        width = self.NUM_HEADS * self.HEAD_DIM
+        self.query = nn.Parameter(torch.empty(width, hidden_size))
+        self.expert_keys = nn.Parameter(torch.empty(bank.num_experts, width))
+        self.expert_values = nn.Parameter(torch.empty(bank.num_experts, width))
+        self.up = nn.Parameter(torch.empty(2 * width, width))
+        self.down = nn.Parameter(torch.empty(width, 2 * width))
+
+    def score(self, hidden_TD: Tensor) -> Tensor:
+        hidden_TD = hidden_TD.float()
+        keys_EM = self.expert_keys.float()
+        query_TM = F.linear(_norm(hidden_TD), self.query.float())
+        heads = (self.NUM_HEADS, self.HEAD_DIM)
+        query_HTC, keys_HEC, values_HEC = (
+            part.unflatten(-1, heads).transpose(0, 1) for part in (query_TM, keys_EM, self.expert_values.float())
+        )
+        attention_HTE = (query_HTC @ keys_HEC.transpose(1, 2) * self.HEAD_DIM**-0.5).softmax(dim=-1)
+        state_TM = query_TM + (attention_HTE @ values_HEC).transpose(0, 1).flatten(1)
+        state_TM = state_TM + F.linear(F.silu(F.linear(_norm(state_TM), self.up.float())), self.down.float())
+        return F.linear(_norm(state_TM), keys_EM)
+
+
+def _norm(states: Tensor) -> Tensor:
+    return F.rms_norm(states, states.shape[-1:])
+
+
+ROUTER_CLASSES: dict[str, type[Router]] = {
+    "softmax": SoftmaxRouter,
+    "sigmoid": SigmoidRouter,
+    "attention": AttentionRouter,
+}
+
+
+def balance_counts(
+    router_logits: Iterable[RoutingOfLayer], sparse_layers: Sequence[int]
+) -> dict[int, dict[str, Tensor]]:
+    """Layer -> bank -> `(E,)` int64: how often real tokens chose each expert in one forward.
+
+    Args:
+        router_logits: the output of that name: one entry for each sparse layer, once for every run of the decoder (the
+            contrastive head runs it once a modality).
+        sparse_layers: `config.text_config.sparse_layers`.
+
+    Raises:
+        ValueError: no entry, or not whole runs.
+    """
+    layers = list(router_logits)
+    if not layers or len(layers) % len(sparse_layers):
+        raise ValueError(f"found the routing of {len(layers)} layers for {len(sparse_layers)} sparse layers")
+    counts: dict[int, dict[str, Tensor]] = {index: {} for index in sparse_layers}
+    for place, layer in enumerate(layers):
+        found = counts[sparse_layers[place % len(sparse_layers)]]
+        for name, routing in layer.items():
+            count_E = count_choices(routing)
+            found[name] = found[name] + count_E if name in found else count_E
+    return counts
+
+
+def biased_routers(model: nn.Module) -> dict[int, dict[str, Router]]:
+    """Layer -> bank -> router, for the routers that have a correction bias; the keys are those of `balance_counts`.
+
+    An adapter trains a copy of a router, and several adapters have one each: the one that is trained is found.
+    """
+    found: dict[int, dict[str, Router]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Router) and module.e_score_correction_bias is not None:
+            layer = int(name.split(".mlp.banks.")[0].rsplit(".", 1)[1])
+            routers = found.setdefault(layer, {})
+            if module.bank.name not in routers or any(parameter.requires_grad for parameter in module.parameters()):
+                routers[module.bank.name] = module
+    return found
+
+
+@torch.no_grad()
+def update_balance_bias(router: Router, count_E: Tensor) -> None:
+    """Move the bias of every expert by one step, up where fewer than the mean chose it, down where more did.
+
+    A frozen router (none of its parameters is trained) and a bank that no token used keep theirs.
+
+    Args:
+        count_E: int64, choices since the last step, summed over micro-batches and ranks by the caller.
+
+    Raises:
+        ValueError: the router has no bias, or another number of experts.
+    """
+    bank, bias_E = router.bank, router.e_score_correction_bias
+    if bias_E is None:
+        raise ValueError(f"expert bank {bank.name!r} has balance={bank.balance!r}, so its router has no bias to update")
+    if count_E.shape != bias_E.shape:
+        raise ValueError(f"expert bank {bank.name!r}: {tuple(count_E.shape)} counts for {bank.num_experts} experts")
+    if not any(parameter.requires_grad for parameter in router.parameters()):
+        return
+    count_E = count_E.to(bias_E.device)
+    total = count_E.sum()
+    moved_E = bias_E + bank.bias_update_rate * (total - bank.num_experts * count_E).sign()
+    bias_E.copy_(torch.where(total > 0, moved_E - moved_E.mean(), bias_E))

@@ -1,0 +1,168 @@
+"""Conversations before they are rendered: media put into place, control tokens typed by people made harmless.
+
+A typed `<image>` must stay text. A word joiner (U+2060, invisible) is put after the first character of every special
+token found in a role or a text, so that no tokenizer sees the token. It stays in the text the model reads.
+"""
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+
+from .processing_limits import MediaError
+
+WORD_JOINER = "\u2060"
+MEDIA_KEYS = {
+    "image": ("image", "url", "path", "base64", "bytes"),
+    "audio": ("audio", "url", "path", "base64", "bytes", "array"),
+}
+
+# Roles are plain words: nobody can forge a turn, since turns end with the eos token, which is escaped in messages.
+CHAT_TEMPLATE = """\
+{%- macro render(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {%- if part['type'] == 'image' -%}{{- '<image>' -}}
+            {%- elif part['type'] == 'audio' -%}{{- '<audio>' -}}
+            {%- else -%}{{- part['text'] -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+    {{- message['role'] + '\\n' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}
+            {{- render(message['content'] | default('', true)) -}}
+            {{- eos_token -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- render(message['content'] | default('', true)) -}}
+        {{- eos_token -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- 'assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+def default_chat_template(image_token: str, audio_token: str) -> str:
+    """The Jinja template with this processor's media tokens; turns are `role`, newline, content, eos, newline."""
+    return CHAT_TEMPLATE.replace("'<image>'", repr(image_token)).replace("'<audio>'", repr(audio_token))
+
+
+def split_batch(conversation: Any) -> tuple[list[list[dict]], bool]:
+    """Conversations as a list, and whether the caller passed a batch."""
+    if hasattr(conversation, "messages"):
+        return [conversation.messages], False
+    if len(conversation) == 0:
+        raise MediaError("the conversation is empty", modality="text")
+    if isinstance(conversation[0], dict):
+        return [list(conversation)], False
+    return [list(getattr(entry, "messages", entry)) for entry in conversation], True
+
+
+def break_control_tokens(text: str, control_tokens: re.Pattern[str]) -> str:
+    """`text` with a word joiner inside every control token, so that it is read as text."""
+    return control_tokens.sub(lambda match: match.group()[0] + WORD_JOINER + match.group()[1:], text)
+
+
+def prepare_conversation(
+    messages: list[dict],
+    media: dict[str, list[Any]],
+    control_tokens: re.Pattern[str],
+    sampling_rate: int | None,
+    sample: int,
+) -> list[dict]:
+    """A copy of `messages` whose media parts hold their data under the key of their type, texts escaped.
+
+    Args:
+        media: items for parts without data, per modality, used up in order.
+        sampling_rate: Hz of arrays that bring none.
+
+    Raises:
+        MediaError: malformed message, unknown content type, or another number of items than of parts without data;
+            without any items such parts stay empty, which is enough to render text.
+    """
+    queues = {modality: list(items) for modality, items in media.items()}
+    wanted = dict.fromkeys(queues, 0)
+    prepared = []
+    for number, message in enumerate(messages):
+        where = f"sample {sample}, message {number}"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise MediaError(
+                f"{where}: a message is a dict with 'role' and 'content', found {message!r:.80}", sample, "text"
+            )
+        content = message.get("content")
+        if isinstance(content, str):
+            content = break_control_tokens(content, control_tokens)
+        elif content is not None:
+            parts = _join_texts(content)
+            content = [
+                _prepare_part(part, queues, wanted, control_tokens, sampling_rate, where, sample) for part in parts
+            ]
+        prepared.append({**message, "role": break_control_tokens(message["role"], control_tokens), "content": content})
+    for modality, items in media.items():
+        if items and wanted[modality] != len(items):
+            raise MediaError(
+                f"sample {sample}: found {wanted[modality]} {modality} parts without data for {len(items)} items "
+                "passed beside the conversation",
+                sample,
+                modality,
+            )
+    return prepared
+
+
+def _join_texts(content: list[Any]) -> list[Any]:
+    """Neighbouring texts become one, so that no control token can be typed in two halves."""
+    joined: list[Any] = []
+    was_text = False
+    for part in content:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if is_text and was_text:
+            joined[-1] = {**joined[-1], "text": joined[-1]["text"] + part["text"]}
+        else:
+            joined.append(part)
+        was_text = is_text
+    return joined
+
+
+def _prepare_part(
+    part: Any,
+    queues: dict,
+    wanted: dict,
+    control_tokens: re.Pattern[str],
+    sampling_rate: int | None,
+    where: str,
+    sample: int,
+) -> dict:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "image_url":
+        address = part.get("image_url")
+        part = {"type": "image", "url": address.get("url") if isinstance(address, dict) else address}
+        kind = "image"
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {**part, "text": break_control_tokens(part["text"], control_tokens)}
+    if kind not in MEDIA_KEYS:
+        raise MediaError(f"{where}: unknown content {part!r:.80}; the types are text, image and audio", sample, "text")
+    given = [key for key in MEDIA_KEYS[kind] if part.get(key) is not None]
+    if len(given) > 1:
+        raise MediaError(f"{where}: one {kind} part holds several sources: {', '.join(given)}", sample, kind)
+    if given:
+        item = part[given[0]]
+        if given[0] == "base64":
+            item = f"data:;base64,{item}"
+    else:
+        wanted[kind] += 1
+        item = queues[kind].pop(0) if queues[kind] else None
+    if kind == "audio" and isinstance(item, (np.ndarray, torch.Tensor, list, tuple)):
+        rate = part.get("sampling_rate", sampling_rate)
+        item = {"array": item, "sampling_rate": rate}
+    return {"type": kind, kind: item}

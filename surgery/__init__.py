@@ -1,0 +1,47 @@
+"""Model surgery: functions that compose, grow, shrink, convert and exchange parts of a model, `f(model, ...)`.
+
+Every operation changes weights and configuration together, so that a saved model loads as it stands, and returns an
+[`OperationReport`]. It is refused, before anything is changed, while adapters are active.
+"""
+
+if __name__ == "surgery":
+    raise ImportError("import chorus_moe.surgery, not surgery: the bare name would load every class twice")
+
+from chorus_moe.surgery.bank_files import load_bank, save_bank
+from chorus_moe.surgery.banks import add_bank, add_experts, close_bank, open_bank
+from chorus_moe.surgery.compose_plan import Composed, compose, compose_checkpoint
+from chorus_moe.surgery.compose_processor import compose_processor
+from chorus_moe.surgery.depth import add_exits, add_skip_gates
+from chorus_moe.surgery.experts_layout import export_experts, fuse_experts, unfuse_experts
+from chorus_moe.surgery.experts_merge import merge_experts
+from chorus_moe.surgery.experts_prune import prune_experts
+from chorus_moe.surgery.modalities import add_modality
+from chorus_moe.surgery.parameters import ParameterReport, parameter_report
+from chorus_moe.surgery.parts import freeze, unfreeze
+from chorus_moe.surgery.report import OperationReport
+
+__all__ = [
+    "Composed",
+    "OperationReport",
+    "ParameterReport",
+    "add_bank",
+    "add_exits",
+    "add_experts",
+    "add_modality",
+    "add_skip_gates",
+    "close_bank",
+    "compose",
+    "compose_checkpoint",
+    "compose_processor",
+    "export_experts",
+    "freeze",
+    "fuse_experts",
+    "load_bank",
+    "merge_experts",
+    "open_bank",
+    "parameter_report",
+    "prune_experts",
+    "save_bank",
+    "unfreeze",
+    "unfuse_experts",
+]

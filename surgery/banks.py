@@ -1,0 +1,185 @@
+"""Adding to a model: banks, and experts for a bank, with outputs unchanged until what was added is trained.
+
+Unusual here:
+- an added bank has a gate of its own (`gate="own"`): a softmax over banks would take weight from the others even while
+  the new bank adds nothing. Its experts end in zeros, so it adds exactly zero, and its first step of training moves
+  just that last matrix;
+- experts that are added to a bank are a bank themselves. Within the old stack a new expert could only enter the top K
+  in the place of an old one, which changes outputs, or stay out of it, which leaves it untrained; the old stack keeps
+  its shape, its optimizer state and its products bit for bit.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from chorus_moe.modeling.configuration_banks import ExpertBankConfig, check_name, read_expert_banks
+from chorus_moe.modeling.moe_banks import ExpertBank
+from chorus_moe.surgery.parts import decoder_of, part_patterns
+from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
+
+Changes = dict[int, tuple[int, int]]
+
+
+def add_bank(
+    model: Any,
+    name: str,
+    modalities: Sequence[str] | None = None,
+    num_experts: int | list[int] | None = None,
+    **settings: Any,
+) -> OperationReport:
+    """Add an expert bank with a gate of its own. Outputs stay as they are, bit for bit, until it is trained.
+
+    Train it alone with `freeze("all")` and `unfreeze(name)`. The random numbers are torch's.
+
+    Args:
+        name: a name that no bank has.
+        modalities: whose tokens may enter; those of the bank's name if it is one, else all.
+        num_experts: from the configuration if None, as all other sizes.
+        settings: any other field of [`ExpertBankConfig`], such as `layers` or `router`.
+
+    Raises:
+        ValueError: adapters are active, the name is taken, or no bank can be built from the settings.
+    """
+    refuse_adapters(model, "add_bank")
+    config = decoder_of(model).config
+    if name in config.expert_banks:
+        raise ValueError(
+            f"add_bank: the model has a bank {name!r} already; its banks are {sorted(config.expert_banks)}"
+        )
+    if name in part_patterns(config):
+        raise ValueError(f"add_bank: {name!r} is the name of a part of the model; give the bank another")
+    given = {"modalities": None if modalities is None else list(modalities), "num_experts": num_experts, **settings}
+    if "gate" in given:
+        raise ValueError(
+            f"add_bank: gate={given['gate']!r}; an added bank has a gate of its own, any other would change outputs"
+        )
+    given = {key: value for key, value in given.items() if value is not None}
+    (bank,) = read_expert_banks({name: given | {"gate": "own"}}, config.bank_defaults)
+    return _grow(model, "add_bank", name, bank, [])
+
+
+def add_experts(model: Any, bank: str, num_experts: int | Mapping[int, int], **settings: Any) -> OperationReport:
+    """Add experts to a bank. Outputs stay as they are, bit for bit, until the new experts are trained.
+
+    They form a bank of their own, `{bank}_2` (then `_3`, ...), open to the same tokens, in the same layers and with
+    the settings of the old one, beside which their own gate weighs them. Each token visits, besides the experts of
+    the old bank, the best of the new ones.
+
+    Args:
+        num_experts: how many in each layer of the bank, or layer -> how many.
+        settings: fields of [`ExpertBankConfig`] that are to differ from the old bank's.
+
+    Raises:
+        ValueError: adapters are active, an unknown bank, a layer without it, or a number that no bank can have.
+    """
+    refuse_adapters(model, "add_experts")
+    config = decoder_of(model).config
+    banks = {found.name: found for found in config.banks}
+    check_name("add_experts", "bank", bank, banks)
+    old, layers = banks[bank], banks[bank].layers
+    counts: int | list[int] = 0
+    if isinstance(num_experts, Mapping):
+        layers = sorted(num_experts)
+        counts = [num_experts[layer] for layer in layers]
+        wrong = [layer for layer in layers if layer not in old.layers_among(config.sparse_layers)]
+        if wrong:
+            raise ValueError(
+                f"add_experts: layer {wrong[0]} does not hold the bank {bank!r}, which lives in "
+                f"{old.layers_among(config.sparse_layers)}"
+            )
+    else:
+        counts = num_experts
+    smallest = min(counts, default=0) if isinstance(counts, list) else counts
+    top_k = max(1, min(old.num_experts_per_tok, smallest))
+    name = next(free for i in range(2, 10_000) if (free := f"{bank}_{i}") not in banks)
+    new = replace(
+        old,
+        name=name,
+        num_experts=counts,
+        num_experts_per_tok=top_k,
+        layers=layers,
+        num_groups=1,
+        topk_groups=None,
+        adaptive_experts=old.adaptive_experts and top_k > 1,
+        gate="own",
+        closed=False,
+    )
+    if settings:
+        (new,) = read_expert_banks({name: new.to_dict() | settings}, {})
+    note = f"the new experts of {bank!r} are the bank {name!r}, with a router and a gate of their own"
+    return _grow(model, "add_experts", bank, new, [note])
+
+
+def _grow(model: nn.Module, operation: str, subject: str, bank: ExpertBankConfig, notes: list[str]) -> OperationReport:
+    decoder, before = decoder_of(model), count_parameters(model)
+    bank.validate(decoder.config.sparse_layers)
+    changes = place_bank(decoder, bank)
+    with torch.no_grad():
+        for layer in changes:
+            decoder.layers[layer].mlp.banks[bank.name].experts.down_proj.zero_()
+    return OperationReport(
+        operation=operation,
+        subject=subject,
+        parameters_before=before,
+        parameters_after=count_parameters(model),
+        experts={bank.name: changes},
+        notes=notes,
+    )
+
+
+def place_bank(decoder: Any, bank: ExpertBankConfig) -> Changes:
+    """Put a new bank, with weights as every bank starts, into its layers and the configuration, in the place of one of
+    the same name; returns layer -> experts before and after.
+
+    The rows of the gates over banks are left to the caller.
+    """
+    config, changes = decoder.config, {}
+    sparse = config.sparse_layers
+    for layer in bank.layers_among(sparse):
+        mlp = decoder.layers[layer].mlp
+        # A norm is never quantised; which a layer has depends on where they are placed.
+        like = next(value for name, value in decoder.layers[layer].named_parameters() if "norm" in name)
+        module = ExpertBank(config, bank.of_layer(layer, sparse)).to(like.device, like.dtype).train(mlp.training)
+        for part in module.modules():
+            decoder._init_weights(part)
+        banks = dict(mlp.banks.items())
+        changes[layer] = (banks[bank.name].num_experts if bank.name in banks else 0, module.num_experts)
+        mlp.banks = nn.ModuleDict(dict(sorted({**banks, bank.name: module}.items())))
+    write_bank(decoder, bank)
+    return changes
+
+
+def write_bank(decoder: Any, bank: ExpertBankConfig) -> None:
+    """Put a bank into the configuration, in the place of one of the same name."""
+    decoder.config.expert_banks = dict(sorted({**decoder.config.expert_banks, bank.name: bank.to_dict()}.items()))
+    decoder.banks = {found.name: found for found in decoder.config.banks}
+    if any(found.balance == "bias" for found in decoder.banks.values()):
+        decoder._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+
+def set_closed(model: nn.Module, name: str, is_closed: bool) -> OperationReport:
+    """See `close_bank` and `open_bank` of a model."""
+    decoder, total = decoder_of(model), count_parameters(model)
+    operation = "close_bank" if is_closed else "open_bank"
+    check_name(operation, "bank", name, decoder.banks)
+    write_bank(decoder, replace(decoder.banks[name], closed=is_closed))
+    return OperationReport(operation=operation, subject=name, parameters_before=total, parameters_after=total)
+
+
+def close_bank(model: Any, name: str) -> OperationReport:
+    """Pass a bank by in every call from now on, also after saving and loading, as if it were not there; `forward`
+    and `generate` take `closed_banks` for a single call.
+
+    Raises:
+        ValueError: an unknown bank.
+    """
+    return set_closed(model, name, True)
+
+
+def open_bank(model: Any, name: str) -> OperationReport:
+    """Undo `close_bank`."""
+    return set_closed(model, name, False)

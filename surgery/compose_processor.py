@@ -1,0 +1,176 @@
+"""What the parents of a composed model say about raw inputs: how images are prepared, and the tokenizer.
+
+Unusual here:
+- settings are read, not copied: whatever class prepared the parent's images, one image processor of ours does the same;
+- a chat template is kept only if it writes images and sound in their place and marks the assistant's words, which
+  training needs; most templates of text models do neither.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoImageProcessor, PreTrainedConfig
+
+from chorus_moe.processors.processing_chorus import MEDIA_TOKENS, ChorusProcessor
+from chorus_moe.surgery.parent_checkpoint import ParentCheckpoint
+
+TIMM_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
+IMAGE_SETTINGS = (
+    "do_resize",
+    "resample",
+    "do_center_crop",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_pad_to_square",
+)
+INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+# What a tokenizer must tell apart from the words: the middle of the text between two media.
+PROBE_WORD = "between"
+
+
+def parent_image_settings(source: str | os.PathLike[str], image_size: int, **loading: Any) -> dict[str, Any]:
+    """Settings of `ChorusImageProcessor` that prepare images as the vision parent's own does.
+
+    Args:
+        source: as in `vision_parent`: a folder or Hub id, or the name of a timm model.
+        image_size: pixels that the vision tower takes.
+        loading: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        OSError: the parent has no image processor, as transformers says it.
+        ValueError: images that would come out in another size, or a way of cropping that is not known here.
+    """
+    text = os.fspath(source)
+    for prefix in TIMM_PREFIXES:
+        text = text.removeprefix(prefix)
+    pretrained = _timm_settings(text, loading)
+    settings = _of_timm(text, pretrained) if pretrained is not None else _of_transformers(text, loading)
+    shape = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
+    found = (shape.get("height"), shape.get("width"))
+    if found != (image_size, image_size):
+        raise ValueError(
+            f"{text}: its image processor makes images of {found[0]} x {found[1]} pixels, the vision tower takes "
+            f"{image_size} x {image_size}"
+        )
+    return settings
+
+
+def _timm_settings(source: str, loading: dict[str, Any]) -> dict[str, Any] | None:
+    """timm's `pretrained_cfg`; None for a model that is not timm's."""
+    if not os.path.isdir(source) and "/" not in source:
+        import timm
+
+        if timm.is_model(source):
+            return timm.get_pretrained_cfg(source).to_dict()
+    values, _ = PreTrainedConfig.get_config_dict(source, **loading)
+    return values.get("pretrained_cfg") or values if "architecture" in values else None
+
+
+def _of_timm(source: str, pretrained: dict[str, Any]) -> dict[str, Any]:
+    """As timm's evaluation transform: resize by the crop's share, crop the centre. An odd margin is halved downwards as
+    in transformers, where timm rounds: the crop may lie one pixel higher or further left."""
+    from timm.data import resolve_data_config
+
+    data = resolve_data_config({}, pretrained_cfg=pretrained)
+    pixels = data["input_size"][-1]
+    scaled = math.floor(pixels / data["crop_pct"])
+    sizes = {"center": {"shortest_edge": scaled}, "squash": {"height": scaled, "width": scaled}}
+    if data["crop_mode"] not in sizes or data["interpolation"] not in INTERPOLATIONS:
+        raise ValueError(
+            f"{source}: crop_mode={data['crop_mode']!r}, interpolation={data['interpolation']!r}; known are "
+            f"{', '.join(sizes)} and {', '.join(INTERPOLATIONS)}"
+        )
+    return {
+        "size": sizes[data["crop_mode"]],
+        "resample": INTERPOLATIONS[data["interpolation"]],
+        "do_center_crop": True,
+        "crop_size": {"height": pixels, "width": pixels},
+        "image_mean": list(data["mean"]),
+        "image_std": list(data["std"]),
+    }
+
+
+def _of_transformers(source: str, loading: dict[str, Any]) -> dict[str, Any]:
+    processor: Any = AutoImageProcessor.from_pretrained(source, **loading)
+    found = {name: getattr(processor, name, None) for name in IMAGE_SETTINGS}
+    settings = {name: value for name, value in found.items() if value is not None}
+    for name in ("size", "crop_size"):
+        if getattr(processor, name, None) is not None:
+            settings[name] = {key: value for key, value in dict(getattr(processor, name)).items() if value is not None}
+    return settings
+
+
+def parent_tokenizer(checkpoint: ParentCheckpoint) -> Any:
+    """The text parent's tokenizer.
+
+    Raises:
+        ValueError: no tokenizer, or one without an end of text, which ends the turns of a conversation.
+    """
+    try:
+        tokenizer = checkpoint.tokenizer
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{checkpoint.source}: no tokenizer can be read beside the text model: {error!s:.200}"
+        ) from error
+    if tokenizer.eos_token is None:
+        raise ValueError(f"{checkpoint.source}: the tokenizer has no eos token; set one and save it again")
+    return tokenizer
+
+
+def carries_media(tokenizer: Any, image_token: str, audio_token: str) -> bool:
+    """Whether the tokenizer's chat template writes every image and clip of a message as its token, in order, takes
+    plain strings as well, and marks the assistant's words with `{% generation %}`."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        return False
+    content = [{"type": "image"}, {"type": "text", "text": PROBE_WORD}, {"type": "audio"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": PROBE_WORD}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # noqa: BLE001  a template is somebody's program: whatever it raises, it does not carry media
+        return False
+    parts = (re.escape(part) for part in (image_token, PROBE_WORD, audio_token, PROBE_WORD))
+    once = text.count(image_token) == text.count(audio_token) == 1
+    return once and re.search(".*".join(parts), text, flags=re.DOTALL) is not None
+
+
+def compose_processor(
+    config: Any,
+    tokenizer: Any,
+    vision: str | os.PathLike[str] | None = None,
+    *,
+    vision_loading: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> ChorusProcessor:
+    """The processor of a composed model.
+
+    The tokenizer is the text parent's with the media tokens added, images are prepared as the vision parent's own
+    image processor does; what the audio parent wants is in `config.audio_config`. The text parent's chat template is
+    kept if it can hold images and sound (`carries_media`), otherwise it is ours.
+
+    Args:
+        config: the composed model's, or anything with its `vision_config`, `audio_config` and media token ids.
+        tokenizer: the text parent's, see [`parent_tokenizer`].
+        vision: folder, Hub id or the name of a timm model; None for a new vision tower.
+        vision_loading: `revision`, `token`, `cache_dir`, `local_files_only` of the vision parent.
+        overrides: as in [`ChorusProcessor.from_config`].
+
+    Raises:
+        OSError: a vision parent without an image processor, as transformers says it.
+        ValueError: parts that do not fit the config.
+    """
+    settings: dict[str, Any] = {}
+    if vision is not None and config.vision_config is not None:
+        settings = parent_image_settings(vision, config.vision_config.image_size, **vision_loading or {})
+    tokens = {name: overrides.get(name, token) for name, token in MEDIA_TOKENS.items()}
+    if carries_media(tokenizer, **tokens):
+        settings["chat_template"] = tokenizer.chat_template
+    processor = ChorusProcessor.from_config(config, tokenizer, **settings | overrides)
+    tokenizer.chat_template = processor.chat_template
+    return processor

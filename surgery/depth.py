@@ -1,0 +1,137 @@
+"""Depth that adapts, for a model that was trained without: exits, and gates that let tokens pass feed-forwards by.
+
+Unusual here:
+- what is added changes no output: exits answer only when they are asked, no sample leaves at a new one (its threshold
+  is 1), and a new gate is open for every token;
+- the new exit of a classifier starts as if the model ended there, with copies of the final norm and of the head, as
+  the exits of a generative model, which share both.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers.utils.output_capturing import install_output_capuring_hook
+
+from chorus_moe.modeling.depth_exits import Exits
+from chorus_moe.modeling.depth_skip import SkipGate
+from chorus_moe.surgery.parts import decoder_of
+from chorus_moe.surgery.report import OperationReport, checked, count_parameters, refuse_adapters
+
+
+def add_exits(model: Any, layers: Sequence[int], exit_loss_coef: float | None = None) -> OperationReport:
+    """Add exits to a classifier or a generative model. Outputs stay as they are, bit for bit.
+
+    In a classifier each new exit has a head, which starts with copies of the final norm and of `score`: as if the
+    model ended there. Train them alone with `freeze("all")` and `unfreeze("exits")`. Where `config.exit_thresholds`
+    are set a new exit gets 1, at which none leaves; `calibrate_exits` finds better ones. In a generative model
+    exits share the final norm and the head, so that only the configuration changes.
+
+    Args:
+        layers: after how many layers each stands, besides the exits that the model has.
+        exit_loss_coef: weight of the exits in training; if None that of the exits before, 1 if there were none.
+
+    Raises:
+        ValueError: adapters are active, the head knows no exits, or no layers, one that has an exit already, or one
+            after which none can stand. Nothing has been changed then.
+    """
+    refuse_adapters(model, "add_exits")
+    decoder, config, before = decoder_of(model), model.config, count_parameters(model)
+    text, heads = decoder.config, getattr(model, "exits", None)
+    if heads is None and not model.can_generate():
+        raise ValueError(f"add_exits: {type(model).__name__} has no head that could answer after a layer")
+    if exit_loss_coef is None:
+        exit_loss_coef = text.exit_loss_coef if text.exit_layers else 1.0
+    new = _grown(text, "add_exits", "exit_layers", layers, exit_loss_coef=exit_loss_coef)
+    notes = [f"exits after layers {new.exit_layers}", f"exit_loss_coef: {text.exit_loss_coef} -> {new.exit_loss_coef}"]
+    if heads is None:
+        notes.append("no parameters: an exit of a generative model runs the final norm and the head")
+    else:
+        model.exits = _grown_heads(model, decoder, new)
+    if config.exit_thresholds is not None:
+        old = dict(zip(sorted(text.exit_layers or []), config.exit_thresholds, strict=True))
+        thresholds = [old.get(layer, 1.0) for layer in new.exit_layers]
+        notes.append(f"exit_thresholds: {config.exit_thresholds} -> {thresholds}, none leaves at a new exit as yet")
+        config.exit_thresholds = thresholds
+    text.exit_layers, text.exit_loss_coef = new.exit_layers, new.exit_loss_coef
+    return _report("add_exits", f"after layers {sorted(layers)}", model, before, notes)
+
+
+def _grown_heads(model: Any, decoder: Any, text: Any) -> Exits:
+    """The heads of all exits of `text`, those that are there already as they are."""
+    exits, like = Exits(text, model.num_labels), model.score.weight
+    old = dict(zip(model.exits.layers, model.exits, strict=True))
+    for index, layer in enumerate(exits.layers):
+        if layer in old:
+            exits[index] = old[layer]
+            continue
+        head = exits[index].to(like.device, like.dtype)
+        head.norm.load_state_dict(decoder.norm.state_dict())
+        head.score.load_state_dict(model.score.state_dict())
+    return exits.train(model.training)
+
+
+def add_skip_gates(model: Any, layers: Sequence[int], skip_budget: float | None = None) -> OperationReport:
+    """Add gates that let tokens pass the feed-forward of a layer by. New gates are open for every token: outputs
+    stay as they are, bit for bit, at any `skip_threshold` below 0.73. Train them alone with `freeze("all")` and
+    `unfreeze("skip_gates")`.
+
+    Args:
+        layers: indices of the layers, besides those that have a gate.
+        skip_budget: the share of the tokens of all these layers that training lets pass; the model's own if None.
+
+    Raises:
+        ValueError: adapters are active, no layers, one that has a gate already or that the model does not have, or
+            no budget between 0 and 1. Nothing has been changed then.
+    """
+    refuse_adapters(model, "add_skip_gates")
+    decoder, before = decoder_of(model), count_parameters(model)
+    text = decoder.config
+    budget = text.skip_budget if skip_budget is None else skip_budget
+    new = _grown(text, "add_skip_gates", "skip_layers", layers, skip_budget=budget)
+    for index in layers:
+        layer = decoder.layers[index]
+        gate = SkipGate(text.hidden_size).to(next(layer.parameters()).device, decoder.norm.weight.dtype)
+        decoder._init_weights(gate)
+        if getattr(decoder, "_output_capturing_hooks_installed", False):
+            install_output_capuring_hook(gate, "skip_logits", index=0)  # as on gates that were there before
+        _attach(layer, gate.train(layer.training))
+    notes = [f"gates in layers {new.skip_layers}", f"skip_budget: {text.skip_budget} -> {budget}"]
+    text.skip_layers, text.skip_budget = new.skip_layers, new.skip_budget
+    return _report("add_skip_gates", f"in layers {sorted(layers)}", model, before, notes)
+
+
+def _attach(layer: Any, gate: SkipGate) -> None:
+    """Where a layer built with a gate has it, in front of the norms: the states of an optimizer go by the order."""
+    layer.skip_gate = gate
+    for name in [name for name in layer._modules if name.endswith("norm")]:
+        layer._modules[name] = layer._modules.pop(name)
+
+
+def _grown(text: Any, operation: str, field: str, layers: Sequence[int], **changes: Any) -> Any:
+    """The decoder's configuration with more layers in `field`.
+
+    Raises:
+        ValueError: no layers, one that is there already, or what the configuration refuses.
+    """
+    old = list(getattr(text, field) or [])
+    if not layers:
+        raise ValueError(f"{operation}: layers is empty; the model has {field}={old}")
+    twice = [layer for position, layer in enumerate(layers) if layer in layers[:position]]
+    if twice:
+        raise ValueError(f"{operation}: layers={list(layers)} names {twice[0]} twice")
+    there = [layer for layer in layers if layer in old]
+    if there:
+        raise ValueError(f"{operation}: the model has {there[0]} already, {field}={old}")
+    values = text.to_dict() | changes | {field: sorted([*old, *layers])}
+    return checked(operation, lambda: type(text)(**values))
+
+
+def _report(operation: str, subject: str, model: nn.Module, before: int, notes: list[str]) -> OperationReport:
+    return OperationReport(
+        operation=operation,
+        subject=subject,
+        parameters_before=before,
+        parameters_after=count_parameters(model),
+        notes=notes,
+    )

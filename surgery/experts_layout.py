@@ -1,0 +1,157 @@
+"""Experts as stacked parameters or as linear layers, and checkpoints with one tensor an expert.
+
+Unusual here:
+- both layouts hold the same numbers; nothing is computed, rounded or transposed on the way;
+- transformers can stack such a checkpoint while it loads (`WeightConverter`), but a registered conversion is also run
+  backwards by every `save_pretrained`. The layout is a setting of the configuration instead, so that what is saved is
+  what is in memory.
+
+Shape suffixes: E experts in the bank, D hidden size, I expert width, H = 2I.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from chorus_moe.modeling.moe_banks import EXPERT_CLASSES, ExpertBank
+from chorus_moe.surgery.parts import decoder_of
+from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
+
+LINEARS = ("gate_proj", "up_proj", "down_proj")
+
+
+def unfuse_experts(model: Any) -> OperationReport:
+    """Make every expert a feed-forward of linear layers, with the same weights (`experts_layout="linear"`).
+
+    The weights are the same bits, and `fuse_experts` gives back the same model. Outputs agree to rounding: the two
+    halves of the first product are two products now.
+
+    Raises:
+        ValueError: adapters are active, or the experts are linear layers already.
+    """
+    return _convert(model, "unfuse_experts", "linear", _linear_tensors)
+
+
+def fuse_experts(model: Any) -> OperationReport:
+    """Undo `unfuse_experts`: stack the experts of each bank (`experts_layout="fused"`), which is far quicker.
+
+    Raises:
+        ValueError: adapters are active, a weight is quantised, or the experts are stacked already.
+    """
+    return _convert(model, "fuse_experts", "fused", _stacked_tensors)
+
+
+@torch.no_grad()
+def _convert(
+    model: nn.Module, operation: str, layout: str, tensors_of: Callable[[nn.Module], dict[str, Tensor]]
+) -> OperationReport:
+    refuse_adapters(model, operation)
+    decoder, before = decoder_of(model), count_parameters(model)
+    config = decoder.config
+    if config.experts_layout == layout:
+        raise ValueError(f"{operation}: the experts have the layout {layout!r} already")
+    banks: list[ExpertBank] = [
+        bank for layer in config.sparse_layers for bank in decoder.layers[layer].mlp.banks.values()
+    ]
+    for bank in banks:
+        for name, parameter in bank.experts.named_parameters():
+            if not parameter.is_floating_point() or type(parameter) is not nn.Parameter:
+                raise ValueError(f"{operation}: bank {bank.name!r}: {name} is quantised or sharded; load it plain")
+    config.experts_layout = layout
+    for bank in banks:
+        old: Any = bank.experts
+        with torch.device("meta"):
+            new = EXPERT_CLASSES[layout](config, bank.router.bank)
+        is_trained = any(parameter.requires_grad for parameter in old.parameters())
+        for name, tensor in tensors_of(old).items():
+            owner, _, key = name.rpartition(".")
+            setattr(new.get_submodule(owner), key, nn.Parameter(tensor, is_trained))
+        bank.experts = new.train(old.training)
+    return OperationReport(
+        operation=operation,
+        subject=f"{len(banks)} banks",
+        parameters_before=before,
+        parameters_after=count_parameters(model),
+    )
+
+
+def _linear_tensors(experts: Any) -> dict[str, Tensor]:
+    """Name within linear experts -> a copy of its part of the stacked ones."""
+    return {name: part.clone() for name, part in split_experts(experts.gate_up_proj, experts.down_proj)}
+
+
+def split_experts(gate_up_EHD: Tensor, down_EDI: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Name and part of every linear layer, without a copy."""
+    for expert, (gate_up_HD, down_DI) in enumerate(zip(gate_up_EHD.detach(), down_EDI.detach(), strict=True)):
+        for name, part in zip(LINEARS, (*gate_up_HD.chunk(2), down_DI), strict=True):
+            yield f"{expert}.{name}.weight", part
+
+
+def _stacked_tensors(experts: Any) -> dict[str, Tensor]:
+    gate, up, down = (torch.stack([getattr(expert, name).weight for expert in experts]) for name in LINEARS)
+    return {"gate_up_proj": torch.cat((gate, up), dim=1), "down_proj": down}
+
+
+def export_experts(model: Any, folder: str | os.PathLike[str], max_shard_bytes: int = 5_000_000_000) -> list[str]:
+    """Write a checkpoint with one tensor an expert, as other engines name them, shard by shard.
+
+    Names end in `mlp.banks.{bank}.experts.{e}.gate_proj.weight`, `up_proj` and `down_proj`, as those of Qwen3-MoE
+    checkpoints do below `mlp`. `from_pretrained` reads the folder as a model with `experts_layout="linear"`, of
+    which `fuse_experts` makes the same as this one. Besides this model memory holds one shard.
+
+    Returns:
+        The names of the files that hold weights.
+
+    Raises:
+        ValueError: adapters are active.
+    """
+    refuse_adapters(model, "export_experts")
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    held = total = 0
+    for name, tensor in _exported(model):
+        size = tensor.numel() * tensor.element_size()
+        if held and held + size > max_shard_bytes:
+            shards.append({})
+            held = 0
+        shards[-1][name] = tensor
+        held, total = held + size, total + size
+    files = [SAFE_WEIGHTS_NAME]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (path / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for file, shard in zip(files, shards, strict=True):
+        save_file({name: tensor.clone() for name, tensor in shard.items()}, path / file, metadata={"format": "pt"})
+    config = deepcopy(model.config)
+    config.get_text_config().experts_layout = "linear"
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(path)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(path)
+    return files
+
+
+def _exported(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of all that a checkpoint holds; experts one by one, as parts of the model's own memory."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if name in tied or name.endswith(".experts.down_proj"):
+            continue
+        if not name.endswith(".experts.gate_up_proj"):
+            yield name, tensor
+            continue
+        prefix = name.removesuffix("gate_up_proj")
+        for part, value in split_experts(tensor, state[f"{prefix}down_proj"]):
+            yield prefix + part, value

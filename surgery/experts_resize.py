@@ -1,0 +1,115 @@
+"""Another number of experts in a built bank: the tensors, the modules' sizes and the configuration change together."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chorus_moe.modeling.configuration_banks import ExpertBankConfig, check_name
+from chorus_moe.modeling.moe_banks import ChorusExperts, ExpertBank
+from chorus_moe.surgery.parts import decoder_of
+from chorus_moe.surgery.report import OperationReport, count_parameters
+
+EXPERT_TENSORS = ("experts.gate_up_proj", "experts.down_proj")
+NewTensors = dict[int, dict[str, Tensor]]
+
+
+def layers_of_bank(model: nn.Module, name: str, operation: str) -> dict[int, ExpertBank]:
+    """Layer -> the bank in it, with its experts stacked and whole.
+
+    Raises:
+        ValueError: an unknown bank, or experts that are not stacked in one piece on this rank.
+    """
+    decoder = decoder_of(model)
+    banks = {bank.name: bank for bank in decoder.config.banks}
+    check_name(operation, "bank", name, banks)
+    layers = {i: decoder.layers[i].mlp.banks[name] for i in banks[name].layers_among(decoder.config.sparse_layers)}
+    for layer, bank in layers.items():
+        if type(bank.experts) is not ChorusExperts:
+            raise ValueError(
+                f"{operation}: bank {name!r} of layer {layer} holds {type(bank.experts).__name__}; stack its experts "
+                "with fuse_experts() first"
+            )
+        if bank.experts.num_experts != bank.num_experts:
+            raise ValueError(
+                f"{operation}: bank {name!r} of layer {layer} has {bank.experts.num_experts} of its "
+                f"{bank.num_experts} experts on this rank; load the model on one"
+            )
+    return layers
+
+
+def router_tensors(bank: ExpertBank) -> list[str]:
+    """Names of the router's tensors that have one row an expert."""
+    names = [name for name in ("weight", "expert_keys", "expert_values") if hasattr(bank.router, name)]
+    names += ["e_score_correction_bias"] if bank.router.e_score_correction_bias is not None else []
+    return [f"router.{name}" for name in names]
+
+
+def with_counts(config: Any, name: str, counts: Mapping[int, int]) -> ExpertBankConfig:
+    """The configuration of a bank with other numbers of experts in some layers.
+
+    Raises:
+        ValueError: numbers that no bank can have, naming bank, layer and both numbers.
+    """
+    bank = next(bank for bank in config.banks if bank.name == name)
+    sparse = config.sparse_layers
+    layers = bank.layers_among(sparse)
+    merged = [counts.get(layer, bank.of_layer(layer, sparse).num_experts) for layer in layers]
+    changed = replace(bank, num_experts=merged[0] if len(set(merged)) == 1 else merged)
+    changed.validate(sparse)
+    return changed
+
+
+@torch.no_grad()
+def replace_experts(
+    model: nn.Module, operation: str, new: Mapping[str, NewTensors], notes: list[str]
+) -> OperationReport:
+    """Give banks other experts.
+
+    Args:
+        new: bank -> layer -> name within the bank -> all its rows, for every tensor with a row an expert.
+        notes: lines of the report.
+
+    Raises:
+        ValueError: numbers that no bank can have; nothing is changed then.
+    """
+    decoder = decoder_of(model)
+    config, before = decoder.config, count_parameters(model)
+    counts = {
+        name: {layer: len(tensors["experts.down_proj"]) for layer, tensors in layers.items()}
+        for name, layers in new.items()
+    }
+    changed = {name: with_counts(config, name, of_layer) for name, of_layer in counts.items()}
+    experts: dict[str, dict[int, tuple[int, int]]] = {name: {} for name in new}
+    for name, layers in new.items():
+        for layer, tensors in layers.items():
+            mixture = decoder.layers[layer].mlp
+            bank = mixture.banks[name]
+            experts[name][layer] = (bank.num_experts, counts[name][layer])
+            for path, rows in tensors.items():
+                _set_tensor(bank, path, rows)
+            resolved = changed[name].of_layer(layer, config.sparse_layers)
+            bank.num_experts = bank.experts.num_experts = counts[name][layer]
+            bank.router.bank = resolved
+            mixture.bank_gate.banks = [resolved if b.name == name else b for b in mixture.bank_gate.banks]
+    config.expert_banks = config.expert_banks | {name: bank.to_dict() for name, bank in changed.items()}
+    decoder.banks = {bank.name: bank for bank in config.banks}
+    return OperationReport(
+        operation=operation,
+        subject=", ".join(new),
+        parameters_before=before,
+        parameters_after=count_parameters(model),
+        experts=experts,
+        notes=notes,
+    )
+
+
+def _set_tensor(bank: nn.Module, path: str, rows: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer, in its type and on its device, trained if that was."""
+    owner, _, name = path.rpartition(".")
+    module = bank.get_submodule(owner)
+    old = getattr(module, name)
+    value = rows.to(device=old.device, dtype=old.dtype).contiguous()
+    setattr(module, name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)

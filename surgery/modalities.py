@@ -1,0 +1,161 @@
+"""Adding a modality to a model that was built without it: encoder, connector, placeholder token, bank.
+
+Unusual here: modules and configuration end in the order of a model built with the modality, so names, parameters and
+the states of an optimizer agree with those of the saved and reloaded model.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from chorus_moe.modeling.attention import ModalityProjection
+from chorus_moe.modeling.configuration_banks import check_name
+from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVisionConfig
+from chorus_moe.modeling.tower_connectors import AudioConnector, VisionConnector
+from chorus_moe.surgery.banks import add_bank
+from chorus_moe.surgery.parts import decoder_of
+from chorus_moe.surgery.report import OperationReport, checked, count_parameters, refuse_adapters
+
+CONFIGS: dict[str, Any] = {"image": ChorusVisionConfig, "audio": ChorusAudioConfig}
+CONNECTORS: dict[str, Any] = {"image": VisionConnector, "audio": AudioConnector}
+NAMES = {"image": "vision", "audio": "audio"}
+ORDER = ("vision_tower", "audio_tower", "vision_connector", "audio_connector", "language_model")
+
+
+def add_modality(
+    model: Any, modality: str, tower: Any, token_id: int | None = None, bank: Mapping[str, Any] | None = None
+) -> OperationReport:
+    """Add an encoder, its connector and its placeholder token. Outputs for other inputs stay as they are.
+
+    The keys and values of the modality in the cross-modal layers start as those of text.
+
+    Args:
+        modality: "image" or "audio".
+        tower: a configuration of the encoder (object or dictionary), or a trained encoder.
+        token_id: the placeholder; a new token at the end of the vocabulary if None. A vocabulary that is too small
+            grows by rows that are the mean of all rows.
+        bank: settings of a bank for the modality, named after it. Without settings one is added if no bank takes
+            the modality.
+
+    Raises:
+        ValueError: adapters are active, the model has that encoder or no place for one, the widths or the token do
+            not fit.
+    """
+    refuse_adapters(model, "add_modality")
+    check_name("add_modality", "modality", modality, CONFIGS)
+    inner, config, before = _place_for_towers(model), model.config, count_parameters(model)
+    if modality in config.modalities:
+        raise ValueError(f"add_modality: the model has {modality!r} already; its modalities are {config.modalities}")
+    tower_config = checked("add_modality", lambda: _read_tower(modality, tower))
+    text, decoder = config.text_config, decoder_of(model)
+    token_id = text.vocab_size if token_id is None else token_id
+    vocab_size = max(text.vocab_size, token_id + 1)
+    changes = {f"{NAMES[modality]}_config": tower_config, f"{modality}_token_id": token_id}
+    values = config.to_dict()
+    values |= changes | {"text_config": {**values["text_config"], "vocab_size": vocab_size}}
+    checked("add_modality", lambda: type(config)(**values))
+
+    like = decoder.norm.weight
+    built = tower if isinstance(tower, nn.Module) else _build_tower(modality, tower_config)
+    connector = CONNECTORS[modality](tower_config, text.hidden_size)
+    for part in connector.modules():
+        inner._init_weights(part)
+    notes, experts = [f"placeholder token {token_id}"], {}
+    if bank is not None or not any(modality in found.modalities for found in decoder.banks.values()):
+        settings = dict(bank or {})
+        name, modalities = settings.pop("name", modality), settings.pop("modalities", [modality])
+        experts = add_bank(model, name, modalities, **settings).experts
+    if vocab_size > text.vocab_size:
+        notes.append(f"vocabulary {text.vocab_size} -> {vocab_size} tokens")
+        _grow_vocabulary(model, vocab_size)
+
+    _attach(inner, f"{NAMES[modality]}_tower", built.to(like.device, like.dtype).train(inner.training))
+    _attach(inner, f"{NAMES[modality]}_connector", connector.to(like.device, like.dtype).train(inner.training))
+    for name, value in changes.items():
+        setattr(config, name, value)
+    _start_like_text(decoder, modality)
+    _adapt_head(model, modality, token_id)
+    return OperationReport(
+        operation="add_modality",
+        subject=modality,
+        parameters_before=before,
+        parameters_after=count_parameters(model),
+        experts=experts,
+        notes=notes,
+    )
+
+
+def _place_for_towers(model: Any) -> Any:
+    for module in model.modules():
+        if hasattr(module, "audio_tower") and hasattr(module, "language_model"):
+            return module
+    raise ValueError(
+        f"add_modality: {type(model).__name__} has no place for an encoder; use a model with all its parts"
+    )
+
+
+def _read_tower(modality: str, tower: Any) -> Any:
+    """The configuration of an encoder that is given as one, as a dictionary or ready.
+
+    Raises:
+        ValueError: an encoder of another modality, or none.
+    """
+    if isinstance(tower, Mapping):
+        return CONFIGS[modality](**tower)
+    config = getattr(tower, "config", tower)
+    wanted, found = CONFIGS[modality].model_type, getattr(config, "model_type", type(tower).__name__)
+    if found != wanted or (isinstance(tower, nn.Module) and not hasattr(tower, "smallest_input")):
+        raise ValueError(f"add_modality: an encoder for {modality!r} is of type {wanted!r}, found {found!r}")
+    return config
+
+
+def _build_tower(modality: str, config: Any) -> nn.Module:
+    from chorus_moe.modeling.tower_audio import ChorusAudioModel
+    from chorus_moe.modeling.tower_vision import ChorusVisionModel
+
+    return (ChorusVisionModel if modality == "image" else ChorusAudioModel)._from_config(config)
+
+
+def _attach(inner: nn.Module, name: str, module: nn.Module) -> None:
+    setattr(inner, name, module)
+    modules = {found: inner._modules.pop(found) for found in ORDER if found in inner._modules}
+    inner._modules.update(modules)
+
+
+@torch.no_grad()
+def _grow_vocabulary(model: Any, vocab_size: int) -> None:
+    """New rows of the embedding and of the head are the mean of the old ones: the placeholder is no likely word."""
+    old = model.get_input_embeddings().num_embeddings
+    trained = [table.weight.requires_grad for table in _tables(model)]
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    for table, is_trained in zip(_tables(model), trained, strict=True):
+        table.weight[old:] = table.weight[:old].mean(dim=0)
+        table.weight.requires_grad_(is_trained)
+
+
+def _tables(model: Any) -> list[Any]:
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [table for table in tables if table is not None]
+
+
+def _start_like_text(decoder: Any, modality: str) -> None:
+    for layer in decoder.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            if isinstance(projection, ModalityProjection):
+                projection[modality].load_state_dict(projection["text"].state_dict())
+
+
+def _adapt_head(model: Any, modality: str, token_id: int) -> None:
+    """Nobody generates the placeholder; the contrastive head embeds the modality."""
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        suppressed = model.generation_config.suppress_tokens or []
+        model.generation_config.suppress_tokens = sorted({*suppressed, token_id})
+    projections = getattr(model, "projections", None)
+    if projections is not None:
+        like = projections["text"]
+        new = nn.Linear(like.in_features, like.out_features, bias=False).to(like.weight.device, like.weight.dtype)
+        model._init_weights(new)
+        found = {**projections, modality: new}
+        model.projections = nn.ModuleDict({name: found[name] for name in model.config.modalities})

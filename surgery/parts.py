@@ -1,0 +1,144 @@
+"""The parts of a model by name: what is frozen, trained or given a LoRA.
+
+Unusual here:
+- a part is a pattern over names below the head, so one name means the same under every head;
+- a bank is a part of its own, and `router:NAME` and `experts:NAME` are parts of it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from chorus_moe.modeling.configuration_banks import check_name
+from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
+
+TOWERS = {"vision": "vision_tower", "audio": "audio_tower"}
+CONNECTORS = r"(?:vision|audio)_connector\..+"
+# Exits by their smallest modules: PEFT, asked for `task_type="SEQ_CLS"`, also wraps all that ends in `score`, and one
+# wrapped module within another cannot be saved.
+EXITS, SKIP_GATES = r"exits\.\d+\.(?:norm|score)", r"language_model\.layers\.\d+\.skip_gate"
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The [`ChorusTextModel`] below a head, an adapter and wrappers such as DistributedDataParallel.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from chorus_moe.modeling.modeling_text import ChorusTextModel
+
+    for module in model.modules():
+        if isinstance(module, ChorusTextModel):
+            return module
+    raise ValueError(f"{type(model).__name__} holds no ChorusTextModel, so it has no expert banks")
+
+
+def below_head(name: str) -> str:
+    """A module's or parameter's name below the head, `language_model.layers...`, whichever head it is."""
+    return name.removeprefix("model.")
+
+
+def layer_parts(text: Any) -> dict[str, tuple[list[int], str]]:
+    """Part of the decoder -> the layers that have it, and a pattern of its names within a layer."""
+    cross_modal = sorted(set(text.cross_modal_layers))
+    return {
+        "attention": ([i for i in range(text.num_hidden_layers) if i not in cross_modal], r"self_attn\..+"),
+        "cross_modal": (cross_modal, r"self_attn\..+"),
+        "shared_experts": (text.sparse_layers, r"mlp\.shared_experts\..+"),
+        "dense": ([i for i in range(text.num_hidden_layers) if i not in text.sparse_layers], r"mlp\..+"),
+    }
+
+
+def in_layers(layers: Iterable[int | str], path: str) -> str:
+    """The pattern of `path` in some layers."""
+    return rf"language_model\.layers\.(?:{'|'.join(map(str, layers))})\.{path}"
+
+
+def part_patterns(text: Any) -> dict[str, str]:
+    """Part -> the pattern that the names of its parameters match in full; banks come last."""
+    patterns = {
+        "all": r".+",
+        "embeddings": r"language_model\.embed_tokens\..+",
+        "head": r"(?:lm_head|score|exits|projections)\..+|logit_scale",
+        "exits": EXITS + r"\..+",
+        "norms": r"language_model\.(?:layers\.\d+\.\w*norm|norm)\..+",
+        "bank_gates": in_layers([r"\d+"], r"mlp\.bank_gate\..+"),
+        "connectors": CONNECTORS,
+        "skip_gates": SKIP_GATES + r"\..+",
+    }
+    for modality, tower in TOWERS.items():
+        patterns |= {tower: rf"{tower}\..+", f"{modality}_connector": rf"{modality}_connector\..+"}
+    patterns |= {name: in_layers(layers, path) for name, (layers, path) in layer_parts(text).items()}
+    for bank in text.banks:
+        path = rf"mlp\.banks\.{bank.name}\."
+        layers = bank.layers_among(text.sparse_layers)
+        patterns |= {f"{part}:{bank.name}": in_layers(layers, rf"{path}{part}\..+") for part in ("router", "experts")}
+        patterns[bank.name] = in_layers(layers, path + ".+")
+    return patterns
+
+
+def parts_of(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Part -> its parameters by name; parts without any are left out."""
+    text = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    prefix = "" if hasattr(model.config, "text_config") else "language_model."
+    names = {prefix + below_head(name): parameter for name, parameter in model.named_parameters()}
+    parts = {
+        part: {name: parameter for name, parameter in names.items() if re.fullmatch(pattern, name)}
+        for part, pattern in part_patterns(text).items()
+    }
+    return {part: parameters for part, parameters in parts.items() if parameters}
+
+
+def set_trained(model: nn.Module, names: Sequence[str], is_trained: bool) -> OperationReport:
+    """Train or freeze whole parts; see `freeze` and `unfreeze` of a model for the names and errors."""
+    operation = "unfreeze" if is_trained else "freeze"
+    refuse_adapters(model, operation)
+    parts = parts_of(model)
+    for name in names:
+        check_name(operation, "part", name, parts)
+    before = _num_trained(parts["all"])
+    for name in names:
+        for parameter in parts[name].values():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(is_trained)
+    for module in model.modules():
+        if hasattr(module, "vision_tower") and module.vision_tower is not None:
+            # Frozen batch norms stop averaging, trained ones start; the tower decides that when its mode is set.
+            module.vision_tower.train(module.vision_tower.training)
+    total = count_parameters(model)
+    return OperationReport(
+        operation=operation,
+        subject=", ".join(names),
+        parameters_before=total,
+        parameters_after=total,
+        trainable_before=before,
+        trainable_after=_num_trained(parts["all"]),
+    )
+
+
+def _num_trained(parameters: Mapping[str, nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
+
+
+def freeze(model: Any, *names: str) -> OperationReport:
+    """Keep parts from being trained.
+
+    Args:
+        names: "all", a bank, "router:BANK", "experts:BANK", "bank_gates", "attention", "cross_modal",
+            "shared_experts", "dense", "vision_tower", "audio_tower", "connectors", "vision_connector",
+            "audio_connector", "embeddings", "norms", "head" (with its exits), "exits", "skip_gates".
+
+    Returns:
+        A report with the trainable parameters before and after. A frozen router's balance bias rests, too.
+
+    Raises:
+        ValueError: adapters are active, or a part that the model does not have, with the nearest name.
+    """
+    return set_trained(model, names, False)
+
+
+def unfreeze(model: Any, *names: str) -> OperationReport:
+    """Train parts; names and errors as in `freeze`."""
+    return set_trained(model, names, True)

@@ -1,0 +1,252 @@
+"""Expert banks: who sees whom, the gate over them, and one result whatever implementation computes it."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from chorus_moe import MODALITY_IDS, ChorusForConditionalGeneration
+from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
+from chorus_moe.modeling.moe_banks import BankGate, MixtureOfBanks, runs_as_written
+from chorus_moe.modeling.moe_plan import ModalityPlan, RoutingOptions
+from tests.conftest import moved, tiny_batch, tiny_config
+
+IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm", CPU_EXPERTS]
+# float32 sums in another order: worst difference seen over four seeds is 1.5e-8.
+ATOL = 2e-7
+
+
+def mixture(**text) -> MixtureOfBanks:
+    torch.manual_seed(0)
+    model = ChorusForConditionalGeneration(tiny_config(**text))
+    return model.model.language_model.layers[1].mlp
+
+
+def tokens(
+    modalities: list[int], width: int = 64, options: RoutingOptions | None = None
+) -> tuple[Tensor, ModalityPlan]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, len(modalities), width, generator=generator)
+    return hidden, ModalityPlan.build(torch.tensor([modalities]), None, options)
+
+
+def capacity_options(modalities: list[int], banks: tuple[str, ...] = ("text", "audio", "common")) -> RoutingOptions:
+    """Capacity counted over one sequence."""
+    sequence_T = torch.zeros(len(modalities), dtype=torch.long)
+    return RoutingOptions(None, {}, frozenset(), sequence_T, frozenset(banks))
+
+
+def use(mlp: MixtureOfBanks, implementation: str) -> None:
+    for bank in mlp.banks.values():
+        bank.experts.config._experts_implementation = implementation
+
+
+MIXED = [0, 0, 1, 1, 1, 3, 0, 3, 0, 0]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("modalities", [MIXED, [0] * 6, [3]], ids=["mixed", "text", "one audio token"])
+def test_implementations_agree_forward_and_backward(implementation: str, modalities: list[int]):
+    mlp = mixture()
+    results = {}
+    for name in ("eager", implementation):
+        use(mlp, name)
+        mlp.zero_grad()
+        hidden, plan = tokens(modalities)
+        hidden.requires_grad_()
+        output, _ = mlp(hidden, plan)
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        results[name] = [output, hidden.grad, *(p.grad for p in mlp.parameters())]
+    for expected, found in zip(results["eager"], results[implementation], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=ATOL)
+
+
+UNUSED = {"adaptive_experts": True, "expert_capacity": 1.0, "capacity_overflow": "drop"}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("modalities", [MIXED, [0] * 40, [3]], ids=["mixed", "text", "one audio token"])
+def test_implementations_agree_on_unused_slots(implementation: str, modalities: list[int]):
+    mlp = mixture(expert_banks={name: UNUSED for name in ("text", "audio", "common")}).train()
+    results = {}
+    for name in ("eager", implementation):
+        use(mlp, name)
+        mlp.zero_grad()
+        hidden, plan = tokens(modalities, options=capacity_options(modalities))
+        hidden.requires_grad_()
+        output, routing = mlp(hidden * 30.0, plan)
+        assert len(modalities) == 1 or any((bank.selected_experts == 4).any() for bank in routing.values())
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        results[name] = [output, hidden.grad, *(p.grad for p in mlp.parameters())]
+    for expected, found in zip(results["eager"], results[implementation], strict=True):
+        # float32 sums in another order: worst seen over four seeds is 1.8e-5 of a tensor's largest value, up to 700.
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * max(float(expected.detach().abs().max()), 1e-3))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_token_without_any_expert_gets_the_shared_experts_alone(implementation: str):
+    mlp = mixture(expert_banks={"common": UNUSED}).train()
+    use(mlp, implementation)
+    same = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0)).expand(1, 9, 64).contiguous()
+    plan = ModalityPlan.build(torch.zeros(1, 9, dtype=torch.long), None, capacity_options([0] * 9, ("common",)))
+    output, routing = mlp(same, plan)
+    dropped = (routing["common"].selected_experts == 4).all(dim=-1)
+    assert dropped.any()
+    assert torch.equal(output[0, dropped], mlp.shared_experts(same)[0, dropped])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_bank_without_tokens_keeps_its_parameters_in_the_graph(implementation: str):
+    mlp = mixture()
+    use(mlp, implementation)
+    mlp(*tokens([0, 0, 0]))[0].sum().backward()
+    for name in ("image", "audio"):
+        for key, parameter in mlp.banks[name].named_parameters():
+            assert parameter.grad is not None, key
+            assert not parameter.grad.any(), key
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_implementation_asked_for_is_the_one_that_runs(
+    monkeypatch: pytest.MonkeyPatch, implementation: str, batch: dict[str, Tensor]
+):
+    calls = []
+    for name in ("batched_mm", "grouped_mm", CPU_EXPERTS):
+        function = ALL_EXPERTS_FUNCTIONS[name]
+
+        def spy(*args, _name=name, _function=function, **kwargs):
+            calls.append(_name)
+            return _function(*args, **kwargs)
+
+        monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, name, spy)
+    model = ChorusForConditionalGeneration._from_config(tiny_config(), experts_implementation=implementation).eval()
+    with torch.no_grad():
+        model(**batch)
+    sparse = len(model.config.text_config.sparse_layers) * len(model.config.text_config.banks)
+    assert calls == ([] if implementation == "eager" else [implementation] * sparse)
+
+
+def test_the_fast_implementation_runs_when_nothing_is_asked(model: ChorusForConditionalGeneration):
+    config = model.config
+    assert config.text_config._experts_implementation == CPU_EXPERTS
+    expert = model.model.language_model.layers[1].mlp.banks["text"].experts
+    assert expert.config._experts_implementation == CPU_EXPERTS
+
+
+def test_weights_of_the_bank_gate_sum_to_one_over_open_banks_only():
+    gate = mixture().bank_gate
+    modalities = torch.tensor(MIXED)
+    weights = gate(torch.randn(len(MIXED), 64), modalities)
+    opened = gate.is_open[modalities]
+    assert not weights[~opened].any()
+    assert (weights[opened] > 0).all()
+    # One float32 rounding a bank.
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(len(MIXED)), rtol=0, atol=1e-6)
+
+
+def test_a_token_that_no_bank_is_open_to_gets_the_shared_experts_alone():
+    mlp = mixture(expert_banks={"image": {}, "audio": {}})
+    hidden, plan = tokens([0, 0, 1])
+    output, _ = mlp(hidden, plan)
+    assert torch.equal(output[:, :2], mlp.shared_experts(hidden)[:, :2])
+
+
+def test_a_single_bank_has_a_gate_without_parameters():
+    gate = mixture(expert_banks={"common": {}}).bank_gate
+    assert isinstance(gate, BankGate)
+    assert list(gate.parameters()) == []
+    assert torch.equal(gate(torch.randn(3, 64), torch.tensor([0, 1, 3])), torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("changed", ["text", "image", "audio"])
+def test_a_modality_sees_its_own_banks_and_no_other(changed: str):
+    mlp = mixture()
+    hidden, plan = tokens(MIXED)
+    with torch.no_grad():
+        before, _ = mlp(hidden, plan)
+        for parameter in mlp.banks[changed].parameters():
+            parameter.add_(1.0)
+        after, _ = mlp(hidden, plan)
+    assert torch.equal(moved(before, after)[0], torch.tensor(MIXED) == MODALITY_IDS[changed])
+
+
+def test_the_common_bank_serves_every_token():
+    mlp = mixture()
+    hidden, plan = tokens(MIXED)
+    with torch.no_grad():
+        before, _ = mlp(hidden, plan)
+        mlp.banks["common"].experts.down_proj.add_(1.0)
+        after, _ = mlp(hidden, plan)
+    assert moved(before, after).all()
+
+
+def test_the_output_is_the_documented_sum():
+    mlp = mixture()
+    hidden, plan = tokens(MIXED)
+    with torch.no_grad():
+        found, routing = mlp(hidden, plan)
+        for token, modality in enumerate(MIXED):
+            x = hidden[0, token]
+            opened = [n for n, bank in mlp.banks.items() if modality in [MODALITY_IDS[m] for m in bank.modalities]]
+            rows = [list(mlp.banks).index(name) for name in opened]
+            gates = (mlp.bank_gate.weight[rows] @ x).softmax(dim=0)
+            expected = mlp.shared_experts(x)
+            for gate, name in zip(gates, opened, strict=True):
+                bank = mlp.banks[name]
+                scores, chosen = (bank.router.weight @ x).softmax(dim=0).topk(2)
+                for weight, expert in zip(scores / scores.sum(), chosen, strict=True):
+                    first, second = (bank.experts.gate_up_proj[expert] @ x).chunk(2)
+                    states = bank.experts.down_proj[expert] @ (torch.nn.functional.silu(first) * second)
+                    expected = expected + gate * weight * states
+            torch.testing.assert_close(found[0, token], expected, rtol=1e-5, atol=ATOL)
+    assert set(routing) == {"text", "image", "audio", "common"}
+
+
+def test_statistics_count_only_real_tokens_of_the_bank(model: ChorusForConditionalGeneration):
+    batch = tiny_batch(model.config)
+    with torch.no_grad():
+        layers = model(**batch, output_router_logits=True).router_logits
+    real = batch["attention_mask"].bool()
+    counts = {name: int(((batch["mm_token_type_ids"] == value) & real).sum()) for name, value in MODALITY_IDS.items()}
+    counts["common"] = int(real.sum())
+    for layer in layers:
+        for name, routing in layer.items():
+            rows = len(routing.router_logits) if routing.token_mask is None else int(routing.token_mask.sum())
+            assert rows == counts[name], name
+
+
+def test_banks_live_in_the_layers_they_name():
+    config = tiny_config(expert_banks={"text": {"layers": [1]}, "common": {}})
+    layers = ChorusForConditionalGeneration(config).model.language_model.layers
+    assert list(layers[1].mlp.banks) == ["common", "text"]
+    assert list(layers[2].mlp.banks) == ["common"]
+
+
+def _hooked(experts: Any) -> None:
+    experts.register_forward_hook(lambda *_: None)
+
+
+def _wrapped(experts: Any) -> None:
+    experts.forward = experts.forward
+
+
+def _eager(experts: Any) -> None:
+    experts.config._experts_implementation = "eager"
+
+
+def _another_activation(experts: Any) -> None:
+    experts.act_fn = torch.nn.GELU()
+
+
+def _half(experts: Any) -> None:
+    experts.half()
+
+
+@pytest.mark.parametrize("change", [_hooked, _wrapped, _eager, _another_activation, _half])
+def test_changed_experts_are_called_also_for_one_token(change: Any):
+    experts = mixture().banks["common"].experts
+    assert runs_as_written(experts, torch.float32)
+    change(experts)
+    assert not runs_as_written(experts, torch.float32)

@@ -1,0 +1,124 @@
+"""Experts that are merged: copies exactly, others by use."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chorus_moe import ChorusForConditionalGeneration
+from chorus_moe.modeling.moe_banks import ExpertBank
+from chorus_moe.surgery import merge_experts
+from chorus_moe.surgery.experts_merge import best_permutation, cluster, expert_neurons
+from tests.conftest import tiny_batch, tiny_config
+
+
+def make(**common: Any) -> ChorusForConditionalGeneration:
+    banks = {"common": {"num_experts": 6, "num_experts_per_tok": 1, **common}}
+    torch.manual_seed(0)
+    return ChorusForConditionalGeneration(tiny_config(expert_banks=banks)).eval()
+
+
+def bank_of(model: Any, layer: int = 1) -> ExpertBank:
+    return model.model.language_model.layers[layer].mlp.banks["common"]
+
+
+def copy_expert(bank: ExpertBank, source: int, target: int, seed: int) -> None:
+    """Another expert becomes the same, with its neurons in another order."""
+    order_I = torch.randperm(32, generator=torch.Generator().manual_seed(seed))
+    gate, up = bank.experts.gate_up_proj.data[source].chunk(2)
+    bank.experts.gate_up_proj.data[target] = torch.cat((gate[order_I], up[order_I]))
+    bank.experts.down_proj.data[target] = bank.experts.down_proj.data[source][:, order_I]
+    bank.router.weight.data[target] = bank.router.weight.data[source]
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**tiny_batch(model.config)).logits
+
+
+@pytest.mark.parametrize("similarity", ["weights", "router"])
+def test_permuted_copies_merge_exactly(similarity: str) -> None:
+    model = make()
+    for layer in (1, 2):
+        copy_expert(bank_of(model, layer), 1, 4, seed=layer)
+        copy_expert(bank_of(model, layer), 3, 5, seed=layer + 10)
+        bank_of(model, layer).router.weight.data[4] *= 1 + 1e-3  # so that some tokens prefer the copy
+    before, expert = logits_of(model), bank_of(model).experts.gate_up_proj[0].clone()
+    report = merge_experts(model, "common", 4, similarity=similarity)
+    assert report.notes == [f"common, layer {layer}: merged 1+4, 3+5" for layer in (1, 2)]
+    assert torch.equal(bank_of(model).experts.gate_up_proj[0], expert)
+    # Each token visits one expert, with weight 1: float32 sums in another order, at logits below 1.
+    torch.testing.assert_close(logits_of(model), before, rtol=0, atol=1e-5)
+
+
+def test_weights_and_router_rows_are_averaged_by_use_after_alignment() -> None:
+    model, twin = make(), make()
+    bank, old = bank_of(model), bank_of(twin)
+    usage = {1: {"common": torch.tensor([3.0, 1.0, 0, 0, 0, 0])}}
+    for module in (bank, old):
+        module.router.weight.data[1] = module.router.weight.data[0] * 1.1  # the two that are most alike
+    merge_experts(model, "common", {1: 5}, usage, similarity="router")
+    neurons = expert_neurons(old)
+    moved = neurons[1][best_permutation(neurons[1], neurons[0])]
+    assert not torch.equal(moved, neurons[1])
+    # Averages are float64, rounded once to float32.
+    torch.testing.assert_close(expert_neurons(bank)[0], 0.75 * neurons[0] + 0.25 * moved, rtol=1e-6, atol=1e-8)
+    rows = old.router.weight.data
+    torch.testing.assert_close(bank.router.weight.data[0], 0.75 * rows[0] + 0.25 * rows[1], rtol=1e-6, atol=1e-8)
+    assert torch.equal(bank.router.weight.data[1:], rows[2:])
+
+
+def test_without_alignment_permuted_copies_would_not_merge() -> None:
+    bank = bank_of(make())
+    copy_expert(bank, 1, 4, seed=0)
+    neurons = expert_neurons(bank)
+    assert not torch.allclose((neurons[1] + neurons[4]) / 2, neurons[1])
+    assert torch.equal(neurons[4][best_permutation(neurons[4], neurons[1])], neurons[1])
+
+
+def test_clusters_join_the_most_alike_in_the_mean() -> None:
+    like = torch.eye(4)
+    for a, b, value in ((0, 2, 0.9), (1, 3, 0.5), (0, 3, 0.8), (2, 3, 0.1)):
+        like[a, b] = like[b, a] = value
+    assert cluster(like, 3) == [[0, 2], [1], [3]]
+    assert cluster(like, 2) == [[0, 2], [1, 3]]  # 0.5 against (0.8 + 0.1) / 2
+
+
+def test_groups_are_merged_within() -> None:
+    model = make(num_groups=2, router="sigmoid")
+    copy_expert(bank_of(model), 0, 5, seed=0)
+    report = merge_experts(model, "common", {1: 4})
+    members = [int(e) for part in report.notes[0].split("merged ")[1].split(", ") for e in part.split("+")]
+    assert len([e for e in members if e < 3]) == len([e for e in members if e >= 3]) == 2
+    assert "0+5" not in report.notes[0]
+    assert len(bank_of(model).router.e_score_correction_bias) == 4
+
+
+def test_a_merged_model_is_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
+    model = make(router="attention")
+    report = merge_experts(model, "common", {1: 2, 2: 4})
+    assert report.experts == {"common": {1: (6, 2), 2: (6, 4)}}
+    assert report.parameters_after == sum(parameter.numel() for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    loaded = ChorusForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits_of(model), logits_of(loaded))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("comon", 3), "unknown bank 'comon'; did you mean 'common'"),
+        (("common", 7), "layer 1: 6 experts cannot become 7"),
+        (("common", 1), "num_experts=1 leaves"),
+        (("common", {0: 3}), r"layer 0 does not hold bank 'common', which is in \[1, 2\]"),
+        (("common", 3, {1: {"common": torch.ones(5)}}), r"layer 1 have shape \(5,\) for 6 experts"),
+        (("common", 3, None, "outputs"), "unknown similarity 'outputs'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_nothing_changes(arguments: Any, words: str) -> None:
+    model, twin = make(), make()
+    with pytest.raises(ValueError, match=words):
+        merge_experts(model, *arguments)
+    left, right = model.state_dict(), twin.state_dict()
+    assert all(torch.equal(left[name], right[name]) for name in right)

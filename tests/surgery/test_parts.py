@@ -1,0 +1,131 @@
+"""Parts are frozen and trained by name."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from chorus_moe import (
+    ChorusConfig,
+    ChorusForConditionalGeneration,
+    ChorusForContrastive,
+    ChorusForSequenceClassification,
+)
+from chorus_moe.modeling.modeling_text import ChorusTextModel
+from chorus_moe.surgery import freeze, unfreeze
+from chorus_moe.surgery.parts import parts_of
+from tests.conftest import tiny_config
+
+
+def make(**text) -> ChorusForConditionalGeneration:
+    torch.manual_seed(0)
+    return ChorusForConditionalGeneration(tiny_config(**text)).eval()
+
+
+def trained(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+LAYERS = "model.language_model.layers"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("router:text", {f"{LAYERS}.{i}.mlp.banks.text.router.weight" for i in (1, 2)}),
+        ("bank_gates", {f"{LAYERS}.{i}.mlp.bank_gate.weight" for i in (1, 2)}),
+        ("dense", {f"{LAYERS}.0.mlp.{n}_proj.weight" for n in ("gate", "up", "down")}),
+        ("embeddings", {"model.language_model.embed_tokens.weight"}),
+        ("head", {"lm_head.weight"}),
+    ],
+)
+def test_a_part_is_just_its_parameters(name: str, expected: set[str]):
+    model = make()
+    freeze(model, "all")
+    unfreeze(model, name)
+    assert trained(model) == expected
+
+
+EXITS = {f"exits.{i}.{part}.weight" for i in (0, 1) for part in ("norm", "score")}
+GATES = {f"{LAYERS}.{i}.skip_gate.{name}" for i in (1, 2) for name in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("head", EXITS | {"score.weight"}), ("exits", EXITS), ("skip_gates", GATES)]
+)
+def test_the_head_of_a_classifier_includes_its_exits(name: str, expected: set[str]):
+    model = ChorusForSequenceClassification(tiny_config(exit_layers=[1, 2], skip_budget=0.3))
+    freeze(model, "all")
+    unfreeze(model, name)
+    assert trained(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [
+        ("text", ".mlp.banks.text."),
+        ("experts:image", ".mlp.banks.image.experts."),
+        ("vision_tower", "vision_tower."),
+        ("audio_connector", "audio_connector."),
+        ("cross_modal", "layers.2.self_attn."),
+        ("shared_experts", ".mlp.shared_experts."),
+    ],
+)
+def test_a_frozen_part_rests_and_the_rest_is_trained(name: str, inside: str):
+    model = make()
+    freeze(model, name)
+    names = {n for n, _ in model.named_parameters()}
+    assert names - trained(model) == {n for n in names if inside in n} != set()
+
+
+def test_the_report_counts_what_is_trained():
+    model = make()
+    report = freeze(model, "vision_tower", "text")
+    total = sum(p.numel() for p in model.parameters())
+    left = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (report.trainable_before, report.trainable_after) == (total, left)
+    assert f"trainable: {total:,} -> {left:,}" in str(report)
+
+
+@pytest.mark.parametrize("head", [ChorusForSequenceClassification, ChorusForContrastive])
+def test_every_head_has_the_same_parts(head: type):
+    assert parts_of(head(tiny_config())).keys() == parts_of(make()).keys()
+
+
+def test_the_parts_of_a_decoder_alone_are_those_of_the_decoder():
+    decoder = ChorusTextModel(tiny_config().text_config)
+    freeze(decoder, "all")
+    unfreeze(decoder, "router:text")
+    assert trained(decoder) == {f"layers.{i}.mlp.banks.text.router.weight" for i in (1, 2)}
+
+
+def test_all_parts_together_are_the_whole_model():
+    model = make()
+    parts = parts_of(model)
+    whole = parts.pop("all")
+    assert set().union(*parts.values()) == set(whole)
+
+
+def test_a_frozen_tower_with_batch_norm_keeps_its_statistics_at_once():
+    config = tiny_config().to_dict()
+    config["vision_config"] = {"architecture": "resnet10t", "model_args": {"channels": [8, 8, 8, 8]}, "image_size": 32}
+    model = ChorusForConditionalGeneration(ChorusConfig(**config)).train()
+    freeze(model, "vision_tower")
+    before = {name: value.clone() for name, value in model.model.vision_tower.named_buffers()}
+    model.get_image_features(torch.randn(2, 3, 32, 32))
+    assert all(torch.equal(value, before[name]) for name, value in model.model.vision_tower.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("txt", "text"), ("router:txt", "router:text"), ("visiontower", "vision_tower")]
+)
+def test_an_unknown_part_is_refused_with_the_nearest_name(name: str, nearest: str):
+    model = make()
+    with pytest.raises(ValueError, match=f"freeze: unknown part '{name}'; did you mean '{nearest}"):
+        freeze(model, "text", name)
+    assert len(trained(model)) == len(list(model.named_parameters()))
+
+
+def test_adapters_refuse_it():
+    adapted = get_peft_model(make(), LoraConfig(target_modules=["o_proj"]))
+    with pytest.raises(ValueError, match="freeze: 3 modules carry adapters"):
+        freeze(adapted, "all")

@@ -1,0 +1,172 @@
+"""Each encoder of the demo learns its own medium first."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from chorus_moe.surgery import freeze
+from chorus_moe.training.demo.augment import PictureAugment
+from chorus_moe.training.demo.data import DigitPictures, corpus, handwritten_digits
+from chorus_moe.training.demo.encoders import (
+    OTHER_SHARE,
+    TEACHERS_SHARE,
+    EncoderLesson,
+    LoneDigitCollator,
+    LoneDigits,
+    beside,
+    learn_alone,
+)
+from chorus_moe.training.demo.model import build_demo
+from chorus_moe.training.demo.speech import SpeechClips
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    return build_demo(corpus())
+
+
+@pytest.fixture(scope="module")
+def pictures() -> DigitPictures:
+    return handwritten_digits()[0]
+
+
+def clips() -> SpeechClips:
+    """A tone a digit, of different lengths."""
+    waves = [np.sin(np.arange(4_000 + 300 * digit) * 0.02 * (digit + 1)).astype(np.float32) for digit in range(10)]
+    return SpeechClips(waves, np.arange(10), ["tone"] * 10)
+
+
+def test_an_item_is_a_function_of_seed_and_index(pictures: DigitPictures):
+    first, again = (LoneDigits(pictures, 20, seed=3, picture_augment=PictureAugment()) for _ in range(2))
+    assert [digit for _, digit in map(first.__getitem__, range(20))] == [again[i][1] for i in range(20)]
+    assert np.array_equal(np.asarray(first[7][0]), np.asarray(again[7][0]))
+    with pytest.raises(IndexError, match="item 20 of 20"):
+        first[20]
+
+
+def test_a_clip_scores_the_same_alone_and_beside_a_longer_one(demo: tuple[Any, Any]):
+    model, processor = demo
+    lesson, collate = EncoderLesson(model.model, "audio").eval(), LoneDigitCollator(processor, "audio")
+    short, long = clips().waveforms[0], clips().waveforms[9]
+    with torch.inference_mode():
+        alone = lesson(**collate([(short, 0)]))["logits"]
+        beside = lesson(**collate([(short, 0), (long, 9)]))["logits"]
+    # Products over other numbers of rows: 1e-6 seen at logits of size 1.
+    torch.testing.assert_close(beside[:1], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_a_lesson_teaches_the_tower_and_connector_of_the_model(
+    modality: str, demo: tuple[Any, Any], pictures: DigitPictures
+):
+    model, processor = demo
+    lesson = EncoderLesson(model.model, modality).train()
+    data = LoneDigits(pictures if modality == "image" else clips(), 16)
+    batch = LoneDigitCollator(processor, modality)([data[i] for i in range(16)])
+    optimizer = torch.optim.AdamW(lesson.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(12):
+        loss = lesson(**batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    mine = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    prefix = "vision" if modality == "image" else "audio"
+    assert {f"{prefix}_tower", f"{prefix}_connector"} <= mine
+    assert "language_model" not in mine
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_a_frozen_lesson_leaves_only_its_own_tower_and_connector_untrained(modality: str):
+    model = build_demo(corpus())[0]
+    freeze(EncoderLesson(model.model, modality))
+    frozen = {name.split(".")[1] for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    prefix = "vision" if modality == "image" else "audio"
+    assert frozen == {f"{prefix}_tower", f"{prefix}_connector"}
+
+
+def test_other_words_are_classes_behind_the_digits_and_take_their_share_of_the_clips():
+    words = SpeechClips([np.full(100, word, np.float32) for word in range(3)], np.arange(3), ["voice"] * 3)
+    lesson = LoneDigits(clips(), 1_000, other_words=words)
+    items = [lesson[i] for i in range(len(lesson))]
+    others = [(float(waveform[0]), label) for waveform, label in items if label >= 10]
+    # 1,000 draws: three standard deviations are 0.045.
+    assert len(others) / len(items) == pytest.approx(OTHER_SHARE, abs=0.046)
+    assert set(others) == {(0.0, 10), (1.0, 11), (2.0, 12)}
+    assert lesson.num_classes == 13 and LoneDigits(clips(), 1).num_classes == 10
+
+
+def test_a_lesson_with_other_words_scores_every_class(demo: tuple[Any, Any]):
+    model, processor = demo
+    lesson, collate = EncoderLesson(model.model, "audio", 13), LoneDigitCollator(processor, "audio")
+    assert lesson(**collate([(clips().waveforms[0], 12)]))["logits"].shape == (1, 13)
+
+
+def test_the_loss_of_a_lesson_with_teachers_is_the_label_and_their_mean_probability(demo: tuple[Any, Any]):
+    model, processor = demo
+    teachers = [EncoderLesson(type(model)(model.config).model, "audio") for _ in range(2)]
+    lesson = EncoderLesson(model.model, "audio", teachers=teachers)
+    batch = LoneDigitCollator(processor, "audio")([(clips().waveforms[digit], digit) for digit in (3, 8)])
+    with torch.no_grad():
+        outputs = lesson(**batch)
+        labels = batch.pop("labels")
+        taught = sum(teacher(**batch)["logits"].softmax(dim=1) for teacher in teachers) / 2
+    scores = outputs["logits"].log_softmax(dim=1)
+    hit, cross = scores[[0, 1], labels].mean(), (taught * scores).sum(dim=1).mean()
+    torch.testing.assert_close(outputs["loss"], -TEACHERS_SHARE * cross - (1 - TEACHERS_SHARE) * hit)
+
+
+def test_teachers_are_neither_trained_nor_saved_with_a_lesson(demo: tuple[Any, Any]):
+    model, processor = demo
+    teacher = EncoderLesson(type(model)(model.config).model, "audio")
+    lesson = EncoderLesson(model.model, "audio", teachers=[teacher]).train()
+    assert not {id(parameter) for parameter in teacher.parameters()} & {id(p) for p in lesson.parameters()}
+    assert set(lesson.state_dict()) == set(EncoderLesson(model.model, "audio").state_dict())
+    lesson(**LoneDigitCollator(processor, "audio")([(clips().waveforms[1], 1)]))["loss"].backward()
+    assert not teacher.training and all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_every_teacher_has_weights_and_an_order_of_its_own_and_comes_before_the_models_own_encoder():
+    model = build_demo(corpus())[0]
+    items = LoneDigits(clips(), 20, seed=4)
+    seen: list[tuple[EncoderLesson, list[int]]] = []
+
+    def train(lesson: EncoderLesson, items: LoneDigits) -> None:
+        torch.manual_seed(0)  # as a Trainer does
+        seen.append((lesson, [items[i][1] for i in range(20)]))
+
+    learn_alone(model, "audio", items, train, teachers=2)
+
+    lessons, orders = [lesson for lesson, _ in seen], [order for _, order in seen]
+    assert lessons[2].teach == lessons[:2] and lessons[2].tower is model.model.audio_tower
+    assert orders[2] == [items[i][1] for i in range(20)] and len(set(map(tuple, orders))) == 3
+    weights = [next(lesson.tower.parameters()) for lesson in lessons]
+    assert not any(torch.equal(a, b) for a, b in zip(weights, [*weights[1:], weights[0]], strict=True))
+    assert not any(parameter.requires_grad for parameter in model.model.audio_tower.parameters())
+
+
+def test_what_is_learnt_in_a_process_beside_this_one_comes_back_and_is_frozen(tmp_path: Path):
+    module = torch.nn.Linear(2, 2)
+    with beside(lambda: module.weight.data.fill_(3.0), [module], tmp_path / "learnt.safetensors"):
+        pass
+    assert module.weight.eq(3.0).all() and not module.weight.requires_grad
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+def test_a_failure_in_the_process_beside_this_one_is_an_error(tmp_path: Path):
+    def learn() -> None:
+        os._exit(3)
+
+    with (
+        pytest.raises(RuntimeError, match="exit code 3"),
+        beside(learn, [torch.nn.Linear(2, 2)], tmp_path / "learnt.safetensors"),
+    ):
+        pass

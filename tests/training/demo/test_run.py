@@ -1,0 +1,92 @@
+"""The demo in miniature: every stage runs, and what it writes is whole."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chorus_moe.training.demo import run as demo
+from chorus_moe.training.demo.answers import load_questions, save_questions, variants_of
+from chorus_moe.training.demo.data import BASE_SKILLS, DigitQuestions, handwritten_digits
+from chorus_moe.training.demo.report import wilson_interval
+from chorus_moe.training.demo.speech import SpeechClips
+from chorus_moe.training.demo.speech_sets import SpeechSets
+
+
+def spoken_digits(seed: int, per_digit: int = 2) -> SpeechClips:
+    """Noise in the place of speech: the demo's stages do not care."""
+    rng = np.random.default_rng(seed)
+    count = 10 * per_digit
+    waveforms = [rng.normal(0, 0.1, 4_000 + 100 * i).astype(np.float32) for i in range(count)]
+    return SpeechClips(waveforms, np.arange(count) % 10, ["voice"] * count)
+
+
+@pytest.fixture
+def small_speech(monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = [spoken_digits(seed) for seed in range(4)]
+    monkeypatch.setattr(demo, "synthetic_speech_sets", lambda cache: SpeechSets(*clips, "noise"))
+
+
+@pytest.mark.slow
+def test_the_demo_trains_adapts_reloads_and_reports(tmp_path: Path, small_speech: None) -> None:
+    settings = demo.DemoSettings(
+        picture_steps=2,
+        sound_steps=2,
+        base_steps=4,
+        lora_steps=2,
+        batch_size=8,
+        questions_per_skill=2,
+        workers=0,
+    )
+    card = tmp_path / "card.md"
+
+    result = demo.run_demo(tmp_path / "out", settings, model_card=card)
+
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == result
+    assert set(result["skills"]) == {*BASE_SKILLS, "smaller"}
+    for figures in result["skills"].values():
+        assert set(figures) == {"n", "before", "after", "image_withheld", "audio_withheld"}
+    assert 0 < result["parameters"]["active"] < result["parameters"]["total"]
+    for name in ("accuracy.png", "routing.png", "examples.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            picture.verify()
+    assert f"{result['parameters']['total']:,}" in card.read_text()
+    assert "(routing.png)" in card.read_text()
+    shown = [tmp_path / "routing.png", tmp_path / "out" / "merged" / "routing.png"]
+    assert all(path.read_bytes() == (tmp_path / "out" / "routing.png").read_bytes() for path in shown)
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_questions_come_back_from_disk_as_they_were(tmp_path: Path) -> None:
+    _, pictures = handwritten_digits()
+    samples = DigitQuestions(pictures, spoken_digits(0), ["sum", "written"], 4)
+    save_questions((samples[i] for i in range(4)), tmp_path)
+
+    rows = load_questions(tmp_path)
+
+    assert [row["answer"] for row in rows] == [samples[i]["answer"] for i in range(4)]
+    assert [len(row["images"]) for row in rows] == [len(samples[i]["images"]) for i in range(4)]
+    with Image.open(rows[0]["images"][0]) as picture:
+        assert np.array_equal(np.asarray(picture), np.asarray(samples[0]["images"][0]))
+
+
+def test_withheld_variants_hold_neither_the_medium_nor_its_placeholder() -> None:
+    _, pictures = handwritten_digits()
+    sample = DigitQuestions(pictures, spoken_digits(0), ["sum"], 1)[0]
+
+    variants = variants_of([sample])
+
+    for variant, column, kind in (("image_withheld", "images", "image"), ("audio_withheld", "audio", "audio")):
+        row = variants[variant][0]
+        assert row[column] == []
+        assert kind not in {part["type"] for turn in row["messages"] for part in turn["content"]}
+
+
+def test_the_interval_holds_the_accuracy_and_stays_within_0_and_1() -> None:
+    low, high = wilson_interval([True] * 97 + [False] * 3)
+    assert low < 0.97 < high
+    assert wilson_interval([True] * 50)[1] == pytest.approx(1.0)
+    # Wilson's interval for 0 of 50 at 95%: 0 to 0.071.
+    assert wilson_interval([False] * 50)[1] == pytest.approx(0.0713, abs=1e-3)

@@ -1,0 +1,23 @@
+"""Cards carry the metadata the Hub and `pipeline` read."""
+
+from huggingface_hub import ModelCard
+from peft import get_peft_model
+
+from chorus_moe import ChorusForConditionalGeneration
+from chorus_moe.training.lora import lora_config
+from chorus_moe.training.model_card import run_card
+
+
+def test_a_card_names_the_task_and_the_measured_figures(model: ChorusForConditionalGeneration) -> None:
+    card = ModelCard(run_card(model, {"eval_loss": 0.25, "note": "text"}))
+    assert (card.data.pipeline_tag, card.data.library_name) == ("any-to-any", "transformers")
+    assert "| eval_loss | 0.25 |" in card.text
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card.text
+    assert "note" not in card.text
+
+
+def test_the_card_of_an_adapter_names_its_base(model: ChorusForConditionalGeneration) -> None:
+    model.name_or_path = "someone/base"
+    card = ModelCard(run_card(get_peft_model(model, lora_config(model, dense=True, verbose=False))))
+    assert (card.data.library_name, card.data.base_model) == ("peft", "someone/base")
+    assert "The adapter holds" in card.text

@@ -1,0 +1,1 @@
+"""`make demo`: a small trimodal model, trained, adapted, reloaded and questioned."""

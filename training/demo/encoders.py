@@ -1,0 +1,202 @@
+"""The demo's encoders learn their own medium first, each alone; the decoder then reads tokens that mean something.
+
+A step of an encoder costs a sixth (pictures) to a third (sound) of a step of the whole model, and a decoder that is
+shown noise learns nothing from it for hundreds of steps. The classifier used here is thrown away; tower and connector
+are the model's own, and stay as the lesson left them.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from chorus_moe.training.demo.augment import PictureAugment
+from chorus_moe.training.demo.data import DigitPictures
+from chorus_moe.training.demo.speech import SAMPLING_RATE, SpeechClips
+
+# Of the clips: enough to hear sounds rather than ten patterns, and still two thirds digits.
+OTHER_SHARE = 0.35
+# Of a lesson with teachers: the rest is the true label.
+TEACHERS_SHARE = 0.8
+
+
+class EncoderLesson(nn.Module):
+    """Tower and connector of one modality under a classifier of digits.
+
+    Args:
+        model: a ChorusModel.
+        modality: "image" or "audio".
+        num_classes: the ten digits, and whatever else is to be told apart.
+        teachers: lessons that are over; the mean of their probabilities is most of what is to be learnt. They are no
+            part of this module: neither trained nor saved with it.
+    """
+
+    def __init__(self, model: Any, modality: str, num_classes: int = 10, teachers: Sequence["EncoderLesson"] = ()):
+        super().__init__()
+        self.teach = [teacher.eval().requires_grad_(False) for teacher in teachers]
+        is_image = modality == "image"
+        self.tower = model.vision_tower if is_image else model.audio_tower
+        self.connector = model.vision_connector if is_image else model.audio_connector
+        self.encode: Callable[..., Any] = model.get_image_features if is_image else model.get_audio_features
+        width = model.config.text_config.hidden_size
+        self.weigh = nn.Linear(width, 1)
+        self.classify = nn.Linear(width, num_classes)
+
+    def forward(self, labels: Tensor | None = None, **media: Tensor) -> dict[str, Tensor]:
+        """`logits` `(N, num_classes)` of the tokens' weighted mean, and `loss` when there are `labels` `(N,)`."""
+        pieces = list(self.encode(**media).pooler_output)
+        lengths = torch.tensor([len(piece) for piece in pieces], device=pieces[0].device)
+        tokens_NLD = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+        padded_NL = torch.arange(tokens_NLD.shape[1], device=lengths.device) >= lengths[:, None]
+        weights_NL1 = self.weigh(tokens_NLD).masked_fill(padded_NL[..., None], -torch.inf).softmax(dim=1)
+        logits = self.classify((weights_NL1 * tokens_NLD).sum(dim=1))
+        outputs = {"logits": logits}
+        if labels is None:
+            return outputs
+        if self.teach:
+            own = nn.functional.cross_entropy(logits, labels)
+            taught = nn.functional.cross_entropy(logits, self._taught(media))
+            return {"loss": TEACHERS_SHARE * taught + (1 - TEACHERS_SHARE) * own} | outputs
+        # Smoothed labels carry over to unknown speakers better (docs/log.md, 2026-11-24).
+        return {"loss": nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)} | outputs
+
+    @torch.no_grad()
+    def _taught(self, media: Mapping[str, Tensor]) -> Tensor:
+        """The mean of the teachers' probabilities, `(N, num_classes)`."""
+        return torch.stack([teacher(**media)["logits"].softmax(dim=1) for teacher in self.teach]).mean(dim=0)
+
+    def freeze(self) -> None:
+        """Leave tower and connector as they are from now on: trained on with the decoder, they learn its speakers."""
+        self.tower.requires_grad_(False)
+        self.connector.requires_grad_(False)
+
+
+class LoneDigits(Dataset):
+    """`length` pictures or clips, each digit equally often, item i a function of (seed, i): `(medium, class)`.
+
+    With `other_words` (clips whose `digits` number the words), `OTHER_SHARE` of the clips are such words; their classes
+    start at 10.
+    """
+
+    def __init__(
+        self,
+        media: DigitPictures | SpeechClips,
+        length: int,
+        *,
+        seed: int = 0,
+        picture_augment: PictureAugment | None = None,
+        other_words: SpeechClips | None = None,
+    ):
+        self.other_words = other_words
+        self.items: Sequence[Any] = media.images if isinstance(media, DigitPictures) else media.waveforms
+        self.rows = [np.flatnonzero(media.digits == digit) for digit in range(10)]
+        self.length, self.seed, self.picture_augment = length, seed, picture_augment
+
+    @property
+    def num_classes(self) -> int:
+        """Ten digits, and every other word."""
+        return 10 if self.other_words is None else 11 + int(self.other_words.digits.max())
+
+    def in_another_order(self, number: int) -> Self:
+        """The same media, drawn as no other `number` draws them."""
+        other = copy.copy(self)
+        other.seed = self.seed + 1_000 * (1 + number)
+        return other
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"item {index} of {self.length}")
+        rng = np.random.default_rng((self.seed, index))
+        if self.other_words is not None and rng.random() < OTHER_SHARE:
+            row = int(rng.integers(len(self.other_words)))
+            return self.other_words.waveforms[row], 10 + int(self.other_words.digits[row])
+        digit = int(rng.integers(10))
+        item = self.items[rng.choice(self.rows[digit])]
+        return (self.picture_augment(item, rng) if self.picture_augment else item), digit
+
+
+class LoneDigitCollator:
+    """Batches of one modality for [`EncoderLesson`], through the processor's own parts."""
+
+    def __init__(self, processor: Any, modality: str):
+        self.processor, self.modality = processor, modality
+
+    def __call__(self, items: Sequence[tuple[Any, int]]) -> Mapping[str, Tensor]:
+        media = [medium for medium, _ in items]
+        if self.modality == "image":
+            batch = dict(self.processor.image_processor(media, return_tensors="pt"))
+        else:
+            batch = dict(self.processor.feature_extractor(media, sampling_rate=SAMPLING_RATE, return_tensors="pt"))
+        return batch | {"labels": torch.tensor([digit for _, digit in items])}
+
+
+def learn_alone(
+    model: Any,
+    modality: str,
+    items: LoneDigits,
+    train: Callable[[EncoderLesson, LoneDigits], None],
+    teachers: int = 0,
+) -> EncoderLesson:
+    """Let `train` teach tower and connector of one modality their medium, after as many `teachers`; they are frozen.
+
+    Args:
+        model: a ChorusForConditionalGeneration; every teacher is the tower and connector of another one, of the same
+            configuration and with random weights of its own.
+        train: trains a lesson on items.
+    """
+    had = []
+    for number in range(teachers):
+        with torch.random.fork_rng():
+            # Whatever trains may set the seed: teachers that start alike would err alike.
+            torch.manual_seed(items.in_another_order(number).seed)
+            had.append(EncoderLesson(type(model)(model.config).model, modality, items.num_classes))
+        train(had[-1], items.in_another_order(number))
+    lesson = EncoderLesson(model.model, modality, items.num_classes, had)
+    train(lesson, items)
+    lesson.freeze()
+    return lesson
+
+
+@contextmanager
+def beside(learn: Callable[[], None], modules: Sequence[nn.Module], file: Path) -> Iterator[None]:
+    """While the body runs, `learn` trains `modules` on the other core, in a forked process that hands them over in a
+    `file`; then they are frozen. Without `fork`, or with a GPU, which does not survive one, it runs before the body.
+
+    Raises:
+        RuntimeError: the process failed; what it failed of, it has printed.
+    """
+    parts = nn.ModuleList(modules)
+    if sys.platform != "linux" or torch.cuda.is_available():
+        learn()
+        yield
+    else:
+
+        def learn_and_save() -> None:
+            learn()
+            save_file(parts.state_dict(), file)
+
+        process = get_context("fork").Process(target=learn_and_save)
+        process.start()
+        try:
+            yield
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            process.join()
+        if process.exitcode:
+            raise RuntimeError(f"the lesson beside this one ended with exit code {process.exitcode}")
+        parts.load_state_dict(load_file(file))
+    parts.requires_grad_(False)

@@ -1,0 +1,1 @@
+"""`chorus-moe doctor`: checks on a checkpoint of the user's own."""

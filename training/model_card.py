@@ -1,0 +1,113 @@
+"""The model card of a training run: Hub metadata, what the model is, what was trained, and the figures measured."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import ModelCardData
+
+from chorus_moe.surgery import parameter_report
+from chorus_moe.training.loading import base_model
+
+
+class Parent(NamedTuple):
+    """A part that a model was composed of: which one, from where, at which commit (None for a folder)."""
+
+    part: str
+    source: str
+    revision: str | None
+
+
+def run_card(
+    model: Any,
+    metrics: Mapping[str, Any] | None = None,
+    license_id: str | None = None,
+    picture: Path | None = None,
+    parents: Sequence[Parent] = (),
+) -> str:
+    """Markdown with metadata for a model or an adapter.
+
+    Args:
+        metrics: names and numbers for the table of figures.
+        license_id: the licence of the weights, which only their owner can choose; left out if None.
+        picture: a heat map of routing that lies beside the card.
+        parents: of a composed model; of a folder only the last name is told.
+    """
+    base = base_model(model)
+    is_adapter = base is not model
+    report, text = parameter_report(base.config), base.config.text_config
+    from_hub = [parent.source for parent in parents if not os.path.isdir(parent.source)]
+    data = ModelCardData(
+        license=license_id,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="any-to-any",
+        base_model=(base.name_or_path or None) if is_adapter else from_hub or None,
+        tags=["chorus", "mixture-of-experts", "multimodal", *(["lora"] if is_adapter else [])],
+    )
+    rows = [f"| {name} | {value:,.4g} |" for name, value in (metrics or {}).items() if isinstance(value, int | float)]
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        "# Chorus adapter" if is_adapter else "# Chorus model",
+        "",
+        f"A mixture-of-experts model of {', '.join(base.config.modalities)}: {text.num_hidden_layers} layers of width "
+        f"{text.hidden_size}, {report.total:,} parameters.",
+        "",
+        "| expert bank | modalities | experts | per token | parameters |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {bank.name} | {', '.join(bank.modalities)} | {bank.experts_label} | {bank.num_experts_per_tok} | "
+            f"{report.banks[bank.name]['total']:,} |"
+            for bank in text.banks
+        ),
+        "",
+        "| modality | active parameters |",
+        "| --- | --- |",
+        *(f"| {name} | {count:,} |" for name, count in report.active.items()),
+        "",
+    ]
+    if is_adapter:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        lines += [f"The adapter holds {trained:,} trained parameters.", ""]
+    if rows:
+        lines += ["| figure | value |", "| --- | --- |", *rows, ""]
+    return "\n".join([*lines, *parents_section(parents), *routing_section(picture)])
+
+
+def parents_section(parents: Sequence[Parent]) -> list[str]:
+    """Lines of a card that name what a model was composed of; none without parents."""
+    if not parents:
+        return []
+    rows = [
+        f"| {parent.part} | {Path(parent.source).name if os.path.isdir(parent.source) else parent.source} | "
+        f"{parent.revision or 'local folder'} |"
+        for parent in parents
+    ]
+    return [
+        "## Parents",
+        "",
+        "Composed of these models; connectors and, of a dense text model, routers are new and want training.",
+        "",
+        "| part | model | revision |",
+        "| --- | --- | --- |",
+        *rows,
+        "",
+    ]
+
+
+def routing_section(picture: Path | None) -> list[str]:
+    """Lines of a card that show the heat map beside it; none without a picture."""
+    if picture is None:
+        return []
+    return [
+        "## Where the tokens go",
+        "",
+        "Share of each modality's routed weight (bank gate times router) by layer, bank and expert; grey where nothing",
+        "of the modality enters.",
+        "",
+        f"![Bank and expert use by modality]({picture.name})",
+        "",
+    ]
