@@ -1,4 +1,4 @@
-"""The wheel holds the three folders and is imported where there is no checkout."""
+"""The wheel holds the folders and is imported where there is no checkout."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("modeling", "processors", "training")
+FOLDERS = ("modeling", "processors", "fastpaths", "surgery", "training")
 
 pytestmark = pytest.mark.slow
 
@@ -39,10 +39,10 @@ def copy(path: Path, target: Path) -> None:
     target.write_bytes(path.read_bytes())
 
 
-def test_the_wheel_holds_every_file_of_the_three_folders_and_the_type_marker(wheel: Path) -> None:
+def test_the_wheel_holds_every_file_of_the_folders_and_the_type_marker(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
-        f"chorus_moe/{path.relative_to(ROOT).as_posix()}" for name in FOLDERS for path in (ROOT / name).glob("*.py")
+        f"chorus_moe/{path.relative_to(ROOT).as_posix()}" for name in FOLDERS for path in (ROOT / name).rglob("*.py")
     }
     wanted |= {"chorus_moe/__init__.py", "chorus_moe/py.typed"}
     assert wanted <= held, f"missing from the wheel: {sorted(wanted - held)}"
@@ -61,7 +61,7 @@ import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
 sys.path.insert(0, {str(target)!r})
 import importlib, pathlib
-for name in ("chorus_moe", "chorus_moe.modeling", "chorus_moe.processors", "chorus_moe.training"):
+for name in ("chorus_moe", *("chorus_moe." + folder for folder in {FOLDERS!r})):
     module = importlib.import_module(name)
     assert pathlib.Path(module.__file__).is_relative_to({str(target)!r}), (name, module.__file__)
 import chorus_moe

@@ -1,7 +1,5 @@
 """Expert banks: who sees whom, the gate over them, and one result whatever implementation computes it."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +7,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from chorus_moe import MODALITY_IDS, ChorusForConditionalGeneration
 from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
-from chorus_moe.modeling.moe_banks import BankGate, MixtureOfBanks, runs_as_written
+from chorus_moe.modeling.moe_banks import BankGate, MixtureOfBanks
 from chorus_moe.modeling.moe_plan import ModalityPlan, RoutingOptions
 from tests.conftest import moved, tiny_batch, tiny_config
 
@@ -222,31 +220,3 @@ def test_banks_live_in_the_layers_they_name():
     layers = ChorusForConditionalGeneration(config).model.language_model.layers
     assert list(layers[1].mlp.banks) == ["common", "text"]
     assert list(layers[2].mlp.banks) == ["common"]
-
-
-def _hooked(experts: Any) -> None:
-    experts.register_forward_hook(lambda *_: None)
-
-
-def _wrapped(experts: Any) -> None:
-    experts.forward = experts.forward
-
-
-def _eager(experts: Any) -> None:
-    experts.config._experts_implementation = "eager"
-
-
-def _another_activation(experts: Any) -> None:
-    experts.act_fn = torch.nn.GELU()
-
-
-def _half(experts: Any) -> None:
-    experts.half()
-
-
-@pytest.mark.parametrize("change", [_hooked, _wrapped, _eager, _another_activation, _half])
-def test_changed_experts_are_called_also_for_one_token(change: Any):
-    experts = mixture().banks["common"].experts
-    assert runs_as_written(experts, torch.float32)
-    change(experts)
-    assert not runs_as_written(experts, torch.float32)

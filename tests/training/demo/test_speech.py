@@ -19,7 +19,7 @@ from chorus_moe.training.demo.speech import (
     trim_silence,
 )
 
-RECORDINGS = Path(os.environ.get("CHORUS_SPEECH_DIR", Path(__file__).parents[3] / "shared" / "data" / "spoken_digits"))
+RECORDINGS = Path(os.environ.get("CHORUS_SPEECH_DIR", Path(__file__).parents[4] / "shared" / "data" / "spoken_digits"))
 SMALL = SynthesisSettings(
     variants=("m1", "f4"), languages=("en-us",), accents=("de",), languages_per_variant=2, takes=1
 )

@@ -244,7 +244,7 @@ def test_the_contrastive_head_is_balanced_over_all_its_runs(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_two_processes_move_the_bias_as_one_does(tmp_path: Path) -> None:
     """Each rank sees half of the batch; the integer counts of both make one step, the same on both."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"]
     command += ["tests.training.distributed_routing", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, cwd=root)
