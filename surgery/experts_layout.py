@@ -9,19 +9,18 @@ Unusual here:
 Shape suffixes: E experts in the bank, D hidden size, I expert width, H = 2I.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from chorus_moe.modeling.moe_banks import EXPERT_CLASSES, ExpertBank
+from chorus_moe.surgery.checkpoint_writer import PlannedTensor, write_checkpoint
 from chorus_moe.surgery.parts import decoder_of
 from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
 
@@ -105,7 +104,7 @@ def export_experts(model: Any, folder: str | os.PathLike[str], max_shard_bytes: 
 
     Names end in `mlp.banks.{bank}.experts.{e}.gate_proj.weight`, `up_proj` and `down_proj`, as those of Qwen3-MoE
     checkpoints do below `mlp`. `from_pretrained` reads the folder as a model with `experts_layout="linear"`, of
-    which `fuse_experts` makes the same as this one. Besides this model memory holds one shard.
+    which `fuse_experts` makes the same as this one. Besides this model memory holds one tensor.
 
     Returns:
         The names of the files that hold weights.
@@ -116,23 +115,12 @@ def export_experts(model: Any, folder: str | os.PathLike[str], max_shard_bytes: 
     refuse_adapters(model, "export_experts")
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
-    held = total = 0
-    for name, tensor in _exported(model):
-        size = tensor.numel() * tensor.element_size()
-        if held and held + size > max_shard_bytes:
-            shards.append({})
-            held = 0
-        shards[-1][name] = tensor
-        held, total = held + size, total + size
-    files = [SAFE_WEIGHTS_NAME]
-    if len(shards) > 1:
-        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (path / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for file, shard in zip(files, shards, strict=True):
-        save_file({name: tensor.clone() for name, tensor in shard.items()}, path / file, metadata={"format": "pt"})
+    # A recipe for each tensor: parts of the model's own memory, so that nothing is held twice.
+    tensors = {
+        name: PlannedTensor(tuple(tensor.shape), tensor.dtype, partial(_whole, tensor))
+        for name, tensor in _exported(model)
+    }
+    files = write_checkpoint(path, tensors, max_shard_bytes)
     config = deepcopy(model.config)
     config.get_text_config().experts_layout = "linear"
     config.architectures = [type(model).__name__]
@@ -140,6 +128,11 @@ def export_experts(model: Any, folder: str | os.PathLike[str], max_shard_bytes: 
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(path)
     return files
+
+
+def _whole(tensor: Tensor) -> list[Tensor]:
+    """The recipe of a tensor that is there already; the writer wants it on the CPU."""
+    return [tensor.detach().cpu()]
 
 
 def _exported(model: Any) -> Iterator[tuple[str, Tensor]]:
