@@ -15,8 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .configuration_banks import MODALITY_IDS
 from .configuration_chorus import ChorusConfig
+from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
+from .configuration_modalities import MODALITY_IDS
 from .modeling_base import ChorusPreTrainedModel
 from .modeling_outputs import ChorusModelOutput
 from .modeling_text import ChorusTextModel
@@ -53,6 +54,13 @@ def check_placeholders(found: list[int], sizes: list[int], modality: str) -> Non
             f"found {sum(found)} {modality} placeholders in the batch for {sum(sizes)} {modality} tokens: "
             f"{len(sizes) - next_piece} of {len(sizes)} {modality} inputs belong to no sample"
         )
+
+
+# Configuration of an encoder -> the encoder, and the connector that makes its output tokens of the decoder.
+ENCODER_CLASSES: dict[type, tuple[Any, Any]] = {
+    ChorusVisionConfig: (ChorusVisionModel, VisionConnector),
+    ChorusAudioConfig: (ChorusAudioModel, AudioConnector),
+}
 
 
 class ChorusModel(ChorusPreTrainedModel):

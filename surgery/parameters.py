@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from chorus_moe.modeling.configuration_banks import MODALITY_IDS
+from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 
 
