@@ -16,8 +16,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_chorus import ChorusConfig
+from .configuration_modalities import ENCODED, MODALITY_IDS
 from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
-from .configuration_modalities import MODALITY_IDS
 from .modeling_base import ChorusPreTrainedModel
 from .modeling_outputs import ChorusModelOutput
 from .modeling_text import ChorusTextModel
@@ -131,16 +131,18 @@ class ChorusModel(ChorusPreTrainedModel):
         pieces = [row[keep] for row, keep in zip(tokens, mask.bool(), strict=True)]
         return BaseModelOutputWithPooling(last_hidden_state=encoded.last_hidden_state, pooler_output=pieces)
 
+    def _placeholders(self) -> dict[str, int | None]:
+        return {row.name: getattr(self.config, row.token_id) for row in ENCODED}
+
     def modality_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         """`mm_token_type_ids` `(B, S)` from the placeholder tokens, for callers that did not give them."""
-        placeholders = {"image": self.config.image_token_id, "audio": self.config.audio_token_id}
         shape, device = (
             (input_ids.shape, input_ids.device)
             if input_ids is not None
             else (inputs_embeds.shape[:2], inputs_embeds.device)
         )
         modality_BS = torch.zeros(shape, dtype=torch.long, device=device)
-        for name, token_id in placeholders.items():
+        for name, token_id in self._placeholders().items():
             if token_id is None:
                 continue
             if input_ids is not None:
@@ -247,8 +249,7 @@ class ChorusModel(ChorusPreTrainedModel):
 
     def _merge(self, embeds: Tensor, input_ids: Tensor | None, modality_BS: Tensor, features: dict[str, Any]) -> Tensor:
         """Put image and audio tokens in the place of their placeholders."""
-        placeholders = {"image": self.config.image_token_id, "audio": self.config.audio_token_id}
-        for name, token_id in placeholders.items():
+        for name, token_id in self._placeholders().items():
             if token_id is None:
                 continue
             mask_BS = modality_BS == MODALITY_IDS[name] if input_ids is None else input_ids == token_id

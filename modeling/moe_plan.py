@@ -164,8 +164,7 @@ class ModalityPlan:
                 lacking = [name for name, value in MODALITY_IDS.items() if value in unknown]
                 raise ValueError(
                     f"mm_token_type_ids holds {unknown} in {len(modality_T) - found} of {len(modality_T)} tokens; "
-                    f"this model knows {known}"
-                    + (f" and was built without {', '.join(lacking)}" if lacking else "")
+                    f"this model knows {known}" + (f" and was built without {', '.join(lacking)}" if lacking else "")
                 )
         if real_T is None:
             return cls(modality_T, None, rows, rows, options=options, modalities=modalities)

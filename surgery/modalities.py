@@ -175,7 +175,7 @@ def _start_like_text(decoder: Any, modality: str) -> None:
             projection[modality] = deepcopy(projection["text"])
             for parameter in projection[modality].parameters():
                 parameter.requires_grad_(parameter.is_floating_point())
-            projection._modules = {name: projection._modules[name] for name in in_order(projection)}
+            projection._modules = {name: projection._modules[name] for name in in_order(list(projection))}
 
 
 def _adapt_head(model: Any, modality: str, token_id: int) -> None:
