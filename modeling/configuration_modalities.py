@@ -65,6 +65,8 @@ MODALITIES = {row.name: row for row in (TEXT, *ENCODED)}
 ENCODED_MODALITIES = {row.name: row for row in ENCODED}
 # Modality -> its value in `mm_token_type_ids`.
 MODALITY_IDS: dict[str, int] = {name: row.type_id for name, row in MODALITIES.items()}
+# What a configuration without `modalities` takes: this stood fixed when it could not say so. New rows do not enter here.
+UNNAMED = ("text", "image", "audio")
 
 
 def in_order(names: Collection[str]) -> list[str]:

@@ -16,7 +16,7 @@ from .configuration_checks import (
     check_range,
     refuse_unknown_keys,
 )
-from .configuration_modalities import MODALITY_IDS, TEXT, in_order
+from .configuration_modalities import MODALITY_IDS, TEXT, UNNAMED, in_order
 from .configuration_parallel import expert_parallel_plan, tensor_parallel_plan
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -31,7 +31,7 @@ class ChorusTextConfig(PreTrainedConfig):
 
     Args:
         modalities: whose tokens the decoder takes, `text` among them: they get banks of presets and projections in
-            cross-modal layers. All if None; [`ChorusConfig`] names those that it has.
+            cross-modal layers. Text, image and audio if None; [`ChorusConfig`] names those that it has.
         intermediate_size: width of the feed-forward of `dense` layers.
         head_dim: width of one head; `hidden_size // num_attention_heads` if None.
         attention_bias, attention_output_bias: biases on the query, key and value projections; on the output projection.
@@ -130,8 +130,8 @@ class ChorusTextConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)
-        # All, not text alone: configurations saved before this field existed built parts for every modality.
-        self.modalities = self._read_modalities(list(MODALITY_IDS) if self.modalities is None else self.modalities)
+        # Not text alone: configurations saved before this field existed built parts for all three.
+        self.modalities = self._read_modalities(list(UNNAMED) if self.modalities is None else self.modalities)
         check_range(self, {"num_hidden_layers": (1, MAX_LAYERS), "num_attention_heads": (1, MAX_WIDTH)})
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads

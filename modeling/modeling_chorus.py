@@ -16,7 +16,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_chorus import ChorusConfig
-from .configuration_modalities import ENCODED, MODALITY_IDS
+from .configuration_modalities import ENCODED, MODALITY_IDS, EncodedModality
 from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from .modeling_base import ChorusPreTrainedModel
 from .modeling_outputs import ChorusModelOutput
@@ -56,10 +56,11 @@ def check_placeholders(found: list[int], sizes: list[int], modality: str) -> Non
         )
 
 
-# Configuration of an encoder -> the encoder, and the connector that makes its output tokens of the decoder.
-ENCODER_CLASSES: dict[type, tuple[Any, Any]] = {
-    ChorusVisionConfig: (ChorusVisionModel, VisionConnector),
-    ChorusAudioConfig: (ChorusAudioModel, AudioConnector),
+# Model type of an encoder -> the encoder, and the connector that makes its output tokens of the decoder. Types, not
+# configuration classes: code from the Hub may hold two copies of a class.
+ENCODER_CLASSES: dict[str, tuple[Any, Any]] = {
+    ChorusVisionConfig.model_type: (ChorusVisionModel, VisionConnector),
+    ChorusAudioConfig.model_type: (ChorusAudioModel, AudioConnector),
 }
 
 
@@ -67,16 +68,22 @@ class ChorusModel(ChorusPreTrainedModel):
     """Encoders, connectors and the decoder; no head."""
 
     accepts_loss_kwargs = False
+    vision_tower: Any
+    audio_tower: Any
+    vision_connector: Any
+    audio_connector: Any
 
     def __init__(self, config: ChorusConfig):
         super().__init__(config)
         text: Any = config.text_config
-        vision: Any = config.vision_config
-        audio: Any = config.audio_config
-        self.vision_tower = ChorusVisionModel._from_config(vision) if vision is not None else None
-        self.audio_tower = ChorusAudioModel._from_config(audio) if audio is not None else None
-        self.vision_connector = VisionConnector(vision, text.hidden_size) if vision is not None else None
-        self.audio_connector = AudioConnector(audio, text.hidden_size) if audio is not None else None
+        encoders: list[tuple[EncodedModality, Any]] = [(row, getattr(config, row.config)) for row in ENCODED]
+        # First all towers, then all connectors: optimizers keep their states in the order of parameters.
+        for row, encoder in encoders:
+            tower = None if encoder is None else ENCODER_CLASSES[encoder.model_type][0]._from_config(encoder)
+            setattr(self, row.tower, tower)
+        for row, encoder in encoders:
+            connector = None if encoder is None else ENCODER_CLASSES[encoder.model_type][1](encoder, text.hidden_size)
+            setattr(self, row.connector, connector)
         self.language_model = ChorusTextModel._from_config(text)
         self.post_init()
 

@@ -62,7 +62,7 @@ def add_modality(
     checked("add_modality", lambda: type(config)(**values))
 
     like = decoder.norm.weight
-    classes = ENCODER_CLASSES[type(tower_config)]
+    classes = ENCODER_CLASSES[tower_config.model_type]
     built = tower if isinstance(tower, nn.Module) else classes[0]._from_config(tower_config)
     connector = classes[1](tower_config, text.hidden_size)
     for part in connector.modules():
