@@ -65,7 +65,7 @@ MODALITIES = {row.name: row for row in (TEXT, *ENCODED)}
 ENCODED_MODALITIES = {row.name: row for row in ENCODED}
 # Modality -> its value in `mm_token_type_ids`.
 MODALITY_IDS: dict[str, int] = {name: row.type_id for name, row in MODALITIES.items()}
-# What a configuration without `modalities` takes: this stood fixed when it could not say so. New rows do not enter here.
+# What a configuration takes that does not name its modalities, as none could once. New rows do not enter here.
 UNNAMED = ("text", "image", "audio")
 
 
