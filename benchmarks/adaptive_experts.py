@@ -22,7 +22,7 @@ from benchmarks.computation import TokenMix, decoder_mflops
 from benchmarks.digit_lessons import Batch, Lesson, LessonSettings, lesson_options, media, score, unit_of, with_text
 from benchmarks.routing_options import BANK, NO_BALANCE, QUICK, SEQUENCE, SIZES, Option, Variant
 from benchmarks.timing import OURS, Report, figures, measure, parse
-from chorus_moe.modeling.configuration_banks import MODALITY_IDS
+from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.modeling.modeling_outputs import BankRouting
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chorus_moe.modeling.configuration_banks import MODALITY_IDS
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
+from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.surgery import parameter_report
 from chorus_moe.surgery.parameters import ParameterReport

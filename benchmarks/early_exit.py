@@ -26,7 +26,8 @@ from torch import Tensor
 from benchmarks.digit_lessons import Batch, Lesson, LessonSettings, Media, lesson_options, media, with_text
 from benchmarks.timing import OURS, Report, figures, measure, parse
 from chorus_moe.modeling.modeling_heads import ChorusForSequenceClassification
-from chorus_moe.training.collator import MEDIA, clean_messages
+from chorus_moe.processors.processing_media import MEDIA
+from chorus_moe.training.collator import clean_messages
 from chorus_moe.training.demo.augment import PictureAugment
 from chorus_moe.training.demo.data import SKILLS, DigitPictures, DigitQuestions, Sample
 from chorus_moe.training.exit_calibration import THRESHOLDS, ExitAnswers, find_depth_thresholds, find_thresholds
@@ -59,7 +60,7 @@ class QuestionCollator:
         self.processor = processor
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        found = {column: [list(sample[column]) for sample in samples] for column in MEDIA.values()}
+        found = {row.column: [list(sample[row.column]) for sample in samples] for row in MEDIA.values()}
         messages = [clean_messages(sample["messages"][:1]) for sample in samples]
         options: dict[str, Any] = {"processor_kwargs": {"padding": True, "padding_side": "right"}}
         options |= {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}

@@ -26,7 +26,7 @@ from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen
 
 from benchmarks.timing import OURS, Report, figures, keep_pages, measure, parse
 from chorus_moe.fastpaths.expert_slots import few_rows
-from chorus_moe.modeling.configuration_banks import MODALITY_IDS
+from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.layers import GatedMLP
 from chorus_moe.modeling.moe_banks import MixtureOfBanks

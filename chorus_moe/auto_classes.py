@@ -15,8 +15,9 @@ from transformers import (
 )
 
 import chorus_moe.fastpaths.experts_cpu  # noqa: F401  registers `cpu_mm` and `gpu_mm`
-from chorus_moe.modeling.configuration_banks import MODALITY_IDS, ExpertBankConfig
+from chorus_moe.modeling.configuration_banks import ExpertBankConfig
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
+from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from chorus_moe.modeling.modeling_chorus import ChorusModel

@@ -8,7 +8,7 @@ Unusual here:
 Shape suffixes: B batch, S sequence, T tokens (B * S), H heads, G key-value heads, C head size, D hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from .attention_blocks import BLOCK_LOCAL
 from .attention_globals import GlobalKeyValues
 from .attention_masks import LocalMask
-from .configuration_banks import MODALITY_IDS
+from .configuration_modalities import MODALITY_IDS
 from .configuration_text import ChorusTextConfig
 from .layers import CHUNK, GPU_CHUNKS, RMSNorm
 from .moe_plan import ModalityPlan
@@ -49,10 +49,14 @@ class SharedProjection(nn.Linear):
 class ModalityProjection(nn.ModuleDict):
     """One projection a modality; each token goes through that of its own modality (arXiv 2411.04996)."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool):
-        super().__init__({name: nn.Linear(in_features, out_features, bias=bias) for name in MODALITY_IDS})
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, modalities: Collection[str] = tuple(MODALITY_IDS)
+    ):
+        super().__init__({name: nn.Linear(in_features, out_features, bias=bias) for name in modalities})
 
     def forward(self, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
+        if len(self) == 1:
+            return self["text"](hidden_states)
         if plan.is_static:
             return self._project_all(hidden_states, plan)
         if plan.rows["text"] is None and not torch.is_grad_enabled():
@@ -60,7 +64,7 @@ class ModalityProjection(nn.ModuleDict):
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         rows = [
             torch.arange(len(hidden_TD), device=hidden_TD.device) if r is None else r
-            for r in (plan.rows[name] for name in MODALITY_IDS)
+            for r in (plan.rows[name] for name in self)
         ]
         states = [layer(hidden_TD.index_select(0, r)) for layer, r in zip(self.values(), rows, strict=True)]
         order = torch.cat(rows)
@@ -71,9 +75,9 @@ class ModalityProjection(nn.ModuleDict):
     def _project_all(self, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
         modality_BS1 = plan.modality_T.view(*hidden_states.shape[:-1], 1)
         output = self["text"](hidden_states)
-        for name, value in MODALITY_IDS.items():
+        for name, layer in self.items():
             if name != "text":
-                output = torch.where(modality_BS1 == value, self[name](hidden_states), output)
+                output = torch.where(modality_BS1 == MODALITY_IDS[name], layer(hidden_states), output)
         return output
 
 
@@ -217,7 +221,7 @@ class CrossModalAttention(Attention):
     def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         if self.config.share_cross_modal_query:
             return SharedProjection(in_features, out_features, bias=bias)
-        return ModalityProjection(in_features, out_features, bias)
+        return ModalityProjection(in_features, out_features, bias, self.config.modalities)
 
     def _key_value_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return ModalityProjection(in_features, out_features, bias)
+        return ModalityProjection(in_features, out_features, bias, self.config.modalities)

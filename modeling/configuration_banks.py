@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
-# Values of `mm_token_type_ids` (transformers: 0 text, 1 image, 2 video, 3 audio). Chorus has no video encoder.
-MODALITY_IDS: dict[str, int] = {"text": 0, "image": 1, "audio": 3}
+from .configuration_modalities import MODALITY_IDS
+
 ROUTERS = ("softmax", "sigmoid", "attention")
 BALANCES = ("switch", "cv2", "variance", "bias", "none")
 OVERFLOWS = ("reroute", "drop")
@@ -21,7 +21,8 @@ class ExpertBankConfig:
 
     Args:
         name: how the bank is addressed everywhere (parameters, LoRA, statistics).
-        modalities: the modalities whose tokens may enter.
+        modalities: the modalities whose tokens may enter; that of the bank's name, or all of the model if it is not
+            named after one.
         num_experts: experts in the bank; a list has one number for each layer the bank lives in, in rising order.
         num_experts_per_tok: experts that a token visits.
         intermediate_size: width of one expert.
@@ -71,9 +72,9 @@ class ExpertBankConfig:
         if self.balance is None:
             object.__setattr__(self, "balance", "bias" if self.router == "sigmoid" else "switch")
 
-    @property
-    def is_open_to_all(self) -> bool:
-        return set(self.modalities) == set(MODALITY_IDS)
+    def is_open_to(self, modalities: Collection[str]) -> bool:
+        """Whether tokens of all these modalities may enter."""
+        return set(modalities) <= set(self.modalities)
 
     @property
     def has_own_gate(self) -> bool:
@@ -110,8 +111,12 @@ class ExpertBankConfig:
         del values["name"]
         return values
 
-    def validate(self, sparse_layers: list[int]) -> None:
-        """Raise ValueError, naming the bank and both numbers, for anything that no model could be built from."""
+    def validate(self, sparse_layers: list[int], of_model: Collection[str] = tuple(MODALITY_IDS)) -> None:
+        """Raise ValueError, naming the bank and both numbers, for anything that no model could be built from.
+
+        Args:
+            of_model: the modalities of the model. A bank may name others besides, as one from another model does.
+        """
         where = f"expert bank {self.name!r}"
         if not self.name.isidentifier():
             raise ValueError(f"{where}: a bank's name must be a Python identifier, since parameters carry it")
@@ -119,6 +124,11 @@ class ExpertBankConfig:
             raise ValueError(f"{where}: `modalities` is empty; choose from {list(MODALITY_IDS)}")
         for modality in self.modalities:
             check_name(where, "modality", modality, MODALITY_IDS)
+        if not set(self.modalities) & set(of_model):
+            raise ValueError(
+                f"{where}: it takes {self.modalities} but the model has {list(of_model)}; leave the bank out, or name "
+                "its modality in the `modalities` of the text configuration"
+            )
         if len(set(self.modalities)) != len(self.modalities):
             raise ValueError(f"{where}: `modalities` names one twice: {self.modalities}")
         check_name(where, "router", self.router, ROUTERS)
@@ -212,8 +222,10 @@ def check_name(where: str, what: str, value: Any, known: Collection[str]) -> Non
         raise ValueError(f"{where}: unknown {what} {value!r}{meant}; choose from {list(known)}")
 
 
-def preset_banks(preset: str, sparse_layers: list[int]) -> dict[str, dict[str, Any]]:
-    """The banks that a preset stands for.
+def preset_banks(
+    preset: str, sparse_layers: list[int], modalities: Collection[str] = tuple(MODALITY_IDS)
+) -> dict[str, dict[str, Any]]:
+    """The banks that a preset stands for in a model of some modalities.
 
     `uniform`: one bank a modality and one for all, in every sparse layer. `specific_then_common`: the banks of one
     modality in the lower half of the sparse layers, the common bank in the upper half.
@@ -223,18 +235,19 @@ def preset_banks(preset: str, sparse_layers: list[int]) -> dict[str, dict[str, A
     """
     check_name("ChorusTextConfig", "preset of expert_banks", preset, PRESETS)
     if preset == "uniform":
-        return {name: {} for name in (*MODALITY_IDS, "common")}
+        return {name: {} for name in (*modalities, "common")}
     if len(sparse_layers) < 2:
         raise ValueError(
             f"ChorusTextConfig: expert_banks={preset!r} needs at least 2 sparse layers, found {len(sparse_layers)}"
         )
     half = len(sparse_layers) // 2
-    banks: dict[str, dict[str, Any]] = {name: {"layers": sparse_layers[:half]} for name in MODALITY_IDS}
+    banks: dict[str, dict[str, Any]] = {name: {"layers": sparse_layers[:half]} for name in modalities}
     return banks | {"common": {"layers": sparse_layers[half:]}}
 
 
 def read_expert_banks(banks: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[ExpertBankConfig]:
-    """Turn `config.expert_banks` into bank configurations; missing sizes come from `defaults`.
+    """Turn `config.expert_banks` into bank configurations; missing sizes come from `defaults`, and so do the modalities
+    of a bank that is not named after one.
 
     Banks come in the order of their names. That order is the order of the gate's columns, and a `config.json` is
     written with sorted keys: any other order would be lost, and the columns exchanged, by saving and loading.
@@ -251,6 +264,7 @@ def read_expert_banks(banks: Mapping[str, Mapping[str, Any]], defaults: Mapping[
                 raise ValueError(
                     f"expert bank {name!r}: unknown key {key!r}" + (f"; did you mean {hint[0]!r}?" if hint else "")
                 )
-        named_after = [name] if name in MODALITY_IDS else list(MODALITY_IDS)
-        result.append(ExpertBankConfig(name=name, **{"modalities": named_after, **defaults, **values}))
+        every = defaults.get("modalities", list(MODALITY_IDS))
+        named_after = [name] if name in MODALITY_IDS else list(every)
+        result.append(ExpertBankConfig(name=name, **{**defaults, "modalities": named_after, **values}))
     return result

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_checks import MAX_WIDTH, refuse_unknown_keys
+from .configuration_modalities import ENCODED, TEXT
 from .configuration_text import ChorusTextConfig
 from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 
@@ -21,6 +22,9 @@ class ChorusConfig(PreTrainedConfig):
     r"""A whole model. Leave `vision_config` or `audio_config` out for a model without that modality.
 
     Args:
+        text_config: if it is a dictionary without `modalities`, the decoder takes text and what has an encoder. One
+            that was saved before the field existed takes all three, and so does a ready [`ChorusTextConfig`] that
+            does not say otherwise.
         image_token_id, audio_token_id: the placeholder of one image or audio token in `input_ids`.
         exit_thresholds: one for each of `text_config.exit_layers`, shallow first: a classifier lets a sample leave
             there if its confidence, between 0 and 1, is above. If None all samples run through all layers, bit for bit
@@ -28,7 +32,8 @@ class ChorusConfig(PreTrainedConfig):
         projection_dim: width of the embeddings of [`ChorusForContrastive`].
 
     Raises:
-        ValueError: token ids outside the vocabulary or equal, or a key that does not exist.
+        ValueError: token ids outside the vocabulary or equal, an encoder of a modality that the decoder does not take,
+            or a key that does not exist.
     """
 
     model_type = "chorus"
@@ -64,26 +69,39 @@ class ChorusConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)
+        text: Any = {} if self.text_config is None else self.text_config
+        # What is saved has a version of transformers, what is written by hand has none. Saved without modalities it is
+        # from before the field existed, and its tensors are those of all modalities.
+        if isinstance(text, dict) and text.get("modalities") is None and self.transformers_version is None:
+            self.text_config = {**text, "modalities": self.modalities}
         super().__post_init__(**kwargs)
 
     @property
     def modalities(self) -> list[str]:
         """The modalities that this model takes, `text` first."""
-        towers = {"image": self.vision_config, "audio": self.audio_config}
-        return ["text"] + [name for name, tower in towers.items() if tower is not None]
+        return [TEXT.name] + [row.name for row in ENCODED if getattr(self, row.config) is not None]
+
+    def validate_modalities(self) -> None:
+        """Part of `@strict` validation: the decoder takes what the encoders make."""
+        for name in self.modalities:
+            if name not in self.text_config.modalities:
+                raise ValueError(
+                    f"ChorusConfig: the model has an encoder for {name!r} but the modalities of its text_config are "
+                    f"{self.text_config.modalities}"
+                )
 
     def validate_placeholders(self) -> None:
         """Part of `@strict` validation: each tower has a placeholder token of its own within the vocabulary."""
         vocab_size = self.text_config.vocab_size
-        ids = {"image_token_id": self.vision_config, "audio_token_id": self.audio_config}
-        for name, tower in ids.items():
-            value = getattr(self, name)
-            if tower is not None and value is None:
-                raise ValueError(f"ChorusConfig: {name} is None but the model has a {name[:5]} tower")
+        owners: dict[int, str] = {}
+        for row in ENCODED:
+            name, value = row.token_id, getattr(self, row.token_id)
+            if value is None and row.name in self.modalities:
+                raise ValueError(f"ChorusConfig: {name} is None but the model has a {row.name} tower")
             if value is not None and not 0 <= value < vocab_size:
                 raise ValueError(f"ChorusConfig: {name}={value} is outside the vocabulary of {vocab_size} tokens")
-        if self.image_token_id is not None and self.image_token_id == self.audio_token_id:
-            raise ValueError(f"ChorusConfig: image_token_id and audio_token_id are both {self.image_token_id}")
+            if value is not None and owners.setdefault(value, name) != name:
+                raise ValueError(f"ChorusConfig: {owners[value]} and {name} are both {value}")
         if not 1 <= self.projection_dim <= MAX_WIDTH:
             raise ValueError(f"ChorusConfig: projection_dim={self.projection_dim} is outside 1..{MAX_WIDTH}")
 

@@ -12,8 +12,6 @@ from torch import nn
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import ColwiseParallel
 
-from .configuration_banks import MODALITY_IDS
-
 
 class ColwiseLinear(ColwiseParallel):
     """Column-wise for linear layers; a projection by modality is left alone, its parts have rules of their own."""
@@ -58,7 +56,7 @@ def _attention_plan(config: Any) -> dict[str, str]:
         if is_shared or num_cross_modal < config.num_hidden_layers:
             plan[f"layers.*.self_attn.{name}"] = "chorus_colwise"
         if num_cross_modal and not is_shared:
-            plan |= {f"layers.*.self_attn.{name}.{modality}": "colwise" for modality in MODALITY_IDS}
+            plan |= {f"layers.*.self_attn.{name}.{modality}": "colwise" for modality in config.modalities}
     if config.num_global_tokens and config.is_causal:
         learned = "layers.*.self_attn.global_tokens"
         plan |= {learned: "local_params", f"{learned}.key": "colwise", f"{learned}.value": "colwise"}

@@ -16,6 +16,7 @@ from .configuration_checks import (
     check_range,
     refuse_unknown_keys,
 )
+from .configuration_modalities import MODALITY_IDS, TEXT, UNNAMED, in_order
 from .configuration_parallel import expert_parallel_plan, tensor_parallel_plan
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -29,6 +30,8 @@ class ChorusTextConfig(PreTrainedConfig):
     r"""The decoder: attention, dense layers and sparse layers of expert banks.
 
     Args:
+        modalities: whose tokens the decoder takes, `text` among them: they get banks of presets and projections in
+            cross-modal layers. Text, image and audio if None; [`ChorusConfig`] names those that it has.
         intermediate_size: width of the feed-forward of `dense` layers.
         head_dim: width of one head; `hidden_size // num_attention_heads` if None.
         attention_bias, attention_output_bias: biases on the query, key and value projections; on the output projection.
@@ -76,6 +79,7 @@ class ChorusTextConfig(PreTrainedConfig):
     base_config_key = "text_config"
     keys_to_ignore_at_inference = ["past_key_values"]
 
+    modalities: list[str] | None = None
     vocab_size: int = 32_000
     hidden_size: int = 512
     intermediate_size: int = 1_536
@@ -126,6 +130,8 @@ class ChorusTextConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)
+        # Not text alone: configurations saved before this field existed built parts for all three.
+        self.modalities = self._read_modalities(list(UNNAMED) if self.modalities is None else self.modalities)
         check_range(self, {"num_hidden_layers": (1, MAX_LAYERS), "num_attention_heads": (1, MAX_WIDTH)})
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -143,9 +149,17 @@ class ChorusTextConfig(PreTrainedConfig):
         if self.skip_layers is None and self.skip_budget is not None:
             self.skip_layers = list(range(1, self.num_hidden_layers))
         if self.expert_banks is None or isinstance(self.expert_banks, str):
-            self.expert_banks = preset_banks(self.expert_banks or "uniform", self.sparse_layers)
+            self.expert_banks = preset_banks(self.expert_banks or "uniform", self.sparse_layers, self.modalities)
         self.expert_banks = {bank.name: bank.to_dict() for bank in self.banks}
         super().__post_init__(**kwargs)
+
+    @staticmethod
+    def _read_modalities(names: list[str]) -> list[str]:
+        for name in names:
+            check_name("ChorusTextConfig", "modality", name, MODALITY_IDS)
+        if TEXT.name not in names:
+            raise ValueError(f"ChorusTextConfig: modalities={names} lacks 'text', which every model has")
+        return in_order(names)
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
@@ -157,8 +171,9 @@ class ChorusTextConfig(PreTrainedConfig):
 
     @property
     def bank_defaults(self) -> dict[str, Any]:
-        """The sizes of a bank that gives none."""
+        """The sizes, and the modalities, of a bank that gives none."""
         return {
+            "modalities": self.modalities,
             "num_experts": self.num_experts,
             "num_experts_per_tok": self.num_experts_per_tok,
             "intermediate_size": self.moe_intermediate_size,
@@ -231,7 +246,7 @@ class ChorusTextConfig(PreTrainedConfig):
                 )
         check_name("ChorusTextConfig", "experts_layout", self.experts_layout, EXPERT_LAYOUTS)
         for bank in self.banks:
-            bank.validate(self.sparse_layers)
+            bank.validate(self.sparse_layers, self.modalities)
         for layer in self.sparse_layers:
             if not self.banks_of_layer(layer):
                 raise ValueError(f"ChorusTextConfig: sparse layer {layer} holds no expert bank")

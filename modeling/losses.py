@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .configuration_banks import MODALITY_IDS, ExpertBankConfig
+from .configuration_banks import ExpertBankConfig
+from .configuration_modalities import MODALITY_IDS
 from .depth_skip import open_share
 from .modeling_outputs import BankRouting
 from .moe_selection import count_choices, router_probabilities

@@ -15,8 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .configuration_banks import MODALITY_IDS
 from .configuration_chorus import ChorusConfig
+from .configuration_modalities import ENCODED, MODALITY_IDS, EncodedModality
+from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from .modeling_base import ChorusPreTrainedModel
 from .modeling_outputs import ChorusModelOutput
 from .modeling_text import ChorusTextModel
@@ -55,20 +56,34 @@ def check_placeholders(found: list[int], sizes: list[int], modality: str) -> Non
         )
 
 
+# Model type of an encoder -> the encoder, and the connector that makes its output tokens of the decoder. Types, not
+# configuration classes: code from the Hub may hold two copies of a class.
+ENCODER_CLASSES: dict[str, tuple[Any, Any]] = {
+    ChorusVisionConfig.model_type: (ChorusVisionModel, VisionConnector),
+    ChorusAudioConfig.model_type: (ChorusAudioModel, AudioConnector),
+}
+
+
 class ChorusModel(ChorusPreTrainedModel):
     """Encoders, connectors and the decoder; no head."""
 
     accepts_loss_kwargs = False
+    vision_tower: Any
+    audio_tower: Any
+    vision_connector: Any
+    audio_connector: Any
 
     def __init__(self, config: ChorusConfig):
         super().__init__(config)
         text: Any = config.text_config
-        vision: Any = config.vision_config
-        audio: Any = config.audio_config
-        self.vision_tower = ChorusVisionModel._from_config(vision) if vision is not None else None
-        self.audio_tower = ChorusAudioModel._from_config(audio) if audio is not None else None
-        self.vision_connector = VisionConnector(vision, text.hidden_size) if vision is not None else None
-        self.audio_connector = AudioConnector(audio, text.hidden_size) if audio is not None else None
+        encoders: list[tuple[EncodedModality, Any]] = [(row, getattr(config, row.config)) for row in ENCODED]
+        # First all towers, then all connectors: optimizers keep their states in the order of parameters.
+        for row, encoder in encoders:
+            tower = None if encoder is None else ENCODER_CLASSES[encoder.model_type][0]._from_config(encoder)
+            setattr(self, row.tower, tower)
+        for row, encoder in encoders:
+            connector = None if encoder is None else ENCODER_CLASSES[encoder.model_type][1](encoder, text.hidden_size)
+            setattr(self, row.connector, connector)
         self.language_model = ChorusTextModel._from_config(text)
         self.post_init()
 
@@ -123,16 +138,18 @@ class ChorusModel(ChorusPreTrainedModel):
         pieces = [row[keep] for row, keep in zip(tokens, mask.bool(), strict=True)]
         return BaseModelOutputWithPooling(last_hidden_state=encoded.last_hidden_state, pooler_output=pieces)
 
+    def _placeholders(self) -> dict[str, int | None]:
+        return {row.name: getattr(self.config, row.token_id) for row in ENCODED}
+
     def modality_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         """`mm_token_type_ids` `(B, S)` from the placeholder tokens, for callers that did not give them."""
-        placeholders = {"image": self.config.image_token_id, "audio": self.config.audio_token_id}
         shape, device = (
             (input_ids.shape, input_ids.device)
             if input_ids is not None
             else (inputs_embeds.shape[:2], inputs_embeds.device)
         )
         modality_BS = torch.zeros(shape, dtype=torch.long, device=device)
-        for name, token_id in placeholders.items():
+        for name, token_id in self._placeholders().items():
             if token_id is None:
                 continue
             if input_ids is not None:
@@ -239,8 +256,7 @@ class ChorusModel(ChorusPreTrainedModel):
 
     def _merge(self, embeds: Tensor, input_ids: Tensor | None, modality_BS: Tensor, features: dict[str, Any]) -> Tensor:
         """Put image and audio tokens in the place of their placeholders."""
-        placeholders = {"image": self.config.image_token_id, "audio": self.config.audio_token_id}
-        for name, token_id in placeholders.items():
+        for name, token_id in self._placeholders().items():
             if token_id is None:
                 continue
             mask_BS = modality_BS == MODALITY_IDS[name] if input_ids is None else input_ids == token_id

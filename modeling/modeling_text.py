@@ -224,7 +224,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
             sample_experts,
             closed_banks,
         )
-        plan = ModalityPlan.build(inputs.modality_BS, inputs.attention_mask, options)
+        plan = ModalityPlan.build(inputs.modality_BS, inputs.attention_mask, options, self.config.modalities)
         plan.open_above = threshold_logit(skip_threshold)
         masks = build_masks(self.config, hidden_states, inputs.attention_mask, past_key_values, inputs.position_ids)
         return plan, masks, rotary_tables(*self.rotary_emb(hidden_states, position_ids=inputs.position_ids))

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from .configuration_banks import MODALITY_IDS, LayerBankConfig
+from .configuration_banks import LayerBankConfig
+from .configuration_modalities import MODALITY_IDS
 from .configuration_text import ChorusTextConfig
 from .layers import CHUNK, GatedMLP, float32_product, in_chunks, without_autocast
 from .modeling_outputs import BankRouting

@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 
-from .configuration_banks import MODALITY_IDS, ExpertBankConfig, check_name
+from .configuration_banks import ExpertBankConfig, check_name
+from .configuration_modalities import MODALITY_IDS
 from .moe_selection import Places
 
 
@@ -111,6 +112,7 @@ class ModalityPlan:
         options: what the caller asked of the routers; None for nothing.
         open_above: the logit above which the gates of skipped layers are open.
         origin: where the tokens are in the flattened batch; None when they are all of it.
+        modalities: those of the model.
     """
 
     modality_T: Tensor
@@ -122,6 +124,7 @@ class ModalityPlan:
     options_of_banks: dict[str, RowOptions | None] = field(default_factory=dict)
     open_above: float = 0.0
     origin: Rows = None
+    modalities: Collection[str] = tuple(MODALITY_IDS)
 
     @classmethod
     def build(
@@ -129,6 +132,7 @@ class ModalityPlan:
         modality_BS: Tensor,
         attention_mask: Tensor | Mapping[str, Any] | None,
         options: RoutingOptions | None = None,
+        modalities: Collection[str] = tuple(MODALITY_IDS),
     ) -> "ModalityPlan":
         """Find the rows.
 
@@ -136,6 +140,7 @@ class ModalityPlan:
             modality_BS: `mm_token_type_ids`.
             attention_mask: `(B, S)` or, with a cache, `(B, past + S)`; masks of another form say nothing about
                 padding of the new tokens and are passed over.
+            modalities: those of the model.
 
         Raises:
             ValueError: a token has a modality that the model does not know.
@@ -145,31 +150,33 @@ class ModalityPlan:
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             real_T = attention_mask[:, -modality_BS.shape[1] :].reshape(-1).bool()
         if torch.compiler.is_compiling():
-            return cls(modality_T, real_T, is_static=True, options=options)
+            return cls(modality_T, real_T, is_static=True, options=options, modalities=modalities)
         if real_T is not None and bool(real_T.all()):
             real_T = None
         if not modality_T.any():
-            rows: dict[str, Rows] = {name: modality_T.new_empty(0) for name in MODALITY_IDS} | {"text": None}
+            rows: dict[str, Rows] = {name: modality_T.new_empty(0) for name in modalities} | {"text": None}
         else:
-            rows = {name: (modality_T == value).nonzero().squeeze(1) for name, value in MODALITY_IDS.items()}
+            known = {name: MODALITY_IDS[name] for name in modalities}
+            rows = {name: (modality_T == value).nonzero().squeeze(1) for name, value in known.items()}
             found = sum(len(r) for r in rows.values() if r is not None)
             if found != len(modality_T):
-                unknown = sorted(set(modality_T.tolist()) - set(MODALITY_IDS.values()))
+                unknown = sorted(set(modality_T.tolist()) - set(known.values()))
+                lacking = [name for name, value in MODALITY_IDS.items() if value in unknown]
                 raise ValueError(
                     f"mm_token_type_ids holds {unknown} in {len(modality_T) - found} of {len(modality_T)} tokens; "
-                    f"this model knows {MODALITY_IDS}"
+                    f"this model knows {known}" + (f" and was built without {', '.join(lacking)}" if lacking else "")
                 )
         if real_T is None:
-            return cls(modality_T, None, rows, rows, options=options)
+            return cls(modality_T, None, rows, rows, options=options, modalities=modalities)
         all_real = real_T.nonzero().squeeze(1)
         real_rows = {name: all_real if r is None else r[real_T[r]] for name, r in rows.items()}
-        return cls(modality_T, real_T, rows, real_rows, options=options)
+        return cls(modality_T, real_T, rows, real_rows, options=options, modalities=modalities)
 
     def at(self, origin: Tensor) -> "ModalityPlan":
         """The plan of some tokens, given by their indices, as if the batch had no others."""
         real_T = None if self.real_T is None else self.real_T[origin].unsqueeze(0)
         options = None if self.options is None else self.options.at(origin)
-        plan = self.build(self.modality_T[origin].unsqueeze(0), real_T, options)
+        plan = self.build(self.modality_T[origin].unsqueeze(0), real_T, options, self.modalities)
         return replace(plan, open_above=self.open_above, origin=origin)
 
     def in_batch(self, rows: Rows) -> Rows:
@@ -181,14 +188,14 @@ class ModalityPlan:
     def rows_of(self, modalities: Iterable[str]) -> Rows:
         """Indices of the real tokens of some modalities, in order; None for every token.
 
-        A bank open to all modalities gets every row, padding included: nothing is gathered, the work on padding is
-        thrown away, and `token_mask` keeps it out of losses and statistics.
+        A bank open to all modalities of the model gets every row, padding included: nothing is gathered, the work on
+        padding is thrown away, and `token_mask` keeps it out of losses and statistics.
         """
-        if self.is_static or len(set(modalities)) == len(MODALITY_IDS):
+        if self.is_static or set(self.modalities) <= set(modalities):
             return None
         key = "+".join(sorted(modalities))
         if key not in self.real_rows:
-            parts = [self.real_rows[name] for name in modalities]
+            parts = [self.real_rows[name] for name in modalities if name in self.real_rows]
             whole = any(part is None for part in parts)
             self.real_rows[key] = None if whole else torch.cat([p for p in parts if p is not None]).sort().values
         return self.real_rows[key]

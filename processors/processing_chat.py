@@ -13,6 +13,7 @@ import torch
 from transformers.processing_utils import ProcessorMixin
 
 from .processing_limits import MediaError
+from .processing_media import MEDIA
 from .processing_messages import prepare_conversation, split_batch
 from .processing_placement import flatten_media
 from .processing_rows import label_rows, pair_tokens
@@ -103,7 +104,7 @@ class ChatProcessor(ProcessorMixin):
         self, conversations: list[list[dict]], audio_loading_params: dict, load_audio_from_video: bool = False
     ) -> tuple[list[list], list[list], list[list], dict]:
         """Media of prepared conversations, a list per conversation; decoding waits until everything is checked."""
-        rows: dict[str, list[list]] = {"image": [], "audio": []}
+        rows: dict[str, list[list]] = {name: [] for name in MEDIA}
         for sample, messages in enumerate(conversations):
             parts = [
                 part for message in messages if isinstance(message.get("content"), list) for part in message["content"]

@@ -18,12 +18,12 @@ from .feature_extraction_chorus import ChorusFeatureExtractor
 from .image_processing_chorus import ChorusImageProcessor
 from .processing_chat import ChatProcessor
 from .processing_limits import MediaError, MediaLimits, MediaPlace
+from .processing_media import MEDIA
 from .processing_messages import default_chat_template
 from .processing_placement import flatten_media, nest_media
 from .processing_rows import pad_rows, truncate_rows
 from .tokenization_chorus import add_media_tokens
 
-MEDIA_TOKENS = {"image_token": "<image>", "audio_token": "<audio>"}
 # Tokenizers without a limit report a huge model_max_length.
 NO_MAX_LENGTH = 10**9
 
@@ -110,7 +110,7 @@ class ChorusProcessor(ChatProcessor):
                 audio_settings[name] = value
             else:
                 raise TypeError(f"from_config got {name}={value!r}, which no part of the processor knows")
-        image_token, audio_token = (own.get(name, token) for name, token in MEDIA_TOKENS.items())
+        image_token, audio_token = (own.get(f"{name}_token", row.token) for name, row in MEDIA.items())
         add_media_tokens(tokenizer, image_token, audio_token)
         for token, expected in ((image_token, config.image_token_id), (audio_token, config.audio_token_id)):
             found = tokenizer.convert_tokens_to_ids(token)

@@ -11,12 +11,9 @@ import numpy as np
 import torch
 
 from .processing_limits import MediaError
+from .processing_media import MEDIA
 
 WORD_JOINER = "\u2060"
-MEDIA_KEYS = {
-    "image": ("image", "url", "path", "base64", "bytes"),
-    "audio": ("audio", "url", "path", "base64", "bytes", "array"),
-}
 
 # Roles are plain words: nobody can forge a turn, since turns end with the eos token, which is escaped in messages.
 CHAT_TEMPLATE = """\
@@ -150,9 +147,9 @@ def _prepare_part(
         kind = "image"
     if kind == "text" and isinstance(part.get("text"), str):
         return {**part, "text": break_control_tokens(part["text"], control_tokens)}
-    if kind not in MEDIA_KEYS:
+    if kind not in MEDIA:
         raise MediaError(f"{where}: unknown content {part!r:.80}; the types are text, image and audio", sample, "text")
-    given = [key for key in MEDIA_KEYS[kind] if part.get(key) is not None]
+    given = [key for key in MEDIA[kind].keys if part.get(key) is not None]
     if len(given) > 1:
         raise MediaError(f"{where}: one {kind} part holds several sources: {', '.join(given)}", sample, kind)
     if given:

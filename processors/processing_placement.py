@@ -7,8 +7,7 @@ import numpy as np
 import torch
 
 from .processing_limits import MediaError, MediaLimits
-
-PLURALS = {"image": "images", "audio": "clips"}
+from .processing_media import MEDIA
 
 
 def is_media_item(item: Any) -> bool:
@@ -30,7 +29,7 @@ def as_item_list(media: Any, modality: str) -> list[Any]:
         return [media]
     if not isinstance(media, (list, tuple)):
         raise MediaError(
-            f"{PLURALS[modality]} must be one item, a list, or a list per sample, found {type(media).__name__}",
+            f"{MEDIA[modality].plural} must be one item, a list, or a list per sample, found {type(media).__name__}",
             modality=modality,
         )
     return list(media)
@@ -54,7 +53,7 @@ def nest_media(media: Any, texts: list[str], token: str, modality: str, limits: 
     Raises:
         MediaError: counts that do not match or exceed the limit; names the sample, both numbers and the likely reason.
     """
-    plural = PLURALS[modality]
+    plural = MEDIA[modality].plural
     found = [text.count(token) for text in texts]
     entries = as_item_list(media, modality)
     if entries and all(is_media_item(entry) for entry in entries):
@@ -68,7 +67,7 @@ def nest_media(media: Any, texts: list[str], token: str, modality: str, limits: 
         )
     else:
         nested = [as_item_list(entry, modality) for entry in entries] or [[] for _ in texts]
-    maximum = limits.images_per_sample if modality == "image" else limits.clips_per_sample
+    maximum = getattr(limits, MEDIA[modality].limit)
     for sample, (placeholders, items) in enumerate(zip(found, nested, strict=True)):
         if len(items) > maximum:
             raise MediaError(f"sample {sample}: {len(items)} {plural}, the limit is {maximum}", sample, modality)
@@ -91,7 +90,7 @@ def _deal_out(items: list[Any], found: list[int], token: str, modality: str) -> 
 
 
 def _mismatch(sample: int, found: int, expected: int, token: str, modality: str) -> MediaError:
-    plural = PLURALS[modality]
+    plural = MEDIA[modality].plural
     if found > expected:
         reason = (
             f"an item is missing, or a person typed {token}: build the prompt with apply_chat_template, which keeps "

@@ -180,7 +180,7 @@ def _check_fit(decoder: Any, bank: ExpertBankConfig, tensors: dict[str, Tensor])
     config, old = decoder.config, decoder.banks.get(bank.name)
     expected: dict[str, torch.Size] = {}
     sparse = config.sparse_layers
-    bank.validate(sparse)
+    bank.validate(sparse, config.modalities)
     layers = bank.layers_among(sparse)
     if old is not None and (old.gate, old.layers_among(sparse)) != (bank.gate, layers):
         raise ValueError(

@@ -37,7 +37,7 @@ def add_bank(
 
     Args:
         name: a name that no bank has.
-        modalities: whose tokens may enter; those of the bank's name if it is one, else all.
+        modalities: whose tokens may enter; those of the bank's name if it is one, else all of the model.
         num_experts: from the configuration if None, as all other sizes.
         settings: any other field of [`ExpertBankConfig`], such as `layers` or `router`.
 
@@ -116,7 +116,7 @@ def add_experts(model: Any, bank: str, num_experts: int | Mapping[int, int], **s
 
 def _grow(model: nn.Module, operation: str, subject: str, bank: ExpertBankConfig, notes: list[str]) -> OperationReport:
     decoder, before = decoder_of(model), count_parameters(model)
-    bank.validate(decoder.config.sparse_layers)
+    bank.validate(decoder.config.sparse_layers, decoder.config.modalities)
     changes = place_bank(decoder, bank)
     with torch.no_grad():
         for layer in changes:

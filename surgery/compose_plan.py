@@ -22,6 +22,7 @@ from transformers.utils import logging
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.surgery.checkpoint_writer import PlannedTensor, Recipe, write_checkpoint
 from chorus_moe.surgery.compose_processor import compose_processor, parent_tokenizer
 from chorus_moe.surgery.compose_recipes import EMBEDDINGS, RecipeFinder, Tower
@@ -35,7 +36,6 @@ logger = logging.get_logger(__name__)
 
 Source = str | os.PathLike[str]
 # The names that the processor gives the placeholders, in the order in which a tokenizer without them gets them.
-MEDIA_TOKENS = {"image": "<image>", "audio": "<audio>"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
@@ -263,13 +263,13 @@ def media_token_ids(checkpoint: ParentCheckpoint) -> dict[str, int]:
     before audio. A parent without a tokenizer counts as one that uses its whole vocabulary."""
     if not any(checkpoint.file(name) for name in TOKENIZER_FILES):
         start = checkpoint.config.vocab_size
-        return {modality: start + i for i, modality in enumerate(MEDIA_TOKENS)}
+        return {modality: start + i for i, modality in enumerate(MEDIA)}
     tokenizer = checkpoint.tokenizer
     known, next_id = tokenizer.get_vocab(), len(tokenizer)
     ids = {}
-    for modality, token in MEDIA_TOKENS.items():
-        ids[modality] = known.get(token, next_id)
-        next_id += token not in known
+    for modality, row in MEDIA.items():
+        ids[modality] = known.get(row.token, next_id)
+        next_id += row.token not in known
     return ids
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import AutoImageProcessor, PreTrainedConfig
 
-from chorus_moe.processors.processing_chorus import MEDIA_TOKENS, ChorusProcessor
+from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.surgery.parent_checkpoint import ParentCheckpoint
 
 TIMM_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -168,7 +169,7 @@ def compose_processor(
     settings: dict[str, Any] = {}
     if vision is not None and config.vision_config is not None:
         settings = parent_image_settings(vision, config.vision_config.image_size, **vision_loading or {})
-    tokens = {name: overrides.get(name, token) for name, token in MEDIA_TOKENS.items()}
+    tokens = {f"{name}_token": overrides.get(f"{name}_token", row.token) for name, row in MEDIA.items()}
     if carries_media(tokenizer, **tokens):
         settings["chat_template"] = tokenizer.chat_template
     processor = ChorusProcessor.from_config(config, tokenizer, **settings | overrides)

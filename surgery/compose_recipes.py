@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from chorus_moe.modeling.configuration_modalities import ENCODED
 from chorus_moe.surgery.checkpoint_writer import Recipe
 from chorus_moe.surgery.compose_upcycling import UpcyclingOptions, expert_pieces, noisy
 from chorus_moe.surgery.parent_checkpoint import ParentCheckpoint
 from chorus_moe.surgery.parent_text import ParentText
 
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
-TOWERS = {"image": "model.vision_tower.", "audio": "model.audio_tower."}
 BANK_TENSOR = re.compile(r"model\.language_model\.layers\.(\d+)\.mlp\.banks\.(\w+?)\.(router|experts)\.(\w+)")
 NEW_TENSOR = re.compile(r"model\.(?:vision|audio)_connector\.|\.mlp\.bank_gate\.")
 ROWS_AT_ONCE = 4_096
@@ -78,9 +78,10 @@ class RecipeFinder:
 
     def _recipe(self, name: str, shape: tuple[int, ...]) -> Recipe | None:
         """None for a tensor that is newly initialised."""
-        for modality, prefix in TOWERS.items():
+        for row in ENCODED:
+            prefix = f"model.{row.tower}."
             if name.startswith(prefix):
-                tower = self.towers[modality]
+                tower = self.towers[row.name]
                 return None if tower.parent is None else partial(tower.take, name.removeprefix(prefix), shape)
         if match := BANK_TENSOR.fullmatch(name):
             layer, bank, part, parameter = match.groups()

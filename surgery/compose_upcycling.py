@@ -166,7 +166,7 @@ def _named_banks(
     parent: ParentText, modalities: Sequence[str], layers: list[int], options: UpcyclingOptions
 ) -> dict[str, Mapping[str, Any]]:
     if isinstance(options.experts, str):
-        return dict(preset_banks(options.experts, layers))
+        return dict(preset_banks(options.experts, layers, modalities))
     if options.experts is not None:
         return dict(options.experts)
     names = [*modalities, "common"] if len(modalities) > 1 and not parent.num_experts else modalities

@@ -5,23 +5,23 @@ the states of an optimizer agree with those of the saved and reloaded model.
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from chorus_moe.modeling.attention import ModalityProjection
-from chorus_moe.modeling.configuration_banks import check_name
-from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVisionConfig
-from chorus_moe.modeling.tower_connectors import AudioConnector, VisionConnector
-from chorus_moe.surgery.banks import add_bank
+from chorus_moe.modeling.configuration_banks import ExpertBankConfig, check_name
+from chorus_moe.modeling.configuration_chorus import ChorusConfig
+from chorus_moe.modeling.configuration_modalities import ENCODED, ENCODED_MODALITIES, MODALITY_IDS, in_order
+from chorus_moe.modeling.modeling_chorus import ENCODER_CLASSES
+from chorus_moe.surgery.banks import add_bank, write_bank
 from chorus_moe.surgery.parts import decoder_of
 from chorus_moe.surgery.report import OperationReport, checked, count_parameters, refuse_adapters
 
-CONFIGS: dict[str, Any] = {"image": ChorusVisionConfig, "audio": ChorusAudioConfig}
-CONNECTORS: dict[str, Any] = {"image": VisionConnector, "audio": AudioConnector}
-NAMES = {"image": "vision", "audio": "audio"}
-ORDER = ("vision_tower", "audio_tower", "vision_connector", "audio_connector", "language_model")
+ORDER = (*(row.tower for row in ENCODED), *(row.connector for row in ENCODED), "language_model")
 
 
 def add_modality(
@@ -29,10 +29,11 @@ def add_modality(
 ) -> OperationReport:
     """Add an encoder, its connector and its placeholder token. Outputs for other inputs stay as they are.
 
-    The keys and values of the modality in the cross-modal layers start as those of text.
+    The keys and values of the modality in the cross-modal layers start as those of text. A bank that takes all that
+    the model has, and is not named after a modality, takes the new one, too.
 
     Args:
-        modality: "image" or "audio".
+        modality: a name of `ENCODED_MODALITIES`, such as "image" or "audio".
         tower: a configuration of the encoder (object or dictionary), or a trained encoder.
         token_id: the placeholder; a new token at the end of the vocabulary if None. A vocabulary that is too small
             grows by rows that are the mean of all rows.
@@ -44,7 +45,8 @@ def add_modality(
             not fit.
     """
     refuse_adapters(model, "add_modality")
-    check_name("add_modality", "modality", modality, CONFIGS)
+    check_name("add_modality", "modality", modality, ENCODED_MODALITIES)
+    row = ENCODED_MODALITIES[modality]
     inner, config, before = _place_for_towers(model), model.config, count_parameters(model)
     if modality in config.modalities:
         raise ValueError(f"add_modality: the model has {modality!r} already; its modalities are {config.modalities}")
@@ -52,27 +54,43 @@ def add_modality(
     text, decoder = config.text_config, decoder_of(model)
     token_id = text.vocab_size if token_id is None else token_id
     vocab_size = max(text.vocab_size, token_id + 1)
-    changes = {f"{NAMES[modality]}_config": tower_config, f"{modality}_token_id": token_id}
+    old = list(text.modalities)
+    new = in_order({*old, modality})
+    changes = {row.config: tower_config, row.token_id: token_id}
     values = config.to_dict()
-    values |= changes | {"text_config": {**values["text_config"], "vocab_size": vocab_size}}
+    values |= changes | {"text_config": {**values["text_config"], "vocab_size": vocab_size, "modalities": new}}
     checked("add_modality", lambda: type(config)(**values))
 
     like = decoder.norm.weight
-    built = tower if isinstance(tower, nn.Module) else _build_tower(modality, tower_config)
-    connector = CONNECTORS[modality](tower_config, text.hidden_size)
+    classes = ENCODER_CLASSES[tower_config.model_type]
+    built = tower if isinstance(tower, nn.Module) else classes[0]._from_config(tower_config)
+    connector = classes[1](tower_config, text.hidden_size)
     for part in connector.modules():
         inner._init_weights(part)
     notes, experts = [f"placeholder token {token_id}"], {}
-    if bank is not None or not any(modality in found.modalities for found in decoder.banks.values()):
+    opened = [
+        found
+        for found in decoder.banks.values()
+        if found.is_open_to(old) and modality not in found.modalities and found.name not in MODALITY_IDS
+    ]
+    text.modalities = new
+    if bank is not None or not (opened or any(modality in found.modalities for found in decoder.banks.values())):
         settings = dict(bank or {})
         name, modalities = settings.pop("name", modality), settings.pop("modalities", [modality])
-        experts = add_bank(model, name, modalities, **settings).experts
+        try:
+            experts = add_bank(model, name, modalities, **settings).experts
+        except ValueError:
+            text.modalities = old
+            raise
+    for found in opened:
+        notes.append(f"bank {found.name!r} takes it")
+        _open_bank(decoder, found, modality)
     if vocab_size > text.vocab_size:
         notes.append(f"vocabulary {text.vocab_size} -> {vocab_size} tokens")
         _grow_vocabulary(model, vocab_size)
 
-    _attach(inner, f"{NAMES[modality]}_tower", built.to(like.device, like.dtype).train(inner.training))
-    _attach(inner, f"{NAMES[modality]}_connector", connector.to(like.device, like.dtype).train(inner.training))
+    _attach(inner, row.tower, built.to(like.device, like.dtype).train(inner.training))
+    _attach(inner, row.connector, connector.to(like.device, like.dtype).train(inner.training))
     for name, value in changes.items():
         setattr(config, name, value)
     _start_like_text(decoder, modality)
@@ -102,20 +120,26 @@ def _read_tower(modality: str, tower: Any) -> Any:
     Raises:
         ValueError: an encoder of another modality, or none.
     """
+    wanted_class = ChorusConfig.sub_configs[ENCODED_MODALITIES[modality].config]
     if isinstance(tower, Mapping):
-        return CONFIGS[modality](**tower)
+        return wanted_class(**tower)
     config = getattr(tower, "config", tower)
-    wanted, found = CONFIGS[modality].model_type, getattr(config, "model_type", type(tower).__name__)
+    wanted, found = wanted_class.model_type, getattr(config, "model_type", type(tower).__name__)
     if found != wanted or (isinstance(tower, nn.Module) and not hasattr(tower, "smallest_input")):
         raise ValueError(f"add_modality: an encoder for {modality!r} is of type {wanted!r}, found {found!r}")
     return config
 
 
-def _build_tower(modality: str, config: Any) -> nn.Module:
-    from chorus_moe.modeling.tower_audio import ChorusAudioModel
-    from chorus_moe.modeling.tower_vision import ChorusVisionModel
-
-    return (ChorusVisionModel if modality == "image" else ChorusAudioModel)._from_config(config)
+def _open_bank(decoder: Any, bank: ExpertBankConfig, modality: str) -> None:
+    """Let tokens of a modality enter a bank. Other tokens find the same banks open as before."""
+    bank = replace(bank, modalities=in_order({*bank.modalities, modality}))
+    write_bank(decoder, bank)
+    for layer in bank.layers_among(decoder.config.sparse_layers):
+        mlp = decoder.layers[layer].mlp
+        mlp.banks[bank.name].modalities = bank.modalities
+        gate = mlp.bank_gate
+        gate.banks = [found for found in decoder.config.banks_of_layer(layer) if not found.has_own_gate]
+        gate.is_open = gate.open_table().to(gate.is_open.device)
 
 
 def _attach(inner: nn.Module, name: str, module: nn.Module) -> None:
@@ -143,8 +167,15 @@ def _tables(model: Any) -> list[Any]:
 def _start_like_text(decoder: Any, modality: str) -> None:
     for layer in decoder.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-            if isinstance(projection, ModalityProjection):
+            if not isinstance(projection, ModalityProjection):
+                continue
+            if modality in projection:  # a model that was saved with parts for every modality
                 projection[modality].load_state_dict(projection["text"].state_dict())
+                continue
+            projection[modality] = deepcopy(projection["text"])
+            for parameter in projection[modality].parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
+            projection._modules = {name: projection._modules[name] for name in in_order(list(projection))}
 
 
 def _adapt_head(model: Any, modality: str, token_id: int) -> None:

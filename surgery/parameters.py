@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from chorus_moe.modeling.configuration_banks import MODALITY_IDS
+from chorus_moe.modeling.configuration_modalities import ENCODED, MODALITY_IDS
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 
 
@@ -88,9 +88,9 @@ def _count(model: nn.Module) -> ParameterReport:
 
 
 def _part_of(name: str) -> str:
-    for key in ("vision_tower", "audio_tower"):
-        if key in name:
-            return key
+    for row in ENCODED:
+        if row.tower in name:
+            return row.tower
     for key, part in (
         ("_connector.", "connectors"),
         ("language_model.global_tokens", "embeddings"),
@@ -109,9 +109,9 @@ def _part_of(name: str) -> str:
 
 def _works_on(name: str, modality: str, config: Any) -> float:
     """1 if a token of the modality is multiplied by the parameter, else 0."""
-    for tower, owner in (("vision_", "image"), ("audio_", "audio")):
-        if f"{tower}tower" in name or f"{tower}connector" in name:
-            return float(modality == owner)
+    for row in ENCODED:
+        if row.tower in name or row.connector in name:
+            return float(modality == row.name)
     if "embed_tokens" in name:
         return float(config.tie_word_embeddings)
     owners = [m for m in MODALITY_IDS if f"_proj.{m}." in name]

@@ -12,10 +12,12 @@ from typing import Any
 from torch import nn
 
 from chorus_moe.modeling.configuration_banks import check_name
+from chorus_moe.modeling.configuration_modalities import ENCODED
 from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
 
-TOWERS = {"vision": "vision_tower", "audio": "audio_tower"}
-CONNECTORS = r"(?:vision|audio)_connector\..+"
+# What LoRA and the names of parts call an encoder: its module without `_tower`.
+TOWERS = {row.tower.removesuffix("_tower"): row.tower for row in ENCODED}
+CONNECTORS = rf"(?:{'|'.join(row.connector for row in ENCODED)})\..+"
 # Exits by their smallest modules: PEFT, asked for `task_type="SEQ_CLS"`, also wraps all that ends in `score`, and one
 # wrapped module within another cannot be saved.
 EXITS, SKIP_GATES = r"exits\.\d+\.(?:norm|score)", r"language_model\.layers\.\d+\.skip_gate"
@@ -68,8 +70,7 @@ def part_patterns(text: Any) -> dict[str, str]:
         "connectors": CONNECTORS,
         "skip_gates": SKIP_GATES + r"\..+",
     }
-    for modality, tower in TOWERS.items():
-        patterns |= {tower: rf"{tower}\..+", f"{modality}_connector": rf"{modality}_connector\..+"}
+    patterns |= {part: rf"{part}\..+" for row in ENCODED for part in (row.tower, row.connector)}
     patterns |= {name: in_layers(layers, path) for name, (layers, path) in layer_parts(text).items()}
     for bank in text.banks:
         path = rf"mlp\.banks\.{bank.name}\."

@@ -13,9 +13,9 @@ import torch
 from transformers.utils import logging
 
 from chorus_moe.processors.processing_limits import MediaError
+from chorus_moe.processors.processing_media import MEDIA
 
 logger = logging.get_logger(__name__)
-MEDIA = {"image": "images", "audio": "audio"}
 Row = Mapping[str, Any]
 
 
@@ -78,7 +78,7 @@ class ChorusDataCollator:
         return self._unlabelled(rows[0])
 
     def _encode(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        media = {column: [list(row.get(column) or []) for row in rows] for column in MEDIA.values()}
+        media = {medium.column: [list(row.get(medium.column) or []) for row in rows] for medium in MEDIA.values()}
         batch = self.processor.apply_chat_template(
             [clean_messages(row["messages"]) for row in rows],
             return_labels=True,

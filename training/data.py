@@ -12,7 +12,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-MEDIA_KINDS = {"images": "image", "audio": "audio"}
+from chorus_moe.processors.processing_media import MEDIA
+
+# Column of a table -> the type of the parts that its items belong to.
+MEDIA_KINDS = {row.column: name for name, row in MEDIA.items()}
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 CHECKED_ROWS = 16
 

@@ -9,8 +9,10 @@ from transformers import AutoModelForMultimodalLM, AutoTokenizer, Trainer, Train
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
+from chorus_moe.modeling.configuration_modalities import ENCODED
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.processors.tokenization_chorus import add_media_tokens, build_tokenizer
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import RowDataset, load_rows
@@ -154,9 +156,11 @@ def build_model(
     }
     if len(tokenizer) > text["vocab_size"]:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, text_config.vocab_size is {text['vocab_size']}")
-    media = {"image_token_id": ("<image>", "vision_config"), "audio_token_id": ("<audio>", "audio_config")}
-    used = {name: token for name, (token, part) in media.items() if values.get(part) is not None}
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in used.items()}
+    ids = {
+        row.token_id: tokenizer.convert_tokens_to_ids(MEDIA[row.name].token)
+        for row in ENCODED
+        if values.get(row.config) is not None
+    }
     config = ChorusConfig(**{**ids, **values, "text_config": text})
     model = ChorusForConditionalGeneration._from_config(config, **options)
     return model, ChorusProcessor.from_config(config, tokenizer)

@@ -136,7 +136,7 @@ def test_dense_layers_keep_the_feed_forward(compose: Compose, llama: tuple[Path,
 
 def test_a_preset_of_banks_is_filled(compose: Compose, llama: tuple[Path, Any]):
     model = compose(experts="specific_then_common", num_experts=4)
-    assert list(mixture(model, 1).banks) == ["audio", "image", "text"]
+    assert list(mixture(model, 1).banks) == ["audio", "text"]  # it is composed without a vision parent
     assert list(mixture(model, 2).banks) == ["common"]
     assert text_difference(model, llama[1]) < ATOL
 
@@ -159,7 +159,7 @@ def test_without_sparse_layers_a_parent_with_biases_in_its_feed_forward_is_taken
 def test_a_mixture_parent_gives_every_bank_its_experts_and_router(name: str, tmp_path: Path):
     model_type, settings = PARENTS[name]
     parent = save_parent(tmp_path, model_type, **settings)
-    banks = {"text": {}, "image": {}, "common": {}}
+    banks = {"text": {}, "common": {}}
     model = build(tmp_path, experts=banks)
     for layer in model.config.text_config.sparse_layers:
         theirs = parent.model.layers[layer].mlp

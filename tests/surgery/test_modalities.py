@@ -24,6 +24,7 @@ TOKENS = {"image": IMAGE_TOKEN, "audio": AUDIO_TOKEN}
 
 
 def config_without(*modalities: str, **text: Any) -> ChorusConfig:
+    """Without encoders; the decoder has the parts of all modalities, as it was saved before it named its own."""
     values = tiny_config(**text).to_dict()
     return ChorusConfig(**values | {key: None for name in modalities for key in PARTS[name]})
 
@@ -31,6 +32,17 @@ def config_without(*modalities: str, **text: Any) -> ChorusConfig:
 def make(*modalities: str, kind: type = ChorusForConditionalGeneration, **text: Any) -> Any:
     torch.manual_seed(0)
     return kind(config_without(*modalities, **text)).eval()
+
+
+def make_bare(*modalities: str, kind: type = ChorusForConditionalGeneration, **text: Any) -> Any:
+    """As `make`, and the decoder takes no more than the model has."""
+    torch.manual_seed(0)
+    values = tiny_config().to_dict()
+    given = values["text_config"] | {"modalities": None, "expert_banks": None} | text
+    values |= {"text_config": given, "transformers_version": None} | {
+        key: None for name in modalities for key in PARTS[name]
+    }
+    return kind(ChorusConfig(**values)).eval()
 
 
 def tower_config(modality: str) -> Any:
@@ -183,3 +195,62 @@ def test_adapters_refuse_it():
     adapted = get_peft_model(make("audio"), LoraConfig(target_modules=["o_proj"]))
     with pytest.raises(ValueError, match="add_modality: 3 modules carry adapters"):
         add_modality(adapted, "audio", tower_config("audio"), AUDIO_TOKEN)
+
+
+@pytest.mark.parametrize("kind", [ChorusForConditionalGeneration, ChorusForSequenceClassification])
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("modality", PARTS)
+def test_a_decoder_that_took_less_takes_the_modality_and_changes_nothing_else(
+    modality: str, share: bool, kind: type, tmp_path: Path, batch: Batch
+):
+    model, before = make_bare(modality, kind=kind, share_cross_modal_query=share), old_batch(modality)
+    others = [name for name in ("text", "image", "audio") if name != modality]
+    assert model.config.text_config.modalities == others
+    outputs = logits_of(model, before)
+    report = add_modality(model, modality, tower_config(modality), token_id=TOKENS[modality])
+    assert torch.equal(logits_of(model, before), outputs)
+    assert model.config.text_config.modalities == ["text", "image", "audio"]
+    assert "bank 'common' takes it" in report.notes
+
+    decoder = model.model.language_model
+    assert sorted(decoder.banks) == sorted([*others, "common"])
+    attention = decoder.layers[2].self_attn
+    for projection in [attention.k_proj, attention.v_proj] + [attention.q_proj] * (not share):
+        assert list(projection) == ["text", "image", "audio"]
+        assert torch.equal(projection[modality].weight, projection["text"].weight)
+        assert projection[modality].weight is not projection["text"].weight
+    built = kind(model.config)
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in built.named_parameters()]
+    for layer in (1, 2):
+        mixtures = [one.model.language_model.layers[layer].mlp for one in (model, built)]
+        assert torch.equal(*(mixture.bank_gate.is_open for mixture in mixtures))
+        assert mixtures[0].banks["common"].modalities == ["text", "image", "audio"]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(kind.from_pretrained(tmp_path), batch), logits_of(model, batch))
+
+
+def test_both_encoders_can_be_added_to_a_text_model(batch: Batch):
+    model = make_bare("image", "audio")
+    for name in ("audio", "image"):
+        add_modality(model, name, tower_config(name), token_id=TOKENS[name], bank={})
+    assert sorted(model.model.language_model.banks) == ["audio", "common", "image", "text"]
+    model.train()(**batch).loss.backward()
+    attention = model.model.language_model.layers[2].self_attn
+    assert all(attention.v_proj[name].weight.grad.any() for name in ("text", "image", "audio"))
+
+
+def test_a_decoder_that_took_less_gets_a_bank_where_none_takes_all():
+    model, batch = make_bare("audio", expert_banks={"text": {}, "image": {}}), old_batch("audio")
+    before = logits_of(model, batch)
+    add_modality(model, "audio", tower_config("audio"), token_id=AUDIO_TOKEN)
+    assert list(model.config.text_config.expert_banks) == ["audio", "image", "text"]
+    assert torch.equal(logits_of(model, batch), before)
+
+
+def test_what_is_refused_changes_nothing_of_a_decoder_that_takes_less():
+    model = make_bare("audio")
+    config, names = model.config.to_dict(), [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match="unknown key 'rooter'"):
+        add_modality(model, "audio", tower_config("audio"), AUDIO_TOKEN, {"name": "x", "rooter": 1})
+    assert model.config.to_dict() == config
+    assert [name for name, _ in model.named_parameters()] == names

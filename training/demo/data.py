@@ -18,11 +18,12 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.training.demo.augment import PictureAugment
 from chorus_moe.training.demo.speech import SAMPLING_RATE, SpeechClips
 
 Sample = dict[str, Any]
-MEDIA_COLUMNS = {"image": "images", "audio": "audio"}
+MEDIA_COLUMNS = {name: row.column for name, row in MEDIA.items()}
 # How often two different digits are 1, 2, ... 9 apart in "larger": small gaps leave a single digit uninformative.
 GAPS = np.array([0.40, 0.22, 0.14, 0.09, 0.06, 0.04, 0.03, 0.01, 0.01])
 

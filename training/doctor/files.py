@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from chorus_moe.modeling.configuration_modalities import ENCODED
 from chorus_moe.modeling.moe_banks import BankGate
 from chorus_moe.training.doctor import export_probe
 from chorus_moe.training.doctor.finding import Finding, compared, counted, difference
@@ -92,15 +93,12 @@ def processor(patient: Patient) -> Finding:
 
 def _token_pairs(patient: Patient) -> list[tuple[str, Any, Any]]:
     model, ours = patient.base.config, patient.processor
-    media = {
-        "image": (model.vision_config, ours.num_image_tokens),
-        "audio": (model.audio_config, ours.frames_per_token),
-    }
     pairs: list[tuple[str, Any, Any]] = []
-    for name, (tower, count) in media.items():
-        pairs.append((f"takes {name}", count is not None, tower is not None))
+    for row, count in zip(ENCODED, (ours.num_image_tokens, ours.frames_per_token), strict=True):
+        tower = getattr(model, row.config)
+        pairs.append((f"takes {row.name}", count is not None, tower is not None))
         if tower is not None:
-            pairs.append((f"{name}_token_id", getattr(ours, f"{name}_token_id"), getattr(model, f"{name}_token_id")))
+            pairs.append((row.token_id, getattr(ours, row.token_id), getattr(model, row.token_id)))
     return pairs
 
 

@@ -19,7 +19,6 @@ Row = dict[str, Any]
 Key = TypeVar("Key")
 # Inputs with one entry a token; the others have one an image or clip.
 SEQUENCES = ("input_ids", "attention_mask", "mm_token_type_ids")
-TOWERS = {"image": "vision", "audio": "audio"}
 QUESTIONS = ("What is it?", "How many of them are there, and which one is the largest of all that you can find here?")
 ANSWER = "There are three of them, and the last one is the largest."
 # The last tokens of every sample, all of them words of the answer.

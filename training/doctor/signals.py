@@ -10,11 +10,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
 from chorus_moe.modeling.attention import Attention
+from chorus_moe.modeling.configuration_modalities import ENCODED_MODALITIES
 from chorus_moe.modeling.moe_banks import ChorusExperts
 from chorus_moe.training.doctor.finding import Finding, counted, difference, listed, skipped
 from chorus_moe.training.doctor.inputs import (
     NUM_ANSWER_TOKENS,
-    TOWERS,
     Batch,
     Patient,
     all_labels,
@@ -61,12 +61,12 @@ def modalities(patient: Patient) -> Finding:
 @torch.no_grad()
 def _where_it_ends(patient: Patient, modality: str, batch: Batch, other: Batch) -> str:
     """The first part whose output is the same for both inputs."""
-    tower = TOWERS[modality]
+    row = ENCODED_MODALITIES[modality]
     (hidden, tokens), (other_hidden, other_tokens) = (_features(patient, modality, one) for one in (batch, other))
     if difference(other_hidden, hidden) < LEAST_CHANGE:
-        return f"{tower}_tower gives the same output for both"
+        return f"{row.tower} gives the same output for both"
     if difference(other_tokens, tokens) < LEAST_CHANGE:
-        return f"{tower}_connector gives the same tokens for both"
+        return f"{row.connector} gives the same tokens for both"
     return "the decoder does not read its tokens"
 
 

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from chorus_moe.modeling.configuration_banks import MODALITY_IDS, LayerBankConfig
+from chorus_moe.modeling.configuration_banks import LayerBankConfig
+from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.modeling_outputs import BankRouting
 from chorus_moe.modeling.moe_selection import normalised_entropy, router_probabilities

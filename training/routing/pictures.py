@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from chorus_moe.modeling.configuration_banks import MODALITY_IDS
+from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 
 # Inches of a cell, and of the whole at most. Numbers are written where a cell is large enough to read them.
 CELL, MAX_SIZE, READABLE = (0.42, 0.3), (24.0, 24.0), (0.3, 0.2)

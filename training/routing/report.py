@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from chorus_moe.modeling.configuration_banks import MODALITY_IDS
+from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 from chorus_moe.training.collator import clean_messages
 from chorus_moe.training.data import RowDataset
 from chorus_moe.training.loading import base_model, device_of

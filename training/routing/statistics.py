@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from chorus_moe.modeling.configuration_banks import MODALITY_IDS
+from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 from chorus_moe.training.routing.counters import BankCounters, RoutingCounters
 
 # How many banks are logged by name: the least balanced ones.
