@@ -15,15 +15,15 @@ H = 2I.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from transformers import CompileConfig, StaticCache
 from transformers.cache_utils import StaticLayer
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+from transformers.integrations.moe import ExpertsInterface
 from transformers.utils import logging
 
 from chorus_moe.modeling.expert_layout import GATHERED, GATHERED_TOKENS
@@ -81,14 +81,15 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
 
 
 def _backend(options: dict[str, Any]) -> Callable[..., Any]:
-    """Inductor with products of few rows as sums."""
+    """Inductor with products of few rows as sums. A table of its own, handed over, would keep the graphs out of
+    Inductor's cache on disk, so that the common one is changed while one is made, and the cache's key says so."""
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
-    table = {**select_decomp_table(), aten.mm.default: _mm, aten.addmm.default: _addmm}
-
     def run(graph: Any, inputs: Any) -> Any:
-        return compile_fx(graph, inputs, decompositions=table, config_patches=options)
+        few_rows = patch.dict(select_decomp_table(), {aten.mm.default: _mm, aten.addmm.default: _addmm})
+        with few_rows, torch.compiler.config.patch(cache_key_tag=GATHERED):
+            return compile_fx(graph, inputs, config_patches=options)
 
     return run
 
@@ -191,7 +192,7 @@ class CompiledDecoding:
         except Exception as error:
             if not is_first:
                 raise
-            self.failure = f"the step cannot be compiled ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+            self.failure = f"the step cannot be compiled ({type(error).__name__}: {_first_lines(error)})"
             self._say(self.failure)
             return self.model(**inputs, return_dict=return_dict)
         return ChorusLossOutput(logits=logits, past_key_values=inputs["past_key_values"])
@@ -227,6 +228,10 @@ class CompiledDecoding:
         if (modality_BS is not None and modality_BS.any()) or torch.is_autocast_enabled(input_ids.device.type):
             return None
         return {"input_ids": input_ids, "past_key_values": cache, **step}
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split("\n\n")[0].split())
 
 
 def _signature(model: Any) -> tuple[Any, ...]:
