@@ -26,13 +26,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers.integrations.moe import ExpertsInterface
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from chorus_moe.fastpaths.expert_slots import FEW_ROWS, PADDED_ROWS, SlotPlan, Unit, few_rows, make_slot_plan
 from chorus_moe.fastpaths.experts_gpu import gpu_mm_experts_forward
 from chorus_moe.fastpaths.one_token_experts import run_one_token
 from chorus_moe.fastpaths.row_products import MOST_ROWS, can_stream, multiply_stacked
-from chorus_moe.fastpaths.supported_experts import can_group, has_plain_layout, is_silu, run_plainly
+from chorus_moe.fastpaths.supported_experts import (
+    GATHERED,
+    can_group,
+    has_plain_layout,
+    is_few_to_gather,
+    is_silu,
+    run_plainly,
+)
 from chorus_moe.modeling.layers import without_autocast
 
 CPU_EXPERTS = "cpu_mm"
@@ -305,6 +312,9 @@ def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
         `(T, D)` in the dtype of `hidden_states`. Products run in the dtype of the weights, or of autocast.
     """
     gate_up, down = self.gate_up_proj, self.down_proj
+    # Whoever compiles decoding registers it: one graph that reads the chosen experts and copies nothing.
+    if torch.compiler.is_compiling() and is_few_to_gather(top_k_index) and GATHERED in ALL_EXPERTS_FUNCTIONS:
+        return ALL_EXPERTS_FUNCTIONS[GATHERED](self, hidden_states, top_k_index, top_k_weights)
     if hidden_states.device.type != "cpu":
         return gpu_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if not _is_supported(self):

@@ -13,6 +13,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 SILU = nn.SiLU, SiLUActivation
 # A batched product copies the weights of every choice: 128 choices of 128 experts took twice as long as grouped ones.
 FEW_CHOICES = 16
+# The experts function of `fastpaths.compiled_decoding`, and for how many tokens it is.
+GATHERED, GATHERED_TOKENS = "gathered", 8
 
 
 def is_silu(experts: Any) -> bool:
@@ -39,6 +41,11 @@ def can_group(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor) -> bool:
         weight.dtype == hidden_TD.dtype and weight.is_contiguous() and weight.shape[2] * weight.itemsize % 16 == 0
         for weight in (gate_up_EHD, down_EDI)
     )
+
+
+def is_few_to_gather(top_k_index: Tensor) -> bool:
+    """Whether choices `(T, K)` are of the few tokens of a decoding step."""
+    return not torch.is_grad_enabled() and top_k_index.shape[0] <= GATHERED_TOKENS
 
 
 def run_plainly(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

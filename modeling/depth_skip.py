@@ -57,7 +57,7 @@ class SkipGate(nn.Module):
 
 def feed_open_tokens(feed_forward: Any, hidden_states: Tensor, plan: ModalityPlan, logits_BS: Tensor) -> Tensor:
     """Output `(B, S, D)` of a feed-forward, zero for tokens whose gate is closed."""
-    if feed_forward.training or plan.is_static:
+    if feed_forward.training or torch.compiler.is_compiling():
         decision_BS1 = straight_through(logits_BS, plan.open_above).unsqueeze(-1)
         return feed_forward(hidden_states, plan)[0] * decision_BS1.to(hidden_states.dtype)
     rows = (logits_BS.reshape(-1) > plan.open_above).nonzero().squeeze(1)

@@ -164,6 +164,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
             raise ValueError("global tokens in front of a bidirectional sequence read all of it: there is no cache")
         if use_cache and past_key_values is None and self.global_tokens is None:
             past_key_values = DynamicCache(config=self.config)
+        is_text = mm_token_type_ids is None
         if mm_token_type_ids is None:
             mm_token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         # Positions as the caller gave them tell the routers where a packed sequence begins; global tokens have none.
@@ -177,7 +178,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
             )
             inputs_embeds, attention_mask, position_ids, mm_token_type_ids, complexity_scores = in_front  # type: ignore[assignment]
         inputs = SequenceInputs(mm_token_type_ids, attention_mask, position_ids, positions_of_caller, complexity_scores)
-        requests = (expert_budget, sample_experts, closed_banks, skip_threshold)
+        requests = (expert_budget, sample_experts, closed_banks, skip_threshold, is_text)
         hidden_states = inputs_embeds
         plan, masks, position_embeddings = self._prepare(hidden_states, inputs, past_key_values, *requests)
         layers = zip(self.layers[:exit_layer], self.config.layer_types[:exit_layer], strict=True)
@@ -211,6 +212,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
         sample_experts: Collection[str] | None,
         closed_banks: Collection[str] | None,
         skip_threshold: float | None,
+        is_text: bool,
     ) -> tuple[ModalityPlan, dict[str, Any], tuple[Tensor, Tensor]]:
         """What every layer is given beside the states: the plan, masks by layer type, and rotary tables."""
         options = read_routing_options(
@@ -224,7 +226,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
             sample_experts,
             closed_banks,
         )
-        plan = ModalityPlan.build(inputs.modality_BS, inputs.attention_mask, options, self.config.modalities)
+        plan = ModalityPlan.build(inputs.modality_BS, inputs.attention_mask, options, self.config.modalities, is_text)
         plan.open_above = threshold_logit(skip_threshold)
         masks = build_masks(self.config, hidden_states, inputs.attention_mask, past_key_values, inputs.position_ids)
         return plan, masks, rotary_tables(*self.rotary_emb(hidden_states, position_ids=inputs.position_ids))

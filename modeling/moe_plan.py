@@ -133,6 +133,7 @@ class ModalityPlan:
         attention_mask: Tensor | Mapping[str, Any] | None,
         options: RoutingOptions | None = None,
         modalities: Collection[str] = tuple(MODALITY_IDS),
+        is_text: bool = False,
     ) -> "ModalityPlan":
         """Find the rows.
 
@@ -141,6 +142,7 @@ class ModalityPlan:
             attention_mask: `(B, S)` or, with a cache, `(B, past + S)`; masks of another form say nothing about
                 padding of the new tokens and are passed over.
             modalities: those of the model.
+            is_text: every token is known to be text, so that nothing has to be looked at.
 
         Raises:
             ValueError: a token has a modality that the model does not know.
@@ -149,11 +151,12 @@ class ModalityPlan:
         real_T = None
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             real_T = attention_mask[:, -modality_BS.shape[1] :].reshape(-1).bool()
-        if torch.compiler.is_compiling():
+        # Of text without padding the rows are known, so that a compiled step leaves out what takes no text.
+        if torch.compiler.is_compiling() and not (is_text and real_T is None):
             return cls(modality_T, real_T, is_static=True, options=options, modalities=modalities)
         if real_T is not None and bool(real_T.all()):
             real_T = None
-        if not modality_T.any():
+        if is_text or not modality_T.any():
             rows: dict[str, Rows] = {name: modality_T.new_empty(0) for name in modalities} | {"text": None}
         else:
             known = {name: MODALITY_IDS[name] for name in modalities}

@@ -1,0 +1,276 @@
+"""Decoding by compiling the model's own modules: `compile_decoding(model)`, then `model.generate(...)` as ever.
+
+The prefill runs as without it. Steps of one text token for each of a few samples run as one graph:
+
+1. a static cache whose length is a power of two, so that one graph serves every step of every text of that size;
+2. experts that index inside the product: Inductor fuses gather, product and sum into one loop, which reads the chosen
+   experts once and copies nothing;
+3. every matrix product with few rows as products and sums, for the same reason: a matrix library packs the weights
+   that it will use once.
+
+The modules stay the only description of the model. What cannot be compiled runs through them, and a line says why.
+
+Shape suffixes: B batch, T tokens, K choices of a token, P = T * K choices, E experts, D hidden size, I expert width,
+H = 2I.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig, StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.integrations.moe import ExpertsInterface
+from transformers.utils import logging
+
+from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
+from chorus_moe.fastpaths.supported_experts import GATHERED, GATHERED_TOKENS
+from chorus_moe.modeling.modeling_outputs import ChorusLossOutput
+from chorus_moe.modeling.moe_banks import LinearExperts
+
+logger = logging.get_logger(__name__)
+
+aten = torch.ops.aten
+SHORTEST_CACHE = 128
+# Graphs of one model: one for each batch size, length of the cache and set of options.
+MOST_GRAPHS = 16
+# Experts functions that a graph can hold.
+TRACEABLE = (CPU_EXPERTS, "grouped_mm", "batched_mm", GATHERED)
+# What a step may be asked for, besides tokens, positions, masks and the cache.
+OPTIONS = ("complexity_scores", "expert_budget", "closed_banks", "skip_threshold")
+
+
+def gathered_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Weighted sum of the chosen gated experts, `(T, D)`, written for a compiler: run plainly, it copies them.
+
+    Args:
+        self: experts with `gate_up_proj (E, H, D)` and `down_proj (E, D, I)`.
+        hidden_states: `(T, D)`.
+        top_k_index: `(T, K)`; E or more is a sentinel and adds nothing.
+        top_k_weights: `(T, K)`.
+    """
+    last = self.gate_up_proj.shape[0] - 1
+    weights_TK = top_k_weights.masked_fill(top_k_index > last, 0.0)
+    output = []
+    for hidden_D, index_K, weights_K in zip(
+        hidden_states.unbind(), top_k_index.clamp(max=last).unbind(), weights_TK.unbind(), strict=True
+    ):
+        active_KI = self._apply_gate((self.gate_up_proj[index_K] * hidden_D).sum(-1))
+        states_KD = (self.down_proj[index_K] * active_KI[:, None]).sum(-1)
+        output.append((states_KD * weights_K[:, None]).sum(0))
+    return torch.stack(output).to(hidden_states.dtype)
+
+
+ExpertsInterface.register(GATHERED, gathered_experts)
+
+
+def _mm(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` of few rows; the sums of all rows share one loop, which reads the weights once."""
+    if left.shape[0] > GATHERED_TOKENS or left.device.type != "cpu":
+        return NotImplemented
+    weight = right.t()
+    return torch.stack([(weight * row).sum(-1) for row in left.unbind()])
+
+
+def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    product = _mm(left, right) if beta == alpha == 1 else NotImplemented
+    return NotImplemented if product is NotImplemented else product + bias
+
+
+def _backend(options: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor with products of few rows as sums. A table of its own, handed over, would keep the graphs out of
+    Inductor's cache on disk, so that the common one is changed while one is made, and the cache's key says so."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    def run(graph: Any, inputs: Any) -> Any:
+        few_rows = patch.dict(select_decomp_table(), {aten.mm.default: _mm, aten.addmm.default: _addmm})
+        with few_rows, torch.compiler.config.patch(cache_key_tag=GATHERED):
+            return compile_fx(graph, inputs, config_patches=options)
+
+    return run
+
+
+def _compiled(config: CompileConfig) -> Callable[..., Tensor]:
+    """A step that is compiled at its first call."""
+    options = config.to_dict()
+    options |= {"fullgraph": True, "dynamic": bool(config.dynamic), "isolate_recompiles": True}
+    if config.backend == "inductor":
+        patches = dict(torch._inductor.list_mode_options(config.mode) if config.mode else {}) | (config.options or {})
+        options |= {"backend": _backend(patches), "mode": None, "options": None}
+    return torch.compile(_step, **options)
+
+
+def _step(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
+    """Logits `(B, 1, V)`. Without modalities the decoder knows that all is text."""
+    outputs = model.model.language_model(input_ids=model.model._text_ids(input_ids), use_cache=True, **inputs)
+    return model.lm_head(outputs.last_hidden_state)
+
+
+class CompiledDecoding:
+    """What takes the place of a model's own methods in `generate`.
+
+    Args:
+        model: [`ChorusForConditionalGeneration`].
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.graphs: dict[Any, Callable[..., Tensor]] = {}
+        self.signature: tuple[Any, ...] = ()
+        self.failure = ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledDecoding":
+        """For a copy of the model: it compiles for itself."""
+        return CompiledDecoding(memo[id(self.model)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CompiledDecoding, (self.model,)
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """A static cache and a compiled step, unless the caller asked for another cache or another way to search."""
+        config, model_kwargs = type(self.model)._prepare_generation_config(self.model, *args, **kwargs)
+        asks = (config.cache_implementation, config.assistant_early_exit, config.prompt_lookup_num_tokens)
+        others = ("past_key_values", "assistant_model", "custom_generate")
+        is_plain = (config.num_beams or 1) == 1 and config.use_cache is not False and not config.disable_compile
+        is_plain = is_plain and not any(asks) and all(kwargs.get(name) is None for name in others)
+        if is_plain and not self.failure:
+            config.cache_implementation = "static"
+        if config.cache_implementation == "static" and not config.disable_compile:
+            if config.compile_config is None:
+                mode = "default" if self.model.device.type == "cpu" else "reduce-overhead"
+                config.compile_config = CompileConfig(mode=mode)
+            config.compile_config._compile_all_devices = True
+        return config, model_kwargs
+
+    def _prepare_static_cache(self, cache_implementation: str, max_cache_len: int, **kwargs: Any) -> StaticCache:
+        """A cache with room for a power of two of tokens, in the layers with windows too: those of transformers count
+        in Python numbers, for each of which a step would be compiled anew."""
+        length = max(SHORTEST_CACHE, 1 << (max_cache_len - 1).bit_length())
+        text = self.model.config.get_text_config(decoder=True)
+        cache = StaticCache(config=text, max_cache_len=length, offloading="offloaded" in cache_implementation)
+        cache.layers = [StaticLayer(length) if layer.is_sliding else layer for layer in cache.layers]
+        return cache
+
+    def create_masks_for_generate(self, config: Any, attention_mask: Tensor | None, **inputs: Any) -> Any:
+        """None without padding: the graph makes its own masks."""
+        if attention_mask is None:
+            return None
+        return type(self.model).create_masks_for_generate(self.model, config, attention_mask=attention_mask, **inputs)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """What `generate` calls for each step."""
+        signature = _signature(self.model)
+        if signature != self.signature:
+            self.graphs.clear()
+            self.signature, self.failure = signature, _obstacle(self.model)
+            if self.failure:
+                self._say(self.failure)
+        return partial(self, compile_config or CompileConfig(mode="default"))
+
+    def _say(self, why: str) -> None:
+        logger.warning_once(f"compiled decoding: {why}; the modules run instead")
+
+    def __call__(self, compile_config: CompileConfig, return_dict: bool | None = None, **inputs: Any) -> Any:
+        """One step: compiled where it is one of text and asks for nothing but logits, through the modules elsewhere."""
+        step = None if self.failure else self._text_step(inputs)
+        if step is None:
+            return self.model(**inputs, return_dict=return_dict)
+        key = self._key(compile_config, step)
+        if key not in self.graphs and len(self.graphs) >= MOST_GRAPHS:
+            self._say(f"{MOST_GRAPHS} graphs are compiled, none of them for {key[1:]}")
+            return self.model(**inputs, return_dict=return_dict)
+        is_first = key not in self.graphs
+        if is_first:
+            logger.info(f"compiled decoding: graph {len(self.graphs) + 1}, for {key[1:]}")
+            self.graphs[key] = _compiled(compile_config)
+        try:
+            logits = self.graphs[key](self.model, **step)
+        except Exception as error:
+            if not is_first:
+                raise
+            self.failure = f"the step cannot be compiled ({type(error).__name__}: {_first_lines(error)})"
+            self._say(self.failure)
+            return self.model(**inputs, return_dict=return_dict)
+        return ChorusLossOutput(logits=logits, past_key_values=inputs["past_key_values"])
+
+    def _key(self, config: CompileConfig, step: dict[str, Any]) -> tuple[Any, ...]:
+        """What a graph is made for."""
+        options = {name: value for name, value in step.items() if name in OPTIONS and not isinstance(value, Tensor)}
+        cache = step["past_key_values"]
+        return (
+            str(config.to_dict()),
+            f"batch {len(step['input_ids'])}",
+            f"cache {cache.layers[0].max_cache_len}",
+            "padding" if step["attention_mask"] is not None else "no padding",
+            str(options),
+        )
+
+    def _text_step(self, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """The inputs of `_step`; None if these are not of one text token a sample, or ask for more than logits."""
+        rest = dict(inputs)
+        input_ids, cache, modality_BS = (
+            rest.pop(n, None) for n in ("input_ids", "past_key_values", "mm_token_type_ids")
+        )
+        step = {name: rest.pop(name, None) for name in ("position_ids", "attention_mask")}
+        step |= {name: rest.pop(name) for name in OPTIONS if rest.get(name) is not None}
+        for name in ("use_cache", "logits_to_keep"):
+            rest.pop(name, None)
+        is_step = input_ids is not None and input_ids.shape[1] == 1 and len(input_ids) <= GATHERED_TOKENS
+        is_step = is_step and isinstance(cache, StaticCache) and all(layer.is_initialized for layer in cache.layers)
+        if not is_step or any(value is not None and value is not False for value in rest.values()):
+            return None
+        if isinstance(step["attention_mask"], Tensor) or torch.is_grad_enabled():
+            return None
+        if (modality_BS is not None and modality_BS.any()) or torch.is_autocast_enabled(input_ids.device.type):
+            return None
+        return {"input_ids": input_ids, "past_key_values": cache, **step}
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split("\n\n")[0].split())
+
+
+def _signature(model: Any) -> tuple[Any, ...]:
+    """What a graph cannot see change: modules, and the hooks on them."""
+    return tuple((type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules())
+
+
+def _obstacle(model: Any) -> str:
+    """Why a model's steps cannot be compiled; empty if nothing is known."""
+    text = model.config.text_config
+    limited = [name for name, bank in model.model.language_model.banks.items() if bank.limits_capacity(False)]
+    if limited:
+        return f"expert bank {limited[0]!r} limits its capacity, which a cache does not know"
+    if text._experts_implementation not in TRACEABLE:
+        return f"experts_implementation={text._experts_implementation!r} looks at its choices"
+    if any(isinstance(module, LinearExperts) for module in model.modules()):
+        return "experts_layout='linear' looks at its choices"
+    return ""
+
+
+NAMES = (
+    "_prepare_generation_config",
+    "_prepare_static_cache",
+    "create_masks_for_generate",
+    "get_compiled_call",
+)
+
+
+def compile_decoding(model: Any) -> Any:
+    """Switch compiled decoding on, for `generate` of this model; the model itself is returned.
+
+    The first text of each size waits for the compiler. `generate(disable_compile=True)` passes it by, and
+    `compile_config` is read as transformers reads it.
+
+    Args:
+        model: [`ChorusForConditionalGeneration`], also below an adapter.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoding = CompiledDecoding(inner)
+    for name in NAMES:
+        setattr(inner, name, getattr(decoding, name))
+    return model
