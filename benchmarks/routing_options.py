@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from benchmarks.timing import OURS, Report, figures, measure, parse
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
-from chorus_moe.modeling.losses import RoutingOfLayer, balance_loss
+from chorus_moe.modeling.losses import balance_loss
+from chorus_moe.modeling.modeling_outputs import RoutingOfLayer
 from chorus_moe.modeling.moe_banks import MixtureOfBanks
 from chorus_moe.modeling.moe_plan import ModalityPlan, read_routing_options
 from chorus_moe.modeling.moe_routers import balance_counts, update_balance_bias

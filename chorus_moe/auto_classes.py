@@ -3,16 +3,8 @@
 Registration takes the classes themselves, so it costs what they import: torch, torchvision and most of transformers.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoModelForSequenceClassification,
-    AutoProcessor,
-)
+import transformers
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoProcessor
 
 import chorus_moe.fastpaths.experts_cpu  # noqa: F401  registers `cpu_mm` and `gpu_mm`
 from chorus_moe.modeling.configuration_banks import ExpertBankConfig
@@ -22,6 +14,7 @@ from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from chorus_moe.modeling.modeling_chorus import ChorusModel
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
+from chorus_moe.modeling.modeling_head_table import classes_of_auto_classes
 from chorus_moe.modeling.modeling_heads import ChorusForContrastive, ChorusForSequenceClassification
 from chorus_moe.modeling.modeling_text import ChorusTextModel
 from chorus_moe.modeling.tower_audio import ChorusAudioModel
@@ -32,14 +25,13 @@ from chorus_moe.processors.processing_chorus import ChorusProcessor
 
 for _config in (ChorusConfig, ChorusTextConfig, ChorusVisionConfig, ChorusAudioConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
-AutoModel.register(ChorusConfig, ChorusModel, exist_ok=True)
+for _name, _kinds in classes_of_auto_classes().items():
+    # Of several, transformers takes the one that the configuration names as its architecture.
+    _registered = _kinds[0] if len(_kinds) == 1 else tuple(_kinds)
+    getattr(transformers, _name).register(ChorusConfig, _registered, exist_ok=True)
 AutoModel.register(ChorusTextConfig, ChorusTextModel, exist_ok=True)
 AutoModel.register(ChorusVisionConfig, ChorusVisionModel, exist_ok=True)
 AutoModel.register(ChorusAudioConfig, ChorusAudioModel, exist_ok=True)
-# The any-to-any pipeline reads the first of these two, image-text-to-text the second.
-AutoModelForMultimodalLM.register(ChorusConfig, ChorusForConditionalGeneration, exist_ok=True)
-AutoModelForImageTextToText.register(ChorusConfig, ChorusForConditionalGeneration, exist_ok=True)
-AutoModelForSequenceClassification.register(ChorusConfig, ChorusForSequenceClassification, exist_ok=True)
 AutoImageProcessor.register(ChorusConfig, image_processor_classes={"torchvision": ChorusImageProcessor}, exist_ok=True)
 AutoFeatureExtractor.register(ChorusConfig, ChorusFeatureExtractor, exist_ok=True)
 AutoProcessor.register(ChorusConfig, ChorusProcessor, exist_ok=True)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .modeling_outputs import BankRouting
 
@@ -27,6 +28,10 @@ class GlobalTokens(nn.Module):
     def __init__(self, count: int, hidden_size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, hidden_size))
+
+    def start_weights(self, std: float) -> None:
+        for parameter in self.parameters():
+            init.normal_(parameter, mean=0.0, std=std)
 
     def in_front_of(
         self,
@@ -62,6 +67,10 @@ class GlobalKeyValues(nn.Module):
         self.head_dim = head_dim
         self.key = nn.Parameter(torch.empty(heads, count * head_dim))
         self.value = nn.Parameter(torch.empty(heads, count * head_dim))
+
+    def start_weights(self, std: float) -> None:
+        for parameter in self.parameters():
+            init.normal_(parameter, mean=0.0, std=std)
 
     def forward(self, key_BGKC: Tensor, value_BGKC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values with the learned ones in front."""

@@ -7,12 +7,18 @@ from typing import Any
 
 from .configuration_modalities import MODALITY_IDS
 
-ROUTERS = ("softmax", "sigmoid", "attention")
 BALANCES = ("switch", "cv2", "variance", "bias", "none")
 OVERFLOWS = ("reroute", "drop")
 PRESETS = ("uniform", "specific_then_common")
 GATES = ("softmax", "own")
 MAX_EXPERTS, MAX_EXPERT_WIDTH = 65_536, 1_048_576
+# Router -> what keeps its load even unless a bank says otherwise. A configuration is read and checked where no model
+# code has been loaded, so these two facts stand here; the class of that name in `moe_routers` states all others.
+ROUTERS: dict[str, str] = {
+    "softmax": "switch",
+    "sigmoid": "bias",
+    "attention": "switch",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +40,7 @@ class ExpertBankConfig:
             1 + noise (Switch Transformer, arXiv 2101.03961).
         num_groups, topk_groups: experts lie in `num_groups` groups of neighbours and a token chooses within its best
             `topk_groups`, all if None (DeepSeek-V3, arXiv 2412.19437).
-        balance: what keeps the load even, one of `BALANCES`; `bias` for the sigmoid router, otherwise `switch`.
+        balance: what keeps the load even, one of `BALANCES`; what `ROUTERS` says of the router if None.
         bias_update_rate: step of the correction bias at each optimizer step, with `balance="bias"`.
         expert_capacity: tokens of one sequence that an expert takes at most: a number, or a factor (float) on the even
             share of the sequence so far, see `expert_capacity.py`; unlimited if None.
@@ -69,8 +75,8 @@ class ExpertBankConfig:
     closed: bool = False
 
     def __post_init__(self) -> None:
-        if self.balance is None:
-            object.__setattr__(self, "balance", "bias" if self.router == "sigmoid" else "switch")
+        if self.balance is None:  # an unknown router is named by `validate`
+            object.__setattr__(self, "balance", ROUTERS.get(self.router, "switch"))
 
     def is_open_to(self, modalities: Collection[str]) -> bool:
         """Whether tokens of all these modalities may enter."""

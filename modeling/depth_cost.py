@@ -22,7 +22,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from .configuration_banks import LayerBankConfig
 from .depth_skip import threshold_logit
 from .modeling_outputs import BankRouting, Computation
-from .moe_routers import AttentionRouter
+from .moe_routers import ROUTER_CLASSES
 
 
 def visible_keys(text: Any, kind: str, real_BK: Tensor, num_queries: int, num_in_front: int) -> Tensor:
@@ -56,10 +56,7 @@ def gated_flops(text: Any, width: int) -> int:
 def router_flops(hidden_size: int, bank: LayerBankConfig) -> int:
     """Of a bank's router, and of the bank's own gate if it has one, for one token."""
     own_gate = 2 * hidden_size * bank.has_own_gate
-    if bank.router != "attention":
-        return own_gate + 2 * hidden_size * bank.num_experts
-    width = AttentionRouter.NUM_HEADS * AttentionRouter.HEAD_DIM
-    return own_gate + 2 * hidden_size * width + 6 * width * bank.num_experts + 8 * width * width
+    return own_gate + ROUTER_CLASSES[bank.router].flops(hidden_size, bank.num_experts)
 
 
 def feed_forward_flops(text: Any, layer: int) -> int:

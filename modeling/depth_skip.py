@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .layers import without_autocast
 from .moe_plan import ModalityPlan
@@ -49,6 +50,10 @@ class SkipGate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, hidden_size))
         self.bias = nn.Parameter(torch.empty(1))
+
+    def start_weights(self, std: float) -> None:
+        init.zeros_(self.weight)
+        init.ones_(self.bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         with without_autocast(hidden_states):

@@ -17,10 +17,9 @@ from torch import Tensor
 from .configuration_banks import ExpertBankConfig
 from .configuration_modalities import MODALITY_IDS
 from .depth_skip import open_share
-from .modeling_outputs import BankRouting
-from .moe_selection import count_choices, router_probabilities
-
-RoutingOfLayer = dict[str, BankRouting]
+from .modeling_outputs import BankRouting, RoutingOfLayer
+from .moe_routers import ROUTER_CLASSES, Router
+from .moe_selection import count_choices
 
 
 def counted_logits(routing: BankRouting) -> Tensor:
@@ -28,15 +27,15 @@ def counted_logits(routing: BankRouting) -> Tensor:
     return routing.router_logits if routing.token_mask is None else routing.router_logits[routing.token_mask]
 
 
-def _load(routing: BankRouting, router: str) -> tuple[Tensor, Tensor]:
+def _load(routing: BankRouting, router: type[Router]) -> tuple[Tensor, Tensor]:
     """`f_E`, the share of the choices that fell on each expert, and `P_E`, its mean probability; at least one row."""
     logits_TE = counted_logits(routing)
     count_E = count_choices(routing)
     share_E = count_E.to(logits_TE.dtype) / count_E.sum().clamp(min=1)
-    return share_E, router_probabilities(logits_TE, router).mean(dim=0)
+    return share_E, router.probabilities(logits_TE).mean(dim=0)
 
 
-def switch_loss(routing: BankRouting, router: str = "softmax") -> Tensor:
+def switch_loss(routing: BankRouting, router: type[Router] = Router) -> Tensor:
     """`E * sum_e f_e P_e` (Switch Transformer, arXiv 2101.03961, equations 4 to 6), 1 at perfect balance.
 
     `f_e` is the share of the choices that fell on expert e and `P_e` its mean probability. The largest value, E / K for
@@ -49,7 +48,7 @@ def switch_loss(routing: BankRouting, router: str = "softmax") -> Tensor:
     return logits_TE.shape[-1] * (share_E * mean_E).sum()
 
 
-def variance_loss(routing: BankRouting, router: str = "softmax") -> Tensor:
+def variance_loss(routing: BankRouting, router: type[Router] = Router) -> Tensor:
     """Sum over experts of the squared deviation of the load from its mean 1 / E, straight through (see above).
 
     0 at perfect balance, `1 / K - 1 / E` when all tokens choose the same K experts. A bank without tokens gives 0.
@@ -62,7 +61,7 @@ def variance_loss(routing: BankRouting, router: str = "softmax") -> Tensor:
     return (load_E - 1 / logits_TE.shape[-1]).square().sum()
 
 
-def cv2_loss(routing: BankRouting, router: str = "softmax") -> Tensor:
+def cv2_loss(routing: BankRouting, router: type[Router] = Router) -> Tensor:
     """Squared coefficient of variation of the load: its variance over the square of its mean (arXiv 1701.06538,
     equation 7), straight through (see above).
 
@@ -72,7 +71,7 @@ def cv2_loss(routing: BankRouting, router: str = "softmax") -> Tensor:
     return routing.router_logits.shape[-1] * variance_loss(routing, router)
 
 
-BALANCE_LOSSES: dict[str, Callable[[BankRouting, str], Tensor]] = {
+BALANCE_LOSSES: dict[str, Callable[[BankRouting, type[Router]], Tensor]] = {
     "switch": switch_loss,
     "cv2": cv2_loss,
     "variance": variance_loss,
@@ -92,7 +91,7 @@ def balance_loss(layers: Iterable[RoutingOfLayer], banks: Mapping[str, ExpertBan
     balanced = [{name: routing for name, routing in layer.items() if banks[name].has_balance_loss} for layer in layers]
 
     def loss(name: str, routing: BankRouting) -> Tensor:
-        return BALANCE_LOSSES[banks[name].balance](routing, banks[name].router)
+        return BALANCE_LOSSES[banks[name].balance](routing, ROUTER_CLASSES[banks[name].router])
 
     return _mean(balanced, loss)
 

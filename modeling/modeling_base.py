@@ -13,23 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.utils.output_capturing import OutputRecorder
 
-from .attention import Attention, CrossModalAttention, ModalityProjection
-from .attention_globals import GlobalKeyValues, GlobalTokens
+from .attention import ModalityProjection
 from .configuration_chorus import ChorusConfig
-from .depth_skip import SkipGate
-from .moe_banks import BankGate, ChorusExperts, MixtureOfBanks, OwnGate
-from .moe_routers import Router
 
 # What `import chorus_moe` registers. Code that was exported without the package runs transformers' own functions.
 FAST_EXPERTS = "cpu_mm"
 
 
 class ChorusPreTrainedModel(PreTrainedModel):
-    """Weights start as in Llama: normal with `initializer_range`, norms one, biases zero."""
+    """Weights start as in Llama (normal with `initializer_range`, norms one, biases zero), or as a module says."""
 
     config: ChorusConfig
     base_model_prefix = "model"
@@ -97,41 +91,14 @@ class ChorusPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """A module with parameters of its own has a method `start_weights(std)`: it knows best how they start.
+
+        That method draws with `transformers.initialization`, whose functions leave alone what a checkpoint has filled.
+        """
         super()._init_weights(module)
-        std = self.config.get_text_config().initializer_range
-        if isinstance(module, ChorusExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, GlobalKeyValues | GlobalTokens):
-            for parameter in module.parameters():
-                init.normal_(parameter, mean=0.0, std=std)
-        elif isinstance(module, Router):
-            for parameter in module.parameters():
-                init.normal_(parameter, mean=0.0, std=std)
-            if module.e_score_correction_bias is not None:
-                init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, OwnGate):
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, SkipGate):
-            init.zeros_(module.weight)
-            init.ones_(module.bias)
-        elif isinstance(module, BankGate):
-            init.copy_(module.is_open, module.open_table())
-            if module.weight is not None:
-                init.normal_(module.weight, mean=0.0, std=std)
-
-
-def recorded_outputs(layer_class: type[nn.Module]) -> dict[str, Any]:
-    """What `capture_outputs` can record: hidden states, attention maps, routing, the rotated queries and keys of the
-    cross-modal layers, and the gates of skipped layers."""
-    return {
-        "hidden_states": layer_class,
-        "attentions": OutputRecorder(Attention, index=1),
-        "router_logits": OutputRecorder(MixtureOfBanks, index=1),
-        "cross_modal_states": OutputRecorder(CrossModalAttention, index=2),
-        "skip_logits": OutputRecorder(SkipGate),
-    }
+        start_weights = getattr(module, "start_weights", None)
+        if start_weights is not None:
+            start_weights(self.config.get_text_config().initializer_range)
 
 
 MAX_NAMES = 5

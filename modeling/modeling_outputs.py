@@ -45,6 +45,9 @@ class BankRouting(NamedTuple):
     num_dropped: Tensor | None = None
 
 
+RoutingOfLayer = dict[str, BankRouting]
+
+
 class Computation(NamedTuple):
     """What was spent on each sample, int64 `(B,)` each.
 

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import Attention, CrossModalAttention, rotary_tables
 from .attention_globals import GlobalTokens, leaves_out_global_tokens
@@ -22,7 +22,7 @@ from .depth_cost import counts_computation
 from .depth_exits import ExitRun, SequenceInputs
 from .depth_skip import SkipGate, feed_open_tokens, threshold_logit
 from .layers import GatedMLP, RMSNorm
-from .modeling_base import ChorusPreTrainedModel, recorded_outputs
+from .modeling_base import ChorusPreTrainedModel
 from .modeling_outputs import ChorusModelOutput
 from .moe_banks import MixtureOfBanks
 from .moe_plan import ModalityPlan, read_routing_options
@@ -88,7 +88,14 @@ class ChorusTextModel(ChorusPreTrainedModel):
 
     config: ChorusTextConfig
     input_modalities = ("text",)
-    _can_record_outputs = recorded_outputs(ChorusDecoderLayer)
+    # `cross_modal_states` are the rotated queries and keys of the cross-modal layers.
+    _can_record_outputs = {
+        "hidden_states": ChorusDecoderLayer,
+        "attentions": OutputRecorder(Attention, index=1),
+        "router_logits": OutputRecorder(MixtureOfBanks, index=1),
+        "cross_modal_states": OutputRecorder(CrossModalAttention, index=2),
+        "skip_logits": OutputRecorder(SkipGate),
+    }
 
     def __init__(self, config: ChorusTextConfig):
         super().__init__(config)

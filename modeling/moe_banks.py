@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
@@ -48,6 +49,10 @@ class ChorusExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(bank.num_experts, config.hidden_size, bank.intermediate_size))
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def start_weights(self, std: float) -> None:
+        init.normal_(self.gate_up_proj, mean=0.0, std=std)
+        init.normal_(self.down_proj, mean=0.0, std=std)
+
     def run_expert(self, expert: int, hidden_states: Tensor) -> Tensor:
         """The output of one expert, unweighted."""
         gate, up = F.linear(hidden_states, self.gate_up_proj[expert]).chunk(2, dim=-1)
@@ -73,6 +78,10 @@ class OwnGate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, hidden_size))
         self.bias = nn.Parameter(torch.empty(1))
+
+    def start_weights(self, std: float) -> None:
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
 
     def forward(self, hidden_RD: Tensor) -> Tensor:
         with without_autocast(hidden_RD):
@@ -195,6 +204,11 @@ class BankGate(nn.Module):
         self.banks = banks
         self.weight = nn.Parameter(torch.empty(len(banks), hidden_size)) if len(banks) > 1 else None
         self.is_open = nn.Buffer(self.open_table(), persistent=False)
+
+    def start_weights(self, std: float) -> None:
+        init.copy_(self.is_open, self.open_table())
+        if self.weight is not None:
+            init.normal_(self.weight, mean=0.0, std=std)
 
     def open_table(self) -> Tensor:
         """`(modality id, bank)`: True where the bank takes the modality."""

@@ -2,7 +2,8 @@
 
 Unusual here:
 - all arithmetic is float32, also under autocast, so that precision never changes a choice;
-- a router differs from another in how it scores; what follows is shared, in `expert_choice` and `expert_capacity`;
+- a router differs from another in how it scores; what follows is shared, in `moe_selection`;
+- a router's class states all that depends on its kind (`Router`), so no other file asks for a router by name;
 - a router returns its logits, weights and choices; losses and statistics read the choices actually made.
 
 Shape suffixes: T tokens, D hidden size, E experts in the bank, K experts per token.
@@ -19,16 +20,16 @@ Shape suffixes: E experts.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
-from .configuration_banks import LayerBankConfig
+from .configuration_banks import ROUTERS, LayerBankConfig, check_name
 from .layers import ROW_BLOCK, filled_rows, float32_product, without_autocast
-from .losses import RoutingOfLayer
-from .modeling_outputs import BankRouting, RouterChoice
+from .modeling_outputs import BankRouting, RouterChoice, RoutingOfLayer
 from .moe_plan import NO_OPTIONS, RowOptions
 from .moe_selection import (
     CLOSED,
@@ -44,9 +45,20 @@ from .moe_selection import (
     uses_all_slots,
 )
 
+ROUTER_CLASSES: dict[str, type["Router"]] = {}  # by the names of `ROUTERS`; every named class enters itself
+
 
 class Router(nn.Module):
     """What all routers share. A subclass scores; experts are weighed by a softmax unless it says otherwise.
+
+    A subclass that banks can ask for is given its name, `class MyRouter(Router, name="mine")`, and states
+
+    - `score`: the logits of the experts;
+    - `rows_of_experts`: its parameters that have one row an expert, those that score first. They follow the experts
+      that are pruned, merged or split;
+    - `flops`: what scoring costs;
+    - `dependence`: whether pruning one expert changes what a token gets of the others;
+    - `log_weights`, `choice_scores` and `probabilities`, unless they are those of a softmax.
 
     With `norm_topk_prob` the weights are the softmax over the chosen logits, which equals the softmax over all experts
     divided by the sum over the chosen. With K = E this is the dense, softly gated mixture.
@@ -55,7 +67,13 @@ class Router(nn.Module):
     float32 whatever the model is cast to: its steps of 0.001 would be lost in bfloat16.
     """
 
-    weighs_by_sigmoid = False
+    rows_of_experts: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            check_name(cls.__name__, "router", name, ROUTERS)
+            ROUTER_CLASSES[name] = cls
 
     def __init__(self, hidden_size: int, bank: LayerBankConfig):
         super().__init__()
@@ -69,9 +87,40 @@ class Router(nn.Module):
         self.is_plain = not (self.limits_groups or bank.adaptive_experts or bank.routed_scaling_factor != 1.0)
         self.is_plain = self.is_plain and bias is None
 
+    def start_weights(self, std: float) -> None:
+        for parameter in self.parameters():
+            init.normal_(parameter, mean=0.0, std=std)
+        if self.e_score_correction_bias is not None:
+            init.zeros_(self.e_score_correction_bias)
+
     def score(self, hidden_TD: Tensor) -> Tensor:
         """Logits `(T, E)` in float32, of states in any dtype."""
         raise NotImplementedError
+
+    @staticmethod
+    def flops(hidden_size: int, num_experts: int) -> int:
+        """Operations of the matrix products in `score`, for one token; see `depth_cost`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def probabilities(logits_TE: Tensor) -> Tensor:
+        """The distribution over all experts behind logits, which balance losses and statistics read."""
+        return logits_TE.softmax(dim=-1)
+
+    @staticmethod
+    def dependence(bank: LayerBankConfig) -> str | None:
+        """Why a token's choices or weights depend on experts that it does not choose; None where they do not."""
+        if not bank.norm_topk_prob:
+            return "norm_topk_prob=False weighs by a softmax over all experts"
+        if bank.balance == "bias":
+            return "its correction bias is added to a softmax over all experts"
+        return None
+
+    def expert_rows(self) -> dict[str, Tensor]:
+        """Parameters and buffers with one row an expert, by name."""
+        rows = {name: getattr(self, name) for name in self.rows_of_experts}
+        bias = self.e_score_correction_bias
+        return rows if bias is None else rows | {"e_score_correction_bias": bias}
 
     def log_weights(self, logits_TE: Tensor) -> Tensor:
         return logits_TE if self.norm_topk_prob else logits_TE.log_softmax(dim=-1)
@@ -170,8 +219,10 @@ class Router(nn.Module):
         return self
 
 
-class SoftmaxRouter(Router):
+class SoftmaxRouter(Router, name="softmax"):
     """Linear scores, softmax over the chosen K (arXiv 1701.06538, 2401.04088)."""
+
+    rows_of_experts = ("weight",)
 
     def __init__(self, hidden_size: int, bank: LayerBankConfig):
         super().__init__(hidden_size, bank)
@@ -183,11 +234,13 @@ class SoftmaxRouter(Router):
         logits_TE = float32_product(hidden_TD, rows_ED)
         return logits_TE if count % ROW_BLOCK == 0 else logits_TE[:, :count]
 
+    @staticmethod
+    def flops(hidden_size: int, num_experts: int) -> int:
+        return 2 * hidden_size * num_experts
 
-class SigmoidRouter(SoftmaxRouter):
+
+class SigmoidRouter(SoftmaxRouter, name="sigmoid"):
     """Linear scores, each expert weighed by its own sigmoid (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
-
-    weighs_by_sigmoid = True
 
     def __init__(self, hidden_size: int, bank: LayerBankConfig):
         super().__init__(hidden_size, bank)
@@ -199,8 +252,17 @@ class SigmoidRouter(SoftmaxRouter):
     def choice_scores(self, logits_TE: Tensor) -> Tensor:
         return logits_TE.sigmoid()
 
+    @staticmethod
+    def probabilities(logits_TE: Tensor) -> Tensor:
+        """The sigmoids divided by their sum (equation 19 there)."""
+        return F.logsigmoid(logits_TE).softmax(dim=-1)
 
-class AttentionRouter(Router):
+    @staticmethod
+    def dependence(bank: LayerBankConfig) -> str | None:
+        return None
+
+
+class AttentionRouter(Router, name="attention"):
     """A light transformer layer: the token attends to learned keys of the experts, then is compared with them.
 
         q = W_q norm(x)                                       H heads of C, H * C = M
@@ -213,6 +275,7 @@ class AttentionRouter(Router):
     """
 
     NUM_HEADS, HEAD_DIM = 4, 16
+    rows_of_experts = ("expert_keys", "expert_values")
 
     def __init__(self, hidden_size: int, bank: LayerBankConfig):
         super().__init__(hidden_size, bank)
@@ -236,16 +299,18 @@ class AttentionRouter(Router):
         state_TM = state_TM + F.linear(F.silu(F.linear(_norm(state_TM), self.up.float())), self.down.float())
         return F.linear(_norm(state_TM), keys_EM)
 
+    @classmethod
+    def flops(cls, hidden_size: int, num_experts: int) -> int:
+        width = cls.NUM_HEADS * cls.HEAD_DIM
+        return 2 * hidden_size * width + 6 * width * num_experts + 8 * width * width
+
+    @staticmethod
+    def dependence(bank: LayerBankConfig) -> str | None:
+        return "an attention router scores experts in the light of each other"
+
 
 def _norm(states: Tensor) -> Tensor:
     return F.rms_norm(states, states.shape[-1:])
-
-
-ROUTER_CLASSES: dict[str, type[Router]] = {
-    "softmax": SoftmaxRouter,
-    "sigmoid": SigmoidRouter,
-    "attention": AttentionRouter,
-}
 
 
 def balance_counts(

@@ -43,12 +43,6 @@ CLOSED = -torch.inf  # the score of an expert that a token may not choose
 FEW_TOKENS, FEW_GPU_TOKENS, MANY_CHOICES = 64, 16384, 8
 
 
-def router_probabilities(logits_TE: Tensor, router: str) -> Tensor:
-    """The distribution over all experts behind a router's logits: their softmax, or their sigmoids divided by their sum
-    (DeepSeek-V3, arXiv 2412.19437, equation 19)."""
-    return (F.logsigmoid(logits_TE) if router == "sigmoid" else logits_TE).softmax(dim=-1)
-
-
 def limit_groups(scores_TE: Tensor, num_groups: int, topk_groups: int) -> Tensor:
     """Close the experts outside a token's best groups; a group is worth the sum of its two best scores.
 

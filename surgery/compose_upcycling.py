@@ -25,15 +25,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from chorus_moe.modeling.configuration_banks import LayerBankConfig, preset_banks
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
+from chorus_moe.modeling.moe_routers import Router
 from chorus_moe.surgery.parent_text import ParentText
 
 COPIES, COPIES_PER_TOKEN = 8, 2
-# Router parameters that have one row an expert.
-ROWS_OF_EXPERTS = ("weight", "expert_keys", "expert_values")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +134,10 @@ def noisy(pieces: Iterator[Tensor], noise: float, seed: int, name: str) -> Itera
 
 
 @torch.no_grad()
-def tie_slices(router: nn.Module, split: int) -> None:
+def tie_slices(router: Router, split: int) -> None:
     """Give all slices of a copy the router rows of its first one."""
-    for name, parameter in router.named_parameters():
-        if name in ROWS_OF_EXPERTS:
-            parameter.copy_(parameter[::split].repeat_interleave(split, dim=0))
+    for rows_E in router.expert_rows().values():
+        rows_E.copy_(rows_E[::split].repeat_interleave(split, dim=0))
 
 
 def _sparse_layers(parent: ParentText, options: UpcyclingOptions) -> list[int]:

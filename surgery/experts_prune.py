@@ -1,8 +1,8 @@
 """Taking experts away: the ones with the highest scores stay, as they are and in their order.
 
 Unusual here:
-- an expert is taken away with everything that belongs to it: its row in the router, its keys and values in an attention
-  router, its correction bias. What is left is neither rescaled nor moved;
+- an expert is taken away with everything that belongs to it: its rows in the router (`Router.rows_of_experts`), its
+  correction bias. What is left is neither rescaled nor moved;
 - experts that no token chose can be taken away without a change (but for the last bits, where the matrix library sums a
   row in another order beside fewer others), where a choice depends on the chosen alone. Where it does not (see
   `dependence`), the report says so.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from chorus_moe.modeling.configuration_banks import LayerBankConfig
 from chorus_moe.modeling.moe_banks import ExpertBank
+from chorus_moe.modeling.moe_routers import ROUTER_CLASSES
 from chorus_moe.surgery.experts_resize import (
     EXPERT_TENSORS,
     NewTensors,
@@ -96,16 +97,12 @@ def best_of_groups(score_E: Tensor, count: int, num_groups: int) -> Tensor:
 
 def dependence(bank: LayerBankConfig) -> str | None:
     """Why a token's choices or weights depend on experts that it does not choose; None where they do not."""
-    if bank.router == "attention":
-        return "an attention router scores experts in the light of each other"
+    if reason := ROUTER_CLASSES[bank.router].dependence(bank):
+        return reason
     if bank.adaptive_experts:
         return "adaptive_experts counts by the entropy of the scores of all"
     if bank.topk_groups not in (None, bank.num_groups):
         return f"topk_groups={bank.topk_groups} ranks groups by the two best scores in them"
-    if bank.router == "softmax" and not bank.norm_topk_prob:
-        return "norm_topk_prob=False weighs by a softmax over all experts"
-    if bank.router == "softmax" and bank.balance == "bias":
-        return "its correction bias is added to a softmax over all experts"
     if isinstance(bank.expert_capacity, float):
         return f"expert_capacity={bank.expert_capacity} is a factor on the even share of all experts"
     return None

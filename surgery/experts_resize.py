@@ -41,10 +41,8 @@ def layers_of_bank(model: nn.Module, name: str, operation: str) -> dict[int, Exp
 
 
 def router_tensors(bank: ExpertBank) -> list[str]:
-    """Names of the router's tensors that have one row an expert."""
-    names = [name for name in ("weight", "expert_keys", "expert_values") if hasattr(bank.router, name)]
-    names += ["e_score_correction_bias"] if bank.router.e_score_correction_bias is not None else []
-    return [f"router.{name}" for name in names]
+    """Names of the router's tensors that have one row an expert, those that score first."""
+    return [f"router.{name}" for name in bank.router.expert_rows()]
 
 
 def with_counts(config: Any, name: str, counts: Mapping[int, int]) -> ExpertBankConfig:

@@ -13,6 +13,7 @@ from torch import nn
 
 from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.configuration_modalities import ENCODED
+from chorus_moe.modeling.modeling_head_table import HEADS
 from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
 
 # What LoRA and the names of parts call an encoder: its module without `_tower`.
@@ -63,7 +64,7 @@ def part_patterns(text: Any) -> dict[str, str]:
     patterns = {
         "all": r".+",
         "embeddings": r"language_model\.embed_tokens\..+",
-        "head": r"(?:lm_head|score|exits|projections)\..+|logit_scale",
+        "head": rf"(?:{'|'.join(part for head in HEADS for part in head.parts)})(?:\..+)?",
         "exits": EXITS + r"\..+",
         "norms": r"language_model\.(?:layers\.\d+\.\w*norm|norm)\..+",
         "bank_gates": in_layers([r"\d+"], r"mlp\.bank_gate\..+"),

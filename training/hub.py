@@ -17,18 +17,10 @@ from huggingface_hub import HfApi
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
-from chorus_moe.modeling.modeling_chorus import ChorusModel
-from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.modeling.modeling_heads import ChorusForSequenceClassification
+from chorus_moe.modeling.modeling_head_table import HEADS, classes_of_auto_classes
 from chorus_moe.training.loading import base_model
 from chorus_moe.training.model_card import run_card
 
-MODEL_CLASSES: dict[str, type] = {
-    "AutoModel": ChorusModel,
-    "AutoModelForMultimodalLM": ChorusForConditionalGeneration,
-    "AutoModelForImageTextToText": ChorusForConditionalGeneration,
-    "AutoModelForSequenceClassification": ChorusForSequenceClassification,
-}
 PROCESSOR_PARTS = {"image_processor": "AutoImageProcessor", "feature_extractor": "AutoFeatureExtractor"}
 
 
@@ -48,7 +40,7 @@ def export_for_hub(model: Any, processor: Any, folder: str | os.PathLike[str]) -
         raise ValueError("a model with an adapter carries no code of its own: export model.merge_and_unload()")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    models = {"AutoConfig": ChorusConfig, **MODEL_CLASSES}
+    models = {"AutoConfig": ChorusConfig, **auto_map_classes(type(model))}
     with attribute_set(model.config, "auto_map", {auto: class_reference(kind) for auto, kind in models.items()}):
         model.save_pretrained(folder)
     if processor is not None:
@@ -63,6 +55,11 @@ def export_for_hub(model: Any, processor: Any, folder: str | os.PathLike[str]) -
     return folder
 
 
+def auto_map_classes(kind: type) -> dict[str, type]:
+    """Auto class -> the class that it loads from an export of `kind`: that class itself wherever it is one of several."""
+    return {auto: kind if kind in kinds else kinds[0] for auto, kinds in classes_of_auto_classes().items()}
+
+
 def class_reference(kind: type) -> str:
     """`file.Class`, as `auto_map` wants it."""
     return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
@@ -71,7 +68,9 @@ def class_reference(kind: type) -> str:
 def copy_code(folder: Path, processor: Any = None) -> list[Path]:
     """Copy the files of all classes, and every sibling they import, into a flat folder."""
     parts = [] if processor is None else [type(processor), *(type(getattr(processor, p)) for p in PROCESSOR_PARTS)]
-    entries = {str(sys.modules[kind.__module__].__file__) for kind in [ChorusConfig, *MODEL_CLASSES.values(), *parts]}
+    entries = {
+        str(sys.modules[kind.__module__].__file__) for kind in [ChorusConfig, *(head.kind for head in HEADS), *parts]
+    }
     needed = entries | {str(path) for entry in entries for path in get_relative_import_files(entry)}
     return [Path(shutil.copyfile(path, folder / Path(path).name)) for path in sorted(needed)]
 

@@ -1,6 +1,8 @@
 """The router's weights, choices and arithmetic."""
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +11,10 @@ from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from chorus_moe import ExpertBankConfig
+from chorus_moe.modeling.configuration_banks import BALANCES, ROUTERS
 from chorus_moe.modeling.moe_plan import RowOptions
-from chorus_moe.modeling.moe_routers import ROUTER_CLASSES, Router, SoftmaxRouter
-from chorus_moe.modeling.moe_selection import draw_log_probability, router_probabilities
+from chorus_moe.modeling.moe_routers import ROUTER_CLASSES, Router, SigmoidRouter, SoftmaxRouter
+from chorus_moe.modeling.moe_selection import draw_log_probability
 
 
 def router(num_experts: int = 8, top_k: int = 3, norm: bool = True) -> SoftmaxRouter:
@@ -217,7 +220,7 @@ def test_jitter_is_for_training_only(kind: str):
 def test_adaptive_experts_follow_the_entropy_of_the_router(kind: str):
     module, hidden = make(kind, adaptive_experts=True), torch.randn(200, 16) * torch.logspace(-3, 1, 200)[:, None]
     logits, weights, chosen, *_ = module(hidden)
-    probabilities = router_probabilities(logits, kind)
+    probabilities = module.probabilities(logits)
     complexity = -(probabilities * probabilities.log()).nan_to_num().sum(dim=-1) / math.log(8)
     expected = (complexity * 3).ceil().clamp(1, 3)
     assert torch.equal((chosen < 8).sum(dim=-1), expected.long())
@@ -261,7 +264,7 @@ def test_sampled_experts_are_distinct_and_carry_the_probability_of_their_draw(ki
     module, hidden = make(kind, balance="none"), torch.randn(30, 16)
     found = module(hidden, RowOptions(is_sampled=True))
     assert all(len(set(row)) == 3 for row in found.selected_experts.tolist())
-    log_weights = router_probabilities(found.router_logits, kind).log()
+    log_weights = module.probabilities(found.router_logits).log()
     expected = draw_log_probability(log_weights, found.selected_experts)
     # Log-weights up to a constant a token, at log-probabilities of size 10.
     torch.testing.assert_close(found.log_probs, expected, rtol=1e-4, atol=1e-4)
@@ -298,3 +301,39 @@ def test_no_cast_of_the_model_touches_the_correction_bias(cast: str):
     assert module.weight.dtype != torch.float32
     assert module.e_score_correction_bias.dtype == torch.float32
     assert torch.equal(module.e_score_correction_bias, bias)
+
+
+def test_probabilities_of_a_sigmoid_router_are_its_sigmoids_divided_by_their_sum():
+    logits = torch.randn(4, 6)
+    expected = logits.sigmoid() / logits.sigmoid().sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(SigmoidRouter.probabilities(logits), expected)
+    torch.testing.assert_close(SoftmaxRouter.probabilities(logits), logits.softmax(dim=-1))
+
+
+def test_every_router_of_the_configuration_has_a_class_that_states_its_facts():
+    assert list(ROUTER_CLASSES) == list(ROUTERS)
+    for kind, balance in ROUTERS.items():
+        assert balance in BALANCES
+        rows = {name: len(tensor) for name, tensor in make(kind).expert_rows().items()}
+        assert rows and set(rows.values()) == {8}
+        assert ROUTER_CLASSES[kind].flops(16, 8) > 0
+
+
+def test_a_class_of_a_name_without_a_line_is_refused():
+    with pytest.raises(ValueError, match="Mistyped: unknown router 'softmix'; did you mean 'softmax'?"):
+        type("Mistyped", (SoftmaxRouter,), {}, name="softmix")
+    assert "softmix" not in ROUTER_CLASSES
+
+
+def test_no_other_file_asks_for_a_router_by_name():
+    """A comparison with a router's name outside its class and the table would have to grow with every router."""
+    pattern = re.compile(r"router[\w.]* *(?:[=!]=|(?:not )?in) *[('\[{\"]+(?:" + "|".join(ROUTERS) + ")")
+    folders = [Path(__file__).parents[2] / name for name in ("modeling", "surgery", "training", "fastpaths")]
+    found = [
+        f"{path.name}:{line}"
+        for folder in folders
+        for path in folder.rglob("*.py")
+        for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if pattern.search(text)
+    ]
+    assert not found

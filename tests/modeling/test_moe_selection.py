@@ -17,7 +17,6 @@ from chorus_moe.modeling.moe_selection import (
     limit_groups,
     normalised_entropy,
     perturbed,
-    router_probabilities,
     unused_slots,
     uses_all_slots,
 )
@@ -151,10 +150,3 @@ def test_unused_slots_have_no_weight_and_no_gradient(is_normalised: bool):
     assert not log_weights.grad[1, [4, 3]].any()
     if is_normalised:
         torch.testing.assert_close(weights.sum(dim=-1), torch.ones(3))
-
-
-def test_probabilities_of_a_sigmoid_router_are_its_sigmoids_divided_by_their_sum():
-    logits = torch.randn(4, 6)
-    expected = logits.sigmoid() / logits.sigmoid().sum(dim=-1, keepdim=True)
-    torch.testing.assert_close(router_probabilities(logits, "sigmoid"), expected)
-    torch.testing.assert_close(router_probabilities(logits, "softmax"), logits.softmax(dim=-1))

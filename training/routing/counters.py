@@ -19,7 +19,8 @@ from chorus_moe.modeling.configuration_banks import LayerBankConfig
 from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.modeling_outputs import BankRouting
-from chorus_moe.modeling.moe_selection import normalised_entropy, router_probabilities
+from chorus_moe.modeling.moe_routers import ROUTER_CLASSES
+from chorus_moe.modeling.moe_selection import normalised_entropy
 
 NUM_MODALITIES = len(MODALITY_IDS)
 
@@ -85,7 +86,7 @@ class BankCounters:
             weights_TK = weights_TK * routing.bank_weights[:, None]
             self._gate.index_add_(0, column_T, routing.bank_weights.to(real))
         self._weights.index_add_(0, cell_TK.flatten(), weights_TK.flatten().to(real))
-        probabilities_TE = router_probabilities(routing.router_logits, self.bank.router)
+        probabilities_TE = ROUTER_CLASSES[self.bank.router].probabilities(routing.router_logits)
         self._probabilities.index_add_(0, column_T, probabilities_TE.to(real))
         log_weights_TE = probabilities_TE.clamp_min(torch.finfo(torch.float32).tiny).log()
         self._entropy.index_add_(0, column_T, normalised_entropy(log_weights_TE).to(real))

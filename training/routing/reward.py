@@ -28,9 +28,9 @@ from transformers import Trainer
 
 from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.layers import without_autocast
-from chorus_moe.modeling.losses import RoutingOfLayer, share_of_batch
+from chorus_moe.modeling.losses import share_of_batch
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.modeling.modeling_outputs import RouterChoice
+from chorus_moe.modeling.modeling_outputs import RouterChoice, RoutingOfLayer
 from chorus_moe.modeling.moe_routers import Router
 from chorus_moe.modeling.moe_selection import draw_log_probability
 from chorus_moe.training.loading import base_model

@@ -1,0 +1,44 @@
+"""Every head in one table: who registers, exports, freezes or lists heads reads it here.
+
+Unusual here: two classes may share an Auto class, as the contrastive model shares `AutoModel` with the model without a
+head (transformers does so with CLIP, too). The architecture that a configuration names then decides.
+"""
+
+from typing import NamedTuple
+
+from .modeling_base import ChorusPreTrainedModel
+from .modeling_chorus import ChorusModel
+from .modeling_generation import ChorusForConditionalGeneration
+from .modeling_heads import ChorusForContrastive, ChorusForSequenceClassification
+
+
+class Head(NamedTuple):
+    """A model that can be saved as a whole.
+
+    Args:
+        kind: its class.
+        auto_classes: names of transformers' Auto classes that load it.
+        parts: what it has beside the inner model: modules and parameters, by name.
+    """
+
+    kind: type[ChorusPreTrainedModel]
+    auto_classes: tuple[str, ...]
+    parts: tuple[str, ...] = ()
+
+
+HEADS: list[Head] = [
+    Head(ChorusModel, ("AutoModel",)),
+    # The any-to-any pipeline reads the first of these two, image-text-to-text the second.
+    Head(ChorusForConditionalGeneration, ("AutoModelForMultimodalLM", "AutoModelForImageTextToText"), ("lm_head",)),
+    Head(ChorusForSequenceClassification, ("AutoModelForSequenceClassification",), ("score", "exits")),
+    Head(ChorusForContrastive, ("AutoModel",), ("projections", "logit_scale")),
+]
+
+
+def classes_of_auto_classes() -> dict[str, list[type[ChorusPreTrainedModel]]]:
+    """Auto class -> the classes that it loads; the first where a configuration names none of them."""
+    found: dict[str, list[type[ChorusPreTrainedModel]]] = {}
+    for head in HEADS:
+        for name in head.auto_classes:
+            found.setdefault(name, []).append(head.kind)
+    return found
