@@ -1,0 +1,132 @@
+"""Every Python block and command of README and docs runs as pasted, page by page, in a folder of its own.
+
+Small local parents stand in place of the public names. A block that has a `title` is a file, which is written. The
+guides start from the folder that the README's blocks leave behind.
+"""
+
+import ast
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.parents import SIZES, PreTrainedTokenizerFast, plain_tokenizer, save_audio_parent, save_vision_parent
+
+ROOT = Path(__file__).parent.parent
+PUBLIC = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "text",
+    "google/siglip-base-patch16-224": "vision",
+    "openai/whisper-tiny": "audio",
+}
+# Commands that are not run here, each with the reason.
+EXCLUDED = {
+    "make": "sets up its own environment; CI calls it",
+    "pip": "installs",
+    "git": "needs the network",
+    "python -m benchmarks": "takes minutes; tests/test_benchmarks.py runs them small",
+}
+# Pages followed by tests of their own.
+OTHER_TESTS = {"docs/guides/add_a_router.md", "docs/guides/add_a_head.md", "docs/guides/add_a_modality.md"}
+HISTORY = {"docs/log.md"}
+FENCE = re.compile(r"^```(\w+)?([^\n]*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    language: str
+    title: str | None
+    code: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        title = re.search(r'title="([^"]+)"', match[2])
+        line = text.count("\n", 0, match.start(3)) + 1
+        found.append(Block(match[1] or "", title and title[1], match[3], line))
+    return found
+
+
+def pages() -> list[str]:
+    names = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
+    return [name for name in names if name not in OTHER_TESTS | HISTORY and blocks(ROOT / name)]
+
+
+def save_deep_text_parent(folder: Path) -> None:
+    """As many layers as the public model has, so that layer numbers in the pages hold."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer: PreTrainedTokenizerFast = plain_tokenizer()
+    sizes = SIZES | {"num_hidden_layers": 30, "num_key_value_heads": 1, "max_position_embeddings": 2048}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1)).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("parents")
+    save_deep_text_parent(folder / "text")
+    save_vision_parent("siglip", folder / "vision")
+    save_audio_parent("whisper", folder / "audio")
+    return {name: str(folder / part) for name, part in PUBLIC.items()}
+
+
+def run_page(name: str, folder: Path, parents: dict[str, str]) -> None:
+    """Run the blocks in order, the Python ones in one namespace."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for block in blocks(ROOT / name):
+            code = block.code
+            for public, path in parents.items():
+                code = code.replace(public, path)
+            if block.title is not None:
+                Path(block.title).write_text(code, encoding="utf-8")
+            elif block.language == "python":
+                tree = ast.parse(code, filename=name)
+                exec(compile(ast.increment_lineno(tree, block.line - 1), name, "exec"), names)
+            elif block.language == "bash":
+                run_commands(name, code)
+            else:
+                assert block.language in ("text", "yaml"), f"{name}:{block.line}: {block.language!r} is not known"
+
+
+def run_commands(name: str, code: str) -> None:
+    from chorus_moe.training.cli import app
+
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words or any(" ".join(words).startswith(excluded) for excluded in EXCLUDED):
+            continue
+        assert words[0] == "chorus-moe", f"{name}: neither chorus-moe nor in EXCLUDED: {line}"
+        status = app(words[1:], standalone_mode=False)
+        assert not status, f"{name}: status {status} of {line}"
+
+
+@pytest.fixture(scope="module")
+def after_readme(tmp_path_factory: pytest.TempPathFactory, parents: dict[str, str]) -> Path:
+    folder = tmp_path_factory.mktemp("readme")
+    run_page("README.md", folder, parents)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_readme_runs_as_pasted(after_readme: Path) -> None:
+    assert (after_readme / "my-adapter" / "adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", pages())
+def test_a_page_runs_as_pasted(name: str, after_readme: Path, parents: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(after_readme, tmp_path / "work")
+    run_page(name, tmp_path / "work", parents)
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
