@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from chorus_moe.modeling.configuration_banks import ExpertBankConfig, check_name, read_expert_banks
+from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.modeling.moe_banks import BankGate, ExpertBank
 from chorus_moe.surgery.banks import place_bank
 from chorus_moe.surgery.parts import decoder_of
@@ -35,7 +36,7 @@ FORMAT, VERSION = "chorus_bank", "1"
 GATE = "mlp.bank_gate.weight"
 
 
-def save_bank(model: Any, name: str, path: str | os.PathLike[str]) -> OperationReport:
+def save_bank(model: ChorusPreTrainedModel, name: str, path: str | os.PathLike[str]) -> OperationReport:
     """Write one bank to a small safetensors file, with its configuration and the hash of its base.
 
     Raises:
@@ -45,12 +46,15 @@ def save_bank(model: Any, name: str, path: str | os.PathLike[str]) -> OperationR
     decoder, total = decoder_of(model), count_parameters(model)
     check_name("save_bank", "bank", name, decoder.banks)
     bank = decoder.banks[name]
+    # safetensors writes contiguous tensors only.
     tensors = {key: value.detach().cpu().contiguous() for key, value in _bank_tensors(decoder, bank).items()}
+    # The hash does not depend on the bank itself, so it may be trained further and saved again on the same base.
     found = base_hash(model, name)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
         "name": name,
+        # Metadata of safetensors are strings only; sorted keys give equal banks equal files.
         "config": json.dumps(bank.to_dict(), sort_keys=True),
         "base_sha256": found,
     }
@@ -65,19 +69,20 @@ def save_bank(model: Any, name: str, path: str | os.PathLike[str]) -> OperationR
     )
 
 
-def load_bank(model: Any, path: str | os.PathLike[str], strict_base: bool = True) -> OperationReport:
+def load_bank(model: ChorusPreTrainedModel, path: str | os.PathLike[str], strict_base: bool = True) -> OperationReport:
     """Add the bank of a file, or replace the bank of that name.
 
     Args:
         strict_base: refuse a bank that was trained on top of other weights; with False it is only a warning.
 
     Raises:
-        ValueError: adapters are active, the file is none of `save_bank`, a shape disagrees (both are named), or the
-            base is another (both hashes are named). Nothing has been changed then.
+        ValueError: adapters are active, `save_bank` did not write the file, a shape differs (the message names
+            both), or the base differs (the message names both hashes). The model is unchanged then.
     """
     refuse_adapters(model, "load_bank")
     decoder, before = decoder_of(model), count_parameters(model)
     bank, wanted, tensors = _read(path)
+    # Shapes come before the hash: they are cheap, and with `strict_base=False` they are all that guards the model.
     _check_fit(decoder, bank, tensors)
     found, notes = base_hash(model, bank.name), []
     if found != wanted:
@@ -86,6 +91,7 @@ def load_bank(model: Any, path: str | os.PathLike[str], strict_base: bool = True
             raise ValueError(f"{fault}; load it on its own base, or with strict_base=False")
         logger.warning(fault)
         notes.append(fault)
+    # Nothing below this line may fail: every check is done, and the model changes now.
     changes = place_bank(decoder, bank)
     _fill(decoder, bank, tensors)
     return OperationReport(
@@ -106,19 +112,26 @@ def base_hash(model: nn.Module, bank: str) -> str:
     one at a time where they are on the CPU; device, saving and loading change nothing, another dtype does.
     """
     decoder, digest = decoder_of(model), hashlib.sha256()
+    # Closed banks compute nothing here, so two banks trained apart on one base can be joined one after the other.
     left_out = {bank} | {found.name for found in decoder.banks.values() if found.closed}
+    # The prefix depends on the head and on wrappers around the decoder; names in the state dictionary carry it.
     prefix = next(name for name, module in model.named_modules() if module is decoder)
+    # A gate over banks has one row for each bank. Only the rows of banks that stay in the base are hashed.
     columns = {
         ".".join(filter(None, (prefix, "layers", str(layer), GATE))): [
             column for column, found in enumerate(mlp.bank_gate.banks) if found.name not in left_out
         ]
         for layer, mlp in _sparse_layers(decoder)
     }
+    # By name: the order of modules must not matter, since operations may insert modules at another place.
     for name, tensor in sorted(model.state_dict().items()):
+        # The dot in front finds the banks of a bare decoder, too, whose names begin without a prefix.
         if ".mlp.banks." in f".{name}" and name.split("mlp.banks.")[1].split(".")[0] in left_out:
             continue
         tensor = tensor[columns[name]] if name in columns else tensor
+        # Name, dtype and shape first: the same bytes under another name or in another shape are another base.
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # numpy has no bfloat16, so the hash reads bytes.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -137,6 +150,7 @@ def _bank_tensors(decoder: Any, bank: ExpertBankConfig) -> dict[str, Tensor]:
             f"layers.{layer}.mlp.banks.{bank.name}.{key}": value
             for key, value in mlp.banks[bank.name].state_dict().items()
         }
+        # A bank with its own gate has no row in the shared one, and a gate over a single bank has no weight at all.
         if mlp.bank_gate.weight is not None and not bank.has_own_gate:
             column = [found.name for found in mlp.bank_gate.banks].index(bank.name)
             tensors[f"layers.{layer}.{GATE}"] = mlp.bank_gate.weight[column]
@@ -165,6 +179,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[ExpertBankConfig, str, dict[str
             f"load_bank: {os.fspath(path)!r} has version {metadata.get('version')!r}, this one reads {VERSION!r}"
         )
     try:
+        # The file comes from somewhere else: its configuration passes the checks that `config.json` passes.
         (bank,) = read_expert_banks({metadata["name"]: json.loads(metadata["config"])}, {})
         return bank, metadata["base_sha256"], tensors
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -182,12 +197,14 @@ def _check_fit(decoder: Any, bank: ExpertBankConfig, tensors: dict[str, Tensor])
     sparse = config.sparse_layers
     bank.validate(sparse, config.modalities)
     layers = bank.layers_among(sparse)
+    # A bank that is replaced must stand at the same places: otherwise old layers of it would stay behind.
     if old is not None and (old.gate, old.layers_among(sparse)) != (bank.gate, layers):
         raise ValueError(
             f"load_bank: bank {bank.name!r} has gate={bank.gate!r} and layers {layers} in the file, "
             f"gate={old.gate!r} and layers {old.layers_among(sparse)} in the model"
         )
     for layer in layers:
+        # Built only for the names and shapes of its tensors; the meta device allocates nothing.
         with torch.device("meta"):
             built = ExpertBank(config, bank.of_layer(layer, sparse))
         expected |= {f"layers.{layer}.mlp.banks.{bank.name}.{key}": t.shape for key, t in built.state_dict().items()}
@@ -195,8 +212,10 @@ def _check_fit(decoder: Any, bank: ExpertBankConfig, tensors: dict[str, Tensor])
             continue
         gate = decoder.layers[layer].mlp.bank_gate
         others = [found.name for found in gate.banks if found.name != bank.name]
+        # With one bank the gate is a constant. A second bank needs a row for the first one, and no such row exists.
         if len(others) == 1 and gate.weight is None:
             raise ValueError(f"load_bank: the gate of layer {layer} has no row for {others[0]!r}, the only bank there")
+        # Alone in its layer the bank needs no row: that gate has no weight.
         if others:
             expected[f"layers.{layer}.{GATE}"] = torch.Size([config.hidden_size])
     for name in sorted(expected.keys() | tensors.keys()):
@@ -220,11 +239,15 @@ def _fill(decoder: Any, bank: ExpertBankConfig, tensors: dict[str, Tensor]) -> N
         if bank.has_own_gate:
             continue
         old = mlp.bank_gate
+        # A gate's number of rows is fixed when it is built, so a new one is built and the old rows are copied.
         gate = BankGate(config.hidden_size, [found for found in config.banks_of_layer(layer) if not found.has_own_gate])
         if gate.weight is not None:
             names = [found.name for found in old.banks]
             rows = {} if old.weight is None else dict(zip(names, old.weight.unbind(0), strict=True))
             rows[bank.name] = tensors[f"layers.{layer}.{GATE}"].to(decoder.norm.weight)
+            # In the order of the new gate: banks are sorted by name, so the loaded bank may stand between old ones.
             gate.weight.copy_(torch.stack([rows[found.name].to(rows[bank.name]) for found in gate.banks]))
+            # A gate that was frozen stays frozen.
             gate.weight.requires_grad_(old.weight is None or old.weight.requires_grad)
+        # The device is that of the bank in this layer: a model may be spread over several.
         mlp.bank_gate = gate.to(mlp.banks[bank.name].experts.down_proj.device, decoder.norm.weight.dtype)

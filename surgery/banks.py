@@ -1,12 +1,9 @@
 """Adding to a model: banks, and experts for a bank, with outputs unchanged until what was added is trained.
 
 Unusual here:
-- an added bank has a gate of its own (`gate="own"`): a softmax over banks would take weight from the others even while
-  the new bank adds nothing. Its experts end in zeros, so it adds exactly zero, and its first step of training moves
-  just that last matrix;
-- experts that are added to a bank are a bank themselves. Within the old stack a new expert could only enter the top K
-  in the place of an old one, which changes outputs, or stay out of it, which leaves it untrained; the old stack keeps
-  its shape, its optimizer state and its products bit for bit.
+- an added bank has a gate of its own (`gate="own"`), and its experts end in zeros, so at first it adds exactly zero;
+- experts that are added to a bank form a bank themselves; the old stack keeps its shape, its optimizer state and its
+  products bit for bit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +14,7 @@ import torch
 from torch import nn
 
 from chorus_moe.modeling.configuration_banks import ExpertBankConfig, check_name, read_expert_banks
+from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.modeling.moe_banks import ExpertBank
 from chorus_moe.surgery.parts import decoder_of, part_patterns
 from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
@@ -25,7 +23,7 @@ Changes = dict[int, tuple[int, int]]
 
 
 def add_bank(
-    model: Any,
+    model: ChorusPreTrainedModel,
     name: str,
     modalities: Sequence[str] | None = None,
     num_experts: int | list[int] | None = None,
@@ -33,7 +31,8 @@ def add_bank(
 ) -> OperationReport:
     """Add an expert bank with a gate of its own. Outputs stay as they are, bit for bit, until it is trained.
 
-    Train it alone with `freeze("all")` and `unfreeze(name)`. The random numbers are torch's.
+    Train it alone with `freeze(model, "all")` and `unfreeze(model, name)`. Random numbers come from torch's global
+    generator.
 
     Args:
         name: a name that no bank has.
@@ -50,19 +49,24 @@ def add_bank(
         raise ValueError(
             f"add_bank: the model has a bank {name!r} already; its banks are {sorted(config.expert_banks)}"
         )
+    # `freeze`, `unfreeze` and LoRA address banks and parts by name in one namespace.
     if name in part_patterns(config):
         raise ValueError(f"add_bank: {name!r} is the name of a part of the model; give the bank another")
     given = {"modalities": None if modalities is None else list(modalities), "num_experts": num_experts, **settings}
+    # A softmax over banks would take weight from the others even while the new bank adds nothing.
     if "gate" in given:
         raise ValueError(
             f"add_bank: gate={given['gate']!r}; an added bank has a gate of its own, any other would change outputs"
         )
+    # None means "as configured": only what was given may override the defaults of the configuration.
     given = {key: value for key, value in given.items() if value is not None}
     (bank,) = read_expert_banks({name: given | {"gate": "own"}}, config.bank_defaults)
     return _grow(model, "add_bank", name, bank, [])
 
 
-def add_experts(model: Any, bank: str, num_experts: int | Mapping[int, int], **settings: Any) -> OperationReport:
+def add_experts(
+    model: ChorusPreTrainedModel, bank: str, num_experts: int | Mapping[int, int], **settings: Any
+) -> OperationReport:
     """Add experts to a bank. Outputs stay as they are, bit for bit, until the new experts are trained.
 
     They form a bank of their own, `{bank}_2` (then `_3`, ...), open to the same tokens, in the same layers and with
@@ -94,18 +98,26 @@ def add_experts(model: Any, bank: str, num_experts: int | Mapping[int, int], **s
     else:
         counts = num_experts
     smallest = min(counts, default=0) if isinstance(counts, list) else counts
+    # K of the old bank may be more than the experts added in some layer.
     top_k = max(1, min(old.num_experts_per_tok, smallest))
+    # Repeated additions give `text_2`, `text_3`, ...
     name = next(free for i in range(2, 10_000) if (free := f"{bank}_{i}") not in banks)
+    # Within the old stack a new expert could only displace one of the top K, which changes outputs, or never be chosen,
+    # which leaves it untrained. So the new experts are a companion bank, with the settings of the old one but for those
+    # that its own size or its age decide.
     new = replace(
         old,
         name=name,
         num_experts=counts,
         num_experts_per_tok=top_k,
         layers=layers,
+        # The old groups need not divide the new number of experts.
         num_groups=1,
         topk_groups=None,
+        # With one expert per token there is nothing to adapt, and the configuration refuses it.
         adaptive_experts=old.adaptive_experts and top_k > 1,
         gate="own",
+        # Added experts are there to be trained, even if the old bank is closed.
         closed=False,
     )
     if settings:
@@ -120,6 +132,8 @@ def _grow(model: nn.Module, operation: str, subject: str, bank: ExpertBankConfig
     changes = place_bank(decoder, bank)
     with torch.no_grad():
         for layer in changes:
+            # Zero output, non-zero input side: the bank adds exactly zero, and the first training step moves only this
+            # matrix. If all of them were zero, no gradient would ever arrive.
             decoder.layers[layer].mlp.banks[bank.name].experts.down_proj.zero_()
     return OperationReport(
         operation=operation,
@@ -148,6 +162,8 @@ def place_bank(decoder: Any, bank: ExpertBankConfig) -> Changes:
             decoder._init_weights(part)
         banks = dict(mlp.banks.items())
         changes[layer] = (banks[bank.name].num_experts if bank.name in banks else 0, module.num_experts)
+        # Sorted by name, as a model built from the saved configuration has them: `config.json` sorts its keys, and
+        # optimizer states go by the order of parameters.
         mlp.banks = nn.ModuleDict(dict(sorted({**banks, bank.name: module}.items())))
     write_bank(decoder, bank)
     return changes
@@ -157,12 +173,15 @@ def write_bank(decoder: Any, bank: ExpertBankConfig) -> None:
     """Put a bank into the configuration, in the place of one of the same name."""
     decoder.config.expert_banks = dict(sorted({**decoder.config.expert_banks, bank.name: bank.to_dict()}.items()))
     decoder.banks = {found.name: found for found in decoder.config.banks}
+    # The constructor decides this once from the banks it sees. An added bank may be the first with a balance bias, and
+    # in half precision the small steps of that bias would round to nothing.
     if any(found.balance == "bias" for found in decoder.banks.values()):
         decoder._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
 
 def set_closed(model: nn.Module, name: str, is_closed: bool) -> OperationReport:
-    """See `close_bank` and `open_bank` of a model."""
+    """`close_bank` or `open_bank`, by flag."""
+    # No check for adapters: the flag leaves every tensor and every module as it is.
     decoder, total = decoder_of(model), count_parameters(model)
     operation = "close_bank" if is_closed else "open_bank"
     check_name(operation, "bank", name, decoder.banks)
@@ -170,9 +189,9 @@ def set_closed(model: nn.Module, name: str, is_closed: bool) -> OperationReport:
     return OperationReport(operation=operation, subject=name, parameters_before=total, parameters_after=total)
 
 
-def close_bank(model: Any, name: str) -> OperationReport:
-    """Pass a bank by in every call from now on, also after saving and loading, as if it were not there; `forward`
-    and `generate` take `closed_banks` for a single call.
+def close_bank(model: ChorusPreTrainedModel, name: str) -> OperationReport:
+    """Skip a bank in every call from now on, also after saving and loading, as if it were not there. To skip it in a
+    single call, give `forward` or `generate` the argument `closed_banks`.
 
     Raises:
         ValueError: an unknown bank.
@@ -180,6 +199,6 @@ def close_bank(model: Any, name: str) -> OperationReport:
     return set_closed(model, name, True)
 
 
-def open_bank(model: Any, name: str) -> OperationReport:
+def open_bank(model: ChorusPreTrainedModel, name: str) -> OperationReport:
     """Undo `close_bank`."""
     return set_closed(model, name, False)

@@ -17,12 +17,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from chorus_moe.surgery.parent_checkpoint import DTYPES
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64", torch.bool: "BOOL"}
+# The header is padded to this, so that the data behind it starts at an aligned byte.
 ALIGNMENT = 8
 # Bytes handed to the system at once: larger writes take twice the processor time.
 BLOCK = 2**20
 
 
-# Makes a tensor, when called, in pieces which laid end to end have its numbers in order.
+# Called, it yields the tensor in consecutive pieces, in memory order.
 Recipe = Callable[[], Iterable[Tensor]]
 
 
@@ -70,6 +71,7 @@ def _shards(tensors: Mapping[str, PlannedTensor], max_shard_size: int) -> list[l
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
+        # A tensor larger than the limit gets a shard for itself; it cannot be divided between files.
         if shards[-1] and size + tensor.size > max_shard_size:
             shards.append([])
             size = 0
@@ -80,6 +82,7 @@ def _shards(tensors: Mapping[str, PlannedTensor], max_shard_size: int) -> list[l
 
 def _write_shard(path: Path, tensors: Mapping[str, PlannedTensor]) -> None:
     """One file. Wider numbers come first, as the format's own writer does it, so that all are aligned."""
+    # A 1-byte tensor in front would leave every wider one behind it at an odd address.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -92,12 +95,15 @@ def _write_shard(path: Path, tensors: Mapping[str, PlannedTensor]) -> None:
         }
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
+    # JSON allows trailing spaces, and the format expects the padding to be part of the header.
     text += b" " * (-len(text) % ALIGNMENT)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in ordered:
             _write_tensor(file, name, tensor)
         file.flush()
+        # The configuration is written after the weights and marks the folder as complete, so the weights must be on
+        # disk before it.
         os.fsync(file.fileno())
 
 
@@ -105,6 +111,7 @@ def _write_tensor(file: BinaryIO, name: str, tensor: PlannedTensor) -> None:
     written = 0
     for data in _bytes(tensor):
         written += file.write(data)
+    # The header is written already, from the planned shape: a recipe that yields less would shift all tensors behind.
     if written != tensor.size:
         raise ValueError(f"tensor {name!r}: its pieces have {written} bytes, expected {tensor.size}")
 
@@ -112,5 +119,6 @@ def _write_tensor(file: BinaryIO, name: str, tensor: PlannedTensor) -> None:
 def _bytes(tensor: PlannedTensor) -> Iterator[memoryview]:
     for piece in tensor.recipe():
         flat = piece.detach().to(tensor.dtype).contiguous().reshape(-1)
+        # Bytes, because numpy has no bfloat16; `.data` hands them to `write` without a copy.
         data = flat.view(torch.uint8).numpy().data
         yield from (data[start : start + BLOCK] for start in range(0, len(data), BLOCK))

@@ -1,4 +1,4 @@
-"""One model of parts that somebody else trained: a text model, and encoders for images and sound.
+"""One model of parts that other people trained: a text model, and encoders for images and sound.
 
 A composition is a plan: for every tensor of the new model, how to make it from tensors of the parents. The plan is
 carried out in memory ([`Composition.build`]) or straight to a checkpoint ([`compose_checkpoint`]), and gives the same
@@ -6,12 +6,12 @@ numbers. Either way the parents are read tensor by tensor and never held whole.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from huggingface_hub.serialization._base import parse_size_to_int
@@ -35,6 +35,9 @@ from chorus_moe.surgery.report import OperationReport, count_parameters
 logger = logging.get_logger(__name__)
 
 Source = str | os.PathLike[str]
+TowerSource: TypeAlias = Source | PreTrainedConfig | TowerParent
+# Bank -> its settings, or the name of a preset.
+Experts = Mapping[str, Mapping[str, Any]] | str
 # The names that the processor gives the placeholders, in the order in which a tokenizer without them gets them.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
@@ -52,7 +55,7 @@ class Composition:
         access: `token`, `cache_dir` and `local_files_only`, as the parents were opened with.
     """
 
-    model: Any
+    model: ChorusForConditionalGeneration
     recipes: dict[str, Recipe]
     report: OperationReport
     text: ParentCheckpoint
@@ -83,16 +86,19 @@ class Composition:
         }
 
     @torch.no_grad()
-    def build(self) -> Any:
+    def build(self) -> ChorusForConditionalGeneration:
         """The model, in evaluation mode."""
+        # One tensor at a time, so that besides the model only one parent tensor is in memory.
         for name, planned in self.tensors().items():
             if name not in self.recipes:
                 continue
+            # Filled in place: `torch.cat` of all experts would hold every bank twice.
             tensor, filled = torch.empty(planned.shape, dtype=planned.dtype), 0
             for piece in planned.recipe():
                 tensor.view(-1)[filled : filled + piece.numel()].copy_(piece.reshape(-1))
                 filled += piece.numel()
             _place(self.model, name, tensor)
+        # The tied head still points to the meta tensor that was replaced.
         self.model.tie_weights()
         return self.model.eval()
 
@@ -100,9 +106,9 @@ class Composition:
 def plan_composition(
     model_class: type,
     text: Source,
-    vision: Any = None,
-    audio: Any = None,
-    experts: Any = None,
+    vision: TowerSource | None = None,
+    audio: TowerSource | None = None,
+    experts: Experts | None = None,
     *,
     revision: str | None = None,
     vision_revision: str | None = None,
@@ -129,15 +135,21 @@ def plan_composition(
         "audio": _tower("audio", audio, revision=audio_revision, **access),
     }
     config = _configuration(parent, towers, options, cross_modal_layers)
+    # All checks of settings come before the first tensor is read.
     check_exact(config.text_config, options.expert_split)  # type: ignore[arg-type]
     if dtype is None or dtype == "auto":
+        # The dtype of the stored embedding, not `config.dtype`: what the files hold decides.
         dtype = parent.checkpoint.dtype(parent.source(EMBEDDINGS[0]))
     model = _on_meta(model_class, config, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     finder = RecipeFinder(parent, towers, options, seed, config.text_config)
     recipes = finder.recipes(model)
+    # Both ways: nothing the decoder needs is missing, and nothing the parent has is left unused, which would mean that
+    # the parent computes something that the decoder does not.
     parent.check_tensors(finder.used)
     _start_new(model, recipes, seed)
     if options.expert_split > 1:
+        # After the random start of the routers: slices of one copy must get equal scores, or a copy would be taken in
+        # parts.
         for layer in config.text_config.sparse_layers:  # type: ignore[union-attr]
             for bank in model.model.language_model.layers[layer].mlp.banks.values():
                 tie_slices(bank.router, options.expert_split)
@@ -156,9 +168,9 @@ class Composed(NamedTuple):
 
 def compose(
     text: Source,
-    vision: Source | PreTrainedConfig | TowerParent | None = None,
-    audio: Source | PreTrainedConfig | TowerParent | None = None,
-    experts: Any = None,
+    vision: TowerSource | None = None,
+    audio: TowerSource | None = None,
+    experts: Experts | None = None,
     **options: Any,
 ) -> Composed:
     """One model of a pretrained text model and encoders, its feed-forward upcycled into expert banks.
@@ -195,9 +207,9 @@ def compose(
 def compose_checkpoint(
     folder: Source,
     text: Source,
-    vision: Any = None,
-    audio: Any = None,
-    experts: Any = None,
+    vision: TowerSource | None = None,
+    audio: TowerSource | None = None,
+    experts: Experts | None = None,
     *,
     max_shard_size: int | str = "5GB",
     **options: Any,
@@ -221,9 +233,12 @@ def compose_checkpoint(
     path.mkdir(parents=True, exist_ok=True)
     size = parse_size_to_int(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     write_checkpoint(path, plan.tensors(), size)
+    # `save_pretrained` of a model sets this; here only the configuration is saved, and loading checks the class by it.
     plan.model.config.architectures = [type(plan.model).__name__]
     plan.model.generation_config.save_pretrained(path)
-    plan.model.config.save_pretrained(path)  # last: without it nothing loads a folder that was left half written
+    plan.model.config.save_pretrained(
+        path
+    )  # last: a folder that was left half written has no config.json and is not loaded
     return plan.report
 
 
@@ -232,6 +247,7 @@ def _tower(modality: str, source: Any, **loading: Any) -> Tower:
         return Tower(None)
     if isinstance(source, PreTrainedConfig):
         return Tower(source)
+    # A `TowerParent` that was opened before (as the command line does to check it) is not opened twice.
     if not hasattr(source, "tensors"):
         source = (vision_parent if modality == "image" else audio_parent)(source, **loading)
     return Tower(source.config, source)
@@ -241,8 +257,11 @@ def _configuration(
     parent: ParentText, towers: dict[str, Tower], options: UpcyclingOptions, cross_modal_layers: Sequence[int] | None
 ) -> ChorusConfig:
     modalities = ["text", *(name for name, tower in towers.items() if tower.config is not None)]
+    # Without encoders no placeholder is needed, and the vocabulary stays the parent's.
     ids = media_token_ids(parent.checkpoint) if len(modalities) > 1 else {}
     text = parent.settings() | bank_settings(parent, modalities, options)
+    # A table larger than the tokenizer keeps its size, since many parents pad theirs. It grows only if a placeholder's
+    # id lies outside.
     text["vocab_size"] = max(parent.config.vocab_size, *(i + 1 for i in ids.values()), 0)
     if cross_modal_layers is None and set(text.get("layer_types", ["full_attention"])) == {"sliding_attention"}:
         cross_modal_layers = [parent.config.num_hidden_layers - 1]
@@ -278,6 +297,7 @@ def _on_meta(model_class: Any, config: ChorusConfig, dtype: torch.dtype) -> Any:
         if part is not None:
             part.dtype = dtype  # type: ignore[union-attr]
     with ExitStack() as stack:
+        # The contexts of `from_pretrained`: parameters on the meta device, in the dtype, and no initialisation.
         for context in model_class.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
         return model_class(config)
@@ -286,8 +306,10 @@ def _on_meta(model_class: Any, config: ChorusConfig, dtype: torch.dtype) -> Any:
 def _start_new(model: Any, recipes: dict[str, Recipe], seed: int) -> None:
     """Initialise what no parent has, as `from_pretrained` does with missing keys; the caller's generator stays put."""
     for name in recipes:
+        # `initialize_weights` leaves alone what carries this mark; what parents bring is still on the meta device.
         model.get_parameter_or_buffer(name)._is_hf_initialized = True
     model._move_missing_keys_from_meta_to_device(set(model.state_dict()) - recipes.keys(), None, None, None)
+    # On the CPU only: without `devices=[]` torch would also save the state of every GPU.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.initialize_weights()
@@ -301,6 +323,8 @@ def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _carry_generation_config(parent: ParentText, model: Any) -> None:
+    # The model was built with its placeholders suppressed in generation. The parent's settings replace its own, so
+    # these ids are carried over.
     checkpoint, media = parent.checkpoint, model.generation_config.suppress_tokens or []
     if checkpoint.file("generation_config.json"):
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.source, **checkpoint.loading)

@@ -12,13 +12,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.surgery.parent_checkpoint import ParentCheckpoint
 
 TIMM_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
+# Settings that our image processor has under the same name and with the same meaning.
 IMAGE_SETTINGS = (
     "do_resize",
     "resample",
@@ -30,8 +31,9 @@ IMAGE_SETTINGS = (
     "image_std",
     "do_pad_to_square",
 )
+# timm's names -> the numbers of PIL, which transformers uses.
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-# What a tokenizer must tell apart from the words: the middle of the text between two media.
+# Text between two media: shows whether a chat template keeps media and words in order.
 PROBE_WORD = "between"
 
 
@@ -52,6 +54,7 @@ def parent_image_settings(source: str | os.PathLike[str], image_size: int, **loa
         text = text.removeprefix(prefix)
     pretrained = _timm_settings(text, loading)
     settings = _of_timm(text, pretrained) if pretrained is not None else _of_transformers(text, loading)
+    # The crop comes last, so it decides the size of the image.
     shape = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
     found = (shape.get("height"), shape.get("width"))
     if found != (image_size, image_size):
@@ -64,12 +67,14 @@ def parent_image_settings(source: str | os.PathLike[str], image_size: int, **loa
 
 def _timm_settings(source: str, loading: dict[str, Any]) -> dict[str, Any] | None:
     """timm's `pretrained_cfg`; None for a model that is not timm's."""
+    # Only a bare name asks for timm, which is optional; a folder or a Hub id says in its configuration whose it is.
     if not os.path.isdir(source) and "/" not in source:
         import timm
 
         if timm.is_model(source):
             return timm.get_pretrained_cfg(source).to_dict()
     values, _ = PreTrainedConfig.get_config_dict(source, **loading)
+    # Only timm's configurations have "architecture"; old ones hold the settings at the top level.
     return values.get("pretrained_cfg") or values if "architecture" in values else None
 
 
@@ -78,8 +83,10 @@ def _of_timm(source: str, pretrained: dict[str, Any]) -> dict[str, Any]:
     in transformers, where timm rounds: the crop may lie one pixel higher or further left."""
     from timm.data import resolve_data_config
 
+    # timm's own rules fill in what the configuration leaves out.
     data = resolve_data_config({}, pretrained_cfg=pretrained)
     pixels = data["input_size"][-1]
+    # Rounded down, as in timm's evaluation transform.
     scaled = math.floor(pixels / data["crop_pct"])
     sizes = {"center": {"shortest_edge": scaled}, "squash": {"height": scaled, "width": scaled}}
     if data["crop_mode"] not in sizes or data["interpolation"] not in INTERPOLATIONS:
@@ -103,11 +110,12 @@ def _of_transformers(source: str, loading: dict[str, Any]) -> dict[str, Any]:
     settings = {name: value for name, value in found.items() if value is not None}
     for name in ("size", "crop_size"):
         if getattr(processor, name, None) is not None:
+            # transformers' size dictionaries list every possible key, most of them None.
             settings[name] = {key: value for key, value in dict(getattr(processor, name)).items() if value is not None}
     return settings
 
 
-def parent_tokenizer(checkpoint: ParentCheckpoint) -> Any:
+def parent_tokenizer(checkpoint: ParentCheckpoint) -> PreTrainedTokenizerBase:
     """The text parent's tokenizer.
 
     Raises:
@@ -124,17 +132,19 @@ def parent_tokenizer(checkpoint: ParentCheckpoint) -> Any:
     return tokenizer
 
 
-def carries_media(tokenizer: Any, image_token: str, audio_token: str) -> bool:
+def carries_media(tokenizer: PreTrainedTokenizerBase, image_token: str, audio_token: str) -> bool:
     """Whether the tokenizer's chat template writes every image and clip of a message as its token, in order, takes
     plain strings as well, and marks the assistant's words with `{% generation %}`."""
+    # Several named templates are a dictionary; none of them is known to be the one for media.
     template = tokenizer.chat_template
     if not isinstance(template, str) or not re.search(r"\{%-?\s*generation\s*-?%\}", template):
         return False
+    # Image, text, sound, then a plain string: many templates drop media, move them to the front or refuse strings.
     content = [{"type": "image"}, {"type": "text", "text": PROBE_WORD}, {"type": "audio"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": PROBE_WORD}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # noqa: BLE001  a template is somebody's program: whatever it raises, it does not carry media
+    except Exception:  # noqa: BLE001  a template is other people's program: whatever it raises, it does not carry media
         return False
     parts = (re.escape(part) for part in (image_token, PROBE_WORD, audio_token, PROBE_WORD))
     once = text.count(image_token) == text.count(audio_token) == 1
@@ -143,7 +153,7 @@ def carries_media(tokenizer: Any, image_token: str, audio_token: str) -> bool:
 
 def compose_processor(
     config: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     vision: str | os.PathLike[str] | None = None,
     *,
     vision_loading: Mapping[str, Any] | None = None,
@@ -173,5 +183,6 @@ def compose_processor(
     if carries_media(tokenizer, **tokens):
         settings["chat_template"] = tokenizer.chat_template
     processor = ChorusProcessor.from_config(config, tokenizer, **settings | overrides)
+    # Saved beside each other, the two must not disagree: whoever loads the tokenizer alone gets the same chats.
     tokenizer.chat_template = processor.chat_template
     return processor

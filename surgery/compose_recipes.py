@@ -22,6 +22,7 @@ from chorus_moe.surgery.parent_text import ParentText
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 BANK_TENSOR = re.compile(r"model\.language_model\.layers\.(\d+)\.mlp\.banks\.(\w+?)\.(router|experts)\.(\w+)")
 NEW_TENSOR = re.compile(r"model\.(?:vision|audio)_connector\.|\.mlp\.bank_gate\.")
+# The mean of an embedding table is summed in double precision: in blocks, or the whole table would be held in doubles.
 ROWS_AT_ONCE = 4_096
 
 
@@ -34,6 +35,7 @@ class Tower:
     """
 
     def __init__(self, config: PreTrainedConfig | None, parent: Any = None):
+        # The new model writes its dtype into this configuration; the caller's object must stay as it was.
         self.config = deepcopy(config)
         self.parent = parent
         self._left: dict[str, Tensor] = {}
@@ -41,9 +43,11 @@ class Tower:
     def take(self, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
         """One tensor, by its name below the tower. The encoder is read for the first and let go with the last."""
         if name not in self._left:
+            # Read again if a tensor is asked for twice, as when a plan is carried out a second time.
             self._left = dict(self.parent.tensors())
         if name not in self._left:
             raise ValueError(f"the encoder has no tensor {name!r} among {len(self._left)}")
+        # Popped, so that memory shrinks while the tower is written.
         tensor = self._left.pop(name)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"the encoder's tensor {name!r} is {tuple(tensor.shape)}, expected {shape}")
@@ -89,6 +93,7 @@ class RecipeFinder:
         if NEW_TENSOR.search(name):
             return None
         source = self.parent.source(name)
+        # The new table may have rows for placeholders that the parent lacks, so its shape is checked without them.
         if name in EMBEDDINGS:
             rows = self.parent.config.vocab_size
             self.used[source] = (rows, *shape[1:])
@@ -101,17 +106,21 @@ class RecipeFinder:
     ) -> Recipe | None:
         parent, bank = self.parent, self._banks[layer, bank_name]
         if part == "router":
+            # A dense parent has no router, and a correction bias starts at zero: both are newly initialised.
             if parameter != "weight" or not parent.num_experts:
                 return None
             self.used[parent.router_weight(layer)] = shape
             return partial(self._read, parent.router_weight(layer))
         width, size = self.config.hidden_size, parent.expert_size
+        # Noted for every bank; the dictionary holds each parent tensor once.
         for expert in range(parent.num_experts or 1):
             names = parent.expert_weights(layer, expert) if parent.num_experts else parent.dense_weights(layer)
             self.used |= dict(zip(names, ((size, width), (size, width), (width, size)), strict=True))
         pieces = partial(expert_pieces, parent, layer, bank, parameter, self.options.expert_split)
         if not self.options.expert_noise:
             return pieces
+        # A recipe may be called more than once, so it makes a new iterator each time. The name in the seed gives each
+        # tensor its own noise, in whatever order they are made.
         return lambda: noisy(pieces(), self.options.expert_noise, self.seed, name)
 
     def _read(self, source: str) -> Iterator[Tensor]:
@@ -123,5 +132,6 @@ def _grown(checkpoint: ParentCheckpoint, name: str, extra: int) -> Iterator[Tens
     table = checkpoint.read(name)
     yield table
     if extra > 0:
+        # The mean of many rows in half precision would lose most of its digits.
         total = sum(rows.double().sum(dim=0) for rows in table.split(ROWS_AT_ONCE))
         yield (total / len(table)).to(table.dtype).expand(extra, -1)

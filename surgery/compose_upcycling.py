@@ -84,6 +84,7 @@ def bank_settings(parent: ParentText, modalities: Sequence[str], options: Upcycl
         "num_experts": sizes["num_experts"],
         "num_experts_per_tok": sizes["num_experts_per_tok"],
         "moe_intermediate_size": fixed["intermediate_size"],
+        # A shared expert would add to the sum, which is the parent's feed-forward already.
         "shared_expert_intermediate_size": 0,
     }
 
@@ -96,6 +97,7 @@ def check_exact(config: ChorusTextConfig, split: int) -> None:
     """
     for layer in config.sparse_layers:
         banks = config.banks_of_layer(layer)
+        # Without a bank a text token would skip the feed-forward that the parent applies.
         if not any("text" in bank.modalities for bank in banks):
             raise ValueError(f"sparse layer {layer}: no expert bank is open to text; found {[b.name for b in banks]}")
         for bank in banks:
@@ -110,6 +112,7 @@ def expert_pieces(parent: ParentText, layer: int, bank: LayerBankConfig, which: 
         `down_proj (E, D, I)` one `(D, I)` an expert.
     """
     if parent.num_experts:
+        # The stored order is expert by expert, so each piece is one parent tensor and no stack is ever built.
         for expert in range(bank.num_experts):
             names = parent.expert_weights(layer, expert)
             yield from map(parent.checkpoint.read, names[:2] if which == "gate_up_proj" else names[2:])
@@ -119,6 +122,7 @@ def expert_pieces(parent: ParentText, layer: int, bank: LayerBankConfig, which: 
         slices = zip(*(parent.checkpoint.read(name).chunk(split) for name in (gate, up)), strict=True)
         copy = [piece for pair in slices for piece in pair]
     else:
+        # Slices by columns are strided views. They are made contiguous once, not for every copy.
         copy = [piece.contiguous() for piece in parent.checkpoint.read(down).chunk(split, dim=1)]
     for _ in range(bank.num_experts // split):
         yield from copy
@@ -126,8 +130,10 @@ def expert_pieces(parent: ParentText, layer: int, bank: LayerBankConfig, which: 
 
 def noisy(pieces: Iterator[Tensor], noise: float, seed: int, name: str) -> Iterator[Tensor]:
     """The pieces plus normal noise of `noise` times their root mean square; the same for a seed and a tensor's name."""
+    # `crc32` and not `hash`, which differs between processes.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     for piece in pieces:
+        # In half precision the noise would be rounded before it is added.
         wide = piece.float()
         scale = noise * wide.square().mean().sqrt()
         yield torch.randn(wide.shape, generator=generator).mul_(scale).add_(wide)
@@ -151,6 +157,8 @@ def _sparse_layers(parent: ParentText, options: UpcyclingOptions) -> list[int]:
         return parent.sparse_layers
     layers = options.sparse_layers
     if layers is None:
+        # Every second layer, without the last, whose image and audio experts no later layer reads. A parent of one or
+        # two layers has only its last.
         layers = list(range(1, count - 1, 2)) or [count - 1]
     for layer in layers:
         if not 0 <= layer < count:
@@ -167,6 +175,7 @@ def _named_banks(
         return dict(preset_banks(options.experts, layers, modalities))
     if options.experts is not None:
         return dict(options.experts)
+    # A mixture parent gets no `common` unless asked: it would be one more copy of all its experts.
     names = [*modalities, "common"] if len(modalities) > 1 and not parent.num_experts else modalities
     return {name: {} for name in names}
 
@@ -187,7 +196,9 @@ def _dense_bank(parent: ParentText, options: UpcyclingOptions) -> dict[str, Any]
     return {
         "intermediate_size": size // split,
         "routed_scaling_factor": float(split),
+        # Weights that sum to one make the sum of copies the parent's feed-forward, whatever the routers choose.
         "norm_topk_prob": True,
+        # A token that a full expert turns away would lose its feed-forward, and text would differ from the parent's.
         "capacity_in_eval": False,
     }
 
@@ -206,6 +217,7 @@ def _mixture_bank(parent: ParentText, options: UpcyclingOptions) -> dict[str, An
         "router": "softmax",
         "norm_topk_prob": parent.norm_topk_prob,
         "routed_scaling_factor": 1.0,
+        # Our options that the parent's router does not have: any of them would change its choices.
         "topk_groups": None,
         "adaptive_experts": False,
         "capacity_in_eval": False,

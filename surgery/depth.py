@@ -1,8 +1,8 @@
-"""Depth that adapts, for a model that was trained without: exits, and gates that let tokens pass feed-forwards by.
+"""Adaptive depth for a model that was trained without: exits, and gates that let tokens skip feed-forwards.
 
 Unusual here:
-- what is added changes no output: exits answer only when they are asked, no sample leaves at a new one (its threshold
-  is 1), and a new gate is open for every token;
+- what is added changes no output: exits answer only when they are asked, no sample leaves at a new exit, and a new
+  gate is open for every token;
 - the new exit of a classifier starts as if the model ended there, with copies of the final norm and of the head, as
   the exits of a generative model, which share both.
 """
@@ -15,17 +15,20 @@ from transformers.utils.output_capturing import install_output_capuring_hook
 
 from chorus_moe.modeling.depth_exits import Exits
 from chorus_moe.modeling.depth_skip import SkipGate
+from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.surgery.parts import decoder_of
 from chorus_moe.surgery.report import OperationReport, checked, count_parameters, refuse_adapters
 
 
-def add_exits(model: Any, layers: Sequence[int], exit_loss_coef: float | None = None) -> OperationReport:
+def add_exits(
+    model: ChorusPreTrainedModel, layers: Sequence[int], exit_loss_coef: float | None = None
+) -> OperationReport:
     """Add exits to a classifier or a generative model. Outputs stay as they are, bit for bit.
 
     In a classifier each new exit has a head, which starts with copies of the final norm and of `score`: as if the
-    model ended there. Train them alone with `freeze("all")` and `unfreeze("exits")`. Where `config.exit_thresholds`
-    are set a new exit gets 1, at which none leaves; `calibrate_exits` finds better ones. In a generative model
-    exits share the final norm and the head, so that only the configuration changes.
+    model ended there. Train them alone with `freeze(model, "all")` and `unfreeze(model, "exits")`. If
+    `config.exit_thresholds` is set, a new exit gets the threshold 1 and is never taken until `calibrate_exits` runs
+    again. In a generative model exits share the final norm and the head, so only the configuration changes.
 
     Args:
         layers: after how many layers each stands, besides the exits that the model has.
@@ -42,6 +45,7 @@ def add_exits(model: Any, layers: Sequence[int], exit_loss_coef: float | None = 
         raise ValueError(f"add_exits: {type(model).__name__} has no head that could answer after a layer")
     if exit_loss_coef is None:
         exit_loss_coef = text.exit_loss_coef if text.exit_layers else 1.0
+    # A changed copy of the configuration, checked as a whole. The model's own is written last, when nothing can fail.
     new = _grown(text, "add_exits", "exit_layers", layers, exit_loss_coef=exit_loss_coef)
     notes = [f"exits after layers {new.exit_layers}", f"exit_loss_coef: {text.exit_loss_coef} -> {new.exit_loss_coef}"]
     if heads is None:
@@ -49,7 +53,9 @@ def add_exits(model: Any, layers: Sequence[int], exit_loss_coef: float | None = 
     else:
         model.exits = _grown_heads(model, decoder, new)
     if config.exit_thresholds is not None:
+        # Thresholds are stored in the order of the layers, and a new exit may stand between old ones.
         old = dict(zip(sorted(text.exit_layers or []), config.exit_thresholds, strict=True))
+        # A probability is never above 1, so no sample leaves at the new exit.
         thresholds = [old.get(layer, 1.0) for layer in new.exit_layers]
         notes.append(f"exit_thresholds: {config.exit_thresholds} -> {thresholds}, none leaves at a new exit as yet")
         config.exit_thresholds = thresholds
@@ -63,6 +69,7 @@ def _grown_heads(model: Any, decoder: Any, text: Any) -> Exits:
     old = dict(zip(model.exits.layers, model.exits, strict=True))
     for index, layer in enumerate(exits.layers):
         if layer in old:
+            # The same module and parameters, trained state and optimizer state included.
             exits[index] = old[layer]
             continue
         head = exits[index].to(like.device, like.dtype)
@@ -71,10 +78,12 @@ def _grown_heads(model: Any, decoder: Any, text: Any) -> Exits:
     return exits.train(model.training)
 
 
-def add_skip_gates(model: Any, layers: Sequence[int], skip_budget: float | None = None) -> OperationReport:
-    """Add gates that let tokens pass the feed-forward of a layer by. New gates are open for every token: outputs
-    stay as they are, bit for bit, at any `skip_threshold` below 0.73. Train them alone with `freeze("all")` and
-    `unfreeze("skip_gates")`.
+def add_skip_gates(
+    model: ChorusPreTrainedModel, layers: Sequence[int], skip_budget: float | None = None
+) -> OperationReport:
+    """Add gates that let tokens skip the feed-forward of a layer. New gates are open for every token: outputs stay as
+    they are, bit for bit, at any `skip_threshold` below 0.73. Train them alone with `freeze(model, "all")` and
+    `unfreeze(model, "skip_gates")`.
 
     Args:
         layers: indices of the layers, besides those that have a gate.
@@ -92,6 +101,7 @@ def add_skip_gates(model: Any, layers: Sequence[int], skip_budget: float | None 
     for index in layers:
         layer = decoder.layers[index]
         gate = SkipGate(text.hidden_size).to(next(layer.parameters()).device, decoder.norm.weight.dtype)
+        # The initial bias opens the gate with probability sigmoid(1) = 0.73: hence the limit on `skip_threshold`.
         decoder._init_weights(gate)
         if getattr(decoder, "_output_capturing_hooks_installed", False):
             install_output_capuring_hook(gate, "skip_logits", index=0)  # as on gates that were there before
@@ -104,6 +114,7 @@ def add_skip_gates(model: Any, layers: Sequence[int], skip_budget: float | None 
 def _attach(layer: Any, gate: SkipGate) -> None:
     """Where a layer built with a gate has it, in front of the norms: the states of an optimizer go by the order."""
     layer.skip_gate = gate
+    # Re-inserted behind the gate, in their old order.
     for name in [name for name in layer._modules if name.endswith("norm")]:
         layer._modules[name] = layer._modules.pop(name)
 
@@ -123,6 +134,7 @@ def _grown(text: Any, operation: str, field: str, layers: Sequence[int], **chang
     there = [layer for layer in layers if layer in old]
     if there:
         raise ValueError(f"{operation}: the model has {there[0]} already, {field}={old}")
+    # Built anew, so that every check of the configuration runs on the result.
     values = text.to_dict() | changes | {field: sorted([*old, *layers])}
     return checked(operation, lambda: type(text)(**values))
 

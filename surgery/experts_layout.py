@@ -1,4 +1,4 @@
-"""Experts as stacked parameters or as linear layers, and checkpoints with one tensor an expert.
+"""Experts as stacked parameters or as linear layers, and checkpoints with one tensor per expert.
 
 Unusual here:
 - both layouts hold the same numbers; nothing is computed, rounded or transposed on the way;
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.modeling.moe_banks import EXPERT_CLASSES, ExpertBank
 from chorus_moe.surgery.checkpoint_writer import PlannedTensor, write_checkpoint
 from chorus_moe.surgery.parts import decoder_of
@@ -27,7 +28,7 @@ from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_
 LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
-def unfuse_experts(model: Any) -> OperationReport:
+def unfuse_experts(model: ChorusPreTrainedModel) -> OperationReport:
     """Make every expert a feed-forward of linear layers, with the same weights (`experts_layout="linear"`).
 
     The weights are the same bits, and `fuse_experts` gives back the same model. Outputs agree to rounding: the two
@@ -39,8 +40,8 @@ def unfuse_experts(model: Any) -> OperationReport:
     return _convert(model, "unfuse_experts", "linear", _linear_tensors)
 
 
-def fuse_experts(model: Any) -> OperationReport:
-    """Undo `unfuse_experts`: stack the experts of each bank (`experts_layout="fused"`), which is far quicker.
+def fuse_experts(model: ChorusPreTrainedModel) -> OperationReport:
+    """Undo `unfuse_experts`: stack the experts of each bank (`experts_layout="fused"`), which computes much faster.
 
     Raises:
         ValueError: adapters are active, a weight is quantised, or the experts are stacked already.
@@ -62,13 +63,19 @@ def _convert(
     ]
     for bank in banks:
         for name, parameter in bank.experts.named_parameters():
+            # Quantised and sharded parameters are subclasses of `Parameter` or hold integers; slices of them mean
+            # something else.
             if not parameter.is_floating_point() or type(parameter) is not nn.Parameter:
                 raise ValueError(f"{operation}: bank {bank.name!r}: {name} is quantised or sharded; load it plain")
+    # Every bank is checked before the first one is converted: a model of two layouts would not load.
     config.experts_layout = layout
     for bank in banks:
         old: Any = bank.experts
+        # Structure only. Its parameters are replaced one by one below, so old and new experts of one bank at most are
+        # in memory together.
         with torch.device("meta"):
             new = EXPERT_CLASSES[layout](config, bank.router.bank)
+        # Frozen experts stay frozen.
         is_trained = any(parameter.requires_grad for parameter in old.parameters())
         for name, tensor in tensors_of(old).items():
             owner, _, key = name.rpartition(".")
@@ -84,12 +91,14 @@ def _convert(
 
 def _linear_tensors(experts: Any) -> dict[str, Tensor]:
     """Name within linear experts -> a copy of its part of the stacked ones."""
+    # Without the copy every linear layer would keep the whole stack alive.
     return {name: part.clone() for name, part in split_experts(experts.gate_up_proj, experts.down_proj)}
 
 
 def split_experts(gate_up_EHD: Tensor, down_EDI: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Name and part of every linear layer, without a copy."""
     for expert, (gate_up_HD, down_DI) in enumerate(zip(gate_up_EHD.detach(), down_EDI.detach(), strict=True)):
+        # The first half of H is the gate, the second the up projection.
         for name, part in zip(LINEARS, (*gate_up_HD.chunk(2), down_DI), strict=True):
             yield f"{expert}.{name}.weight", part
 
@@ -99,8 +108,10 @@ def _stacked_tensors(experts: Any) -> dict[str, Tensor]:
     return {"gate_up_proj": torch.cat((gate, up), dim=1), "down_proj": down}
 
 
-def export_experts(model: Any, folder: str | os.PathLike[str], max_shard_bytes: int = 5_000_000_000) -> list[str]:
-    """Write a checkpoint with one tensor an expert, as other engines name them, shard by shard.
+def export_experts(
+    model: ChorusPreTrainedModel, folder: str | os.PathLike[str], max_shard_bytes: int = 5_000_000_000
+) -> list[str]:
+    """Write a checkpoint with one tensor per expert, as other engines name them, shard by shard.
 
     Names end in `mlp.banks.{bank}.experts.{e}.gate_proj.weight`, `up_proj` and `down_proj`, as those of Qwen3-MoE
     checkpoints do below `mlp`. `from_pretrained` reads the folder as a model with `experts_layout="linear"`, of
@@ -123,6 +134,7 @@ def export_experts(model: Any, folder: str | os.PathLike[str], max_shard_bytes: 
     files = write_checkpoint(path, tensors, max_shard_bytes)
     config = deepcopy(model.config)
     config.get_text_config().experts_layout = "linear"
+    # `save_pretrained` of a model sets this; loading checks the class by it.
     config.architectures = [type(model).__name__]
     config.save_pretrained(path)
     if getattr(model, "generation_config", None) is not None:
@@ -140,6 +152,7 @@ def _exported(model: Any) -> Iterator[tuple[str, Tensor]]:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = model.state_dict()
     for name, tensor in state.items():
+        # `down_proj` is written with its `gate_up_proj`, expert by expert; a tied weight is stored once.
         if name in tied or name.endswith(".experts.down_proj"):
             continue
         if not name.endswith(".experts.gate_up_proj"):

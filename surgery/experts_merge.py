@@ -7,18 +7,18 @@
 
 Not as there: M-SMoE clusters around the most used experts by router logits and HC-SMoE by outputs, both on data. Here
 the aligned weights themselves decide, so that no data are needed. M-SMoE keeps all rows of the router and sends several
-to one expert. Here a bank has one row an expert: the mean of the rows, by use.
+to one expert. Here a bank has one row per expert: the mean of the rows, by use.
 
 Shape suffixes: E experts in the bank, D hidden size, I expert width (neurons), F = 3D weights of a neuron.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from chorus_moe.modeling.configuration_banks import check_name
+from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.modeling.moe_banks import ExpertBank
 from chorus_moe.surgery.experts_prune import ExpertScores, get_tensor, read_scores
 from chorus_moe.surgery.experts_resize import (
@@ -37,13 +37,13 @@ OPERATION = "merge_experts"
 
 @torch.no_grad()
 def merge_experts(
-    model: Any,
+    model: ChorusPreTrainedModel,
     bank: str,
     num_experts: int | Mapping[int, int],
     usage: ExpertScores | None = None,
     similarity: str = "weights",
 ) -> OperationReport:
-    """Merge the experts of a bank that are most alike until so many are left; see `expert_merging`.
+    """Merge the experts of a bank that are most alike until `num_experts` are left; the module's docstring says how.
 
     Outputs change; a short training afterwards wins back most of what is lost.
 
@@ -78,8 +78,10 @@ def merge_experts(
     for layer, count in asked.items():
         module = layers[layer]
         neurons_EIF = expert_neurons(module)
+        # The first router tensor has one row for each expert in every kind of router.
         rows_E = get_tensor(module, router_tensors(module)[0]).double().cpu()
         clusters = []
+        # Groups stay equally large, since the configuration needs that, so each loses the same share of its experts.
         size = module.num_experts // module.router.bank.num_groups
         for first in range(0, module.num_experts, size):  # experts of different groups are never merged
             group = slice(first, first + size)
@@ -107,6 +109,7 @@ def best_permutation(neurons_IF: Tensor, target_IF: Tensor) -> Tensor:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError("merge_experts puts neurons in order with scipy: pip install scipy") from error
+    # Rows of the assignment are places of the target, columns the neurons that take them.
     _, index_I = linear_sum_assignment((target_IF @ neurons_IF.T).numpy(), maximize=True)
     return torch.from_numpy(index_I)
 
@@ -118,9 +121,11 @@ def cosines(rows_ED: Tensor) -> Tensor:
 
 def aligned_cosines(neurons_EIF: Tensor) -> Tensor:
     """`(E, E)`: cosine between the weights of two experts, the neurons of one in the best order for the other."""
+    # A permutation does not change the norm, so it is computed once. An expert of zeros gets cosine 0 and not NaN.
     norm_E = neurons_EIF.flatten(1).norm(dim=1).clamp_min(1e-300)
     like_EE = torch.eye(len(neurons_EIF), dtype=torch.float64)
     for a, target_IF in enumerate(neurons_EIF):
+        # The best alignment is symmetric: half of the pairs, at a Hungarian method each, is enough.
         for b in range(a):
             moved_IF = neurons_EIF[b][best_permutation(neurons_EIF[b], target_IF)]
             like_EE[a, b] = like_EE[b, a] = (moved_IF * target_IF).sum() / (norm_E[a] * norm_E[b])
@@ -144,14 +149,17 @@ def merged_tensors(
     shares = [_shares(use_E[members]) for members in clusters]
     merged = []
     for members, share_M in zip(clusters, shares, strict=True):
+        # The most used expert sets the order of the neurons: it is the one whose error costs most.
         target_IF = neurons_EIF[members[int(share_M.argmax())]]
         moved = [neurons_EIF[e][best_permutation(neurons_EIF[e], target_IF)] for e in members]
         merged.append(torch.einsum("m,mif->if", share_M, torch.stack(moved)))
+    # Back from neurons to matrices: undoes `expert_neurons`.
     gate_EID, up_EID, down_EID = torch.stack(merged).chunk(3, dim=2)
     tensors = {
         "experts.gate_up_proj": torch.cat((gate_EID, up_EID), dim=1),
         "experts.down_proj": down_EID.transpose(1, 2),
     }
+    # One row for each expert, so several old rows become their mean. M-SMoE keeps all rows instead.
     for path in router_tensors(bank):
         rows_E = get_tensor(bank, path).detach().double().cpu()
         means = [torch.tensordot(share_M, rows_E[m], dims=1) for m, share_M in zip(clusters, shares, strict=True)]
@@ -161,4 +169,5 @@ def merged_tensors(
 
 def _shares(use_M: Tensor) -> Tensor:
     """Shares of the use; equal where nothing was used."""
+    # Nothing used would be 0 / 0.
     return use_M / use_M.sum() if use_M.sum() > 0 else torch.full_like(use_M, 1 / len(use_M))

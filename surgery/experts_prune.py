@@ -67,6 +67,8 @@ def prune_experts(model: Any, keep: Mapping[str, Keep], scores: ExpertScores) ->
         counts = {i: _count(asked[i], score_E, bank_of[i], f"bank {name!r}, layer {i}") for i, score_E in found.items()}
         with_counts(decoder_of(model).config, name, counts)  # refuses before anything is changed
         kept[name] = {layer: best_of_groups(found[layer], counts[layer], bank_of[layer].num_groups) for layer in found}
+    # All banks are checked by now. Tensors are cut in a second loop, so that an error in the last bank leaves the first
+    # untouched.
     new: dict[str, NewTensors] = {}
     notes: list[str] = []
     for name, rows in kept.items():
@@ -90,8 +92,10 @@ def rows_of(bank: ExpertBank, index_N: Tensor) -> dict[str, Tensor]:
 def best_of_groups(score_E: Tensor, count: int, num_groups: int) -> Tensor:
     """Indices in rising order: as many of each group of neighbours, the best of it; of equals the lower index."""
     score_GM = score_E.view(num_groups, -1)
+    # Stable, so that ties go to the lower index, as everywhere in routing.
     order_GM = score_GM.argsort(dim=1, descending=True, stable=True)[:, : count // num_groups]
     first_G1 = torch.arange(num_groups, device=score_E.device)[:, None] * score_GM.shape[1]
+    # Rising order: experts that stay keep their order, so sums over experts keep theirs.
     return (order_GM + first_G1).flatten().sort().values
 
 
@@ -124,11 +128,15 @@ def read_scores(scores: ExpertScores, layer: int, name: str, bank: ExpertBank, o
 def _count(wanted: Any, score_E: Tensor, bank: LayerBankConfig, where: str) -> int:
     """How many experts stay."""
     if wanted == USED:
+        # Every group keeps as many as the group with the most used experts: groups must stay equally large.
         used_G = (score_E.view(bank.num_groups, -1) > 0).sum(dim=1)
+        # At least K, or a token could not fill its slots, and at least 2, or the router would have nothing to choose
+        # from; rounded up to whole groups.
         least = max(bank.num_experts_per_tok, 2)
         return max(int(used_G.max()) * bank.num_groups, -(-least // bank.num_groups) * bank.num_groups)
     if isinstance(wanted, float) and 0 < wanted <= 1:
         wanted = max(round(wanted * bank.num_experts / bank.num_groups), 1) * bank.num_groups
+    # `True` is an `int` for Python and would keep one expert.
     if isinstance(wanted, bool) or not isinstance(wanted, int):
         raise ValueError(
             f"prune_experts: {where}: keep={wanted!r} is neither a whole number, nor a fraction above 0 and up to 1, "

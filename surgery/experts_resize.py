@@ -27,6 +27,7 @@ def layers_of_bank(model: nn.Module, name: str, operation: str) -> dict[int, Exp
     check_name(operation, "bank", name, banks)
     layers = {i: decoder.layers[i].mlp.banks[name] for i in banks[name].layers_among(decoder.config.sparse_layers)}
     for layer, bank in layers.items():
+        # Exact type: subclasses and wrappers (quantised, linear) store their experts differently.
         if type(bank.experts) is not ChorusExperts:
             raise ValueError(
                 f"{operation}: bank {name!r} of layer {layer} holds {type(bank.experts).__name__}; stack its experts "
@@ -79,6 +80,7 @@ def replace_experts(
         name: {layer: len(tensors["experts.down_proj"]) for layer, tensors in layers.items()}
         for name, layers in new.items()
     }
+    # Raises before the loop below changes the first tensor.
     changed = {name: with_counts(config, name, of_layer) for name, of_layer in counts.items()}
     experts: dict[str, dict[int, tuple[int, int]]] = {name: {} for name in new}
     for name, layers in new.items():
@@ -89,6 +91,8 @@ def replace_experts(
             for path, rows in tensors.items():
                 _set_tensor(bank, path, rows)
             resolved = changed[name].of_layer(layer, config.sparse_layers)
+            # Bank, experts, router and gate each hold the size or the resolved settings. All change together, or
+            # routing would index rows that are gone.
             bank.num_experts = bank.experts.num_experts = counts[name][layer]
             bank.router.bank = resolved
             mixture.bank_gate.banks = [resolved if b.name == name else b for b in mixture.bank_gate.banks]
@@ -109,5 +113,6 @@ def _set_tensor(bank: nn.Module, path: str, rows: Tensor) -> None:
     owner, _, name = path.rpartition(".")
     module = bank.get_submodule(owner)
     old = getattr(module, name)
+    # A new parameter, because its shape changes: an optimizer has to be built anew.
     value = rows.to(device=old.device, dtype=old.dtype).contiguous()
     setattr(module, name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)

@@ -61,6 +61,7 @@ def add_modality(
     values |= changes | {"text_config": {**values["text_config"], "vocab_size": vocab_size, "modalities": new}}
     checked("add_modality", lambda: type(config)(**values))
 
+    # A norm is never quantised, so its dtype is the one the model computes in.
     like = decoder.norm.weight
     classes = ENCODER_CLASSES[tower_config.model_type]
     built = tower if isinstance(tower, nn.Module) else classes[0]._from_config(tower_config)
@@ -144,6 +145,8 @@ def _open_bank(decoder: Any, bank: ExpertBankConfig, modality: str) -> None:
 
 def _attach(inner: nn.Module, name: str, module: nn.Module) -> None:
     setattr(inner, name, module)
+    # `setattr` appends. The order of a model built with the modality decides the numbers by which an optimizer state
+    # knows parameters.
     modules = {found: inner._modules.pop(found) for found in ORDER if found in inner._modules}
     inner._modules.update(modules)
 
@@ -152,7 +155,10 @@ def _attach(inner: nn.Module, name: str, module: nn.Module) -> None:
 def _grow_vocabulary(model: Any, vocab_size: int) -> None:
     """New rows of the embedding and of the head are the mean of the old ones: the placeholder is no likely word."""
     old = model.get_input_embeddings().num_embeddings
+    # The resized tables may be new parameters, which are trained: a table that was frozen stays frozen.
     trained = [table.weight.requires_grad for table in _tables(model)]
+    # transformers' own mean resizing draws from a normal distribution around the mean. Here the rows are the mean
+    # itself, drawn from nothing.
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
     for table, is_trained in zip(_tables(model), trained, strict=True):
         table.weight[old:] = table.weight[:old].mean(dim=0)
@@ -179,7 +185,7 @@ def _start_like_text(decoder: Any, modality: str) -> None:
 
 
 def _adapt_head(model: Any, modality: str, token_id: int) -> None:
-    """Nobody generates the placeholder; the contrastive head embeds the modality."""
+    """Generation never produces the placeholder; the contrastive head gets a projection for the modality."""
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         suppressed = model.generation_config.suppress_tokens or []
         model.generation_config.suppress_tokens = sorted({*suppressed, token_id})
@@ -188,5 +194,6 @@ def _adapt_head(model: Any, modality: str, token_id: int) -> None:
         like = projections["text"]
         new = nn.Linear(like.in_features, like.out_features, bias=False).to(like.weight.device, like.weight.dtype)
         model._init_weights(new)
+        # In the order of the configuration, as in a model built with the modality.
         found = {**projections, modality: new}
         model.projections = nn.ModuleDict({name: found[name] for name in model.config.modalities})

@@ -66,6 +66,7 @@ def _count(model: nn.Module) -> ParameterReport:
     for name, parameter in model.named_parameters():
         size = parameter.numel()
         total += size
+        # Names, not modules: the same code counts every head and a model on the meta device.
         bank_name = name.split(".mlp.banks.")[1].split(".")[0] if ".mlp.banks." in name else None
         if bank_name is None:
             part = _part_of(name)
@@ -74,6 +75,7 @@ def _count(model: nn.Module) -> ParameterReport:
                 active[modality] += size * _works_on(name, modality, config)
             continue
         bank = banks[int(name.split(".mlp.banks.")[0].rpartition(".")[2])][bank_name]
+        # A token visits K of E experts. Router and gate see every token of the bank.
         share = bank.num_experts_per_tok / bank.num_experts if ".experts." in name else 1.0
         by_bank[bank_name]["total"] += size
         by_bank[bank_name]["active"] += size * share
@@ -113,6 +115,8 @@ def _works_on(name: str, modality: str, config: Any) -> float:
         if row.tower in name or row.connector in name:
             return float(modality == row.name)
     if "embed_tokens" in name:
+        # As the head, a tied table is multiplied by every token; as the embedding it is only looked up.
         return float(config.tie_word_embeddings)
+    # Cross-modal layers have projections by modality, `q_proj.image.`; all other parameters serve everyone.
     owners = [m for m in MODALITY_IDS if f"_proj.{m}." in name]
     return float(not owners or modality in owners)

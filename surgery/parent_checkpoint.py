@@ -1,4 +1,4 @@
-"""A checkpoint that somebody else trained, read tensor by tensor.
+"""A checkpoint that other people trained, read tensor by tensor.
 
 Unusual here:
 - only safetensors files are opened, and no code of the checkpoint is ever run;
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import cached_files, resolve_revision
@@ -65,10 +65,12 @@ class ParentCheckpoint:
         subfolder: str = "",
     ):
         self.source = os.fspath(source)
+        # A misspelt path would otherwise be asked for on the Hub and reported as a repository that does not exist.
         if self.source.startswith((os.sep, ".", "~")) and not os.path.isdir(self.source):
             raise FileNotFoundError(f"{self.source}: no such folder (a repository of the Hub is named OWNER/NAME)")
         access: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         pinned = resolve_revision(self.source, revision, **access)
+        # Resolved once: a branch that moves between two downloads would mix files of two commits.
         commit = getattr(pinned, "resolved", pinned)
         self.loading: dict[str, Any] = {**access, "revision": commit, "subfolder": subfolder}
         self.config = self._read_config()
@@ -83,7 +85,7 @@ class ParentCheckpoint:
         return self.loading["revision"]
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights, read once; raises as transformers does where there is none."""
         return AutoTokenizer.from_pretrained(self.source, **self.loading)
 
@@ -112,8 +114,11 @@ class ParentCheckpoint:
         """
         stored, dtype = self._stored(name), self.dtype(name)
         size = math.prod(stored.shape) * dtype.itemsize
+        # An empty range cannot be mapped.
         if size == 0:
             return torch.empty(stored.shape, dtype=dtype)
+        # Copy on write: whoever changes the tensor does not change the file. `safe_open` would keep the whole file
+        # mapped while any tensor lives.
         mapped = np.memmap(stored.path, dtype=np.uint8, mode="c", offset=stored.start, shape=(size,))
         return torch.from_numpy(mapped).view(dtype).view(stored.shape)
 
@@ -131,10 +136,12 @@ class ParentCheckpoint:
         if not values:
             raise OSError(f"{self}: no config.json")
         model_type = values.get("model_type")
+        # Checked by hand: `AutoConfig.from_pretrained` would offer to run the code of the repository.
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"{self}: model_type={model_type!r} is not one that transformers knows without extra code")
         if values.get("quantization_config") is not None:
             raise ValueError(f"{self}: the checkpoint is quantised; compose from the original, unquantised weights")
+        # `auto_map` points to remote code, which is never run.
         kept = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
         return AutoConfig.for_model(model_type, **kept)
 
@@ -148,6 +155,7 @@ class ParentCheckpoint:
         listed = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(listed.values()))
         for name in shards:
+            # The index is other people's: a name such as `../x` would leave the folder, and `.bin` files are pickles.
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{self}: the index names the file {name!r}, and {CURE}")
         tensors = _tensors_within(cached_files(self.source, shards, **self.loading) or [])
@@ -164,11 +172,13 @@ def _tensors_within(paths: Iterable[str]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
         try:
+            # Opened only so that the library checks the header; the offsets below are then safe to use.
             with safe_open(path, framework="pt"):
                 pass
         except SafetensorError as cause:
             raise ValueError(f"{path}: not a safetensors file ({cause}); {CURE}") from cause
         with open(path, "rb") as file:
+            # The format: 8 bytes with the header's length, the header as JSON, then the data that offsets count from.
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)

@@ -16,6 +16,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
     "ministral": {},
+    # Qwen2 has biases on query, key and value and none on the output.
     "qwen2": {"attention_bias": True, "attention_output_bias": False},
     "qwen3": {"use_qk_norm": True},
     "smollm3": {},
@@ -24,6 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"use_qk_norm": True},
     "olmoe": ALL_HEADS,
 }
+# Why a known family is refused: said in the error, so that users need not find out.
 DIFFERENCES = {
     "gpt2": "learned positions, LayerNorm and a plain feed-forward",
     "gpt_neox": "LayerNorm and attention beside the feed-forward",
@@ -74,6 +76,7 @@ class ParentText:
     @property
     def num_experts(self) -> int:
         """Experts in a sparse layer of the parent; 0 for a dense model."""
+        # Mixtral's configuration has its own name for it.
         if self.config.model_type == "mixtral":
             return self.config.num_local_experts
         return getattr(self.config, "num_experts", None) or 0
@@ -91,6 +94,7 @@ class ParentText:
             return []
         step = getattr(self.config, "decoder_sparse_step", 1)
         dense = getattr(self.config, "mlp_only_layers", None) or []
+        # The rule of Qwen3-MoE's own code; Mixtral and OLMoE have neither field, so all their layers are sparse.
         return [i for i in range(self.config.num_hidden_layers) if i not in dense and (i + 1) % step == 0]
 
     @property
@@ -101,13 +105,17 @@ class ParentText:
     def settings(self) -> dict[str, Any]:
         """Fields of [`ChorusTextConfig`] that the parent decides; not the vocabulary, and nothing about banks."""
         values = {name: value for name in SAME if (value := getattr(self.config, name, None)) is not None}
+        # One setting for all four projections in most parents; `FAMILIES` corrects those that differ.
         values["attention_output_bias"] = values.get("attention_bias", False)
         values |= FAMILIES[self.config.model_type]
+        # Some checkpoints write -1 for "none".
         if self.config.pad_token_id is not None and self.config.pad_token_id >= 0:
             values["pad_token_id"] = self.config.pad_token_id
+        # Old configurations (Mistral) have a window and no list: there every layer slides.
         if "layer_types" not in values and "sliding_window" in values:
             values["layer_types"] = ["sliding_attention"] * self.config.num_hidden_layers
         if self.num_experts:
+            # A mixture parent was balanced with this weight, so its experts go on with it.
             values["router_aux_loss_coef"] = self.config.router_aux_loss_coef
         return values
 
@@ -127,6 +135,7 @@ class ParentText:
     def expert_weights(self, layer: int, expert: int) -> tuple[str, str, str]:
         """Names of the gate, up and down projections of one expert of a mixture model."""
         is_mixtral = self.config.model_type == "mixtral"
+        # Mixtral's names: w1 is the gate, w3 the up and w2 the down projection.
         names = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
         gate, up, down = (f"{self._mixture(layer)}.experts.{expert}.{name}.weight" for name in names)
         return gate, up, down
@@ -150,7 +159,9 @@ class ParentText:
         for name, shape in used.items():
             if self.checkpoint.shape(name) != shape:
                 raise ValueError(f"{self}: tensor {name!r} is {self.checkpoint.shape(name)}, expected {shape}")
+            # Called for its error: a dtype such as int8 means a quantised file.
             self.checkpoint.dtype(name)
+        # Some checkpoints store the tied head as well; the embedding is the one that counts.
         ignored = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         left = [n for n in self.checkpoint.names if n not in used and n not in ignored and not NOT_WEIGHTS.search(n)]
         if left:

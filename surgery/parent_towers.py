@@ -1,4 +1,4 @@
-"""Vision and audio encoders that somebody else trained, as towers of a new model.
+"""Vision and audio encoders that other people trained, as towers of a new model.
 
 Unusual here:
 - every checkpoint is loaded by the library that wrote it (transformers, timm), which knows its older names of tensors;
@@ -48,7 +48,9 @@ class TowerParent:
     prefix: str
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name below `vision_tower.` or `audio_tower.` and tensor, in the checkpoint's dtype. Read now, held by nobody.
+        """Name below `vision_tower.` or `audio_tower.` and tensor, in the checkpoint's dtype.
+
+        The encoder is read at this call, and no reference to it is kept.
 
         Raises:
             ValueError: tensors that are missing or of another shape.
@@ -75,10 +77,13 @@ def vision_parent(source: Source, *, pool_size: int = 1, revision: str | None = 
     text = os.fspath(source)
     for prefix in TIMM_PREFIXES:
         text = text.removeprefix(prefix)
+    # A folder of that name wins over a model of timm.
     if not os.path.isdir(text) and is_timm_name(text):
         return _timm_by_name(text, pool_size, loading)
     values, _ = PreTrainedConfig.get_config_dict(text, **loading)
+    # Only timm's configurations have this key.
     if "architecture" in values:
+        # From here on the commit and not the branch, so that the weights belong to the configuration just read.
         loading["revision"] = values.get("_commit_hash") or revision
         return _timm_parent(text, values, pool_size, loading)
     checkpoint = ParentCheckpoint(text, **loading)
@@ -149,12 +154,14 @@ def _timm_parent(source: str, values: dict[str, Any], pool_size: int, loading: d
     channels, height, width = pretrained.get("input_size") or (3, 224, 224)
     if height != width:
         raise ValueError(f"{source}: made for images of {height} x {width} pixels, only squares are supported")
+    # Found now, before any model is built, so that a missing file is an early error.
     path = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **loading)
     if path is None:
         raise ValueError(f"{source}: found no {SAFE_WEIGHTS_NAME}, and {CURE}")
     given = values.get("model_args") or {}
     config = ChorusVisionConfig(
         architecture=values["architecture"],
+        # What the tower sets itself (image size, channels, no classes) must not be given twice.
         model_args={key: value for key, value in given.items() if key not in RESERVED_MODEL_ARGS} or None,
         image_size=height,
         num_channels=channels,
@@ -162,9 +169,11 @@ def _timm_parent(source: str, values: dict[str, Any], pool_size: int, loading: d
     )
 
     def load() -> nn.Module:
+        # Checkpoints that transformers' timm wrapper saved carry its prefix.
         weights = {name.removeprefix("timm_model."): tensor for name, tensor in load_file(path).items()}
         classes = values.get("num_classes", pretrained.get("num_classes", 0))
         model = load_timm_encoder(config.architecture, config.model_args, height, channels, weights, classes)
+        # timm builds in float32; the parent's dtype is that of its stored weights.
         return model.to(next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point()))
 
     revision = extract_commit_hash(path, loading["revision"])
@@ -172,13 +181,16 @@ def _timm_parent(source: str, values: dict[str, Any], pool_size: int, loading: d
 
 
 def _huggingface_vision(checkpoint: ParentCheckpoint, pool_size: int) -> TowerParent:
+    # SigLIP and CLIP hold a text model as well; only their vision part is taken.
     backbone = getattr(checkpoint.config, "vision_config", checkpoint.config)
     kind = AutoModel._model_mapping.get(type(backbone), None)
+    # NaFlex (siglip2) takes patches of any aspect ratio, which our images of one size are not.
     if getattr(kind, "main_input_name", None) != "pixel_values" or backbone.model_type.startswith("siglip2"):
         raise ValueError(
             f"{checkpoint}: a {backbone.model_type!r} is no encoder of images of one size; choose a vision model of "
             "transformers (such as SigLIP, CLIP, DINOv2; not NaFlex), or a timm model"
         )
+    # `dtype="auto"` in `_load` would take this value instead of the dtype of the stored weights.
     backbone.dtype = None
     config = ChorusVisionConfig(
         backbone_config=backbone,
@@ -198,6 +210,8 @@ def _image_size(checkpoint: ParentCheckpoint, backbone: Any) -> int:
         ValueError: no size to be found, or no square.
     """
     size = backbone.image_size
+    # Such an encoder interpolates its positions: its own `image_size` says what it was pretrained on, not what it is
+    # used with.
     if backbone.model_type in ANY_SIZE_TYPES:
         try:
             processor: Any = AutoImageProcessor.from_pretrained(checkpoint.source, **checkpoint.loading)
@@ -225,6 +239,7 @@ def _whisper_parent(checkpoint: ParentCheckpoint, pool_size: int) -> TowerParent
         num_mel_bins=extractor.feature_size,
         n_fft=extractor.n_fft,
         hop_length=extractor.hop_length,
+        # Whisper's second convolution halves the frames, so its positions hold twice as many: 1500 are 30 seconds.
         max_seconds=2 * backbone.max_source_positions * extractor.hop_length / extractor.sampling_rate,
         hidden_size=backbone.d_model,
         num_hidden_layers=backbone.encoder_layers,
@@ -234,6 +249,7 @@ def _whisper_parent(checkpoint: ParentCheckpoint, pool_size: int) -> TowerParent
         pool_size=pool_size,
         backbone_config=backbone,
     )
+    # With or without a head in front.
     mapping = {r"^(model\.)?encoder\.": ""}
     return TowerParent(
         checkpoint.source,
@@ -248,6 +264,7 @@ def _waveform_parent(checkpoint: ParentCheckpoint, pool_size: int, max_seconds: 
     backbone: Any = prepare_backbone_config(checkpoint.config)
     backbone.dtype = None
     extractor = _feature_extractor(checkpoint)
+    # A wrong guess would not fail: unnormalised samples only make the encoder worse, in silence.
     if extractor is None:
         raise ValueError(
             f"{checkpoint}: found no preprocessor_config.json, which says the sampling rate and whether samples are "
@@ -258,6 +275,7 @@ def _waveform_parent(checkpoint: ParentCheckpoint, pool_size: int, max_seconds: 
         do_normalize=extractor.do_normalize,
         sampling_rate=extractor.sampling_rate,
         num_mel_bins=1,
+        # Samples are frames of size one: masks, windows, collator and `generate` then work as for spectrograms.
         hop_length=1,
         max_seconds=max_seconds,
         hidden_size=backbone.hidden_size,
@@ -294,6 +312,7 @@ def _chorus_parent(checkpoint: ParentCheckpoint, modality: str, kind: Any) -> To
             raise ValueError(f"{checkpoint}: this Chorus model has no {modality} tower")
     if config.model_type != kind.config_class.model_type:
         raise ValueError(f"{checkpoint}: a {config.model_type!r} is no {modality} tower")
+    # A tower saved alone has no prefix, one inside a model has one or two.
     mapping = {rf"^(model\.)?{modality}_tower\.": ""}
     return TowerParent(
         checkpoint.source, checkpoint.revision, config, lambda: _load(kind, checkpoint, config, mapping), ""
@@ -306,6 +325,7 @@ def _load(kind: Any, checkpoint: ParentCheckpoint, config: Any, key_mapping: dic
     Raises:
         ValueError: tensors that are missing or of another shape.
     """
+    # A warning about every unused tensor of the head would hide the errors below, which are raised instead.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -316,6 +336,7 @@ def _load(kind: Any, checkpoint: ParentCheckpoint, config: Any, key_mapping: dic
             dtype="auto",
             use_safetensors=True,
             output_loading_info=True,
+            # So that a wrong shape is reported with the missing ones, in one error.
             ignore_mismatched_sizes=True,
             **checkpoint.loading,
         )

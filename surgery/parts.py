@@ -40,6 +40,7 @@ def decoder_of(model: nn.Module) -> Any:
 
 def below_head(name: str) -> str:
     """A module's or parameter's name below the head, `language_model.layers...`, whichever head it is."""
+    # A bare ChorusModel has no such prefix, and its names are those below the head already.
     return name.removeprefix("model.")
 
 
@@ -76,6 +77,7 @@ def part_patterns(text: Any) -> dict[str, str]:
     for bank in text.banks:
         path = rf"mlp\.banks\.{bank.name}\."
         layers = bank.layers_among(text.sparse_layers)
+        # `add_bank` refuses a bank with the name of a part, so no pattern here replaces another.
         patterns |= {f"{part}:{bank.name}": in_layers(layers, rf"{path}{part}\..+") for part in ("router", "experts")}
         patterns[bank.name] = in_layers(layers, path + ".+")
     return patterns
@@ -84,6 +86,7 @@ def part_patterns(text: Any) -> dict[str, str]:
 def parts_of(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """Part -> its parameters by name; parts without any are left out."""
     text = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    # A bare decoder has no `language_model.` in its names; with it, one set of patterns fits all models.
     prefix = "" if hasattr(model.config, "text_config") else "language_model."
     names = {prefix + below_head(name): parameter for name, parameter in model.named_parameters()}
     parts = {
@@ -94,15 +97,17 @@ def parts_of(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def set_trained(model: nn.Module, names: Sequence[str], is_trained: bool) -> OperationReport:
-    """Train or freeze whole parts; see `freeze` and `unfreeze` of a model for the names and errors."""
+    """Train or freeze whole parts; names and errors as in `freeze`."""
     operation = "unfreeze" if is_trained else "freeze"
     refuse_adapters(model, operation)
     parts = parts_of(model)
+    # All names are checked before the first parameter changes.
     for name in names:
         check_name(operation, "part", name, parts)
     before = _num_trained(parts["all"])
     for name in names:
         for parameter in parts[name].values():
+            # Quantised weights are integers, and torch refuses a gradient for them.
             if parameter.is_floating_point():
                 parameter.requires_grad_(is_trained)
     for module in model.modules():

@@ -58,6 +58,7 @@ def checked(operation: str, build: Callable[[], Any]) -> Any:
     """What a configuration refuses is a ValueError of the operation, as everything else that does not fit."""
     try:
         return build()
+    # The strict dataclass wraps the error of a check; its cause says what is wrong, without the wrapper.
     except StrictDataclassError as error:
         raise ValueError(f"{operation}: {error.__cause__ or error}") from error
 
@@ -71,6 +72,8 @@ def refuse_adapters(model: nn.Module, operation: str) -> None:
     adapted = [
         name
         for name, module in model.named_modules()
+        # By attribute, so that PEFT need not be installed: LoRA layers, LoRA on embeddings and any other wrapper of
+        # PEFT.
         if any(hasattr(module, mark) for mark in ("lora_A", "lora_embedding_A", "base_layer"))
     ]
     if adapted:
