@@ -88,7 +88,7 @@ def _backend(options: dict[str, Any]) -> Callable[..., Any]:
 
     def run(graph: Any, inputs: Any) -> Any:
         few_rows = patch.dict(select_decomp_table(), {aten.mm.default: _mm, aten.addmm.default: _addmm})
-        with few_rows, torch.compiler.config.patch(cache_key_tag=GATHERED):
+        with few_rows, torch.compiler.config.patch(cache_key_tag=GATHERED):  # type: ignore[attr-defined]
             return compile_fx(graph, inputs, config_patches=options)
 
     return run
