@@ -8,7 +8,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test check format bench docs clean
 
 help:
 	@echo "make demo    train, fine-tune, save, reload and question a small trimodal model (report in out/demo)"
@@ -16,6 +16,7 @@ help:
 	@echo "make check   lint, format, types and layout tests, in seconds"
 	@echo "make format  rewrite the files as make check wants them"
 	@echo "make bench   benchmarks (tables; figures as JSON in out/bench)"
+	@echo "make docs    build the documentation site into site/, warnings are errors"
 	@echo "make setup   create .venv and install the pinned versions; the targets above call it"
 	@echo "make clean   remove caches, builds and out/ (keeps .venv)"
 
@@ -49,6 +50,9 @@ bench: setup
 		$(BIN)/python -m benchmarks.$$program --json out/bench/$$program.json; \
 	done
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf out build dist chorus_moe.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf out site build dist chorus_moe.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -31,6 +31,8 @@ EXCLUDED = {
 # Pages followed by tests of their own.
 OTHER_TESTS = {"docs/guides/add_a_router.md", "docs/guides/add_a_head.md", "docs/guides/add_a_modality.md"}
 HISTORY = {"docs/log.md"}
+# Pages that start in an empty folder, as the README does.
+FROM_NOTHING = {"docs/quickstart.md"}
 FENCE = re.compile(r"^```(\w+)?([^\n]*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -124,7 +126,10 @@ def test_the_readme_runs_as_pasted(after_readme: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", pages())
 def test_a_page_runs_as_pasted(name: str, after_readme: Path, parents: dict[str, str], tmp_path: Path) -> None:
-    shutil.copytree(after_readme, tmp_path / "work")
+    if name in FROM_NOTHING:
+        (tmp_path / "work").mkdir()
+    else:
+        shutil.copytree(after_readme, tmp_path / "work")
     run_page(name, tmp_path / "work", parents)
 
 
