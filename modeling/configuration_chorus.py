@@ -65,6 +65,8 @@ class ChorusConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)
         super().__post_init__(**kwargs)
+        # An Auto class of several models looks for its own among these names, and fails on None.
+        self.architectures: list[str] = getattr(self, "architectures", None) or []
 
     @property
     def modalities(self) -> list[str]:

@@ -56,7 +56,7 @@ def export_for_hub(model: Any, processor: Any, folder: str | os.PathLike[str]) -
 
 
 def auto_map_classes(kind: type) -> dict[str, type]:
-    """Auto class -> the class that it loads from an export of `kind`: that class itself wherever it is one of several."""
+    """Auto class -> the class that it loads from an export of `kind`: that one itself wherever it can."""
     return {auto: kind if kind in kinds else kinds[0] for auto, kinds in classes_of_auto_classes().items()}
 
 
@@ -68,7 +68,9 @@ def class_reference(kind: type) -> str:
 def copy_code(folder: Path, processor: Any = None) -> list[Path]:
     """Copy the files of all classes, and every sibling they import, into a flat folder."""
     parts = [] if processor is None else [type(processor), *(type(getattr(processor, p)) for p in PROCESSOR_PARTS)]
-    entries = {str(sys.modules[kind.__module__].__file__) for kind in [ChorusConfig, *(head.kind for head in HEADS), *parts]}
+    entries = {
+        str(sys.modules[kind.__module__].__file__) for kind in [ChorusConfig, *(head.kind for head in HEADS), *parts]
+    }
     needed = entries | {str(path) for entry in entries for path in get_relative_import_files(entry)}
     return [Path(shutil.copyfile(path, folder / Path(path).name)) for path in sorted(needed)]
 
