@@ -75,6 +75,8 @@ class ChorusConfig(PreTrainedConfig):
         if isinstance(text, dict) and text.get("modalities") is None and self.transformers_version is None:
             self.text_config = {**text, "modalities": self.modalities}
         super().__post_init__(**kwargs)
+        # An Auto class of several models looks for its own among these names, and fails on None.
+        self.architectures: list[str] = getattr(self, "architectures", None) or []
 
     @property
     def modalities(self) -> list[str]:

@@ -56,7 +56,7 @@ def export_for_hub(model: Any, processor: Any, folder: str | os.PathLike[str]) -
 
 
 def auto_map_classes(kind: type) -> dict[str, type]:
-    """Auto class -> the class that it loads from an export of `kind`: that class itself, where it is one of several."""
+    """Auto class -> the class that it loads from an export of `kind`: that one itself wherever it can."""
     return {auto: kind if kind in kinds else kinds[0] for auto, kinds in classes_of_auto_classes().items()}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -24,6 +25,7 @@ from chorus_moe import (
     ChorusModel,
 )
 from chorus_moe.modeling.modeling_base import ALIGNMENT
+from chorus_moe.modeling.modeling_head_table import HEADS, Head
 from tests.conftest import tiny_batch, tiny_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -182,6 +184,18 @@ def test_auto_classes_find_the_model(tmp_path: Path, auto: type, kind: type) -> 
     assert type(loaded) is kind
     inner = loaded if kind is ChorusModel else loaded.model
     assert_same_state(model.model, inner)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.kind.__name__)
+def test_the_auto_classes_of_the_table_load_what_was_saved(tmp_path: Path, head: Head) -> None:
+    model = head.kind(tiny_config())
+    model.save_pretrained(tmp_path)
+    for auto in head.auto_classes:
+        assert_same_state(model, getattr(transformers, auto).from_pretrained(tmp_path))
+
+
+def test_a_configuration_without_an_architecture_is_of_the_model_without_a_head() -> None:
+    assert type(AutoModel.from_config(tiny_config())) is ChorusModel
 
 
 @pytest.mark.parametrize("head", [ChorusForSequenceClassification, ChorusForContrastive])

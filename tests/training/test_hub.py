@@ -14,11 +14,14 @@ from safetensors.torch import save_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
+from chorus_moe.modeling.modeling_head_table import HEADS, classes_of_auto_classes
 from chorus_moe.training.collator import ChorusDataCollator
-from chorus_moe.training.hub import MODEL_CLASSES, export_for_hub, push_to_hub
+from chorus_moe.training.hub import export_for_hub, push_to_hub
 from chorus_moe.training.lora import lora_config
+from tests.conftest import tiny_config
 from tests.fake_hub import FakeHub
 from tests.training.conftest import make_rows
+from tests.training.export_checks import load_without_the_package
 
 # Loads everything in a process in which nobody can import the package, and compares with stored logits.
 PROGRAM = """
@@ -85,12 +88,21 @@ def test_export_and_repository_load_where_the_package_does_not_exist(
     assert done.stdout.strip() == "loaded"
 
 
+@pytest.mark.slow
+def test_every_head_of_the_table_loads_from_its_export_where_the_package_does_not_exist(tmp_path: Path) -> None:
+    for head in HEADS:
+        torch.manual_seed(0)
+        model = head.kind(tiny_config()).eval()
+        export_for_hub(model, None, tmp_path / head.kind.__name__)
+        load_without_the_package(model, head.auto_classes, tmp_path / head.kind.__name__)
+
+
 def test_an_export_names_every_auto_class_and_leaves_no_trace(
     model: ChorusForConditionalGeneration, processor: ChorusProcessor, tmp_path: Path
 ) -> None:
     export_for_hub(model, processor, tmp_path / "export")
     config = json.loads((tmp_path / "export" / "config.json").read_text())
-    assert config["auto_map"].keys() == {"AutoConfig", *MODEL_CLASSES}
+    assert config["auto_map"].keys() == {"AutoConfig", *classes_of_auto_classes()}
     for reference in config["auto_map"].values():
         assert (tmp_path / "export" / f"{reference.split('.')[0]}.py").is_file()
     saved = json.loads((tmp_path / "export" / "processor_config.json").read_text())
