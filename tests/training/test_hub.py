@@ -54,7 +54,8 @@ for source in sources:
     for auto in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
         model = getattr(transformers, auto).from_pretrained(source, **trust).eval()
         with torch.no_grad():
-            assert torch.equal(model(**inputs).logits, expected["logits"]), auto
+            # Without the package transformers' own experts run, which sum in another order: differences are below 1e-6.
+            torch.testing.assert_close(model(**inputs).logits, expected["logits"], rtol=0, atol=1e-5)
     turn = {"role": "user", "content": [image, {"type": "text", "text": "?"}]}
     batch = processor.apply_chat_template([turn], tokenize=True, return_dict=True, return_tensors="pt")
     model.generate(**batch, max_new_tokens=2, do_sample=False)
