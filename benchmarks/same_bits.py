@@ -3,14 +3,17 @@
     python -m benchmarks.same_bits write out/before.json
     python -m benchmarks.same_bits compare out/before.json
 
-For a fixed seed, on the CPU, one thread, `eager` experts and attention: losses and their terms, logits, norms of
-gradients, greedy text and the experts chosen, for a batch of all three modalities and for text alone. Every weight is
+For a fixed seed, on the CPU, one thread, `eager` experts and attention: losses and their terms, logits, gradients and
+their norms, greedy text and the experts chosen, for a batch of all three modalities and for text alone. Every weight is
 drawn from a seed of its own name, so neither the order of construction nor a parameter that is gone changes the others.
+
+A case that raises or is gone is a difference. A parameter that only one side has is named, and no difference.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import sys
 import zlib
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from chorus_moe import (
     ChorusConfig,
@@ -78,7 +81,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"balance {name}": banks(balance=name) for name in ("switch", "cv2", "variance", "bias", "none")},
     "capacity reroute": banks(expert_capacity=1.0, capacity_overflow="reroute"),
     "capacity drop": banks(expert_capacity=1.0, capacity_overflow="drop"),
-    "adaptive": banks(adaptive_experts=True),
+    "adaptive": banks(adaptive_experts=True, num_experts_per_tok=3),
     "router noise": banks(router_jitter_noise=0.1),
     "own gate": {"expert_banks": {"common": {}, "new": {"gate": "own"}}},
     "preset uniform": {"expert_banks": "uniform"},
@@ -87,6 +90,7 @@ CASES: dict[str, dict[str, Any]] = {
     "post norm": {"norm_placement": "post"},
     "windows and global tokens": SLIDING | {"num_global_tokens": 3},
     "skip gates": {"skip_budget": 0.3},
+    "bidirectional": SLIDING | {"num_global_tokens": 3, "is_causal": False},
     "exits": {"exit_layers": [1], "exit_loss_coef": 1.0},
     "linear experts": {"experts_layout": "linear"},
 }
@@ -95,6 +99,14 @@ HEADS: dict[str, type] = {
     "classification": ChorusForSequenceClassification,
     "contrastive": ChorusForContrastive,
 }
+# Cases for other heads than the generative one.
+HEADS_OF = {
+    "softmax": [*HEADS],
+    "bidirectional": ["classification", "contrastive"],
+    "exits": ["generation", "classification"],
+}
+EXIT_THRESHOLD = 0.55  # some samples leave and some stay
+Record = dict[str, Any]
 
 
 def build(head: str, text: dict[str, Any]) -> Any:
@@ -106,16 +118,20 @@ def build(head: str, text: dict[str, Any]) -> Any:
         audio_token_id=AUDIO_TOKEN,
     )
     model = HEADS[head]._from_config(config, attn_implementation="eager", experts_implementation="eager")
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(value, nn.Parameter) or "correction_bias" in name:
-            noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-            value.data.copy_(noise * 0.08 + (1.0 if "norm" in name and value.ndim == 1 and "bias" not in name else 0.0))
+    drawn = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "correction_bias" in n)]
+    is_adaptive = any(bank.adaptive_experts for bank in config.text_config.banks)
+    for name, value in drawn:
+        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        is_scale = value.ndim == 1 and name.endswith("weight")
+        spread = 0.5 if is_adaptive and "router" in name else 0.05  # only a router that is sure leaves experts out
+        value.data.copy_(noise * spread + (1.0 if is_scale else 0.0))
     if head == "generation":
         model.generation_config.eos_token_id = None
     return model
 
 
 def batch_of(model: Any, has_media: bool, head: str) -> dict[str, Tensor]:
+    """Three samples, each with an image and a clip if `has_media`; the last is padded on the left."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 128, (3, LENGTH), generator=generator)
     mask = torch.ones_like(ids)
@@ -123,99 +139,145 @@ def batch_of(model: Any, has_media: bool, head: str) -> dict[str, Tensor]:
     batch = {"input_ids": ids, "attention_mask": mask}
     if has_media:
         frames = [11, 20, 17]
-        for row in range(3):
-            ids[row, 6 : 6 + model.config.vision_config.num_image_tokens] = IMAGE_TOKEN
-            ids[row, 14 : 14 + model.config.audio_config.num_audio_tokens(frames[row])] = AUDIO_TOKEN
         heard = torch.arange(max(frames))[None, :] < torch.tensor(frames)[:, None]
         batch |= {
             "pixel_values": torch.randn(3, 3, 32, 32, generator=generator),
             "input_features": torch.randn(3, max(frames), 16, generator=generator) * heard[..., None],
             "input_features_mask": heard.long(),
         }
-    batch["mm_token_type_ids"] = (ids == IMAGE_TOKEN).long() + 3 * (ids == AUDIO_TOKEN).long()
+        if head == "contrastive":
+            return batch  # this head reads each modality by itself, and texts without placeholders
+        for row in range(3):
+            ids[row, 6 : 6 + model.config.vision_config.num_image_tokens] = IMAGE_TOKEN
+            ids[row, 14 : 14 + model.config.audio_config.num_audio_tokens(frames[row])] = AUDIO_TOKEN
+    if head != "contrastive":
+        batch["mm_token_type_ids"] = (ids == IMAGE_TOKEN).long() + 3 * (ids == AUDIO_TOKEN).long()
     if head == "generation":
         batch["labels"] = ids.masked_fill((batch["mm_token_type_ids"] > 0) | (mask == 0), -100)
     elif head == "classification":
         batch["labels"] = torch.tensor([0, 1, 0])
-    else:
-        del batch["mm_token_type_ids"]  # this head reads each modality by itself
     return batch
 
 
-def fingerprint(value: Tensor) -> list[Any]:
-    """A hash of the bytes, and three numbers to see how far two values are apart."""
+def fingerprint(value: Tensor) -> Record:
+    """A hash of shape, type and bytes; all numbers of choices and small tensors, sums and the first of others."""
     value = value.detach().contiguous()
-    digest = hashlib.sha256(value.numpy().tobytes()).hexdigest()[:16]
-    numbers = value.double()
-    return [digest, numbers.sum().item(), numbers.abs().sum().item(), numbers.flatten()[:1].sum().item()]
+    what = f"{tuple(value.shape)} {value.dtype}".encode()
+    flat = value.double().flatten()
+    large = len(flat) > 96 and value.is_floating_point()
+    numbers = [flat.sum().item(), flat.abs().sum().item(), *flat[:6].tolist()] if large else value.flatten().tolist()
+    return {"sha256": hashlib.sha256(what + value.numpy().tobytes()).hexdigest(), "numbers": numbers}
 
 
-def routing_of(layers: Any) -> Iterator[tuple[str, Tensor]]:
-    for index, layer in enumerate(layers or ()):
-        for name, bank in layer.items():
-            yield f"experts {index} {name}", bank.selected_experts
-            yield f"weights {index} {name}", bank.routing_weights
+def tensors_of(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of an output by its place; of the routing, the choices, weights and scores of each bank."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif hasattr(value, "selected_experts"):
+        for part in ("selected_experts", "routing_weights", "router_logits"):
+            yield from tensors_of(f"{name} {part}", getattr(value, part))
+    elif isinstance(value, dict | list | tuple):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from tensors_of(f"{name} {key}", part)
 
 
-def record(head: str, text: dict[str, Any], has_media: bool) -> dict[str, list[Any]]:
+def record(head: str, text: dict[str, Any], has_media: bool) -> Record:
     model = build(head, text)
     batch = batch_of(model, has_media, head)
-    found: dict[str, list[Any]] = {}
-    asked = {"return_loss": True} if head == "contrastive" else {}
+    has_exit_heads = head == "classification" and "exit_layers" in text
+    options = {"output_exit_logits": True} if has_exit_heads else {}
+    found: Record = {"gradient_norms": {}, "gradients": {}}
     for mode in ("eval", "train"):
         model.train(mode == "train")
         torch.manual_seed(0)
-        outputs = model(**batch, output_router_logits=True, **asked)
+        outputs = model(**batch, output_router_logits=True, **options)
         for name, value in outputs.items():
-            if isinstance(value, Tensor):
-                found[f"{mode} {name}"] = fingerprint(value)
-        for name, value in routing_of(outputs.get("router_logits")):
-            found[f"{mode} {name}"] = fingerprint(value)
-        if mode == "train" and outputs.loss is not None:
-            outputs.loss.backward()
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None:
-                    found[f"gradient {name}"] = fingerprint(parameter.grad.double().norm())
+            found |= {f"{mode} {place}": fingerprint(part) for place, part in tensors_of(name, value)}
+    loss = outputs.text_embeds[:, 0].sum() if outputs.loss is None else outputs.loss
+    loss.backward()
+    norms = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            found["gradient_norms"][name] = found["gradients"][name] = None
+        else:
+            norms[name] = parameter.grad.double().norm().item()
+            found["gradient_norms"][name] = norms[name].hex()
+            found["gradients"][name] = fingerprint(parameter.grad)["sha256"]
+    found["gradient_norm"] = {"hex": (total := math.hypot(*sorted(norms.values()))).hex(), "numbers": [total]}
+    model.eval()
     if head == "generation":
-        model.eval()
-        prompt = {name: value for name, value in batch.items() if name != "labels"}
-        found["text"] = fingerprint(model.generate(**prompt, max_new_tokens=12, do_sample=False))
+        prompt = {name: value for name, value in batch.items() if name != "labels"} | {"max_new_tokens": 12}
+        found["text"] = fingerprint(model.generate(**prompt, do_sample=False)[:, LENGTH:])
+        if "exit_layers" in text:  # drafts are for one sample
+            one = {name: value[:1] if isinstance(value, Tensor) else value for name, value in prompt.items()}
+            drafted = model.generate(**one, do_sample=False, assistant_early_exit=1)
+            found["text of drafts"] = fingerprint(drafted[:, LENGTH:])
+    if has_exit_heads:
+        model.config.exit_thresholds = [EXIT_THRESHOLD]
+        outputs = model(**batch)
+        found["left logits"], found["left after"] = fingerprint(outputs.logits), fingerprint(outputs.left_after)
     return found
 
 
-def record_all() -> dict[str, dict[str, list[Any]]]:
+def record_all() -> dict[str, Record]:
     torch.set_num_threads(1)
-    result = {}
+    result: dict[str, Record] = {}
     for case, text in CASES.items():
-        for head in HEADS if case in ("softmax", "exits") else ("generation",):
-            if case == "exits" and head == "contrastive":
-                continue  # no exits there
+        for head in HEADS_OF.get(case, ["generation"]):
             for has_media in (True, False):
-                if head == "contrastive" and not has_media:
-                    continue  # one modality has nothing to be compared with
                 name = f"{case}, {head}, {'all modalities' if has_media else 'text'}"
                 try:
                     result[name] = record(head, text, has_media)
-                except ValueError as error:
-                    result[name] = {"refused": [str(error)[:80]]}
+                except Exception as error:
+                    result[name] = {"error": f"{type(error).__name__}: {error}"}
     return result
 
 
-def compare(before: dict[str, dict[str, list[Any]]], after: dict[str, dict[str, list[Any]]]) -> bool:
-    """Print what differs; a value that only one side has is named, since a parameter may be gone for good."""
-    is_same, checked, gone = True, 0, set()
+def largest_difference(old: Any, new: Any) -> str:
+    """In words, where both sides hold as many numbers."""
+    if isinstance(old, str) and isinstance(new, str) and old.startswith("0x") and new.startswith("0x"):
+        old, new = {"numbers": [float.fromhex(old)]}, {"numbers": [float.fromhex(new)]}
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return f"{old} -> {new}"
+    pair = old["numbers"], new["numbers"]
+    if len(pair[0]) != len(pair[1]):
+        return "another number of values"
+    return f"largest difference of the numbers {max(abs(a - b) for a, b in zip(*pair, strict=True)):.3g}"
+
+
+def differences(old: Record, new: Record) -> Iterator[tuple[str, str]]:
+    """Field and how it differs; parameters that one side lacks are left out."""
+    for name in sorted(old.keys() | new.keys()):
+        if name not in old or name not in new:
+            value = new.get(name, old.get(name))
+            yield name, f"only {'after' if name in new else 'before'}" + (f": {value}" if name == "error" else "")
+        elif name in ("gradient_norms", "gradients"):
+            for parameter in sorted(old[name].keys() & new[name].keys()):
+                if old[name][parameter] != new[name][parameter]:
+                    yield f"{name} {parameter}", largest_difference(old[name][parameter], new[name][parameter])
+        elif old[name] != new[name]:
+            yield name, largest_difference(old[name], new[name])
+
+
+def compare(before: dict[str, Record], after: dict[str, Record]) -> bool:
+    """Print what differs, and as a note the parameters that one side lacks."""
+    found, one_sided = 0, set()
     for case in sorted(before.keys() | after.keys()):
-        old, new = before.get(case, {}), after.get(case, {})
-        gone |= old.keys() ^ new.keys()
-        for name in sorted(old.keys() & new.keys()):
-            checked += 1
-            if old[name] != new[name]:
-                is_same = False
-                print(f"{case}: {name}: {old[name]} -> {new[name]}")
-    if gone:
-        print(f"only on one side: {', '.join(sorted(gone))}")
-    print(f"{checked} values of {len(after)} cases compared: {'the same bits' if is_same else 'they differ'}")
-    return is_same
+        if case not in before or case not in after:
+            found += 1
+            print(f"{case}: only {'after' if case in after else 'before'}")
+            continue
+        sides = [set(side[case].get("gradient_norms", {})) for side in (before, after)]
+        if all(sides):
+            one_sided |= {f"{name} (before)" for name in sides[0] - sides[1]}
+            one_sided |= {f"{name} (after)" for name in sides[1] - sides[0]}
+        for name, how in differences(before[case], after[case]):
+            found += 1
+            print(f"{case}: {name}: {how}")
+    if one_sided:
+        print(f"note: parameters on one side only: {', '.join(sorted(one_sided))}")
+    print(f"{len(after)} cases compared: {f'{found} differences' if found else 'the same bits'}")
+    return not found
 
 
 def main() -> None:
@@ -224,11 +286,12 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     given = parser.parse_args()
     found = record_all()
-    if given.action == "write":
-        given.file.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        print(f"{sum(map(len, found.values()))} values of {len(found)} cases in {given.file}")
-    else:
+    if given.action == "compare":
         sys.exit(not compare(json.loads(given.file.read_text(encoding="utf-8")), found))
+    given.file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    errors = [f"{case}: {value['error']}" for case, value in found.items() if "error" in value]
+    print(*errors, f"{len(found)} cases in {given.file}", sep="\n")
+    sys.exit(bool(errors))
 
 
 if __name__ == "__main__":
