@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from chorus_moe.surgery import freeze
 from chorus_moe.training.demo.augment import PictureAugment
 from chorus_moe.training.demo.data import DigitPictures, corpus, handwritten_digits
 from chorus_moe.training.demo.encoders import (
@@ -87,7 +86,7 @@ def test_a_lesson_teaches_the_tower_and_connector_of_the_model(
 @pytest.mark.parametrize("modality", ["image", "audio"])
 def test_a_frozen_lesson_leaves_only_its_own_tower_and_connector_untrained(modality: str):
     model = build_demo(corpus())[0]
-    freeze(EncoderLesson(model.model, modality))
+    EncoderLesson(model.model, modality).freeze()
     frozen = {name.split(".")[1] for name, parameter in model.named_parameters() if not parameter.requires_grad}
     prefix = "vision" if modality == "image" else "audio"
     assert frozen == {f"{prefix}_tower", f"{prefix}_connector"}
