@@ -1,7 +1,7 @@
 """Conversations to model inputs and labels.
 
 Unusual here:
-- a placeholder, or any special token, typed into a message is text (see `chat_messages`);
+- a placeholder, or any special token, typed into a message is text (see `processing_messages`);
 - media wait undecoded until every conversation is checked;
 - labels cover the assistant's words and the token that ends its turn.
 """
@@ -41,7 +41,7 @@ class ChatProcessor(ProcessorMixin):
 
         A message is `{"role", "content"}`; content is a string or a list of `{"type": "text", "text"}`,
         `{"type": "image", "image" | "path" | "url" | "base64" | "bytes"}` and `{"type": "audio", "audio" | ...}` with
-        `"sampling_rate"` beside an array. Special tokens typed into a message become text (see `chat_messages`).
+        `"sampling_rate"` beside an array. Special tokens typed into a message become text (see `processing_messages`).
 
         Args:
             images, audio: items for parts that hold no data, in order: a flat list for one conversation, a list per

@@ -2,7 +2,7 @@
 
 Unusual here:
 - limits are never saved with a processor, so a downloaded repository cannot lift them;
-- nothing is fetched: an http(s) address is refused, only local files, bytes, `data:` addresses and decoded media pass;
+- nothing is fetched: http(s) addresses are refused, local files, bytes, `data:` addresses and decoded media accepted;
 - sound files are decoded by soundfile alone, images by Pillow with a short list of formats.
 
 Pillow's threat model (Pillow#9562) asks to treat its decompression-bomb warning as an error; so does `load_image`.
