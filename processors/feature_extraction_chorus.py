@@ -73,6 +73,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(f"feature_type must be one of {', '.join(FEATURE_TYPES)}, found {feature_type!r}")
         if on_long_audio not in ("split", "error"):
             raise ValueError(f"on_long_audio must be 'split' or 'error', found {on_long_audio!r}")
+        # Such a window would hold no frame.
         if max_seconds * sampling_rate < hop_length:
             raise ValueError(f"max_seconds={max_seconds:g} is shorter than one hop of {hop_length} samples")
         self.feature_type = feature_type
@@ -89,6 +90,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
     def to_dict(self) -> dict[str, Any]:
         """The settings to save; limits are never among them."""
         output = super().to_dict()
+        # A downloaded repository must not lift the limits.
         output.pop("limits", None)
         return output
 
@@ -99,6 +101,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
 
     def frames_per_window(self, num_samples: int) -> list[int]:
         """Frames of every window of a clip of `num_samples` at the model's rate; their sum is ceil(samples / hop)."""
+        # Rounded up and never zero: every sample is heard, and every clip has a token.
         frames = max(math.ceil(num_samples / self.hop_length), 1)
         full, rest = divmod(frames, self.window_frames)
         return [self.window_frames] * full + [rest] * bool(rest)
@@ -119,6 +122,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
             samples, rate = decode_sound(clip, self.limits, self.max_audio_seconds, place)
         else:
             if isinstance(clip, dict):
+                # The clip's own rate wins over the argument.
                 sampling_rate = clip.get("sampling_rate", sampling_rate)
                 clip = clip["array"]
             if sampling_rate is None:
@@ -127,6 +131,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
                 )
             rate = check_rate(sampling_rate, self.limits, place)
             samples = self._array_to_samples(clip, rate, place)
+        # Channels are averaged before the checks: two opposite channels can cancel to silence.
         samples = samples.mean(axis=1, dtype=np.float32)
         peak = float(np.abs(samples).max())
         if not math.isfinite(peak):
@@ -135,6 +140,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
             raise place.error(f"float samples reach {peak:g}, expected -1..1; integers stored as floats must be scaled")
         if peak < SILENCE_PEAK and not self.allow_silence:
             raise place.error("the clip is silent; allow_silence=True accepts it")
+        # After the checks, so that NaN is reported as such and is not spread by the filter.
         samples = self._resample(samples, rate, place)
         if self.on_long_audio == "error" and len(samples) > self.max_seconds * self.sampling_rate:
             raise place.error(
@@ -153,14 +159,17 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
             raise place.error(f"a clip has 1 or 2 axes, found the shape {array.shape}")
         if array.ndim == 1:
             array = array[:, None]
+        # A clip has fewer channels than samples.
         elif array.shape[0] < array.shape[1]:
             array = array.T
+        # Before the conversion to float32, which copies the array.
         check_clip_size(array.shape[0], array.shape[1], rate, self.limits, self.max_audio_seconds, place)
         if array.dtype.kind == "f":
             return array.astype(np.float32)
         scale = INTEGER_SCALES.get(array.dtype.name)
         if scale is None:
             raise place.error(f"samples of type {array.dtype} have no known scale; use floats in -1..1 or int16")
+        # 8-bit sound is unsigned: its zero is 128.
         return array.astype(np.float32) / scale - (array.dtype.name == "uint8")
 
     def _resample(self, samples: np.ndarray, rate: int, place: MediaPlace) -> np.ndarray:
@@ -176,6 +185,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         except ImportError as cause:
             raise ImportError(f"resampling {rate} Hz to {self.sampling_rate} Hz needs `pip install soxr`") from cause
 
+        # The number of tokens is computed from the length, so it must not depend on how the resampler rounds.
         length = math.ceil(len(samples) * self.sampling_rate / rate)
         resampled = soxr.resample(samples, rate, self.sampling_rate)[:length]
         return np.pad(resampled, (0, length - len(resampled))).astype(np.float32)
@@ -208,6 +218,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
             True on real frames; the windows of all clips, flat in order.
         """
         clips = [raw_speech] if is_clip(raw_speech) else list(raw_speech)
+        # All clips are checked before the first one is computed.
         loaded = [self.load(clip, MediaPlace("audio", index), sampling_rate) for index, clip in enumerate(clips)]
         return self.featurize(loaded, return_tensors)
 
@@ -229,6 +240,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         if self.feature_type == "log_mel":
             return list(self.log_mel(samples).split(self.window_frames))
         if self.feature_type == "waveform":
+            # Normalised before it is split: all windows of a clip have one mean and one variance.
             return list(torch.from_numpy(self._normalized(samples))[:, None].split(self.window_frames))
         size = self.window_frames * self.hop_length
         return [self._whisper_window(samples[start : start + size], size) for start in range(0, len(samples), size)]
@@ -248,7 +260,9 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         """Normalised log-mel features (F, M) of one mono clip, F = ceil(samples / hop_length)."""
         transform = mel_spectrogram(self.sampling_rate, self.n_fft, self.hop_length, self.feature_size)
         frames = sum(self.frames_per_window(len(samples)))
+        # A centred spectrogram has one frame more than hops.
         power_FM = transform(torch.from_numpy(np.ascontiguousarray(samples))).T[:frames]
+        # Whisper's constants: floor 1e-10, 8 powers of ten below the loudest bin of the clip, then about -1 to 1.
         log_FM = power_FM.clamp(min=1e-10).log10()
         return (torch.maximum(log_FM, log_FM.max() - 8.0) + 4.0) / 4.0
 
@@ -270,6 +284,7 @@ def mel_spectrogram(sampling_rate: int, n_fft: int, hop_length: int, num_mel_bin
         from torchaudio.transforms import MelSpectrogram
     except (ImportError, OSError) as cause:
         raise ImportError(f"sound needs a torchaudio that fits torch {torch.__version__}: {cause}") from cause
+    # The filter bank stays here even if the caller builds a model under `torch.device("meta")` or on a GPU.
     with torch.device("cpu"):
         return MelSpectrogram(
             sampling_rate, n_fft, hop_length=hop_length, n_mels=num_mel_bins, pad_mode="constant", norm="slaney",
@@ -280,5 +295,6 @@ def mel_spectrogram(sampling_rate: int, n_fft: int, hop_length: int, num_mel_bin
 def is_clip(item: Any) -> bool:
     """Whether `item` is one clip, not a list of clips."""
     if isinstance(item, (list, tuple)):
+        # A list of numbers is one clip, any other list is a list of clips.
         return len(item) > 0 and isinstance(item[0], (int, float, np.number))
     return item is not None

@@ -3,7 +3,7 @@
 Unusual here:
 - transparency is laid over white, 16-bit grey is scaled and not clipped, EXIF rotation is applied;
 - float arrays in 0..1 and in 0..255 both come out right, anything else is an error instead of a dark picture;
-- files pass the limits of `media_limits` before they are decoded, and nothing is fetched.
+- files pass the limits of `processing_limits` before they are decoded, and nothing is fetched.
 """
 
 from typing import Any
@@ -56,15 +56,17 @@ class ChorusImageProcessor(TorchvisionBackend):
     def to_dict(self) -> dict[str, Any]:
         """The settings to save; limits are never among them."""
         output = super().to_dict()
+        # A downloaded repository must not lift the limits.
         output.pop("limits", None)
         return output
 
-    def load(self, image: Any, place: MediaPlace, do_rescale: bool | None = None) -> Any:
+    def load(self, image: Any, place: MediaPlace, do_rescale: bool | None = None) -> ImageInput:
         """Decode one image within the limits (see `load_image`) and check that its values are a picture's."""
         image = load_image(image, self.limits, place)
         is_array = isinstance(image, (np.ndarray, torch.Tensor))
         if is_array or image.mode == "F":
             try:
+                # Values outside 0..255 are fine where the caller has rescaled already.
                 in_bytes = self.do_rescale if do_rescale is None else do_rescale
                 tensor = array_to_tensor(image if is_array else np.array(image), in_bytes)
                 check_channels(tensor)
@@ -107,9 +109,11 @@ class ChorusImageProcessor(TorchvisionBackend):
 def pil_to_tensor(image: Any) -> torch.Tensor:
     """A PIL image of any mode as uint8 (1, 3 or 4, H, W)."""
     if image.mode.startswith("I;16") or image.mode == "I":
+        # 65535 // 257 = 255. Pillow's `convert("L")` would clip everything above 255.
         return torch.from_numpy((np.array(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))[None]
     if image.mode == "F":
         return array_to_tensor(np.array(image), in_bytes=True)
+    # `convert("RGB")` would drop the transparency; `match_channels` lays it over white.
     if image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
     elif image.mode == "1":
@@ -131,6 +135,7 @@ def array_to_tensor(image: np.ndarray | torch.Tensor, in_bytes: bool, layout: An
     tensor = torch.as_tensor(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image.detach().cpu()
     if tensor.ndim == 2:
         tensor = tensor[None]
+    # Without a layout the first axis counts as channels if it has 1, 3 or 4 entries.
     elif getattr(layout, "value", layout) == "channels_last" or (layout is None and tensor.shape[0] not in (1, 3, 4)):
         tensor = tensor.permute(2, 0, 1)
     if tensor.dtype == torch.bool:
@@ -150,6 +155,7 @@ def array_to_tensor(image: np.ndarray | torch.Tensor, in_bytes: bool, layout: An
             f"image values lie in {low:g}..{high:g}, expected 0..1 or 0..255; pass do_rescale=False for others",
             modality="image",
         )
+    # Integers up to 1 are dark pictures in 0..255, floats up to 1 are a unit range.
     is_unit_range = high <= 1.0 and (
         image.dtype.is_floating_point if isinstance(image, torch.Tensor) else image.dtype.kind == "f"
     )
@@ -172,6 +178,7 @@ def match_channels(tensor: torch.Tensor, num_channels: int) -> torch.Tensor:
     if tensor.shape[0] == 3 and num_channels == 1:
         return tvF.rgb_to_grayscale(tensor)
     if tensor.shape[0] == 1 and num_channels == 3:
+        # A view: nothing is copied.
         return tensor.expand(3, -1, -1)
     return tensor
 

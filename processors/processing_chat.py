@@ -1,7 +1,7 @@
 """Conversations to model inputs and labels.
 
 Unusual here:
-- a placeholder, or any special token, typed into a message is text (see `chat_messages`);
+- a placeholder, or any special token, typed into a message is text (see `processing_messages`);
 - media wait undecoded until every conversation is checked;
 - labels cover the assistant's words and the token that ends its turn.
 """
@@ -42,7 +42,7 @@ class ChatProcessor(ProcessorMixin):
 
         A message is `{"role", "content"}`; content is a string or a list of `{"type": "text", "text"}`,
         `{"type": "image", "image" | "path" | "url" | "base64" | "bytes"}` and `{"type": "audio", "audio" | ...}` with
-        `"sampling_rate"` beside an array. Special tokens typed into a message become text (see `chat_messages`).
+        `"sampling_rate"` beside an array. Special tokens typed into a message become text (see `processing_messages`).
 
         Args:
             images, audio: items for parts that hold no data, in order: a flat list for one conversation, a list per
@@ -56,6 +56,7 @@ class ChatProcessor(ProcessorMixin):
         """
         options = dict(processor_kwargs or {})
         conversations, is_batched = split_batch(conversation)
+        # Escaping is not optional: a caller could otherwise switch it off for text that users typed.
         kwargs.pop("sanitize_control_tokens", None)
         rate = (
             kwargs.get("sampling_rate")
@@ -73,6 +74,7 @@ class ChatProcessor(ProcessorMixin):
             for sample, messages in enumerate(conversations)
         ]
         if kwargs.get("tokenize") or return_labels:
+            # The template writes bos and eos; the tokenizer would add a second bos.
             options.setdefault("add_special_tokens", False)
         target = prepared if is_batched else prepared[0]
         if not return_labels:
@@ -81,6 +83,7 @@ class ChatProcessor(ProcessorMixin):
         wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
         tensor_type = kwargs.pop("return_tensors", "auto")
         tensor_type = options.pop("return_tensors", None) if tensor_type == "auto" else tensor_type
+        # As lists: labels are made row by row, and everything becomes tensors in one place.
         kwargs.update(tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors=None)
         batch = super().apply_chat_template(target, chat_template, processor_kwargs=options, **kwargs)
         batch["labels"] = self.build_labels(batch["input_ids"], batch["assistant_masks"])
@@ -97,6 +100,7 @@ class ChatProcessor(ProcessorMixin):
 
     def _control_tokens(self) -> re.Pattern[str]:
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        # Longest first, so that a token which begins with another is found as a whole.
         tokens = added | set(self.tokenizer.all_special_tokens) | {self.image_token, self.audio_token}
         return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token))
 
@@ -126,6 +130,7 @@ class ChatProcessor(ProcessorMixin):
         if isinstance(input_ids, torch.Tensor):
             input_ids, assistant_masks = input_ids.tolist(), torch.as_tensor(assistant_masks).tolist()
         never = {self.image_token_id, self.audio_token_id}
+        # Where eos is also the pad token it must stay labelled, or the model never learns to end a turn.
         if self.tokenizer.pad_token_id != self.tokenizer.eos_token_id:
             never.add(self.tokenizer.pad_token_id)
         return label_rows(input_ids, assistant_masks, never)

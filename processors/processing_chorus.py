@@ -11,7 +11,7 @@ Unusual here:
 import math
 from typing import Any
 
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 
 from .feature_extraction_chorus import ChorusFeatureExtractor
@@ -48,7 +48,7 @@ class ChorusProcessor(ChatProcessor):
         self,
         image_processor: ChorusImageProcessor | None = None,
         feature_extractor: ChorusFeatureExtractor | None = None,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
         num_image_tokens: int | None = None,
         frames_per_token: int | None = None,
@@ -71,7 +71,9 @@ class ChorusProcessor(ChatProcessor):
         )
 
     @classmethod
-    def from_config(cls, config: Any, tokenizer: Any, **overrides: Any) -> "ChorusProcessor":
+    def from_config(
+        cls, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, **overrides: Any
+    ) -> "ChorusProcessor":
         """The processor that fits a `ChorusConfig`.
 
         Adds missing media tokens to `tokenizer` (then the model's embeddings must be resized before training) and sets
@@ -97,6 +99,7 @@ class ChorusProcessor(ChatProcessor):
             }
             own["num_image_tokens"] = vision.num_image_tokens
         if audio is not None:
+            # What the audio tower was built for; the processor must not choose anything else.
             names = {"feature_type", "do_normalize", "sampling_rate", "n_fft", "hop_length", "max_seconds"}
             audio_settings = {name: getattr(audio, name) for name in names} | {"feature_size": audio.num_mel_bins}
             own |= {"frames_per_token": audio.frames_per_token, "audio_convolutions": audio.convolutions}
@@ -114,8 +117,10 @@ class ChorusProcessor(ChatProcessor):
         add_media_tokens(tokenizer, image_token, audio_token)
         for token, expected in ((image_token, config.image_token_id), (audio_token, config.audio_token_id)):
             found = tokenizer.convert_tokens_to_ids(token)
+            # The model looks for placeholders by id: another id would leave features without a place.
             if expected is not None and found != expected:
                 raise ValueError(f"the tokenizer gives {token} the id {found}, the config expects {expected}")
+        # Generation goes on at the right end of each row.
         tokenizer.padding_side = "left"
         return cls(ChorusImageProcessor(**image_settings), ChorusFeatureExtractor(**audio_settings), tokenizer, **own)
 
@@ -148,6 +153,7 @@ class ChorusProcessor(ChatProcessor):
             raise MediaError("this model hears nothing (frames_per_token is None)", modality="audio")
         windows = self.feature_extractor.frames_per_window(num_samples)
         for kernel, stride in self.audio_convolutions:
+            # As many as the encoder has: both read its convolutions from the configuration.
             windows = [max((frames - kernel) // stride + 1, 1) for frames in windows]
         return sum(math.ceil(frames / self.frames_per_token) for frames in windows)
 
@@ -158,6 +164,7 @@ class ChorusProcessor(ChatProcessor):
         counts: dict[str, list[int]] = {}
         if image_sizes is not None:
             counts["num_image_tokens"] = [self.num_image_tokens_for() for _ in image_sizes]
+            # An image is one row of `pixel_values`.
             counts["num_image_patches"] = [1] * len(image_sizes)
         if audio_lengths is not None:
             counts["num_audio_tokens"] = [self.num_audio_tokens_for(length) for length in audio_lengths]
@@ -207,6 +214,8 @@ class ChorusProcessor(ChatProcessor):
                     )
             image_rows = nest_media(images, texts, self.image_token, "image", self.limits)
             clip_rows = nest_media(audio, texts, self.audio_token, "audio", self.limits)
+        # Media are decoded before any tensor is made: the lengths of clips decide the number of placeholders, and a
+        # mistake costs no computation.
         loaded_images, loaded_clips = self._load_media(image_rows, clip_rows, merged)
 
         tensor_type = merged["text_kwargs"].pop("return_tensors", None)
@@ -240,6 +249,7 @@ class ChorusProcessor(ChatProcessor):
         options = dict(merged["text_kwargs"])
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets", "sanitize_control_tokens"):
             options.pop(name, None)
+        # Taken from the tokenizer: it would pad and cut without knowing which tokens stand for media.
         padding, truncation = options.pop("padding", True), options.pop("truncation", None)
         max_length, multiple = options.pop("max_length", None), options.pop("pad_to_multiple_of", None)
         side = options.pop("padding_side", None) or self.tokenizer.padding_side
@@ -251,7 +261,9 @@ class ChorusProcessor(ChatProcessor):
         expanded, offsets = self.get_text_with_replacements(list(texts), image_runs, [], clip_runs)
         rows = dict(self.tokenizer(expanded, padding=False, truncation=False, **options))
         media_ids = {self.image_token_id, self.audio_token_id}
+        # Before truncation, which must find each placeholder as one token to keep it.
         self._check_placeholders(rows["input_ids"], expanded)
+        # True, a string or an enumeration, as tokenizers take it.
         if truncation and getattr(truncation, "value", truncation) != "do_not_truncate" and max_length is not None:
             rows = truncate_rows(rows, max_length, media_ids, self.tokenizer.truncation_side)
         for sample, ids in enumerate(rows["input_ids"]):
@@ -288,8 +300,9 @@ class ChorusProcessor(ChatProcessor):
                     )
 
 
-def _media_token_id(tokenizer: Any, token: str) -> int:
+def _media_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     token_id = tokenizer.convert_tokens_to_ids(token)
+    # Some tokenizers answer None for an unknown token, others the unknown token's id.
     if token_id is None or token_id == tokenizer.unk_token_id:
         raise ValueError(f"the tokenizer has no token {token}; add_media_tokens(tokenizer) adds it")
     return token_id

@@ -2,7 +2,7 @@
 
 Unusual here:
 - limits are never saved with a processor, so a downloaded repository cannot lift them;
-- nothing is fetched: an http(s) address is refused, only local files, bytes, `data:` addresses and decoded media pass;
+- nothing is fetched: http(s) addresses are refused, local files, bytes, `data:` addresses and decoded media accepted;
 - sound files are decoded by soundfile alone, images by Pillow with a short list of formats.
 
 Pillow's threat model (Pillow#9562) asks to treat its decompression-bomb warning as an error; so does `load_image`.
@@ -75,6 +75,8 @@ def open_source(item: str | bytes | bytearray | Path, max_bytes: int, place: Med
     if isinstance(item, str) and item.startswith(("http://", "https://")):
         raise place.error(f"web addresses are never fetched, download the file first: {item[:80]!r}")
     if isinstance(item, str) and item.startswith("data:"):
+        # Base64 takes 4 characters for 3 bytes; 256 leave room for the address's own header. Checked before it is
+        # decoded.
         if len(item) > max_bytes * 4 // 3 + 256:
             raise place.error(f"{len(item)} characters of base64, the limit is {max_bytes} bytes")
         try:
@@ -86,6 +88,7 @@ def open_source(item: str | bytes | bytearray | Path, max_bytes: int, place: Med
         size, source = len(item), io.BytesIO(item)
     else:
         path = os.fspath(item)
+        # Refuses folders, devices and pipes, which could be read without end.
         if not os.path.isfile(path):
             raise place.error(f"no such file: {path[:200]!r}")
         size, source = os.path.getsize(path), path
@@ -100,6 +103,7 @@ def unpack_file_dict(item: Any, place: MediaPlace) -> Any:
     """`{"bytes", "path"}` as `datasets` stores undecoded media; anything else comes back unchanged."""
     if not isinstance(item, dict) or "array" in item:
         return item
+    # `datasets` stores both for an embedded file; its path may not exist on this machine.
     source = item.get("bytes") if item.get("bytes") is not None else item.get("path")
     if source is None:
         raise place.error(f"a dict needs 'bytes', 'path' or 'array', found the keys {sorted(map(str, item))}")
@@ -136,6 +140,7 @@ def load_image(item: Any, limits: MediaLimits, place: MediaPlace) -> Any:
         shape = tuple(item.shape)
         if len(shape) not in (2, 3):
             raise place.error(f"an image array has 2 or 3 axes, found the shape {shape}")
+        # The same rule for channels as in `array_to_tensor`.
         height, width = shape[1:] if len(shape) == 3 and shape[0] in (1, 3, 4) else shape[:2]
         check_image_size(width, height, limits, place)
         return item
@@ -146,6 +151,7 @@ def load_image(item: Any, limits: MediaLimits, place: MediaPlace) -> Any:
     source = open_source(item, limits.image_bytes, place)
     try:
         with warnings.catch_warnings():
+            # Pillow only warns up to twice its own limit.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(source, formats=IMAGE_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as cause:
@@ -161,10 +167,13 @@ def _finish_image(image: Any, limits: MediaLimits, place: MediaPlace) -> Any:
 
     width, height = image.size
     check_image_size(width, height, limits, place)
+    # A phone's MPO holds a second picture beside the one that is meant.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise place.error("animated or multi-page image; pass the frame you mean as a single image")
     try:
+        # `open` reads the header only; a truncated file fails here.
         image.load()
+        # Cameras store the sensor's orientation and a tag.
         return ImageOps.exif_transpose(image)
     except Exception as cause:
         raise place.error(f"broken or truncated image ({cause})") from cause
@@ -172,6 +181,7 @@ def _finish_image(image: Any, limits: MediaLimits, place: MediaPlace) -> Any:
 
 def check_rate(rate: Any, limits: MediaLimits, place: MediaPlace) -> int:
     """The sampling rate in Hz as an int, inside the allowed range."""
+    # `True` is an int for Python.
     if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or int(rate) != rate:
         raise place.error(f"the sampling rate must be a whole number of Hz, found {rate!r}")
     if not limits.audio_min_rate <= rate <= limits.audio_max_rate:
@@ -217,8 +227,10 @@ def decode_sound(
         rate = check_rate(sound.samplerate, limits, place)
         check_clip_size(sound.frames, sound.channels, rate, limits, max_seconds, place)
         try:
+            # One frame more than allowed, so that the second check sees a clip that is longer than its header claims.
             samples = sound.read(frames=int(max_seconds * rate) + 1, dtype="float32", always_2d=True)
         except Exception as cause:
             raise place.error(f"broken sound file ({cause})") from cause
+    # Once more on what was decoded: headers can lie.
     check_clip_size(len(samples), samples.shape[1], rate, limits, max_seconds, place)
     return samples, rate

@@ -15,7 +15,7 @@ from .processing_media import MEDIA
 
 WORD_JOINER = "\u2060"
 
-# Roles are plain words: nobody can forge a turn, since turns end with the eos token, which is escaped in messages.
+# Roles are plain words. A message cannot forge a turn: turns end with the eos token, which is escaped in messages.
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
     {%- if content is string -%}
@@ -56,6 +56,7 @@ def default_chat_template(image_token: str, audio_token: str) -> str:
 
 def split_batch(conversation: Any) -> tuple[list[list[dict]], bool]:
     """Conversations as a list, and whether the caller passed a batch."""
+    # transformers' pipelines wrap conversations in an object.
     if hasattr(conversation, "messages"):
         return [conversation.messages], False
     if len(conversation) == 0:
@@ -87,6 +88,7 @@ def prepare_conversation(
         MediaError: malformed message, unknown content type, or another number of items than of parts without data;
             without any items such parts stay empty, which is enough to render text.
     """
+    # Copies: items are taken out as parts are met.
     queues = {modality: list(items) for modality, items in media.items()}
     wanted = dict.fromkeys(queues, 0)
     prepared = []
@@ -104,8 +106,10 @@ def prepare_conversation(
             content = [
                 _prepare_part(part, queues, wanted, control_tokens, sampling_rate, where, sample) for part in parts
             ]
+        # A role is written into the prompt like text, so it is escaped like text.
         prepared.append({**message, "role": break_control_tokens(message["role"], control_tokens), "content": content})
     for modality, items in media.items():
+        # After all messages, so that the error can name both numbers.
         if items and wanted[modality] != len(items):
             raise MediaError(
                 f"sample {sample}: found {wanted[modality]} {modality} parts without data for {len(items)} items "
@@ -141,6 +145,7 @@ def _prepare_part(
     sample: int,
 ) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
+    # The form of OpenAI's API, which many datasets copy.
     if kind == "image_url":
         address = part.get("image_url")
         part = {"type": "image", "url": address.get("url") if isinstance(address, dict) else address}
@@ -155,6 +160,7 @@ def _prepare_part(
     if given:
         item = part[given[0]]
         if given[0] == "base64":
+            # As an address, so that one place decodes base64 within the limits.
             item = f"data:;base64,{item}"
     else:
         wanted[kind] += 1

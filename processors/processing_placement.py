@@ -23,6 +23,7 @@ def as_item_list(media: Any, modality: str) -> list[Any]:
     """A top-level list out of one item, a batch array of images (N, H, W, C), or a list."""
     if media is None:
         return []
+    # A batch of images. Sound has no such form: an array with two axes is one clip with channels.
     if modality == "image" and isinstance(media, (np.ndarray, torch.Tensor)) and media.ndim == 4:
         return list(media)
     if is_media_item(media):
@@ -56,6 +57,7 @@ def nest_media(media: Any, texts: list[str], token: str, modality: str, limits: 
     plural = MEDIA[modality].plural
     found = [text.count(token) for text in texts]
     entries = as_item_list(media, modality)
+    # A flat list, dealt out by the placeholders.
     if entries and all(is_media_item(entry) for entry in entries):
         nested = _deal_out(entries, found, token, modality)
     elif entries and len(entries) != len(texts):
@@ -80,6 +82,7 @@ def _deal_out(items: list[Any], found: list[int], token: str, modality: str) -> 
     """A flat list cut by the number of placeholders of each sample."""
     nested, start = [], 0
     for sample, placeholders in enumerate(found):
+        # The last sample gets the rest, so surplus items are an error there and are not dropped.
         is_last = sample == len(found) - 1
         share = items[start:] if is_last else items[start : start + placeholders]
         if len(share) != placeholders:

@@ -30,6 +30,7 @@ def truncate_rows(rows: dict[str, list], max_length: int, media_ids: set[int], s
             )
         kept.append(_kept_positions(ids, max_length - num_media, media_ids, side))
     return {
+        # Every list of the row is cut at the same positions: masks and offsets belong to tokens.
         name: [[row[position] for position in keep] for row, keep in zip(values, kept, strict=True)]
         for name, values in rows.items()
     }
@@ -53,11 +54,13 @@ def pad_rows(
     lengths = [len(ids) for ids in rows["input_ids"]]
     target = max([*lengths, length or 0])
     if multiple:
+        # Rounded up.
         target = -(-target // multiple) * multiple
     if pad_token_id is None and min(lengths) < target:
         raise ValueError("rows of different length need padding, but the tokenizer has no pad token")
     padded = {}
     for name, values in rows.items():
+        # Masks and type ids are 0 on padding.
         filler = pad_token_id if name == "input_ids" else PAD_VALUES.get(name, 0)
         fill = [[filler] * (target - len(row)) for row in values]
         padded[name] = [extra + row if side == "left" else row + extra for row, extra in zip(values, fill, strict=True)]

@@ -1,11 +1,11 @@
 """Tokenizers: a small byte-level BPE for tests and demos, and media tokens for existing ones."""
 
 from collections.abc import Iterable
-from typing import Any
 
-from transformers import AddedToken, PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<s>", "</s>"
+# Every byte is a token, so no string is unknown.
 BYTE_ALPHABET_SIZE = 256
 
 
@@ -51,6 +51,7 @@ def build_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    # The words of the chat template, twice: a pair that occurs once is not merged.
     corpus = [*texts, "system\nuser\nassistant\n", "system\nuser\nassistant\n"]
     tokenizer.train_from_iterator(corpus, trainer)
     limit = {} if model_max_length is None else {"model_max_length": model_max_length}
@@ -67,7 +68,9 @@ def build_tokenizer(
     )
 
 
-def add_media_tokens(tokenizer: Any, image_token: str = "<image>", audio_token: str = "<audio>") -> int:
+def add_media_tokens(
+    tokenizer: PreTrainedTokenizerBase, image_token: str = "<image>", audio_token: str = "<audio>"
+) -> int:
     """Make the placeholders special tokens of `tokenizer`, and eos its pad token when it has none.
 
     Returns:
@@ -75,9 +78,11 @@ def add_media_tokens(tokenizer: Any, image_token: str = "<image>", audio_token: 
     """
     missing = [token for token in (image_token, audio_token) if token not in tokenizer.get_vocab()]
     added = tokenizer.add_special_tokens(
+        # Not normalised: lower-casing tokenizers would change the placeholder before they look for it.
         {"extra_special_tokens": [AddedToken(token, special=True, normalized=False) for token in missing]},
         replace_extra_special_tokens=False,
     ) if missing else 0  # fmt: skip
+    # Many decoder-only tokenizers have none, and batches need padding.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return added

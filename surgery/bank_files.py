@@ -1,10 +1,10 @@
-"""One bank in a file: what a user hands on instead of a whole model.
+"""One bank in a file, to share it without the whole model.
 
 Unusual here:
-- the file holds the hash of the bank's base, which is every other weight of the model, encoders and head included: a
-  bank means something only on top of what it was trained on;
-- banks that are closed are no part of the base, since they take no part in what the model computes: banks trained
-  apart on the same base are loaded one by one, each closed before the next;
+- the file holds the hash of the bank's base: all other weights of the model, encoders and head included. A bank is
+  meaningful only on the weights it was trained on;
+- closed banks do not count as base, because the model does not compute them. To join banks that were trained separately
+  on one base, load them one by one and close each before the next;
 - the file is safetensors, read tensor by tensor; nothing is unpickled.
 
 Shape suffixes: N banks of the gate, D hidden size.
@@ -105,11 +105,11 @@ def load_bank(model: ChorusPreTrainedModel, path: str | os.PathLike[str], strict
 
 
 def base_hash(model: nn.Module, bank: str) -> str:
-    """SHA-256, in hexadecimal, of everything that a bank stands on.
+    """SHA-256, in hexadecimal, of the base of a bank.
 
-    Names, dtypes, shapes and bytes of all saved weights and buffers, head and encoders included, in the order of their
-    names; left out are the bank itself, closed banks, and the rows of both in the gates over banks. Tensors are hashed
-    one at a time where they are on the CPU; device, saving and loading change nothing, another dtype does.
+    Covers names, dtypes, shapes and bytes of all saved weights and buffers, head and encoders included, sorted by name.
+    Leaves out the bank itself, closed banks, and the rows of both in the gates over banks. The hash does not depend on
+    the device, and saving and loading keep it; another dtype changes it.
     """
     decoder, digest = decoder_of(model), hashlib.sha256()
     # Closed banks compute nothing here, so two banks trained apart on one base can be joined one after the other.
@@ -171,8 +171,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[ExpertBankConfig, str, dict[str
         raise ValueError(f"load_bank: {os.fspath(path)!r} is no safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"load_bank: {os.fspath(path)!r} is no file of `save_bank`: format={metadata.get('format')!r}, expected "
-            f"{FORMAT!r}"
+            f"load_bank: {os.fspath(path)!r} was not written by `save_bank`: format={metadata.get('format')!r}, "
+            f"expected {FORMAT!r}"
         )
     if metadata.get("version") != VERSION:
         raise ValueError(
@@ -183,7 +183,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[ExpertBankConfig, str, dict[str
         (bank,) = read_expert_banks({metadata["name"]: json.loads(metadata["config"])}, {})
         return bank, metadata["base_sha256"], tensors
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"load_bank: {os.fspath(path)!r} says nothing sensible about its bank: {error}") from error
+        raise ValueError(f"load_bank: {os.fspath(path)!r} has unreadable metadata about its bank: {error}") from error
 
 
 def _check_fit(decoder: Any, bank: ExpertBankConfig, tensors: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Adding to a model: banks, and experts for a bank, with outputs unchanged until what was added is trained.
+"""Add banks to a model, and experts to a bank. Outputs are unchanged until the added part is trained.
 
 Unusual here:
 - an added bank has a gate of its own (`gate="own"`), and its experts end in zeros, so at first it adds exactly zero;
@@ -49,7 +49,7 @@ def add_bank(
         raise ValueError(
             f"add_bank: the model has a bank {name!r} already; its banks are {sorted(config.expert_banks)}"
         )
-    # `freeze`, `unfreeze` and LoRA address banks and parts by name in one namespace.
+    # `freeze` and `unfreeze` address banks and other parts by name in one namespace.
     if name in part_patterns(config):
         raise ValueError(f"add_bank: {name!r} is the name of a part of the model; give the bank another")
     given = {"modalities": None if modalities is None else list(modalities), "num_experts": num_experts, **settings}
@@ -70,8 +70,8 @@ def add_experts(
     """Add experts to a bank. Outputs stay as they are, bit for bit, until the new experts are trained.
 
     They form a bank of their own, `{bank}_2` (then `_3`, ...), open to the same tokens, in the same layers and with
-    the settings of the old one, beside which their own gate weighs them. Each token visits, besides the experts of
-    the old bank, the best of the new ones.
+    the settings of the old one, and a gate of their own weighs them. Each token visits the best of the new experts
+    in addition to those of the old bank.
 
     Args:
         num_experts: how many in each layer of the bank, or layer -> how many.

@@ -1,8 +1,8 @@
 """One model of parts that other people trained: a text model, and encoders for images and sound.
 
-A composition is a plan: for every tensor of the new model, how to make it from tensors of the parents. The plan is
-carried out in memory ([`Composition.build`]) or straight to a checkpoint ([`compose_checkpoint`]), and gives the same
-numbers. Either way the parents are read tensor by tensor and never held whole.
+A composition is a plan: it says, for each tensor of the new model, how to make it from tensors of the parents. The plan
+runs in memory ([`Composition.build`]) or writes a checkpoint ([`compose_checkpoint`]); both give the same numbers. The
+parents are read tensor by tensor and never held whole.
 """
 
 import os
@@ -214,7 +214,7 @@ def compose_checkpoint(
     max_shard_size: int | str = "5GB",
     **options: Any,
 ) -> OperationReport:
-    """Compose a model straight into a folder that `from_pretrained` loads, without ever holding it.
+    """Compose a model straight into a folder that `from_pretrained` loads, without holding it in memory.
 
     Arguments are those of `compose`, and the tensors are the same bit for bit. Memory: the largest tensor of the
     parent, one encoder, and what is newly initialised.

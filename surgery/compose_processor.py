@@ -1,7 +1,7 @@
-"""What the parents of a composed model say about raw inputs: how images are prepared, and the tokenizer.
+"""The processor of a composed model: image settings and tokenizer of its parents.
 
 Unusual here:
-- settings are read, not copied: whatever class prepared the parent's images, one image processor of ours does the same;
+- the settings of the parent's image processor are read, whatever its class, and given to our image processor;
 - a chat template is kept only if it writes images and sound in their place and marks the assistant's words, which
   training needs; most templates of text models do neither.
 """

@@ -35,8 +35,8 @@ def add_exits(
         exit_loss_coef: weight of the exits in training; if None that of the exits before, 1 if there were none.
 
     Raises:
-        ValueError: adapters are active, the head knows no exits, or no layers, one that has an exit already, or one
-            after which none can stand. Nothing has been changed then.
+        ValueError: adapters are active, the head does not support exits, `layers` is empty, or one of them has an exit
+            already or cannot have one. The model is unchanged then.
     """
     refuse_adapters(model, "add_exits")
     decoder, config, before = decoder_of(model), model.config, count_parameters(model)

@@ -111,7 +111,7 @@ def _stacked_tensors(experts: Any) -> dict[str, Tensor]:
 def export_experts(
     model: ChorusPreTrainedModel, folder: str | os.PathLike[str], max_shard_bytes: int = 5_000_000_000
 ) -> list[str]:
-    """Write a checkpoint with one tensor per expert, as other engines name them, shard by shard.
+    """Write a checkpoint with one tensor per expert, under the names that other engines use, shard by shard.
 
     Names end in `mlp.banks.{bank}.experts.{e}.gate_proj.weight`, `up_proj` and `down_proj`, as those of Qwen3-MoE
     checkpoints do below `mlp`. `from_pretrained` reads the folder as a model with `experts_layout="linear"`, of

@@ -2,8 +2,8 @@
 
 Unusual here:
 - only safetensors files are opened, and no code of the checkpoint is ever run;
-- headers are read once; a tensor is mapped from its own part of the file and let go when it is dropped, so a reader
-  holds one tensor and never the parent;
+- headers are read once; each tensor is mapped from its own part of the file and freed when it is dropped, so a reader
+  holds one tensor and never the whole parent;
 - a revision is turned into a commit once, and all files come from that commit.
 """
 

@@ -1,4 +1,4 @@
-"""What an operation on a model did, and when it must not be done.
+"""The report of an operation on a model, and the check that refuses one while adapters are active.
 
 Operations (compose, add, prune, merge, convert, exchange) change weights and configuration together, and return a
 report.
@@ -55,7 +55,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def checked(operation: str, build: Callable[[], Any]) -> Any:
-    """What a configuration refuses is a ValueError of the operation, as everything else that does not fit."""
+    """Turn an error of a configuration into a ValueError of the operation, like all its other errors."""
     try:
         return build()
     # The strict dataclass wraps the error of a check; its cause says what is wrong, without the wrapper.
@@ -64,7 +64,7 @@ def checked(operation: str, build: Callable[[], Any]) -> Any:
 
 
 def refuse_adapters(model: nn.Module, operation: str) -> None:
-    """An operation would leave an adapter's tensors behind in the wrong shape or on the wrong expert.
+    """Refuse an operation that would leave an adapter's tensors in the wrong shape or on the wrong expert.
 
     Raises:
         ValueError: the model carries adapters (PEFT), naming some of the adapted modules.

@@ -32,7 +32,7 @@ Tensors = dict[str, Tensor]
 
 
 def unfuse_adapter(tensors: Mapping[str, Tensor], model: nn.Module) -> Tensors:
-    """The tensors of an adapter for `model.unfuse_experts()`.
+    """The tensors of an adapter for a model after `unfuse_experts(model)`.
 
     Raises:
         ValueError: a tensor that is no LoRA on the experts of this model (shapes are named).
@@ -47,10 +47,12 @@ def unfuse_adapter(tensors: Mapping[str, Tensor], model: nn.Module) -> Tensors:
         kind, experts = _read_stack(match, lora_a, lora_b, model)
         parts = ("down",) if kind == "down_proj" else ("gate", "up")
         a_ERX = lora_a.view(experts, -1, lora_a.shape[1])
+        # Experts vary fastest in `lora_B` and slowest in `lora_A`: the two are cut differently.
         b_EYR = lora_b.view(len(lora_b), -1, experts).permute(2, 0, 1)
         for expert in range(experts):
             for part, b_YR in zip(parts, b_EYR[expert].chunk(len(parts)), strict=True):
                 path = f"{prefix}.{expert}.{part}_proj"
+                # Gate and up share one `lora_A` when stacked; each gets a copy.
                 result[f"{path}.lora_A.weight"] = a_ERX[expert].clone()
                 result[f"{path}.lora_B.weight"] = b_YR.contiguous()
     return result
@@ -63,6 +65,7 @@ def _read_stack(match: re.Match[str], lora_a: Tensor, lora_b: Tensor, model: nn.
     if name not in banks:
         raise ValueError(f"{match[0]}: layer {layer} of the model holds the banks {sorted(banks)}")
     experts, width, inner = banks[name].num_experts, config.hidden_size, banks[name].intermediate_size
+    # PEFT nests the second LoRA in the first and does not store which is which; only the shapes tell.
     kinds = {(width, 2 * inner): "gate_up_proj", (inner, width): "down_proj"}
     shape = (lora_a.shape[1], lora_b.shape[0])
     if shape not in kinds or lora_a.shape[0] % experts or lora_a.shape[0] != lora_b.shape[1]:
@@ -74,7 +77,7 @@ def _read_stack(match: re.Match[str], lora_a: Tensor, lora_b: Tensor, model: nn.
 
 
 def fuse_adapter(tensors: Mapping[str, Tensor]) -> Tensors:
-    """The tensors of an adapter for `model.fuse_experts()`; undoes `unfuse_adapter`.
+    """The tensors of an adapter for a model after `fuse_experts(model)`; undoes `unfuse_adapter`.
 
     Raises:
         ValueError: gate and up of an expert have different `lora_A`, or not all experts of a bank have a LoRA.
@@ -94,6 +97,7 @@ def fuse_adapter(tensors: Mapping[str, Tensor]) -> Tensors:
         stacked = {key: _stack(prefix, key, values, experts) for key, values in parts.items()}
         if ("gate", "A") in stacked or ("up", "A") in stacked:
             gate_a, up_a = stacked.get(("gate", "A")), stacked.get(("up", "A"))
+            # Training on linear experts makes the two differ; stacked experts have no place for both.
             if gate_a is None or up_a is None or not torch.equal(gate_a, up_a):
                 raise ValueError(
                     f"{prefix}: gate_proj and up_proj have different lora_A, but stacked experts have one for both; "
@@ -103,6 +107,7 @@ def fuse_adapter(tensors: Mapping[str, Tensor]) -> Tensors:
         if ("down", "A") in stacked:
             pairs["down"] = stacked["down", "A"], stacked["down", "B"]
         for part, (a_ERX, b_EYR) in pairs.items():
+            # PEFT wraps the parameters in the order of `target_parameters`: gate-up first, so it ends up inside.
             nested = "base_layer." if part == "gate_up" and "down" in pairs else ""
             result[f"{prefix}.{nested}lora_A.weight"] = a_ERX.flatten(0, 1)
             result[f"{prefix}.{nested}lora_B.weight"] = b_EYR.permute(1, 2, 0).flatten(1).contiguous()
@@ -125,6 +130,7 @@ def convert_adapter(
     if layout not in ("linear", "fused"):
         raise ValueError(f"layout={layout!r}; choose 'linear' or 'fused'")
     config: dict[str, Any] = json.loads((Path(source) / CONFIG).read_text(encoding="utf-8"))
+    # Left as they are, they would match nothing in the other layout, in silence.
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise ValueError(f"{source}: {key}={config[key]} names tensors of one layout; convert an adapter without")
@@ -158,4 +164,5 @@ def _targets(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[list[str]
             parameters.append(f"{path.removesuffix('.base_layer')}.{kind}")
         elif is_lora:
             modules.append(path)
+    # Reversed, "gate_up_proj" comes before "down_proj".
     return sorted(modules), sorted(parameters, reverse=True)

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.collator import clean_messages
-from chorus_moe.training.loading import device_of
+from chorus_moe.training.loading import ModelOrAdapter, device_of
 
 
 def user_turn(text: str, images: Sequence[Any] = (), audio: Sequence[Any] = ()) -> dict[str, Any]:
@@ -18,7 +19,12 @@ def user_turn(text: str, images: Sequence[Any] = (), audio: Sequence[Any] = ()) 
 
 @torch.inference_mode()
 def answer_rows(
-    model: Any, processor: Any, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int = 64, **options: Any
+    model: ModelOrAdapter,
+    processor: ChorusProcessor,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int = 64,
+    **options: Any,
 ) -> list[str]:
     """The model's answers to `rows`, whose messages end before the answer; greedy unless `options` say otherwise.
 
@@ -38,6 +44,7 @@ def answer_rows(
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
+        # On the left, so that every row ends with its last prompt token, where generation goes on.
         processor_kwargs={"padding": True, "padding_side": "left"},
     ).to(device_of(model))
     options = {"do_sample": False, **options}

@@ -17,6 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+# Options of the recipe and of the demo are not typer's: their own parsers read them.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 REVISION_HELP = "branch, tag or commit of that repository"
 MODEL_HELP = "model or adapter: a folder or a Hub id"
@@ -85,7 +86,7 @@ def routing(
     out: Annotated[Path, typer.Option(help="folder for routing.json and routing.png")],
     split: Annotated[str, typer.Option()] = "test",
     base: BaseName = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="use the first so many rows")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="use only this many rows, from the first")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
 ) -> None:
     """What the experts do: load, dead experts, overflow and modality, by layer and bank, with a heat map."""
@@ -95,6 +96,7 @@ def routing(
     from chorus_moe.training.routing.statistics import summarise
 
     rows = load_rows(data, split)
+    # By number: a RowDataset takes no slices.
     chosen = [rows[index] for index in range(min(limit or len(rows), len(rows)))]
     counters = count_rows(*load_model(model, base=base), chosen, batch_size=batch_size, progress=True)
     print(routing_table(summarise(counters)))
@@ -123,7 +125,7 @@ def doctor(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     json_path: Annotated[Path | None, typer.Option("--json", help="also write the findings to this file")] = None,
 ) -> None:
-    """Contract checks on a checkpoint or adapter, with a verdict and a cure for each; exit status 1 if one fails."""
+    """Contract checks on a checkpoint or adapter, each with a verdict and a cure; exit status 1 if one fails."""
     from chorus_moe.training.doctor.examine import (
         chosen_checks,
         examine,
@@ -140,6 +142,7 @@ def doctor(
     print(heading())
     findings = []
     for finding in examine(patient, checks):
+        # Line by line: the checks of a large model take minutes.
         print(line_of(finding), flush=True)
         findings.append(finding)
     print(f"\n{summary(findings)}")
@@ -160,8 +163,8 @@ def compose(
     text_revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
     vision_revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
     audio_revision: Annotated[str | None, typer.Option(help=REVISION_HELP)] = None,
-    vision_pool: Annotated[int, typer.Option(min=1, help="so many image tokens along each side become one")] = 1,
-    audio_pool: Annotated[int, typer.Option(min=1, help="so many audio tokens become one")] = 1,
+    vision_pool: Annotated[int, typer.Option(min=1, help="this many image tokens along each side become one")] = 1,
+    audio_pool: Annotated[int, typer.Option(min=1, help="this many audio tokens become one")] = 1,
     audio_library: Annotated[
         str, typer.Option(help="transformers, or torchaudio's modules of the same encoder")
     ] = "transformers",
@@ -199,6 +202,7 @@ def compose(
         "expert_noise": expert_noise,
         "seed": seed,
     }
+    # Options of the command line win over the file.
     options = read_experts(experts) | {name: value for name, value in given.items() if value is not None}
     report = compose_parts(out, parts, dtype=dtype, **options)
     parameters = inspect_model(out)
@@ -224,6 +228,7 @@ def export(
     (folder / "README.md").write_text(run_card(loaded), encoding="utf-8")
 
 
+# `--help` is passed on as well, since the demo lists its own options.
 @app.command(context_settings=PASS_ON | {"help_option_names": []})
 def demo(context: typer.Context) -> None:
     """Train, fine-tune, save, reload and question a small trimodal model; `demo --help` lists its options."""
@@ -241,7 +246,7 @@ def print_values(values: dict[str, Any], as_json: bool) -> None:
 
 
 def main() -> None:
-    """Entry point: an error of the user's making is one line, not a traceback."""
+    """Entry point. A mistake of the user is reported in one line, without a traceback."""
     try:
         app()
     except (ValueError, TypeError, OSError) as error:

@@ -67,14 +67,18 @@ class ChorusDataCollator:
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         """The batch of `rows`: the processor's tensors and `labels` (B, S), padded on the right."""
         good = list(rows)
+        # The processor checks all samples before it computes, so an error costs little and names one sample; without it
+        # the batch is tried again.
         while good:
             try:
                 return self._checked(self._encode(good))
             except MediaError as error:
                 self._skip(error)
+                # The error does not belong to a sample, so skipping one would not help.
                 if error.sample is None:
                     raise
                 del good[error.sample]
+        # A rank without a batch would leave the others waiting in the gradient exchange.
         return self._unlabelled(rows[0])
 
     def _encode(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
@@ -103,6 +107,7 @@ class ChorusDataCollator:
         logger.warning(f"skipped bad sample {self.num_bad_samples} of at most {self.max_bad_samples}: {error}")
 
     def _checked(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # The first position is never predicted, so its label does not count.
         if not self._warned_unlabelled and bool((batch["labels"][:, 1:] == -100).all()):
             self._warned_unlabelled = True
             logger.warning(
@@ -114,6 +119,7 @@ class ChorusDataCollator:
     def _unlabelled(self, row: Row) -> dict[str, torch.Tensor]:
         """The texts of one row without any label: what stands for a batch of which nothing could be read."""
         batch = self._encode([{"messages": without_media(clean_messages(row["messages"]))}])
+        # Without labels the batch teaches nothing.
         batch["labels"] = torch.full_like(batch["labels"], -100)
         return batch
 
@@ -124,6 +130,7 @@ def clean_messages(messages: Sequence[Row]) -> list[dict[str, Any]]:
     for message in messages:
         content = message.get("content")
         if isinstance(content, list | tuple):
+            # An Arrow table has one set of keys: a text part gets `image: None` where another part has an image.
             content = [_without_none(part) if isinstance(part, Mapping) else part for part in content]
         cleaned.append({**_without_none(message), "content": content})
     return cleaned

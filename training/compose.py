@@ -99,9 +99,12 @@ def compose(
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; choose from {', '.join(DTYPES)}")
     check_names(experts, "compose")
+    # `ParentText` is built for its checks: an unsupported family is refused before an encoder is downloaded.
     text = ParentText(ParentCheckpoint(parts.text, revision=parts.text_revision, **parts.access)).checkpoint
     vision, audio = read_towers(parts)
+    # The processor first: what does not fit is found in seconds, the weights take minutes.
     processor = build_processor(parts, text, vision, audio)
+    # Encoders are handed over opened, the text part with its pinned commit: weights come from what was checked.
     report = compose_checkpoint(
         folder,
         text.source,
@@ -117,6 +120,7 @@ def compose(
     parents: dict[str, Any] = {"text": text, "vision": vision, "audio": audio}
     named = [Parent(part, origin.source, origin.revision) for part, origin in parents.items() if origin is not None]
     config = ChorusConfig.from_pretrained(folder)
+    # The card needs the configuration only, so no model is built for it.
     (folder / "README.md").write_text(run_card(SimpleNamespace(config=config), parents=named), encoding="utf-8")
     return report
 
@@ -145,6 +149,7 @@ def build_processor(
 ) -> ChorusProcessor:
     """The processor of the model that will be, from what it will have in its configuration."""
     ids = media_token_ids(text) if vision is not None or audio is not None else {}
+    # Stands for the configuration of a model that does not exist yet.
     future = SimpleNamespace(
         vision_config=vision and vision.config,
         audio_config=audio and audio.config,
@@ -164,11 +169,12 @@ def read_experts(source: str | None) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: a YAML file that is not there.
-        ValueError: a name nobody knows, with the nearest one.
+        ValueError: an unknown name, with the nearest one.
     """
     if source is None:
         return {}
     path = Path(source)
+    # Anything without this suffix is the name of a preset; `compose` refuses an unknown one.
     if path.suffix not in (".yaml", ".yml"):
         return {"experts": source}
     if not path.is_file():

@@ -17,6 +17,7 @@ from chorus_moe.processors.processing_media import MEDIA
 # Column of a table -> the type of the parts that its items belong to.
 MEDIA_KINDS = {row.column: name for name, row in MEDIA.items()}
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# Enough to see a wrong format. All rows would mean to read the whole data set before the first step.
 CHECKED_ROWS = 16
 
 
@@ -42,10 +43,12 @@ class RowDataset(Dataset):
     def _resolve(self, item: Any, index: int, column: str) -> Any:
         is_file = isinstance(item, Mapping) and item.get("bytes") is None and item.get("path") is not None
         path = item["path"] if is_file else item
+        # Web addresses pass here and are refused by the processor, which names the sample.
         if not isinstance(path, str) or path.startswith(("data:", "http://", "https://")):
             return item
         if self.folder is not None:
             return str(self.folder / path)
+        # A path in a data set of the Hub would read a file of this machine, which its author may choose.
         if not is_file:
             raise ValueError(f"row {index}, key {column!r}: {path!r} is a path, but a Hub data set carries its files")
         return item
@@ -73,6 +76,7 @@ def load_rows(source: str | os.PathLike[str], split: str = "train") -> RowDatase
         files = _data_files(path, split)
         table = datasets.load_dataset(FORMATS[files[0].suffix], data_files=[str(f) for f in files], split="train")
         folder = files[0].parent
+    # A misspelt path must not be asked for on the Hub.
     elif path.suffix in FORMATS or path.is_absolute() or str(source).startswith("."):
         raise FileNotFoundError(f"no data at {str(source)!r}")
     else:
@@ -103,6 +107,7 @@ def _undecoded(table: Any) -> Any:
         feature = table.features[column]
         inner = feature.feature if isinstance(feature, List) else feature
         if isinstance(inner, Audio | Image):
+            # Decoding belongs to the processor, which applies its limits first.
             plain = type(inner)(decode=False)
             table = table.cast_column(column, List(plain) if isinstance(feature, List) else plain)
     return table
@@ -139,6 +144,7 @@ def find_problem(row: Mapping[str, Any]) -> str | None:
             if kind not in ("text", *MEDIA_KINDS.values()):
                 return f"{where}, 'content': unknown part {part!r:.60}; the types are text, image and audio"
             for column, medium in MEDIA_KINDS.items():
+                # Arrow fills missing keys with None, and `sampling_rate` describes data without being any.
                 has_data = isinstance(part, Mapping) and any(
                     value is not None for key, value in part.items() if key not in ("type", "sampling_rate")
                 )

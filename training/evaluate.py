@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.answers import answer_rows
 from chorus_moe.training.collator import ChorusDataCollator, clean_messages
 from chorus_moe.training.data import RowDataset
-from chorus_moe.training.loading import device_of
+from chorus_moe.training.loading import ModelOrAdapter, device_of
 
 
 @dataclass
@@ -33,8 +34,8 @@ class Evaluation:
 
 
 def evaluate_rows(
-    model: Any,
-    processor: Any,
+    model: ModelOrAdapter,
+    processor: ChorusProcessor,
     rows: Sequence[Mapping[str, Any]] | RowDataset,
     *,
     batch_size: int = 16,
@@ -65,8 +66,11 @@ def evaluate_rows(
         answers += answer_rows(model, processor, prompts, max_new_tokens=max_new_tokens, **options)
         references += [reference for _, reference in split]
         inputs = {name: value.to(device_of(model)) for name, value in collator(batch).items()}
+        # Counted as the loss counts them: the first position predicts nothing.
         labels = int((inputs["labels"][:, 1:] != -100).sum())
         with torch.inference_mode():
+            # Weighted by labels: batches have different numbers of them, and a mean of means would depend on the batch
+            # size.
             loss_sum += float(model(**inputs).loss) * labels
         num_labels += labels
     correct = sum(is_same(answer, reference) for answer, reference in zip(answers, references, strict=True))

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from chorus_moe.modeling.depth_exits import confidence
+from chorus_moe.modeling.modeling_heads import ChorusForSequenceClassification
 from chorus_moe.training.loading import device_of
 
-# 1 - 1e-6 ... 0, twenty to a power of ten: known before any row is seen, or the order of the tests would not be fixed.
+# From 1 - 1e-6 down to 0, twenty per power of ten. Fixed before any row is seen, as the order of the tests must be.
 THRESHOLDS = tuple(1 - 10 ** (step / 20) for step in range(-120, 1))
 
 
@@ -35,7 +36,7 @@ class ExitCalibration:
     """What was found, on the rows it was found on.
 
     Args:
-        thresholds: one an exit, shallow first.
+        thresholds: one per exit, shallow first.
         accuracy, full_accuracy: with the thresholds, and of all layers.
         left_after: number of layers -> share of the rows that left there, the whole depth included.
     """
@@ -66,7 +67,7 @@ class ExitAnswers:
 
     @classmethod
     @torch.no_grad()
-    def ask(cls, model: Any, batches: Iterable[Mapping[str, Any]]) -> "ExitAnswers":
+    def ask(cls, model: ChorusForSequenceClassification, batches: Iterable[Mapping[str, Any]]) -> "ExitAnswers":
         """Answer all batches at every exit.
 
         Raises:
@@ -76,6 +77,7 @@ class ExitAnswers:
         if not text.exit_layers:
             raise ValueError("the model has no exits: add them with add_exits and train them")
         device, was_training = device_of(model), model.training
+        # Dropout would make confidences random.
         model.eval()
         sure, right = [], []
         for batch in batches:
@@ -98,7 +100,9 @@ class ExitAnswers:
 
     def exits_taken(self, thresholds: list[float]) -> Tensor:
         """`(N,)`: the column of the exit where each row leaves, or of the head."""
+        # Every row leaves at the head at the latest: its threshold is below any confidence.
         leaves_NX = self.confidence_NX > torch.tensor([*thresholds, -1.0])
+        # `argmax` gives the first of equal values, which is the shallowest exit that is sure enough.
         return leaves_NX.int().argmax(dim=1)
 
     def is_right(self, thresholds: list[float]) -> Tensor:
@@ -118,18 +122,21 @@ class ExitAnswers:
 
 
 def p_value(lost: int, won: int, rows: int, drop: float) -> float:
-    """How likely as few lost rows are, at most, where the exits lose `drop` of accuracy or more (0 < drop < 1)."""
+    """Highest probability of so few lost rows if the exits lose `drop` of accuracy or more (0 < drop < 1)."""
     # The likeliest rate of won rows among those with lost - won = drop.
     linear = lost + won - (2 * rows + won - lost) * drop
     rate = (linear + math.sqrt(linear**2 + 8 * rows * won * drop * (1 - drop))) / (4 * rows)
+    # The variance under the null hypothesis, with the rate above: this is what makes it Tango's score test.
     deviation = math.sqrt(rows * (2 * rate + drop - drop**2))
+    # Half a row more lost: the normal approximation alone keeps the promise a little too seldom.
     return NormalDist().cdf((lost + 0.5 - won - rows * drop) / deviation)
 
 
 def rows_needed(drop: float, error_rate: float) -> float:
-    """The fewest rows that can promise `drop`: as many as it takes if none of them is lost."""
+    """The fewest rows that can promise `drop`: the number needed when no row is lost."""
     if drop <= 0:
         return math.inf
+    # `p_value` with lost = won = 0, solved for the number of rows.
     spread = NormalDist().inv_cdf(1 - error_rate) * math.sqrt(drop * (1 - drop))
     return math.ceil(((spread + math.sqrt(spread**2 + 2 * drop)) / (2 * drop)) ** 2)
 
@@ -147,6 +154,7 @@ def check_rows(rows: int, drop: float, error_rate: float) -> None:
 
 def is_kept(lost: int, won: int, rows: int, max_accuracy_drop: float, error_rate: float | None) -> bool:
     """Whether a threshold that does this to `rows` rows may be taken."""
+    # The test is defined for drops between 0 and 1 only.
     if max_accuracy_drop >= 1:
         return True
     if error_rate is None:
@@ -161,6 +169,7 @@ def lowest(keeps: Callable[[float], bool]) -> float:
     """
     best = 1.0
     for value in THRESHOLDS:
+        # The first failure ends the search. Only this fixed sequence lets many tests err no more often than one.
         if not keeps(value):
             break
         best = value
@@ -183,6 +192,7 @@ def find_thresholds(answers: ExitAnswers, max_accuracy_drop: float, error_rate: 
     def keeps(value: float) -> bool:
         return is_kept(*answers.lost_and_won([value] * exits), rows, max_accuracy_drop, error_rate)
 
+    # One threshold for all exits: a search over combinations would need a correction for many tests.
     return [lowest(keeps)] * exits
 
 
@@ -203,13 +213,14 @@ def find_depth_thresholds(
     depth = torch.tensor(answers.layers)
 
     def is_deep(value: float) -> bool:
+        # A row that leaves too early counts as lost, and none can be won.
         left = int((depth[answers.exits_taken([value] * exits)] <= layers).sum())
         return is_kept(left, 0, rows, 1 - share, error_rate)
 
     return [lowest(is_deep)] * exits
 
 
-def _taken(model: Any, answers: ExitAnswers, thresholds: list[float]) -> ExitCalibration:
+def _taken(model: ChorusForSequenceClassification, answers: ExitAnswers, thresholds: list[float]) -> ExitCalibration:
     """Give the model its thresholds."""
     taken = answers.exits_taken(thresholds)
     model.config.exit_thresholds = thresholds
@@ -222,7 +233,7 @@ def _taken(model: Any, answers: ExitAnswers, thresholds: list[float]) -> ExitCal
 
 
 def calibrate_exits(
-    model: Any,
+    model: ChorusForSequenceClassification,
     batches: Iterable[Mapping[str, Any]],
     max_accuracy_drop: float = 0.005,
     error_rate: float | None = 0.05,
@@ -238,7 +249,7 @@ def calibrate_exits(
             drop is bounded on these rows alone, on no others.
 
     Raises:
-        ValueError: a drop or error rate that is none; no exits; no rows, too few, or rows without labels.
+        ValueError: a drop or error rate outside its range, no exits, no rows, too few rows, or rows without labels.
     """
     if not 0 <= max_accuracy_drop <= 1:
         raise ValueError(f"max_accuracy_drop={max_accuracy_drop} is outside 0..1")
@@ -257,7 +268,7 @@ def calibrate_exits(
 
 
 def calibrate_depth(
-    model: Any,
+    model: ChorusForSequenceClassification,
     batches: Iterable[Mapping[str, Any]],
     layers: int,
     share: float = 0.98,

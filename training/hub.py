@@ -36,6 +36,7 @@ def export_for_hub(model: Any, processor: Any, folder: str | os.PathLike[str]) -
     Raises:
         ValueError: a model with an adapter.
     """
+    # The saved code loads a whole model; PEFT has its own way to load an adapter.
     if base_model(model) is not model:
         raise ValueError("a model with an adapter carries no code of its own: export model.merge_and_unload()")
     folder = Path(folder)
@@ -44,6 +45,7 @@ def export_for_hub(model: Any, processor: Any, folder: str | os.PathLike[str]) -
     with attribute_set(model.config, "auto_map", {auto: class_reference(kind) for auto, kind in models.items()}):
         model.save_pretrained(folder)
     if processor is not None:
+        # Each part is loaded by its own Auto class, so each file names its own class.
         parts = {"AutoProcessor": processor} | {
             auto: getattr(processor, name) for name, auto in PROCESSOR_PARTS.items()
         }
@@ -62,6 +64,7 @@ def auto_map_classes(kind: type) -> dict[str, type]:
 
 def class_reference(kind: type) -> str:
     """`file.Class`, as `auto_map` wants it."""
+    # The code is copied into one flat folder, so packages are no part of the name.
     return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
 
 
@@ -78,6 +81,7 @@ def copy_code(folder: Path, processor: Any = None) -> list[Path]:
 @contextmanager
 def attribute_set(thing: Any, name: str, value: Any) -> Iterator[None]:
     """Set an attribute for the duration of the block."""
+    # None may be the attribute's value.
     missing = object()
     before = getattr(thing, name, missing)
     setattr(thing, name, value)
@@ -113,6 +117,7 @@ def push_to_hub(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        # An adapter needs no code: its base model brings it.
         if include_code and base_model(model) is model:
             export_for_hub(model, processor, folder)
         else:
@@ -122,6 +127,7 @@ def push_to_hub(
         if card is not None or not api.file_exists(repo_id, "README.md"):
             (folder / "README.md").write_text(card or run_card(model), encoding="utf-8")
         else:
+            # PEFT writes a card of its own; uploaded, it would replace the repository's.
             (folder / "README.md").unlink(missing_ok=True)
         for file in files:
             shutil.copyfile(file, folder / file.name)

@@ -17,6 +17,7 @@ def inspect_model(name_or_path: str | os.PathLike[str]) -> ParameterReport:
     """
     source = str(name_or_path)
     path = Path(source)
+    # A misspelt path must not be asked for on the Hub.
     if (path.suffix == ".json" or path.is_absolute() or source.startswith(".")) and not path.exists():
         raise FileNotFoundError(f"no configuration at {source!r}")
     values, _ = ChorusConfig.get_config_dict(source)

@@ -1,20 +1,25 @@
-"""A model folder or Hub id, full or adapter, to a model and its processor."""
+"""Load a model or an adapter, from a folder or the Hub, with its processor."""
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
 
 import chorus_moe.auto_classes  # noqa: F401  the command line has not registered them before
+from chorus_moe.processors.processing_chorus import ChorusProcessor
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+ModelOrAdapter: TypeAlias = "PreTrainedModel | PeftModel"
 ADAPTER_FILE = "adapter_config.json"
 
 
 def load_model(
     name_or_path: str | os.PathLike[str], *, base: str | None = None, merge: bool = False, **options: Any
-) -> tuple[Any, Any]:
+) -> tuple[ModelOrAdapter, ChorusProcessor]:
     """A model in evaluation mode and its processor.
 
     Args:
@@ -35,10 +40,12 @@ def load_model(
     base = base or PeftConfig.from_pretrained(source).base_model_name_or_path
     if not base:
         raise FileNotFoundError(f"the adapter {source!r} does not say which model it was trained on; pass `base`")
+    # Otherwise the path of another machine is looked up on the Hub, and the error says nothing about the adapter.
     if os.path.isabs(base) and not os.path.isdir(base):
         raise FileNotFoundError(f"the adapter {source!r} was trained on {base!r}, which is not there; pass `base`")
     model = PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained(base, **options), source)
     model = model.merge_and_unload() if merge else model
+    # An adapter's folder may lack the processor; then that of its base model is used.
     return model.eval(), load_processor(source, base)
 
 
@@ -54,7 +61,7 @@ def is_adapter(name_or_path: str) -> bool:
     return found is not None
 
 
-def load_processor(*sources: str) -> Any:
+def load_processor(*sources: str) -> ChorusProcessor:
     """The processor of the first source that has one."""
     for source in sources[:-1]:
         if not os.path.isdir(source) or (Path(source) / "processor_config.json").is_file():
@@ -62,7 +69,7 @@ def load_processor(*sources: str) -> Any:
     return AutoProcessor.from_pretrained(sources[-1])
 
 
-def base_model(model: Any) -> PreTrainedModel:
+def base_model(model: ModelOrAdapter) -> PreTrainedModel:
     """The model below a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

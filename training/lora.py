@@ -72,6 +72,7 @@ class LoraGroup:
 
     def num_trainable(self, options: Mapping[str, Any]) -> int:
         """Trainable numbers of this group under the options of a `LoraConfig`."""
+        # DoRA adds a magnitude and `lora_bias` a bias: one number for each output.
         ranks, extra = options.get("rank_pattern") or {}, bool(options.get("use_dora")) + bool(options.get("lora_bias"))
 
         def rank(name: str) -> int:
@@ -80,6 +81,7 @@ class LoraGroup:
         total = sum(
             rank(n) * (m.in_features + m.out_features) + extra * m.out_features for n, m in self.linears.items()
         )
+        # A stacked parameter is E matrices, each with its own LoRA.
         total += sum(rank(n) * p.shape[0] * (p.shape[1] + p.shape[2]) for n, p in self.parameters.items())
         return total + sum(p.numel() for module in self.saved.values() for p in module.parameters())
 
@@ -132,6 +134,7 @@ def lora_config(
     )
     groups = find_groups(model, targets)
     parameters = [name for group in groups for name in group.parameters]
+    # PEFT refuses this later, with a message about its own internals.
     if parameters and lora_dropout > 0:
         raise ValueError(f"lora_dropout={lora_dropout} with expert banks: PEFT has no dropout on experts; set it to 0")
     options = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, **options}
@@ -139,6 +142,8 @@ def lora_config(
         print(lora_table(model, groups, options))
     linears = [name for group in groups for name in group.linears]
     return LoraConfig(
+        # PEFT matches a list by suffix, which would also hit other banks and towers; a regular expression has to match
+        # in full.
         target_modules=full_path_regex(linears) if linears else [],
         target_parameters=parameters or None,
         modules_to_save=[name for group in groups for name in group.saved] or None,
@@ -161,6 +166,8 @@ def full_path_regex(names: Sequence[str]) -> str:
     """A regular expression that fully matches exactly `names`, below any head; the numbers of a list are joined."""
     numbers: dict[tuple[str, str], list[str]] = {}
     for name in names:
+        # The first number in a path is the layer. Joining over it keeps the expression short: a deep model has hundreds
+        # of names.
         before, number, after = (re.match(r"(.*?\.)(\d+)(\..*)", name) or re.match(r"(.*)()()", name)).groups()
         numbers.setdefault((before, after), []).append(number)
     choices = [
@@ -172,6 +179,7 @@ def full_path_regex(names: Sequence[str]) -> str:
 
 def find_groups(model: nn.Module, targets: LoraTargets) -> list[LoraGroup]:
     """The requested groups, in order, each with what it matched. Errors as in `lora_config`."""
+    # Below an adapter the names have PEFT's prefixes, and no pattern would match.
     if hasattr(model, "peft_config"):
         raise ValueError("the model already carries an adapter; call lora_config on the model below it")
     text = getattr(model, "config").text_config  # noqa: B009  an nn.Module by type
@@ -189,13 +197,15 @@ def find_groups(model: nn.Module, targets: LoraTargets) -> list[LoraGroup]:
     if not groups:
         raise ValueError(
             "no group to put a LoRA on: name banks, attention, cross_modal, shared_experts, dense, connectors or "
-            "towers. Routers, exits and skip gates alone are trained without, by freeze and unfreeze of the model"
+            "towers. To train only routers, exits or skip gates, use freeze and unfreeze of chorus_moe.surgery"
         )
     if targets.router == "train":
+        # Without banks "train" means the routers of all banks.
         groups.append(_router_group(modules, chosen or _banks(text, "all")))
     for name, pattern in {"exits": EXITS, "skip_gates": SKIP_GATES}.items():
         if getattr(targets, name):
             groups.append(LoraGroup(name, saved={n: m for n, m in modules.items() if re.fullmatch(pattern, n)}))
+    # PEFT itself only minds when nothing matches at all.
     empty = [group.name for group in groups if not group.names]
     if empty:
         raise ValueError(f"the group {empty[0]!r} matches nothing in this model; take it out")
@@ -204,6 +214,7 @@ def find_groups(model: nn.Module, targets: LoraTargets) -> list[LoraGroup]:
 
 def _linears(modules: Mapping[str, nn.Module], pattern: str) -> dict[str, nn.Linear]:
     """Linear layers by full path. Those inside torch's MultiheadAttention are never called: a LoRA would do nothing."""
+    # torch reads their weights directly, so a wrapped layer would be skipped.
     inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, nn.MultiheadAttention))
     return {
         name: module
@@ -254,7 +265,9 @@ def _router_group(modules: Mapping[str, nn.Module], banks: Mapping[str, Sequence
             mlp = f"language_model.layers.{layer}.mlp"
             saved[f"{mlp}.banks.{name}.router"] = modules[f"{mlp}.banks.{name}.router"]
             own_gate = f"{mlp}.banks.{name}.gate"
+            # An added bank has a gate of its own; others share the layer's.
             gate = own_gate if own_gate in modules else f"{mlp}.bank_gate"
+            # The gate over a single bank has no weight.
             if any(True for _ in modules[gate].parameters()):
                 saved[gate] = modules[gate]
     return LoraGroup("routers", saved=saved)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCardData
 
 from chorus_moe.surgery import parameter_report
-from chorus_moe.training.loading import base_model
+from chorus_moe.training.loading import ModelOrAdapter, base_model
 
 
 class Parent(NamedTuple):
@@ -20,7 +20,7 @@ class Parent(NamedTuple):
 
 
 def run_card(
-    model: Any,
+    model: ModelOrAdapter,
     metrics: Mapping[str, Any] | None = None,
     license_id: str | None = None,
     picture: Path | None = None,
@@ -37,6 +37,7 @@ def run_card(
     base = base_model(model)
     is_adapter = base is not model
     report, text = parameter_report(base.config), base.config.text_config
+    # A local path is of no use on the Hub and may tell more than its owner wants.
     from_hub = [parent.source for parent in parents if not os.path.isdir(parent.source)]
     data = ModelCardData(
         license=license_id,

@@ -1,7 +1,7 @@
 """Recipes: YAML sections and command-line overrides to typed arguments.
 
 Unusual here: YAML values become command-line words before `HfArgumentParser` reads them, so both follow the same rules
-(`1e-3` is a number, lists are lists), a later word wins, and a name nobody knows is an error with the nearest one.
+(`1e-3` is a number, lists are lists), a later word wins, and an unknown name is an error with the nearest one.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class DataArguments:
     eval_data: str | None = field(default=None, metadata={"help": "file, folder or Hub id; None: no evaluation"})
     train_split: str = "train"
     eval_split: str = "test"
-    max_length: int | None = field(default=None, metadata={"help": "tokens a sample may have; only text is cut"})
+    max_length: int | None = field(default=None, metadata={"help": "tokens per sample at most; only text is cut"})
     on_bad_media: str = field(default="raise", metadata={"help": "raise, or skip samples that cannot be read"})
     max_bad_samples: int = field(default=100, metadata={"help": "samples that may be skipped"})
 
@@ -81,7 +81,7 @@ class LoraArguments:
 
 @dataclass
 class RoutingArguments:
-    """How routers learn beyond the losses of the configuration, see `router_reward`."""
+    """How routers learn beyond the losses of the configuration, see `routing/reward.py`."""
 
     router_reward_banks: list[str] | None = field(
         default=None, metadata={"help": "expert banks whose routers also learn from sampled experts and their reward"}
@@ -123,7 +123,9 @@ def read_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     values: dict[str, Any] = {}
     if path is not None:
         values = read_sections(yaml.safe_load(Path(path).read_text(encoding="utf-8")), str(path))
+    # In rising order of weight: for argparse the last word counts.
     words = to_words(TRAINER_SETTINGS) + to_words(values) + with_underscores(overrides)
+    # Abbreviations would make a misspelt option a valid one.
     parser = HfArgumentParser(list(SECTIONS.values()), allow_abbrev=False)
     return Recipe(*parser.parse_args_into_dataclasses(args=words))
 
@@ -145,6 +147,7 @@ def read_sections(sections: Any, where: str) -> dict[str, Any]:
                 raise ValueError(f"{where}: section {section!r} has no {name!r}{hint}")
             values[name] = value
     if "lora" in sections:
+        # `use_lora: false` in the section still switches it off.
         values.setdefault("use_lora", True)
     return values
 
@@ -153,9 +156,11 @@ def to_words(values: Mapping[str, Any]) -> list[str]:
     """Command-line words that say the same: `{"r": 8, "banks": ["a", "b"]}` -> `--r 8 --banks a b`."""
     words = []
     for name, value in values.items():
+        # An option without a word would be an error for argparse; left out, it has its default.
         if value is None or value == []:
             continue
         if isinstance(value, Mapping):
+            # Such as `config`, `lr_scheduler_kwargs`: the Trainer's arguments read JSON.
             value = json.dumps(value)
         items = value if isinstance(value, list) else [value]
         words += [f"--{name}", *(str(item).lower() if isinstance(item, bool) else str(item) for item in items)]
@@ -174,6 +179,7 @@ def with_underscores(words: Sequence[str]) -> list[str]:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
+            # `HfArgumentParser` adds `--no_...` for flags that are on by default.
             if name not in known and name.removeprefix("no_") not in known:
                 raise ValueError(f"unknown option --{name}{nearest(name, known, '--')}")
             checked += [f"--{name}", value] if equals else [f"--{name}"]

@@ -38,7 +38,9 @@ def check_resume(trainer: Trainer, checkpoint: str | Path) -> None:
     path = folder / "optimizer.pt"
     if not path.is_file():
         return
+    # Shapes only: on the meta device the state, twice the size of the model, takes no memory.
     state = torch.load(path, map_location="meta", weights_only=True)
+    # `create_optimizer` sets the trainer's own optimizer, and `train` would then keep this one.
     kept = trainer.optimizer
     try:
         check_optimizer_state(model, trainer.create_optimizer(), state, source=str(folder))
@@ -63,7 +65,9 @@ def check_optimizer_state(
     if len(groups) != len(saved_groups):
         raise OptimizerMisfit(f"{source} has {len(saved_groups)} parameter groups, the optimizer {len(groups)}; {CURE}")
     for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        # Not strict: shapes come first, because the first parameter that moved says more than two counts.
         for parameter, key in zip(group["params"], saved["params"], strict=False):
+            # A parameter that never had a gradient has no state.
             found = _shape_in(state["state"].get(key, {}))
             if found is not None and found != tuple(parameter.shape):
                 raise OptimizerMisfit(
@@ -82,12 +86,14 @@ def _shape_in(state: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 def _check_weights(model: nn.Module, folder: Path) -> None:
     saved: dict[str, tuple[int, ...]] = {}
+    # Adapters are saved under another name: for them nothing is found here.
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:
             saved |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     if not saved:
         return
     ours: dict[int, dict[str, tuple[int, ...]]] = {}
+    # Tied parameters are saved under one of their names, which need not be the first.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         ours.setdefault(id(parameter), {})[name] = tuple(parameter.shape)
     for aliases in ours.values():

@@ -17,7 +17,7 @@ from chorus_moe.processors.tokenization_chorus import add_media_tokens, build_to
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import RowDataset, load_rows
 from chorus_moe.training.evaluate import text_of
-from chorus_moe.training.loading import load_processor
+from chorus_moe.training.loading import ModelOrAdapter, load_processor
 from chorus_moe.training.recipe import ModelArguments, Recipe, RoutingArguments
 from chorus_moe.training.resume import check_resume
 from chorus_moe.training.routing.callback import RoutingCallback
@@ -37,12 +37,13 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         The metrics of the run.
 
     Raises:
-        ValueError: the recipe does not say what to train, the output folder holds another run, or the checkpoint that
-            of a model with other parameters.
+        ValueError: the recipe does not say what to train, the output folder holds another run, or the checkpoint
+            belongs to a model with other parameters.
     """
     arguments = recipe.training
     if recipe.data.train_data is None:
         raise ValueError("data.train_data is missing: a file, a folder or a Hub id")
+    # Before the model is built: its weights are drawn from this seed.
     set_seed(arguments.seed)
     train_rows = load_rows(recipe.data.train_data, recipe.data.train_split)
     eval_rows = load_rows(recipe.data.eval_data, recipe.data.eval_split) if recipe.data.eval_data else None
@@ -63,14 +64,17 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         data_collator=collator,
         processing_class=processor,
     )
+    # In front of the trackers, so that they see its metrics.
     callback = RoutingCallback.add_to(trainer)
     if checkpoint is not None:
+        # The Trainer would load an optimizer state on the wrong parameters without a word.
         check_resume(trainer, checkpoint)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     counters = callback.last
     if eval_rows is not None:
         with RoutingObserver(model) as observer:
             metrics |= trainer.evaluate()
+        # On every rank, as it exchanges counts; only the first one writes.
         counters = observer.counters.over_ranks()
     metrics["num_bad_samples"] = collator.num_bad_samples
     trainer.save_model()
@@ -91,7 +95,11 @@ def new_trainer(routing: RoutingArguments, **parts: Any) -> Trainer:
 
 
 def _publish(
-    model: Any, processor: Any, metrics: dict[str, Any], trainer: Trainer, counters: RoutingCounters | None
+    model: ModelOrAdapter,
+    processor: ChorusProcessor,
+    metrics: dict[str, Any],
+    trainer: Trainer,
+    counters: RoutingCounters | None,
 ) -> None:
     """Write the card and its picture of routing (of the evaluation data, or without them of the last logged steps) into
     the output folder; upload model, processor and card when the recipe asks for it."""
@@ -107,7 +115,9 @@ def _publish(
         push_to_hub(model, processor, trainer.hub_model_id, card=card, files=pictures, token=trainer.args.hub_token)
 
 
-def load_or_build(recipe: Recipe, rows: RowDataset, checkpoint: str | None = None) -> tuple[Any, Any]:
+def load_or_build(
+    recipe: Recipe, rows: RowDataset, checkpoint: str | None = None
+) -> tuple[ModelOrAdapter, ChorusProcessor]:
     """The model to train, with its adapter if the recipe has one, and the processor."""
     given = recipe.model
     if (given.model_name_or_path is None) == (given.config is None):
@@ -126,6 +136,7 @@ def load_or_build(recipe: Recipe, rows: RowDataset, checkpoint: str | None = Non
 
         from chorus_moe.training.lora import lora_config
 
+        # The table once, not once on each rank.
         verbose = recipe.training.process_index == 0
         model = get_peft_model(model, lora_config(model, verbose=verbose, **recipe.lora.to_options()))
     return model, processor
@@ -133,13 +144,14 @@ def load_or_build(recipe: Recipe, rows: RowDataset, checkpoint: str | None = Non
 
 def build_model(
     given: ModelArguments, rows: RowDataset, checkpoint: str | None = None, **options: Any
-) -> tuple[Any, Any]:
+) -> tuple[ChorusForConditionalGeneration, ChorusProcessor]:
     """A new model and its processor. Vocabulary and token ids that the configuration leaves out are the tokenizer's.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
     """
     if checkpoint is not None:
+        # A tokenizer trained again on changed data would give other ids than the weights know.
         tokenizer = load_processor(checkpoint).tokenizer
     elif given.tokenizer is not None:
         tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
@@ -152,6 +164,7 @@ def build_model(
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
+        # Last, so that the configuration wins over the tokenizer.
         **values.get("text_config", {}),
     }
     if len(tokenizer) > text["vocab_size"]:
@@ -190,6 +203,7 @@ def find_checkpoint(arguments: TrainingArguments) -> str | None:
     Raises:
         ValueError: the output folder holds checkpoints and the recipe does not say what to do with them.
     """
+    # Taken out of the arguments: the Trainer would take "auto" for a path.
     asked, arguments.resume_from_checkpoint = arguments.resume_from_checkpoint, None
     if asked not in (None, "auto"):
         return asked
@@ -209,8 +223,10 @@ def complete_checkpoints(folder: Path) -> list[Path]:
         step = path.name.rpartition("-")[2]
         try:
             state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        # Cut short while it was written.
         except (OSError, ValueError):
             continue
+        # A folder that was renamed or copied by hand holds another step than its name says.
         if step.isdecimal() and state.get("global_step") == int(step):
             found.append((int(step), path))
     return [path for _, path in sorted(found)]

@@ -166,10 +166,10 @@ def rewrite(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "pt"}, "is no file of `save_bank`: format='pt'"),
+        ({"format": "pt"}, "was not written by `save_bank`: format='pt'"),
         ({"version": "2"}, "has version '2', this one reads '1'"),
-        ({"config": "[1"}, "says nothing sensible about its bank"),
-        ({"config": json.dumps({"num_experts": "many"})}, "says nothing sensible about its bank"),
+        ({"config": "[1"}, "has unreadable metadata about its bank"),
+        ({"config": json.dumps({"num_experts": "many"})}, "has unreadable metadata about its bank"),
         ({"config": json.dumps({"rooter": 1})}, "unknown key 'rooter'"),
         ({"name": "a.b"}, "must be a Python identifier"),
         ({"drop": "layers.1.mlp.banks.medical.gate.bias"}, r"gate.bias has shape None in the file, .* needs \(1,\)"),

@@ -145,7 +145,7 @@ def test_a_rank_pattern_is_counted(model: ChorusForConditionalGeneration, capsys
         ({"towers": ["video"]}, "unknown tower 'video'"),
         ({"router": "thaw", "dense": True}, "router='thaw'; choose 'frozen' or 'train'"),
         ({"router": "train"}, "no group to put a LoRA on"),
-        ({"skip_gates": True}, "skip gates alone are trained without, by freeze and unfreeze"),
+        ({"skip_gates": True}, "only routers, exits or skip gates, use freeze and unfreeze"),
         ({"dense": True, "skip_gates": True}, "the group 'skip_gates' matches nothing in this model"),
         ({"dense": True, "exits": True}, "the group 'exits' matches nothing in this model"),
         ({}, "no group to put a LoRA on"),

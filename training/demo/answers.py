@@ -15,7 +15,9 @@ import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
+from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.demo.data import MEDIA_COLUMNS, Sample, withhold
+from chorus_moe.training.loading import ModelOrAdapter
 
 VARIANTS = ("full", "image_withheld", "audio_withheld")
 MAX_NEW_TOKENS = 5
@@ -50,14 +52,19 @@ def load_questions(folder: Path) -> list[Sample]:
 
 @torch.inference_mode()
 def answer(
-    model: Any, processor: Any, samples: Sequence[Sample], batch_size: int = 64, progress: Any = None
+    model: ModelOrAdapter,
+    processor: ChorusProcessor,
+    samples: Sequence[Sample],
+    batch_size: int = 64,
+    progress: Any = None,
 ) -> list[str]:
-    """Greedy answers, one a sample, in order."""
+    """Greedy answers, one per sample, in order."""
     model.eval()
     answers: list[str] = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
         inputs = processor.apply_chat_template(
+            # The prompt is what comes before the answer.
             [[turn for turn in sample["messages"] if turn["role"] != "assistant"] for sample in batch],
             images=[sample["images"] for sample in batch],
             audio=[sample["audio"] for sample in batch],
@@ -89,13 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapter", help="folder of a LoRA adapter of that model")
     parser.add_argument("--questions", required=True, nargs="+", type=Path, help="folders written by save_questions")
     parser.add_argument("--withhold", action="store_true", help="first folder also without images and without sounds")
-    parser.add_argument("--limit", type=int, help="answer the first so many questions only")
+    parser.add_argument("--limit", type=int, help="answer only this many questions, from the first")
     parser.add_argument("--out", required=True, type=Path, help="JSON file to write: folder -> variant -> answers")
     options = parser.parse_args(arguments)
 
     import chorus_moe  # noqa: F401  registers the Auto classes
 
     disable_progress_bar()
+    # As in training: products this small gain nothing from a second thread.
     torch.set_num_threads(1)
     model = AutoModelForMultimodalLM.from_pretrained(options.model)
     processor = AutoProcessor.from_pretrained(options.model)

@@ -3,7 +3,7 @@
 Unusual here:
 - waveforms are float32 (samples,) at 16 kHz and stay numpy: one clip costs about a millisecond and needs no model;
 - speed (which moves pitch and formants together with duration, as vocal tract length does) and tempo (duration
-  alone, phase vocoder) are drawn independently, so their quotient covers voices that are none of the training ones;
+  alone, phase vocoder) are drawn independently, so their quotient covers voices outside the training set;
 - band, channel and room are one multiplication in the frequency domain;
 - `augmented_clips` does the work once, before training, so that a training step only reads arrays.
 """
@@ -32,6 +32,7 @@ def change_tempo(waveform: np.ndarray, factor: float, n_fft: int = 512) -> np.nd
     from torchaudio.functional import phase_vocoder
 
     hop = n_fft // 4
+    # Shorter than one window: nothing to stretch.
     if len(waveform) < n_fft:
         return waveform
     window = torch.hann_window(n_fft)
@@ -58,8 +59,10 @@ def channel_gain(frequencies: np.ndarray, rng: np.random.Generator, decibels: fl
 def room_response(rng: np.random.Generator, seconds: float, level: float) -> np.ndarray:
     """A direct path and an exponentially decaying noise tail that falls by 60 dB in `seconds`."""
     length = max(2, round(seconds * SAMPLING_RATE))
+    # exp(-6.9) is a thousandth in amplitude: 60 dB, the definition of a room's decay time.
     tail = rng.standard_normal(length) * np.exp(-6.9 * np.arange(length) / length)
     tail *= level / max(float(np.sqrt((tail**2).sum())), 1e-9)
+    # The direct path.
     tail[0] = 1.0
     return tail
 
@@ -114,10 +117,12 @@ class SpeechAugment:
         if noisy:
             power = float((waveform**2).mean()) * 10 ** (-rng.uniform(*self.noise) / 10)
             waveform = waveform + np.sqrt(power) * coloured_noise(rng, len(waveform), rng.uniform(0, 2))
+        # Noise comes before the filter: it was in the room with the voice.
         waveform = self._filter(waveform, rng)
         return (waveform * (rng.uniform(*self.gain) / max(float(np.abs(waveform).max()), 1e-6))).astype(np.float32)
 
     def _filter(self, waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        # Longer than the clip, so that the tail of the room does not wrap around to its start.
         size = 1 << (len(waveform) + SAMPLING_RATE // 8).bit_length()
         frequencies = np.fft.rfftfreq(size, 1 / SAMPLING_RATE)
         response = channel_gain(frequencies, rng, self.channel).astype(complex)
@@ -194,6 +199,7 @@ def augmented_clips(
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
 
+    # Settings and samples decide the cache, so a changed setting never reads old clips.
     digest = hashlib.sha256(f"{augment} {copies} {seed} {len(clips)}".encode())
     for waveform in clips.waveforms:
         digest.update(waveform.tobytes())

@@ -7,11 +7,14 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.surgery import parameter_report
 from chorus_moe.training.model_card import routing_section
 
 
-def card_text(model: Any, result: Mapping[str, Any], table: Sequence[str], picture: Path | None = None) -> str:
+def card_text(
+    model: ChorusForConditionalGeneration, result: Mapping[str, Any], table: Sequence[str], picture: Path | None = None
+) -> str:
     """The card of a model trained by the demo, as Markdown with metadata.
 
     Args:
@@ -93,7 +96,11 @@ def card_text(model: Any, result: Mapping[str, Any], table: Sequence[str], pictu
 
 
 def write_model_card(
-    folder: Path, model: Any, result: Mapping[str, Any], table: Sequence[str], picture: Path | None = None
+    folder: Path,
+    model: ChorusForConditionalGeneration,
+    result: Mapping[str, Any],
+    table: Sequence[str],
+    picture: Path | None = None,
 ) -> Path:
     """Write the card as `README.md` of a model folder, where the Hub shows it, with a copy of its picture."""
     path = folder / "README.md"

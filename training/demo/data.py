@@ -202,6 +202,7 @@ def best_blind_accuracy(skill: str, withheld: str) -> float:
     chosen = SKILLS[skill]
     if withheld not in chosen.needs:
         return 1.0
+    # Probability of (what is still seen, answer).
     mass: dict[tuple[int, str], float] = defaultdict(float)
     for written in range(10):
         for spoken in range(10):
@@ -209,6 +210,7 @@ def best_blind_accuracy(skill: str, withheld: str) -> float:
             if len(chosen.needs) == 1:
                 seen = 0  # the other medium has nothing to do with the answer
             mass[seen, chosen.answer(written, spoken)] += float(chosen.joint[written, spoken])
+    # The best guess for each value of what is seen.
     return sum(max(p for (seen, _), p in mass.items() if seen == digit) for digit in {seen for seen, _ in mass})
 
 
@@ -258,13 +260,16 @@ class DigitQuestions(Dataset):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.length:
             raise IndexError(f"sample {index} of {self.length}")
+        # A function of seed and index: workers and resumed runs see the same sample.
         rng = np.random.default_rng((self.seed, index))
         in_turn = index % len(self.names)
         skill = SKILLS[self.names[in_turn if self.weights is None else rng.choice(len(self.names), p=self.weights)]]
+        # Both digits at once, from their joint probability: it keeps one medium alone from telling the answer.
         written, spoken = divmod(int(rng.choice(100, p=skill.joint.ravel())), 10)
         present = [medium for medium in MEDIA_COLUMNS if medium in skill.needs or rng.random() < self.distractors]
         questions = skill.held_out_questions if self.held_out_questions else skill.questions
         content: list[dict[str, str]] = [{"type": medium} for medium in present]
+        # Order of media and place of the question vary, so that positions say nothing.
         rng.shuffle(content)  # type: ignore[arg-type]
         content.insert(
             0 if rng.random() < 0.25 else len(content),

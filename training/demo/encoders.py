@@ -19,6 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from chorus_moe.modeling.modeling_chorus import ChorusModel
+from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
+from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.demo.augment import PictureAugment
 from chorus_moe.training.demo.data import DigitPictures
 from chorus_moe.training.demo.speech import SAMPLING_RATE, SpeechClips
@@ -40,14 +43,18 @@ class EncoderLesson(nn.Module):
             part of this module: neither trained nor saved with it.
     """
 
-    def __init__(self, model: Any, modality: str, num_classes: int = 10, teachers: Sequence["EncoderLesson"] = ()):
+    def __init__(
+        self, model: ChorusModel, modality: str, num_classes: int = 10, teachers: Sequence["EncoderLesson"] = ()
+    ):
         super().__init__()
+        # A plain list: modules in it are not registered, so they are neither trained nor saved.
         self.teach = [teacher.eval().requires_grad_(False) for teacher in teachers]
         is_image = modality == "image"
         self.tower = model.vision_tower if is_image else model.audio_tower
         self.connector = model.vision_connector if is_image else model.audio_connector
         self.encode: Callable[..., Any] = model.get_image_features if is_image else model.get_audio_features
         width = model.config.text_config.hidden_size
+        # A learnt weight for each token: a digit fills only part of its clip.
         self.weigh = nn.Linear(width, 1)
         self.classify = nn.Linear(width, num_classes)
 
@@ -57,6 +64,7 @@ class EncoderLesson(nn.Module):
         lengths = torch.tensor([len(piece) for piece in pieces], device=pieces[0].device)
         tokens_NLD = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
         padded_NL = torch.arange(tokens_NLD.shape[1], device=lengths.device) >= lengths[:, None]
+        # Padding gets weight zero.
         weights_NL1 = self.weigh(tokens_NLD).masked_fill(padded_NL[..., None], -torch.inf).softmax(dim=1)
         logits = self.classify((weights_NL1 * tokens_NLD).sum(dim=1))
         outputs = {"logits": logits}
@@ -130,7 +138,7 @@ class LoneDigits(Dataset):
 class LoneDigitCollator:
     """Batches of one modality for [`EncoderLesson`], through the processor's own parts."""
 
-    def __init__(self, processor: Any, modality: str):
+    def __init__(self, processor: ChorusProcessor, modality: str):
         self.processor, self.modality = processor, modality
 
     def __call__(self, items: Sequence[tuple[Any, int]]) -> Mapping[str, Tensor]:
@@ -143,7 +151,7 @@ class LoneDigitCollator:
 
 
 def learn_alone(
-    model: Any,
+    model: ChorusForConditionalGeneration,
     modality: str,
     items: LoneDigits,
     train: Callable[[EncoderLesson, LoneDigits], None],
@@ -175,7 +183,7 @@ def beside(learn: Callable[[], None], modules: Sequence[nn.Module], file: Path) 
     `file`; then they are frozen. Without `fork`, or with a GPU, which does not survive one, it runs before the body.
 
     Raises:
-        RuntimeError: the process failed; what it failed of, it has printed.
+        RuntimeError: the process failed; it has printed its own error.
     """
     parts = nn.ModuleList(modules)
     if sys.platform != "linux" or torch.cuda.is_available():
@@ -187,16 +195,19 @@ def beside(learn: Callable[[], None], modules: Sequence[nn.Module], file: Path) 
             learn()
             save_file(parts.state_dict(), file)
 
+        # Forked, so that models and data need not be pickled.
         process = get_context("fork").Process(target=learn_and_save)
         process.start()
         try:
             yield
         except BaseException:
+            # Otherwise the lesson would train on after the run has failed.
             process.terminate()
             raise
         finally:
             process.join()
         if process.exitcode:
             raise RuntimeError(f"the lesson beside this one ended with exit code {process.exitcode}")
+        # The other process trained a copy; its weights come back in the file.
         parts.load_state_dict(load_file(file))
     parts.requires_grad_(False)

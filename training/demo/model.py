@@ -10,6 +10,7 @@ from chorus_moe.processors.tokenization_chorus import build_tokenizer
 
 def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, ChorusProcessor]:
     """A trimodal model with random weights and its processor, whose tokenizer is trained on `corpus`."""
+    # Answers go up to 18: with one token for each number a sum is one choice, not two.
     tokenizer = build_tokenizer(corpus, vocab_size=512, individual_digits=False)
     config = ChorusConfig(
         text_config={

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.demo.data import Sample
 from chorus_moe.training.routing.pictures import pyplot_without_display
 
@@ -24,6 +24,7 @@ def draw_accuracy(path: Path, before: Marks, after: Mapping[str, Marks]) -> None
         bars = axes.bar(np.arange(len(before)) + (index - 1.5) * 0.2, heights, 0.19, label=name, color=BARS[name])
         axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=1)
     axes.set_xticks(range(len(before)), before)
+    # Room for the numbers above full bars.
     axes.set(ylim=(0, 112), ylabel="accuracy (%)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(ncols=4, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.16))
@@ -32,13 +33,14 @@ def draw_accuracy(path: Path, before: Marks, after: Mapping[str, Marks]) -> None
 
 
 def draw_examples(
-    path: Path, processor: Any, questions: Sequence[Sample], answers: Sequence[str], count: int = 3
+    path: Path, processor: ChorusProcessor, questions: Sequence[Sample], answers: Sequence[str], count: int = 3
 ) -> None:
     """Picture, log-mel spectrogram, question and answer of the first questions, of different skills, that need both."""
     pyplot = pyplot_without_display()
     chosen: dict[str, int] = {}
     for index, sample in enumerate(questions):
         if sample["images"] and sample["audio"] and sample["skill"] not in ("written", "spoken"):
+            # The first of each skill, whether its answer is right or wrong.
             chosen.setdefault(sample["skill"], index)
     rows = list(chosen.values())[-count:]
     figure, axes = pyplot.subplots(

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.surgery import parameter_report
 from chorus_moe.training.demo.card import write_model_card
 from chorus_moe.training.demo.data import SKILLS, Sample, best_blind_accuracy
 from chorus_moe.training.demo.pictures import draw_accuracy, draw_examples
+from chorus_moe.training.loading import ModelOrAdapter
 from chorus_moe.training.routing.report import count_rows, routing_table, write_routing
 from chorus_moe.training.routing.statistics import summarise
 
@@ -28,6 +30,7 @@ def wilson_interval(marks: Sequence[bool], z: float = 1.96) -> tuple[float, floa
     """95% interval of an accuracy (Wilson 1927), which stays within 0..1 also at 100%."""
     n, p = len(marks), sum(marks) / len(marks)
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    # Not the normal interval, which has width zero at 100%.
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
@@ -63,6 +66,7 @@ def _skill_table(before: Marks, after: Mapping[str, Marks], new_skill: str) -> l
         for variant in WITHHELD:
             medium = variant.split("_")[0]
             cell = f"{100 * rate(after[variant][name]):.1f}%"
+            # "Chance" is what the best model reaches without the medium, not one over the number of answers.
             if medium in SKILLS[name].needs:
                 cell += f" (chance {100 * best_blind_accuracy(name, medium):.0f}%)"
             cells.append(cell)
@@ -74,8 +78,8 @@ def _skill_table(before: Marks, after: Mapping[str, Marks], new_skill: str) -> l
 def write_report(
     out: Path,
     *,
-    model: Any,
-    processor: Any,
+    model: ModelOrAdapter,
+    processor: ChorusProcessor,
     questions: Sequence[Sample],
     answers: Sequence[str],
     before: Marks,
@@ -90,6 +94,7 @@ def write_report(
 ) -> dict[str, Any]:
     """Write `report.json`, `report.md`, the pictures and the model card of `out/merged`; returns the JSON."""
     parameters = parameter_report(model.config)
+    # A few questions of every skill are enough for shares.
     counters = count_rows(model, processor, questions[:192])
     draw_accuracy(out / "accuracy.png", before, after)
     picture = write_routing(out, counters)

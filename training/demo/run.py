@@ -44,6 +44,7 @@ from chorus_moe.training.demo.regularisation import drop_tokens, smooth_labels
 from chorus_moe.training.demo.report import write_report
 from chorus_moe.training.demo.speech import SpeechClips, recorded_digits
 from chorus_moe.training.demo.speech_sets import recorded_speech_sets, synthetic_speech_sets
+from chorus_moe.training.loading import ModelOrAdapter
 from chorus_moe.training.lora import lora_config
 from chorus_moe.training.routing.callback import RoutingCallback
 from chorus_moe.training.routing.report import PICTURE
@@ -66,8 +67,8 @@ class DemoSettings:
         sound_teachers: encoders that learn real speech beforehand, for the model's own to learn from. Synthetic voices
             are many enough to do without.
         base_steps, lora_steps: optimizer steps of the two stages.
-        batch_size: samples a step.
-        label_smoothing, token_dropout: of both stages, see `demo_regularisation`.
+        batch_size: samples per step.
+        label_smoothing, token_dropout: of both stages, see `demo/regularisation.py`.
         questions_per_skill: held-out questions of each skill.
         replay: share of old skills while the new one is learnt, so that they are kept.
     """
@@ -134,6 +135,7 @@ def prepare_data(
         seed=settings.seed,
         picture_augment=augment,
     )
+    # Every n-th clip of the old voices.
     every = max(1, round(len(speech.train) / len(speech.adaptation) / old_voices))
     replayed = {name: settings.replay * weight / sum(replay.values()) for name, weight in replay.items()}
     adaptation = DigitQuestions(
@@ -149,6 +151,7 @@ def prepare_data(
 
 def held_out_questions(data: DemoData, settings: DemoSettings, folder: Path) -> None:
     """Write held-out questions below `folder`: of every skill, of "spoken" by new voices, and in new phrasings."""
+    # Other draws than in training.
     options: dict[str, Any] = {"seed": settings.seed + 7}
     skills = [*BASE_SKILLS, NEW_SKILL]
     length = settings.questions_per_skill * len(skills)
@@ -170,7 +173,13 @@ def held_out_questions(data: DemoData, settings: DemoSettings, folder: Path) -> 
 
 
 def train(
-    model: Any, dataset: Dataset, collator: Callable, folder: Path, steps: int, lr: float, settings: DemoSettings
+    model: "ModelOrAdapter | EncoderLesson",
+    dataset: Dataset,
+    collator: Callable,
+    folder: Path,
+    steps: int,
+    lr: float,
+    settings: DemoSettings,
 ) -> None:
     """One stage under the stock Trainer."""
     arguments = TrainingArguments(
@@ -195,6 +204,7 @@ def train(
         use_cpu=not torch.cuda.is_available(),
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator)
+    # A lesson has no decoder and so no routing.
     if not isinstance(model, EncoderLesson):
         RoutingCallback.add_to(trainer)
     trainer.train()
@@ -212,6 +222,7 @@ def answer_in_fresh_process(
     model: Path, questions: Sequence[Path], out: Path, *options: str
 ) -> dict[str, dict[str, list[str]]]:
     """Answers by set and variant from a new Python process that loads the folders through the Auto classes."""
+    # A fresh process has nothing but the folders: what was not saved is missing there.
     command = [sys.executable, "-m", "chorus_moe.training.demo.answers", "--model", str(model), "--out", str(out)]
     subprocess.run([*command, *options, "--questions", *map(str, questions)], check=True)
     return json.loads(out.read_text())
@@ -259,6 +270,7 @@ def run_demo(
         learn_alone(model, modality, lesson, teach, teachers)
 
     seeing = [model.model.vision_tower, model.model.vision_connector]
+    # A lesson uses one thread, so pictures are learnt on the other core meanwhile.
     with beside(partial(learn, "image"), seeing, out / "pictures.safetensors"):
         learn("audio", settings.sound_teachers if speech_dir is not None else 0)
     finish("encoders, each alone")
@@ -295,6 +307,7 @@ def run_demo(
     by_adapter = answer_in_fresh_process(out / "base", folders[:1], out / "answers_adapter.json", *adapter_options)
     by_adapter_full = by_adapter["test"]["full"]
     differing = sum(a != b for a, b in zip(by_adapter_full, after["test"]["full"], strict=False))
+    # Merging rounds, which may turn a close answer: up to 2% may differ.
     if differing > len(by_adapter_full) // 50:
         raise RuntimeError(f"adapter and merged model disagree on {differing} of {len(by_adapter_full)} answers")
     finish("evaluation in a fresh process")

@@ -84,6 +84,7 @@ class SpeechClips:
         """Write a plain `.npz` of 16-bit samples (never pickled objects); the file appears only when complete."""
         samples = np.concatenate(self.waveforms) if self.waveforms else np.zeros(0, np.float32)
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed when complete: a run that is cut short leaves no half cache.
         partial = path.with_suffix(".partial.npz")
         np.savez(
             partial,
@@ -97,6 +98,7 @@ class SpeechClips:
     @classmethod
     def load(cls, path: Path) -> SpeechClips:
         """Read what `save` wrote."""
+        # A cache may come from somewhere else, and pickles run code.
         with np.load(path, allow_pickle=False) as arrays:
             samples = arrays["samples"].astype(np.float32) / 32767
             waveforms = np.split(samples, np.cumsum(arrays["lengths"])[:-1])
@@ -125,6 +127,7 @@ class SynthesisSettings:
     @property
     def key(self) -> str:
         """Short hash of the settings and of this file's word lists: the name of the cached file."""
+        # The word lists are no setting, but a change to them must not read old clips.
         text = json.dumps([asdict(self), WORDS, ACCENTS], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -135,6 +138,7 @@ class SynthesisSettings:
         spoken = []
         for number, variant in enumerate(self.variants):
             for turn in range(min(self.languages_per_variant, len(languages))):
+                # Round-robin, so that all languages get about as many voices.
                 language = languages[(number * self.languages_per_variant + turn) % len(languages)]
                 words = ACCENTS[language] if language in self.accents else self.words
                 for _ in range(self.takes):
@@ -202,6 +206,7 @@ def split_held_out(clips: SpeechClips, speaker: str, takes: int = 5) -> tuple[Sp
             f"held-out speaker {speaker!r}: the recordings have {', '.join(names)}; two or more are needed"
         )
     mine = clips.by_speaker(speaker)
+    # By digit: the first clips of a speaker may lack some digits.
     adaptation = [row for digit in range(10) for row in np.flatnonzero(mine.digits == digit)[:takes]]
     test = sorted(set(range(len(mine))) - {int(row) for row in adaptation})
     if not test:
@@ -249,6 +254,7 @@ class _Espeak:
 
     def _collect(self, samples: ctypes._Pointer[ctypes.c_short], count: int, _events: int) -> int:
         if samples and count > 0:
+            # Copied, because the engine uses its buffer again.
             self.chunks.append(np.ctypeslib.as_array(samples, shape=(count,)).copy())
         return 0
 
@@ -260,6 +266,7 @@ class _Espeak:
             self.library.espeak_SetParameter(parameter, value, 0)
         self.chunks.clear()
         encoded = text.encode()
+        # One more than the text: the size includes the zero byte at its end.
         self.library.espeak_Synth(encoded, ctypes.c_size_t(len(encoded) + 1), 0, 0, 0, self.UTF8, None, None)
         self.library.espeak_Synchronize()
         if not self.chunks:

@@ -59,10 +59,12 @@ def synthetic_speech_sets(cache: Path, *, copies: int = 1, workers: int = 2) -> 
     train, test, new, new_test = (
         synthetic_digits(settings, cache) for settings in (ENGLISH_VOICES, TEST_VOICES, NEW_VOICES, NEW_VOICES_TEST)
     )
+    # Test voices are synthetic as well and have the full band, so few clips get that of a telephone.
     augment = SpeechAugment(telephone=0.2)
     return SpeechSets(
         train=train + augmented_clips(train, augment, copies, cache, workers=workers),
         test=test,
+        # Few clips of few voices: three copies of each.
         adaptation=new + augmented_clips(new, augment, 3, cache, workers=workers),
         adaptation_test=new_test,
         description=(

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable
 from copy import deepcopy
-from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
@@ -13,6 +12,7 @@ from transformers.utils import cached_file
 
 from chorus_moe.training.doctor.finding import Finding, compared, counted, difference, listed, skipped
 from chorus_moe.training.doctor.inputs import Patient, all_labels, answer_labels, gradient_norms
+from chorus_moe.training.loading import ModelOrAdapter
 
 WEIGHTS = "adapter_model.safetensors"
 # Size of what stands for an untrained B, and the least change of the logits that counts as one.
@@ -30,6 +30,7 @@ def adapters(patient: Patient) -> Finding:
         return counted([*faults, "the adapter has no parameter in this model"], "", CURE)
     batch = patient.encode()
     parameters = {f"{part} {number}": p for part, found in parts.items() for number, p in enumerate(found)}
+    # Twice: what no label reaches is a fault; what only the labels of an answer do not reach is a matter of the layout.
     reached, answered = (
         {name.rpartition(" ")[0] for name, norm in gradient_norms(patient, parameters, batch, labels).items() if norm}
         for labels in (all_labels(batch), answer_labels(batch))
@@ -39,6 +40,7 @@ def adapters(patient: Patient) -> Finding:
     warnings = {}
     if unheard := sorted({part.replace(".base_layer", "") for part in reached - answered}):
         warnings[f"the labels of an answer do not reach {listed(unheard, separator=', ')}"] = UNHEARD
+    # Copies the model, so it runs only if nothing is wrong so far.
     if not faults:
         faulty, is_trained = _effect(patient)
         if faulty is not None:
@@ -59,11 +61,12 @@ UNHEARD = (
 UNTRAINED = "An adapter whose B is zero was never trained: train it, or look whether the right folder was saved"
 
 
-def adapted_parts(model: Any) -> dict[str, list[nn.Parameter]]:
+def adapted_parts(model: ModelOrAdapter) -> dict[str, list[nn.Parameter]]:
     """Adapted module or parameter -> the adapter's parameters on it, of the active adapter."""
     prefix, adapter = model.base_model.prefix, model.active_adapter
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        # PEFT stores adapters of several names side by side; only the active one is examined.
         for mark in (f".{prefix}", ".modules_to_save."):
             part, found, rest = name.partition(mark)
             if found and adapter in rest.split("."):
@@ -71,11 +74,12 @@ def adapted_parts(model: Any) -> dict[str, list[nn.Parameter]]:
     return parts
 
 
-def unmatched_names(model: Any, parts: Iterable[str]) -> list[str]:
+def unmatched_names(model: ModelOrAdapter, parts: Iterable[str]) -> list[str]:
     """Names in the adapter's configuration that match nothing in the model: PEFT only minds when none matches."""
     config = model.peft_config[model.active_adapter]
     modules, parameters = model.base_model.targeted_module_names, model.base_model.targeted_parameter_names
     targets = config.target_modules or []
+    # PEFT reads a string as a regular expression for the whole name, a list as suffixes.
     regular = [targets] if isinstance(targets, str) else []
     plain = [] if isinstance(targets, str) else list(targets)
     missing = [name for name in regular if not any(re.fullmatch(name, module) for module in modules)]
@@ -100,6 +104,7 @@ def misloaded_tensors(patient: Patient) -> list[str]:
     faults += [
         f"{name} differs from the adapter's file"
         for name in stored.keys() & loaded.keys()
+        # In the dtype of the model, to which the file was cast when it was loaded.
         if stored[name].shape != loaded[name].shape or not torch.equal(stored[name].to(loaded[name]), loaded[name])
     ]
     return sorted(faults)
@@ -108,11 +113,13 @@ def misloaded_tensors(patient: Patient) -> list[str]:
 def _effect(patient: Patient) -> tuple[Finding | None, bool]:
     """A finding if the adapter cannot change anything or merging changes something; and whether it changes the output
     as it stands. The work is done on a copy."""
+    # Merging changes weights, which no check may do.
     trial = Patient(deepcopy(patient.model), patient.processor)
     batch = patient.encode()
     with torch.no_grad(), trial.model.disable_adapter():
         plain = torch.cat(trial.logits(batch))
     is_trained = difference(torch.cat(trial.logits(batch)), plain) >= LEAST_CHANGE
+    # With B = 0 the adapter changes nothing anyway, so noise stands in for what training would write.
     if not is_trained:
         _fill_zeros(trial.model)
     adapted = torch.cat(trial.logits(batch))
@@ -135,7 +142,7 @@ def _effect(patient: Patient) -> tuple[Finding | None, bool]:
 
 
 @torch.no_grad()
-def _fill_zeros(model: Any) -> None:
+def _fill_zeros(model: ModelOrAdapter) -> None:
     """Noise for the parameters of an adapter that are zero, which is how B starts."""
     for parameter in (p for parameters in adapted_parts(model).values() for p in parameters):
         if not parameter.any():

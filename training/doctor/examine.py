@@ -34,6 +34,7 @@ def load_patient(source: str, base: str | None = None, dtype: str | None = None,
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     model, processor = load_model(source, base=base, **options)
     saved_as, wanted = base_model(model).config.architectures or [], ChorusForConditionalGeneration.__name__
+    # Configurations written by hand name no class.
     if saved_as and wanted not in saved_as:
         raise ValueError(f"{source!r} was saved as {saved_as[0]}; the doctor examines {wanted} and adapters on one")
     return Patient(model.to(device), processor, source)
@@ -65,12 +66,14 @@ def examine(patient: Patient, checks: Iterable[Check] = CHECKS) -> Iterator[Find
         try:
             with left_as_found(patient):
                 finding = check(patient)
+        # Whatever a check raises is a finding about this model, and later checks may say why.
         except Exception as error:
             finding = Finding(
                 verdict="failed",
                 explanation=f"{type(error).__name__}: {error}",
                 cure="The check could not finish, which a healthy model lets it do: start with the error",
             )
+        # One by one, so that the caller can print each finding as it comes.
         yield replace(finding, name=name_of(check))
 
 

@@ -21,12 +21,14 @@ class Refuse:
 
 
 def main(arguments: Sequence[str]) -> None:
+    # First in the list, so that an installed package is refused before it is found.
     sys.meta_path.insert(0, Refuse())  # type: ignore[arg-type]
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForMultimodalLM, AutoProcessor
 
     source, stored, device, threads = arguments
+    # As many as the process that computed the expected logits: the number of threads changes the order of sums.
     torch.set_num_threads(int(threads))
     trust: dict[str, Any] = {"trust_remote_code": True}
     AutoProcessor.from_pretrained(source, **trust)

@@ -31,6 +31,7 @@ def tensors(patient: Patient) -> Finding:
         f"{name} holds NaN or infinity" for name, tensor in _state(patient.model).items() if not _is_finite(tensor)
     ]
     for name, module in patient.decoder.named_modules():
+        # Not stored in a checkpoint, so nothing but this check would notice that they were not rebuilt.
         expected = _computed_buffers(module)
         for key, value in expected.items():
             found = getattr(module, key)
@@ -63,6 +64,7 @@ def _computed_buffers(module: Any) -> dict[str, Tensor]:
     """Buffers that are not stored, as they should be."""
     if isinstance(module, BankGate):
         return {"is_open": module.open_table()}
+    # The other kinds change their table with the length of the input.
     if isinstance(module, LlamaRotaryEmbedding) and module.rope_type not in ("dynamic", "longrope"):
         return {"inv_freq": LlamaRotaryEmbedding(module.config).inv_freq}
     return {}
@@ -73,9 +75,11 @@ def processor(patient: Patient) -> Finding:
     pairs = [*_token_pairs(patient), *_vision_pairs(patient), *_audio_pairs(patient)]
     faults = [f"{what}: processor {found}, model {wanted}" for what, found, wanted in pairs if found != wanted]
     faults += _too_few_rows(patient)
+    # A wrong setting would make every sample fail, and hide itself behind that.
     if not faults:
         faults += _miscounted(patient)
     ends = patient.base.generation_config.eos_token_id
+    # `generation_config` holds one id or a list.
     ends = ends if isinstance(ends, list) else [ends]
     eos = patient.processor.tokenizer.eos_token_id
     warnings = {
@@ -154,6 +158,8 @@ def reload(patient: Patient) -> Finding:
     (outputs within the tolerance off the CPU). Copies the model."""
     batch = patient.encode()
     expected = torch.cat(patient.logits(batch))
+    # A buffer that loading forgets holds whatever was in memory, which is often the right value by chance. NaN shows
+    # it.
     with TemporaryDirectory() as temporary, nan_memory():
         loaded = Patient(_saved_and_loaded(patient, Path(temporary)), patient.processor)
         left, right = _state(patient.model), _state(loaded.model)
@@ -175,9 +181,11 @@ def reload(patient: Patient) -> Finding:
 
 
 def _saved_and_loaded(patient: Patient, folder: Path) -> Any:
+    # Base and adapter are saved apart, as users save them.
     base = deepcopy(patient.model).unload() if patient.is_adapted else patient.base
     kind = type(base)
     base.save_pretrained(folder / "model")
+    # Before the second copy is loaded.
     del base
     loaded = kind.from_pretrained(folder / "model")
     if patient.is_adapted:
@@ -187,6 +195,7 @@ def _saved_and_loaded(patient: Patient, folder: Path) -> Any:
         loaded = PeftModel.from_pretrained(loaded, folder / "adapter")
     loaded = loaded.to(patient.device).eval()
     decoder = Patient(loaded, patient.processor).decoder
+    # Implementations are not saved, and another one would give other bits.
     decoder.set_attn_implementation(patient.text_config._attn_implementation)
     decoder.set_experts_implementation(patient.text_config._experts_implementation)
     return loaded
@@ -196,6 +205,7 @@ def _is_same(found: Tensor, expected: Tensor) -> bool:
     return (
         found.dtype == expected.dtype
         and found.shape == expected.shape
+        # NaN differs from itself; here it counts as the same, since `tensors` reports it.
         and bool(((found == expected) | (found.isnan() & expected.isnan())).all())
     )
 
@@ -214,6 +224,7 @@ def hub_export(patient: Patient) -> Finding:
         export_for_hub(model, patient.processor, folder / "export")
         with torch.no_grad():
             _store(model, batch, folder / "expected.safetensors")
+        # The probe loads its own copy.
         del model
         done = _probe(folder, patient.device)
     cure = (
@@ -221,6 +232,7 @@ def hub_export(patient: Patient) -> Finding:
         "import its siblings as `from .name import ...`"
     )
     if done.returncode != 0:
+        # The last line of a traceback is the error.
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         return Finding(verdict="failed", explanation=f"the export does not load: {last}", cure=cure)
     gap = json.loads(done.stdout.splitlines()[-1])["difference"]
@@ -237,6 +249,7 @@ def _probe(folder: Path, device: torch.device) -> subprocess.CompletedProcess:
     """Run `export_probe.py` as a program, with a cache of its own for remote code."""
     arguments = [folder / "export", folder / "expected.safetensors", device, torch.get_num_threads()]
     command = [sys.executable, "-P", "-W", "ignore", str(export_probe.__file__), *map(str, arguments)]
+    # Remote code is cached by folder name: without a cache of its own, code of an earlier export could run.
     variables = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         command, cwd=folder, env=os.environ | variables, capture_output=True, text=True, timeout=EXPORT_SECONDS

@@ -53,7 +53,7 @@ def counted(faults: list[str], passed: str, cure: str, warnings: Mapping[str, st
     """The finding of a check that lists what is wrong; nothing may be.
 
     Args:
-        warnings: what to mind, each with its own cure. They count only where nothing failed.
+        warnings: warning -> its cure. They count only where nothing failed.
     """
     if faults:
         return Finding(verdict="failed", explanation=listed(faults), measured=len(faults), tolerance=0, cure=cure)
@@ -73,6 +73,7 @@ def compared(differences: Iterable[tuple[float, str]], tolerance: float, what: s
     found = list(differences)
     worst, where = max(found)
     is_fine = worst <= tolerance
+    # Only a 16-bit tolerance is that wide.
     if tolerance > TOLERANCES[torch.float32]:
         cure = f"{ROUNDING}. {cure}"
     return Finding(
@@ -87,9 +88,12 @@ def compared(differences: Iterable[tuple[float, str]], tolerance: float, what: s
 def difference(found: Tensor, expected: Tensor) -> float:
     """Root mean square of `found - expected`, as a share of the standard deviation of `expected`; infinite if either
     holds NaN or infinity."""
+    # In half precision the squares of small gaps would vanish.
     found, expected = found.detach().double(), expected.detach().double()
     gap = (found - expected).square().mean().sqrt()
+    # Logits that are all equal have no spread; the smallest float32 keeps the ratio defined.
     share = float(gap / expected.std().clamp(min=torch.finfo(torch.float32).tiny))
+    # NaN would pass every comparison with a limit as false, or be lost in `max`.
     return share if math.isfinite(share) else math.inf
 
 

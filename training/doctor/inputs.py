@@ -9,15 +9,19 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from chorus_moe.modeling.configuration_text import ChorusTextConfig
+from chorus_moe.modeling.modeling_text import ChorusTextModel
+from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.answers import user_turn
 from chorus_moe.training.doctor.finding import TOLERANCES
-from chorus_moe.training.loading import base_model, device_of
+from chorus_moe.training.loading import ModelOrAdapter, base_model, device_of
 
 Batch = dict[str, Tensor]
 Row = dict[str, Any]
 Key = TypeVar("Key")
-# Inputs with one entry a token; the others have one an image or clip.
+# Inputs with one entry per token; the others have one per image or clip.
 SEQUENCES = ("input_ids", "attention_mask", "mm_token_type_ids")
 QUESTIONS = ("What is it?", "How many of them are there, and which one is the largest of all that you can find here?")
 ANSWER = "There are three of them, and the last one is the largest."
@@ -34,12 +38,12 @@ class Patient:
         source: the folder or Hub id that it was loaded from, if any.
     """
 
-    model: Any
-    processor: Any
+    model: ModelOrAdapter
+    processor: ChorusProcessor
     source: str | None = None
 
     @property
-    def base(self) -> Any:
+    def base(self) -> PreTrainedModel:
         """The model itself; adapters act in it also when it is called without their wrapper."""
         return base_model(self.model)
 
@@ -48,15 +52,16 @@ class Patient:
         return self.base is not self.model
 
     @property
-    def text_config(self) -> Any:
+    def text_config(self) -> ChorusTextConfig:
         return self.base.config.text_config
 
     @property
-    def decoder(self) -> Any:
+    def decoder(self) -> ChorusTextModel:
         return self.base.model.language_model
 
     @property
     def media(self) -> list[str]:
+        # Text comes first in every model.
         return self.base.config.modalities[1:]
 
     @property
@@ -122,7 +127,8 @@ class Patient:
 
 
 def train_mode(patient: Patient) -> None:
-    """Training mode, past the warning about banks that labels do not reach, which is said once and is for trainers."""
+    """Training mode, without the warning about banks that labels do not reach: it appears once and is for trainers."""
+    # The flags alone: `train()` of the base would say the warning. The modules below are switched as usual.
     patient.model.training = patient.base.training = True
     patient.base.model.train()
 
@@ -156,6 +162,7 @@ def gradient_norms(
         norms[name] += float(parameter.grad.detach().float().norm())
         parameter.grad = None
 
+    # Only the wanted parameters get gradients; the graph of the rest is not built.
     patient.model.requires_grad_(False)
     handles = []
     for name, parameter in parameters.items():
@@ -163,6 +170,7 @@ def gradient_norms(
         handles.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: measure(name, p)))
     try:
         loss = patient.base(**batch, labels=labels).loss
+        # A loss that no wanted parameter reaches has no graph, and `backward` would raise.
         if loss.requires_grad:
             loss.backward()
     finally:

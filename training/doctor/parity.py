@@ -31,6 +31,7 @@ def cache(patient: Patient) -> Finding:
     found = []
     batch = patient.encode()
     length = batch["input_ids"].shape[1]
+    # The two write and mask their keys differently: one grows, the other has empty places from the start.
     for kind in (DynamicCache(config=config), StaticCache(config, max_cache_len=length)):
         found.append((_cached_difference(patient, batch, kind), type(kind).__name__))
     return compared(
@@ -50,6 +51,7 @@ def _cached_difference(patient: Patient, batch: Batch, cache: Cache) -> float:
     ids, mask = batch["input_ids"], batch["attention_mask"]
     start = ids.shape[1] - steps
     model(**{n: value[:, :start] if n in SEQUENCES else value for n, value in batch.items()}, past_key_values=cache)
+    # One token at a time, as `generate` does.
     logits = []
     for stop in range(start + 1, start + steps + 1):
         step = model(input_ids=ids[:, stop - 1 : stop], attention_mask=mask[:, :stop], past_key_values=cache)
@@ -126,8 +128,10 @@ def _expert_differences(patient: Patient) -> Differences:
     modules: dict[str, nn.Module] = {
         name: module for name, module in patient.decoder.named_modules() if isinstance(module, ChorusExperts)
     }
+    # Each implementation gets the same inputs, so a difference in one layer does not grow through the ones behind it.
     with recorded_inputs(modules) as inputs:
         patient.base(**patient.encode())
+    # A bank that no token entered has nothing to compare.
     inputs = {name: tuple(value[:NUM_ROWS] for value in args) for name, args in inputs.items() if len(args[0])}
     expected: dict[str, Tensor] = {}
     for implementation in EXPERTS:
@@ -137,6 +141,7 @@ def _expert_differences(patient: Patient) -> Differences:
         except UNUSABLE as error:
             yield None, f"{implementation}: {str(error).splitlines()[0]}"
             continue
+        # `eager` comes first in the list.
         expected = expected or outputs
         yield from (
             (difference(output, expected[name]), f"experts {implementation}, {name}")
@@ -157,6 +162,7 @@ def checkpointing(patient: Patient) -> Finding:
     train_mode(patient)
     batch = patient.encode(side="right")
     passes: list[int] = []
+    # A layer that is computed again calls its norm twice.
     handle = patient.decoder.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: passes.append(1))
     with _checkpointing(patient.base, False):
         plain_loss = _step(patient.base, batch)
@@ -196,6 +202,7 @@ def _checkpointing(model: Any, enable: bool) -> Iterator[None]:
 
 def _switch(model: Any, enable: bool) -> None:
     if enable:
+        # Non-reentrant: the reentrant kind needs inputs with gradients and hides routers from the losses.
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.activation_checkpointing_disable()
@@ -222,6 +229,7 @@ def _compared_gradients(
     finally:
         for handle in handles:
             handle.remove()
+    # What is left got no gradient in the second run.
     gaps |= {name: _gradient_gap(None, gradient) for name, gradient in expected.items()}
 
 
@@ -236,6 +244,7 @@ def _trained(patient: Patient) -> dict[str, nn.Parameter]:
 
 
 def _step(model: nn.Module, batch: Batch) -> float:
+    # Dropout and sampled experts must be the same in both runs.
     torch.manual_seed(0)
     loss = model(**batch, labels=all_labels(batch)).loss
     loss.backward()
@@ -246,5 +255,6 @@ def _gradient_gap(found: Tensor | None, expected: Tensor | None) -> float:
     """Norm of the difference over the norm of the gradient itself."""
     if found is None or expected is None:
         return 0.0 if found is expected else float("inf")
+    # A gradient of zero has no scale; roundings around it must not count as differences.
     scale = max(float(expected.float().norm()), 1e-6)
     return float((found.float() - expected.float()).norm()) / scale

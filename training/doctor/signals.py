@@ -37,6 +37,7 @@ def modalities(patient: Patient) -> Finding:
     faults, changes = [], []
     for modality in patient.media:
         batch, other = (patient.encode([row]) for row in (patient.row_of(modality), patient.exchanged(modality)))
+        # Only words behind the medium: its own positions change in any case.
         before, after = (patient.logits(one)[0][-NUM_ANSWER_TOKENS:] for one in (batch, other))
         changes.append((difference(after, before), modality))
         if changes[-1][0] < LEAST_CHANGE:
@@ -103,8 +104,10 @@ def gradients(patient: Patient) -> Finding:
     batch = patient.encode()
     reached = gradient_norms(patient, parameters, batch, all_labels(batch))
     answered = gradient_norms(patient, parameters, batch, answer_labels(batch))
+    # No tower makes tokens for these banks, so no gradient is to be expected.
     idle = [place for place in parameters if place.bank in _idle_banks(patient)]
     silent = [place for place, norm in reached.items() if norm == 0 and place not in idle]
+    # A single expert with weight 1 gives the same output whatever its score: only the balance loss sees the router.
     balanced = [place for place in silent if place.part == "router" and place.bank in _balanced_only(patient)]
     unheard = [place for place, norm in answered.items() if norm == 0 and reached[place] > 0]
     warnings = {
@@ -163,6 +166,7 @@ def _bank_parameters(patient: Patient) -> dict[Place, nn.Parameter]:
                 parameters[Place(layer, "", "gate")] = parameter
             elif parts[0] == "banks" and parts[2] == "router":
                 parameters[Place(layer, parts[1], "router")] = parameter
+            # The last product: in a bank that starts with an output of zero it is the only one with a gradient.
             elif parts[0] == "banks" and parts[-1] == "down_proj":
                 parameters[Place(layer, parts[1], "experts")] = parameter
     return parameters
@@ -194,6 +198,7 @@ def _missing_balance(patient: Patient) -> list[str]:
         "aux_loss": config.router_aux_loss_coef > 0 and any(bank.has_balance_loss for bank in config.banks),
         "z_loss": config.router_z_loss_coef > 0,
     }
+    # Auxiliary losses are computed in training mode only.
     train_mode(patient)
     output = patient.base(**patient.encode())
     patient.model.eval()
@@ -214,6 +219,7 @@ def _unused_experts(patient: Patient) -> str:
     for layer, banks in enumerate(routing):
         for name, bank in banks.items():
             total += bank.router_logits.shape[1]
+            # The id E marks an unused slot.
             used[layer, name] = set(bank.selected_experts.flatten().tolist()) - {bank.router_logits.shape[1]}
     unused = total - sum(map(len, used.values()))
     return f"{unused} of {total} experts took none of the few tokens shown (`chorus-moe routing` counts on your data)"
@@ -234,6 +240,7 @@ def fast_paths(patient: Patient) -> Finding:
         recorded_calls(ALL_EXPERTS_FUNCTIONS) as experts,
     ):
         patient.base(**batch)
+    # What no table recorded ran the module's own forward, which is `eager`.
     ran = {name: (attention | experts).get(modules[name], "eager") for name in called}
     kinds = {name: type(modules[name]) for name in called}
     return counted(

@@ -24,15 +24,19 @@ def left_as_found(patient: Patient) -> Iterator[None]:
     model, decoder = patient.model, patient.decoder
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # Batch norms move their statistics in training mode.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    # Asking for routing or hidden states makes transformers install hooks, which stay.
     hooks = [(table, dict(table)) for m in model.modules() for table in (m._forward_hooks, m._forward_pre_hooks)]
     hooked = [module for module in model.modules() if CAPTURES in vars(module)]
     attention = decoder.config._attn_implementation
     experts = decoder.config._experts_implementation
     silenced, has_bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    # Warnings would stand between the rows of the table.
     logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()
     try:
+        # The same noise in every check, and the caller's generator where it was.
         with torch.random.fork_rng():
             torch.manual_seed(0)
             yield
@@ -54,6 +58,7 @@ def left_as_found(patient: Patient) -> Iterator[None]:
             table.update(entries)
         for module in model.modules():
             if CAPTURES in vars(module) and module not in hooked:
+                # Its hooks are gone; with the mark left, transformers would not install them again.
                 delattr(module, CAPTURES)
 
 
@@ -61,6 +66,7 @@ def left_as_found(patient: Patient) -> Iterator[None]:
 def nan_memory() -> Iterator[None]:
     """torch fills uninitialised memory with NaN, so that a tensor which nobody sets is seen."""
     mode = torch.get_deterministic_debug_mode()
+    # Fills memory only in this mode. `warn_only`, because some operations have no deterministic form.
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -77,11 +83,13 @@ def recorded_calls(functions: MutableMapping[str, Callable]) -> Iterator[dict[nn
     def spy(name: str, function: Callable) -> Callable:
         @wraps(function)
         def record(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            # Written before the call: an implementation that hands over overwrites it with the one that computes.
             calls[module] = name
             return function(module, *args, **kwargs)
 
         return record
 
+    # The table has a global layer and a local one in front: assigning writes to the local one only, which is put back.
     before = dict(functions._local_mapping)  # type: ignore[attr-defined]
     for name, function in dict(functions).items():
         functions[name] = spy(name, function)

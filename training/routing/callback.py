@@ -1,7 +1,7 @@
 """A Trainer callback that keeps the balance bias moving and logs what the experts do.
 
 Unusual here:
-- a bank with `balance="bias"` is balanced by nobody but this callback: without it its bias never moves;
+- only this callback moves the bias of a bank with `balance="bias"`;
 - the bias moves once per optimizer step, after all micro-batches and before the weights, from integer counts summed
   over all ranks; so accumulation and ranks change nothing, and all ranks hold the same bias;
 - evaluation, generation and a frozen router change nothing.
@@ -46,6 +46,7 @@ class RoutingCallback(TrainerCallback):
     def add_to(cls, trainer: Trainer, log_statistics: bool = True) -> "RoutingCallback":
         """A new callback in front of all others of a Trainer, so that trackers see what it logs."""
         callback = cls(log_statistics)
+        # The Trainer calls its own trackers before the callbacks of its argument, so being first takes an insertion.
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
 
@@ -53,6 +54,7 @@ class RoutingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
+        # A second `train()` of the same Trainer starts with new counters.
         self._detach()
         _warn_of_lost_bias(model)
         self._observer = RoutingObserver(model, training_only=True).attach()
@@ -63,8 +65,10 @@ class RoutingCallback(TrainerCallback):
     ) -> None:
         if self._observer is None or self._window is None:
             return
+        # After the last micro-batch and before the weights move: the counts of one step, whatever the accumulation.
         move_balance_bias(self._observer.decoder, self._observer.counters)
         self._window.add(self._observer.counters)
+        # The window keeps what is logged; the observer starts the next step from zero.
         self._observer.counters.clear()
 
     def on_log(
@@ -83,6 +87,7 @@ class RoutingCallback(TrainerCallback):
         metrics = routing_metrics(summarise(self.last))
         logs.update(metrics)
         if state.log_history:
+            # The Trainer copied `logs` into its history before it called any callback.
             state.log_history[-1].update(metrics)
 
     def on_train_end(
@@ -103,12 +108,14 @@ def move_balance_bias(model: nn.Module, counters: RoutingCounters) -> None:
         model: the decoder or anything around it.
         counters: this rank's own; they are summed over ranks here.
     """
+    # Decided from the configuration, which is the same on all ranks, so either all of them exchange or none.
     if all(bank.balance != "bias" for bank in counters.config.banks):
         return
     routers = biased_routers(model)
     places = [
         (layer, name) for layer, banks in counters.banks.items() for name in banks if name in routers.get(layer, {})
     ]
+    # Integers: sums in any order agree, so all ranks move their bias alike.
     counts = sum_over_ranks([counters.banks[layer][name].choices_ME.sum(dim=0) for layer, name in places])
     for (layer, name), count_E in zip(places, counts, strict=True):
         update_balance_bias(routers[layer][name], count_E)
@@ -120,6 +127,7 @@ def _warn_of_lost_bias(model: nn.Module) -> None:
         return
     for layer, banks in biased_routers(model).items():
         for name, router in banks.items():
+            # By identity: `modules_to_save` holds a copy of the router, and that copy is the one in use.
             saved = any(module is router for path, module in model.named_modules() if ".modules_to_save." in path)
             if not saved and any(parameter.requires_grad for parameter in router.parameters()):
                 logger.warning(

@@ -40,9 +40,11 @@ class BankCounters:
 
     def __init__(self, bank: LayerBankConfig, device: torch.device | str = "cpu"):
         self.bank = bank
+        # One row more for tokens that do not count, one column more for slots that are not used.
         experts, rows = bank.num_experts, NUM_MODALITIES + 1
         # There is no float64 on Apple's GPUs.
         real = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        # One flat tensor for each type, so that adding, clearing and summing over ranks are one operation each.
         self.integers = torch.zeros(rows * (experts + 1) + rows + 2, dtype=torch.int64, device=device)
         self.reals = torch.zeros(rows * (2 * experts + 3), dtype=real, device=device)
         self._view()
@@ -53,6 +55,7 @@ class BankCounters:
         weights, probabilities, entropy, gate = self.reals.split([rows * (experts + 1), rows * experts, rows, rows])
         self._choices, self._tokens, self._weights, self._entropy, self._gate = choices, tokens, weights, entropy, gate
         self._probabilities = probabilities.view(rows, experts)
+        # Views without the extra row and column: what is counted there is not seen.
         self.choices_ME = choices.view(rows, -1)[:-1, :-1]
         self.weights_ME = weights.view(rows, -1)[:-1, :-1]
         self.probabilities_ME = self._probabilities[:-1]
@@ -75,10 +78,13 @@ class BankCounters:
         """
         if len(column_T) == 0:
             return
+        # Layers of one model may lie on several devices.
         if self.integers.device != column_T.device:
             self.to(column_T.device)
         real = self.reals.dtype
+        # The id of an unused slot is E, the extra column.
         cell_TK = column_T[:, None] * (self.bank.num_experts + 1) + routing.selected_experts
+        # Not `bincount`: its result has a size that depends on the data, so the device would be waited for.
         self._choices.index_add_(0, cell_TK.flatten(), torch.ones_like(cell_TK).flatten())
         self._tokens.index_add_(0, column_T, torch.ones_like(column_T))
         weights_TK = routing.routing_weights
@@ -95,6 +101,7 @@ class BankCounters:
 
     def to(self, device: torch.device | str) -> None:
         self.integers, self.reals = self.integers.to(device), self.reals.to(device)
+        # The named views still point to the old tensors.
         self._view()
 
     def add(self, other: "BankCounters") -> None:
@@ -132,6 +139,7 @@ class RoutingCounters:
             layers: the output `router_logits`.
             modality_T: `mm_token_type_ids`, flattened; None for text alone.
         """
+        # Keyed by identity: for most layers the columns are computed once.
         columns: dict[tuple[int, int, torch.device], Tensor] = {}
         for banks, layer in zip(self.banks.values(), layers, strict=True):
             for name, routing in layer.items():
@@ -163,6 +171,7 @@ def _columns(routing: BankRouting, modality_T: Tensor | None) -> Tensor:
     """The position of each row's modality in `MODALITY_IDS`; M where the row does not count."""
     device = routing.selected_experts.device
     if modality_T is None:
+        # Text is the first modality.
         column_T = torch.zeros(len(routing.selected_experts), dtype=torch.int64, device=device)
     else:
         table = torch.full((max(MODALITY_IDS.values()) + 1,), NUM_MODALITIES)
@@ -180,6 +189,7 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> list[Tensor]:
     tensors = list(tensors)
     if not tensors or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return tensors
+    # One exchange instead of one for each bank of each layer.
     flat = torch.cat([tensor.reshape(-1).to(tensors[0].device) for tensor in tensors])
     dist.all_reduce(flat)
     return [

@@ -60,6 +60,7 @@ class RoutingObserver:
 
     @property
     def _counts(self) -> bool:
+        # Counting has side effects, which a compiled graph would drop or record once.
         if torch.compiler.is_compiling():
             return False
         return not self.training_only or (self.decoder.training and torch.is_grad_enabled())
@@ -70,6 +71,7 @@ class RoutingObserver:
         if not self._counts:
             return None
         asked = options.get("output_router_logits")
+        # Remembered, so that the caller gets the routing if it asked for it and none otherwise.
         self._was_asked = bool(self.decoder.config.output_router_logits if asked is None else asked)
         return arguments, {**options, "output_router_logits": True}
 
@@ -78,6 +80,7 @@ class RoutingObserver:
             return None
         modality_BS = options.get("mm_token_type_ids")
         self.counters.count(output.router_logits, None if modality_BS is None else modality_BS.reshape(-1))
+        # Who did not ask for the routing does not get it.
         if not self._was_asked:
             output.router_logits = None
         return output

@@ -23,6 +23,7 @@ def can_draw() -> bool:
 def pyplot_without_display() -> Any:
     import matplotlib
 
+    # Before pyplot is loaded: servers have no display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -49,10 +50,13 @@ def draw_routing(path: Path, shares: Mapping[str, np.ndarray], layers: Sequence[
     picture = axes.imshow(np.ma.masked_array(100 * grid, idle), cmap=colours, aspect="auto", vmin=0)
     if width >= READABLE[0] and height >= READABLE[1]:
         for (row, column), value in np.ndenumerate(grid):
+            # Less would be printed as 0.
             if value >= 0.005:
+                # Readable on dark cells and on light ones.
                 colour = "white" if value > 0.6 * np.nanmax(grid) else "black"
                 axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
     modalities = list(MODALITY_IDS)
+    # Inches of a row: below this labels of 8 points would overlap, so there is one for each layer.
     if height >= 0.14:
         labels = [f"layer {layer}, {name}" for layer in layers for name in modalities]
         axes.set_yticks(range(len(grid)), labels, fontsize=8)
@@ -60,6 +64,7 @@ def draw_routing(path: Path, shares: Mapping[str, np.ndarray], layers: Sequence[
         middle = np.arange(len(layers)) * len(modalities) + (len(modalities) - 1) / 2
         labels = [f"layer {layer} ({', '.join(modalities)})" for layer in layers]
         axes.set_yticks(middle, labels, fontsize=7)
+    # A label for every 0.3 inches at most.
     ticks = _ticks(shares, every=math.ceil(0.3 / width))
     axes.set_xticks([place for place, _ in ticks], [str(expert) for _, expert in ticks], fontsize=8)
     start = 0
@@ -87,7 +92,7 @@ def _idle(share: np.ndarray) -> np.ndarray:
 
 
 def _ticks(shares: Mapping[str, np.ndarray], every: int) -> list[tuple[int, int]]:
-    """(column, expert) of every so many experts of each bank."""
+    """(column, expert) of each bank's first expert and of every `every`-th one after it."""
     found, start = [], 0
     for share in shares.values():
         found += [(start + expert, expert) for expert in range(0, share.shape[-1], every)]

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 from chorus_moe.training.collator import clean_messages
 from chorus_moe.training.data import RowDataset
-from chorus_moe.training.loading import base_model, device_of
+from chorus_moe.training.loading import ModelOrAdapter, base_model, device_of
 from chorus_moe.training.routing.counters import RoutingCounters
 from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.routing.pictures import can_draw, draw_routing
@@ -35,14 +35,14 @@ HEADS = (
 
 @torch.inference_mode()
 def count_rows(
-    model: Any,
-    processor: Any,
+    model: ModelOrAdapter,
+    processor: ChorusProcessor,
     rows: Sequence[Mapping[str, Any]] | RowDataset,
     *,
     batch_size: int = 16,
     progress: bool = False,
 ) -> RoutingCounters:
-    """The routing of whole rows, question and answer, in evaluation mode; one forward a batch, nothing is generated.
+    """The routing of whole rows, question and answer, in evaluation mode; one forward per batch, without generation.
 
     Args:
         model: with or without an adapter.
@@ -70,6 +70,7 @@ def count_rows(
                 return_tensors="pt",
                 processor_kwargs={"padding": True, "padding_side": "right"},
             ).to(device_of(model))
+            # The model below the head: logits over the vocabulary are not needed. Adapters act inside it all the same.
             base_model(model).base_model(**inputs, use_cache=False)
     model.train(was_training)
     return observer.counters
@@ -81,6 +82,7 @@ def routing_table(summary: RoutingSummary) -> str:
     lines = [f"{'layer':>5}  {'bank':<{name_width}}" + "".join(f"{head:>{len(head) + 2}}" for head in HEADS)]
     shown = set()
     for bank in summary.banks:
+        # Bits of a layer stand in the line of its first bank.
         information = math.nan if bank.layer in shown else summary.bank_information[bank.layer]
         shown.add(bank.layer)
         cells = (
@@ -118,6 +120,7 @@ def routing_figures(counters: RoutingCounters) -> dict[str, Any]:
         for layer, banks in counters.banks.items()
         for name, bank in banks.items()
     ]
+    # JSON has no NaN.
     shares = {name: np.where(np.isnan(share), None, share).tolist() for name, share in routing_shares(counters).items()}
     return {
         **summarise(counters).to_dict(),
@@ -130,6 +133,7 @@ def write_routing(folder: Path, counters: RoutingCounters) -> Path | None:
     """Write `routing.json` and, where matplotlib is installed, `routing.png`; returns the picture's path."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FIGURES).write_text(json.dumps(routing_figures(counters), indent=2) + "\n", encoding="utf-8")
+    # matplotlib is an extra.
     if not can_draw():
         return None
     draw_routing(folder / PICTURE, routing_shares(counters), list(counters.banks))

@@ -7,12 +7,13 @@ its label became than with the best-ranked experts, which is REINFORCE with a se
     gain = log p(label | draw) - log p(label | ranked)
 
 Unusual here:
-- it reaches routers that the language loss cannot: with one expert a token and normalised weights that loss has no
-  gradient with respect to the router at all;
+- it reaches routers that the language loss cannot: with one expert per token and normalised weights that loss
+  has no gradient with respect to the router at all;
 - its gradient reaches the routers of these banks and nothing else: `log p(draw)` is taken anew from detached states.
   Everything else learns from the language loss of the sampled forward, as ever;
-- a token without a label (an image, a question) is paid the mean gain of the labels that come after it in its sample;
-- the baseline is one more forward, in evaluation mode and without a graph. Dropout lowers every gain alike; do without.
+- a token without a label (an image, a question) gets the mean gain of the labels that come after it in its sample;
+- the baseline is one more forward, in evaluation mode and without a graph. Train without dropout: the baseline has
+  none, so dropout lowers every gain.
 
 Shape suffixes: B batch, S sequence, R rows of a bank, V vocabulary.
 """
@@ -39,9 +40,11 @@ from chorus_moe.training.loading import base_model
 @torch.no_grad()
 def label_log_likelihoods(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """`(B, S)` float32: log-probability of the label that each position predicts, the next one; 0 without a label."""
+    # Position i predicts label i + 1, and the last position nothing.
     target_BS = F.pad(labels_BS, (0, 1), value=-100)[:, 1:]
     has_label_BS = target_BS != -100
     found_BS = torch.zeros(target_BS.shape, dtype=torch.float32, device=logits_BSV.device)
+    # Labelled positions only: float32 logits of all positions would take several times the memory.
     found_BS[has_label_BS] = -F.cross_entropy(
         logits_BSV[has_label_BS].float(), target_BS[has_label_BS], reduction="none"
     )
@@ -61,6 +64,7 @@ def token_gains(sampled_BS: Tensor, ranked_BS: Tensor, labels_BS: Tensor) -> Ten
     def from_here_on(values_BS: Tensor) -> Tensor:
         return values_BS.flip(1).cumsum(dim=1).flip(1)
 
+    # A token without a label influences the answers after it, and no others: attention is causal.
     later_BS = from_here_on(gain_BS) / from_here_on(has_label_BS.float()).clamp(min=1)
     return torch.where(has_label_BS, gain_BS, later_BS)
 
@@ -73,7 +77,9 @@ def own_log_probabilities(model: nn.Module, banks: Collection[str]) -> Iterator[
     def replace(router: nn.Module, arguments: tuple[Any, ...], choice: RouterChoice) -> RouterChoice:
         if not isinstance(router, Router) or choice.log_probs is None:
             return choice
+        # As in the router itself: the scores must be those from which the experts were drawn.
         with without_autocast(arguments[0]):
+            # Detached: through the input the policy gradient would train the whole trunk with its noise.
             logits_TE = router.score(arguments[0].detach().float())
             log_weights_TE = router.open_log_weights(logits_TE)
             index_TK = choice.selected_experts
@@ -111,8 +117,10 @@ def policy_gradient_loss(layers: Iterable[RoutingOfLayer], gain_BS: Tensor, bank
             gain_R = gain_T.to(routing.log_probs.device)
             gain_R = gain_R if routing.rows is None else gain_R.index_select(0, routing.rows)
             if routing.token_mask is not None:
+                # Rows of padding keep their place, since shapes must not depend on data, and count nothing.
                 gain_R = gain_R * routing.token_mask
             num_rows = torch.tensor(len(gain_R)) if routing.token_mask is None else routing.token_mask.sum()
+            # A mean over rows, so that a bank with many tokens weighs as much as one with few.
             losses.append(-(gain_R * routing.log_probs).sum() / num_rows.clamp(min=1))
             counts.append((num_rows > 0).float())
     # A bank without rows adds a zero with a graph, so that all ranks send gradients for the same parameters.
@@ -160,12 +168,14 @@ class RouterRewardTrainer(Trainer):
             part = f".banks.{name}.router."
             if not any(part in path and parameter.requires_grad for path, parameter in self.model.named_parameters()):
                 raise ValueError(f"router_reward_banks names {name!r}, whose routers are frozen; train them as well")
+        # A bank named twice would be rewarded twice.
         self.router_reward_banks = tuple(dict.fromkeys(router_reward_banks))
         self.router_reward_coef = router_reward_coef
         self._gain: Tensor | float = 0.0
         self._num_labels = 0
 
     def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
+        # Around the whole step, backward pass included: checkpointing runs layers, and their hooks, again there.
         with own_log_probabilities(model, self.router_reward_banks):
             return super().training_step(model, *arguments, **options)
 
@@ -176,14 +186,18 @@ class RouterRewardTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        # Evaluation reports the language loss alone.
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels_BS = inputs["labels"]
+        # Before the sampled forward, whose graph then is not in memory beside the baseline.
         ranked_BS = self._ranked(model, inputs)
         sampled = {**inputs, "sample_experts": self.router_reward_banks}
         loss, outputs = super().compute_loss(model, sampled, True, num_items_in_batch)
         sampled_BS = label_log_likelihoods(outputs.logits.detach(), labels_BS)
         gain_BS = token_gains(sampled_BS, ranked_BS, labels_BS)
+        # The language loss is divided by the labels of all micro-batches. The reward takes this batch's share of them,
+        # so the coefficient means the same at any accumulation.
         share = share_of_batch(labels_BS, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # What the Trainer does to the loss of the model, against the mean that is taken over ranks.
@@ -204,6 +218,7 @@ class RouterRewardTrainer(Trainer):
         return label_log_likelihoods(logits_BSV, inputs["labels"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Logs of an evaluation have no "loss".
         if "loss" in logs and self._num_labels:
             logs["router_gain"] = float(self._gain) / self._num_labels
             self._gain, self._num_labels = 0.0, 0

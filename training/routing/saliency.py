@@ -19,8 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from chorus_moe.modeling.modeling_outputs import BankRouting
 from chorus_moe.modeling.moe_banks import ExpertBank
 from chorus_moe.modeling.moe_plan import take_rows
+from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.surgery.parts import decoder_of
 from chorus_moe.training.data import RowDataset
+from chorus_moe.training.loading import ModelOrAdapter
 from chorus_moe.training.routing.counters import RoutingCounters
 from chorus_moe.training.routing.report import count_rows
 
@@ -29,7 +31,7 @@ Scores = dict[int, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class ExpertSaliency:
-    """Layer -> bank -> `(E,)`; either fits `model.prune_experts(keep, scores=...)`.
+    """Layer -> bank -> `(E,)`; either can be the `scores` of `prune_experts(model, keep, scores)`.
 
     Args:
         uses: int64, how many tokens chose each expert.
@@ -47,6 +49,7 @@ class ExpertSaliency:
             for layer, banks in counters.banks.items()
         }
         saliency = {
+            # An expert without uses has a sum of 0, and 0 / 1 is its saliency.
             layer: {name: norm_E.cpu() / uses[layer][name].clamp(min=1) for name, norm_E in banks.items()}
             for layer, banks in norms.items()
         }
@@ -90,12 +93,14 @@ class SaliencyObserver:
 def weighted_norms(bank: ExpertBank, hidden_TD: Tensor, routing: BankRouting) -> Tensor:
     """`(E,)` float64: sum over the rows that chose each expert of weight times norm of its output."""
     weight_RK = routing.routing_weights
+    # The output is multiplied by the bank's weight, too, before it reaches the stream.
     if routing.bank_weights is not None:
         weight_RK = weight_RK * routing.bank_weights[:, None]
     if routing.token_mask is not None:
         weight_RK = weight_RK.masked_fill(~routing.token_mask[:, None], 0.0)
     hidden_RD = take_rows(hidden_TD, routing.rows)
     norm_E = weight_RK.new_zeros(bank.num_experts, dtype=torch.float64)
+    # No forward keeps the output of a single expert, so each is run again on its rows.
     for expert in range(bank.num_experts):
         row, slot = torch.where(routing.selected_experts == expert)
         output_RD = bank.experts.run_expert(expert, hidden_RD[row])
@@ -104,8 +109,8 @@ def weighted_norms(bank: ExpertBank, hidden_TD: Tensor, routing: BankRouting) ->
 
 
 def expert_saliency(
-    model: Any,
-    processor: Any,
+    model: ModelOrAdapter,
+    processor: ChorusProcessor,
     rows: Sequence[Mapping[str, Any]] | RowDataset,
     *,
     batch_size: int = 16,

@@ -46,6 +46,7 @@ def mutual_information(joint: np.ndarray) -> float:
     if not joint.sum() > 0:
         return math.nan
     bits = entropy_bits(joint.sum(axis=1)) + entropy_bits(joint.sum(axis=0)) - entropy_bits(joint.ravel())
+    # Rounding can give a tiny negative number.
     return max(bits, 0.0)
 
 
@@ -54,6 +55,7 @@ def entropy_bits(count: np.ndarray) -> float:
     total = count.sum()
     if not total > 0:
         return math.nan
+    # The limit of x log x at 0 is 0, but the logarithm alone is not.
     share = count[count > 0] / total
     return abs(float((share * np.log2(share)).sum()))
 
@@ -66,7 +68,7 @@ class BankStatistics:
         tokens: tokens that entered the bank.
         load_entropy, dead_experts, strongest_share: see the functions of these names.
         router_entropy: mean entropy of the router's probabilities, 0 (certain) to 1 (all experts alike).
-        experts_per_token: choices a token, below K where slots stay unused.
+        experts_per_token: choices per token, below K where slots stay unused.
         expert_information: bits that an expert tells about the modality; NaN in a bank open to one modality.
         rerouted, dropped: share of the choices that met a full expert and went elsewhere, or nowhere; NaN without a
             capacity.
@@ -106,6 +108,7 @@ def bank_statistics(layer: int, counters: BankCounters) -> BankStatistics:
     choices_ME, tokens = counters.choices_ME.cpu().numpy(), int(counters.tokens_M.sum())
     count_E = choices_ME.sum(axis=0)
     chosen, wanted = int(count_E.sum()), int(count_E.sum()) + counters.dropped
+    # In a bank of one modality the expert cannot tell anything about it: 0 bits would look like a finding.
     several, limited = len(counters.bank.modalities) > 1, counters.bank.expert_capacity is not None
     return BankStatistics(
         layer=layer,
@@ -144,7 +147,9 @@ def routing_metrics(summary: RoutingSummary) -> dict[str, float]:
         return {}
     worst: dict[str, float] = {}
     for bank in used:
+        # The least balanced layer: a mean would hide a single layer that collapsed.
         worst[bank.bank] = min(bank.load_entropy, worst.get(bank.bank, math.inf))
+    # The least balanced first, then by name, so that a tracker's columns keep their order.
     named = sorted(sorted(worst, key=lambda name: worst[name])[:NAMED_BANKS])
     metrics = {
         "routing_load_entropy": _mean([bank.load_entropy for bank in used]),
@@ -169,6 +174,7 @@ def routing_shares(counters: RoutingCounters) -> dict[str, np.ndarray]:
     has fewer experts of the bank than another, NaN stands for those that it lacks.
     """
     shape = len(counters.banks), len(MODALITY_IDS)
+    # A bank may have another number of experts in each layer.
     widest = {bank.name: np.max(bank.num_experts) for bank in counters.config.banks}
     shares = {name: np.zeros((*shape, experts)) for name, experts in widest.items()}
     for row, banks in enumerate(counters.banks.values()):
