@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
+from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.collator import clean_messages
 from chorus_moe.training.data import RowDataset
 from chorus_moe.training.loading import ModelOrAdapter, base_model, device_of

@@ -1,0 +1,167 @@
+"""A compiled step gives the text and the logits of the modules, or leaves the step to them.
+
+Most cases trace the whole step in one graph and run it operation by operation (`aot_eager`): this shows what is in the
+graph and takes a second. What Inductor makes of it is compiled once.
+"""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import CompileConfig
+
+from chorus_moe import ChorusForConditionalGeneration
+from chorus_moe.fastpaths.compiled_decoding import CompiledDecoding, compile_decoding
+from tests.conftest import tiny_batch, tiny_config
+
+# Sums in another order, at logits up to 2.
+ATOL = 1e-5
+WINDOWS: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+CASES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "one bank": {"expert_banks": {"common": {}}},
+    "no bank for text": {"expert_banks": {"image": {}}},
+    "sigmoid router": {"expert_banks": {"text": {"router": "sigmoid"}, "common": {}}},
+    "attention router": {"expert_banks": {"text": {}, "common": {"router": "attention"}}},
+    "adaptive experts": {"expert_banks": {"text": {"adaptive_experts": True}, "common": {}}},
+    "groups": {"expert_banks": {"text": {"num_experts": 4, "num_groups": 2, "topk_groups": 1}}},
+    "balance bias": {"expert_banks": {"text": {"balance": "bias"}, "common": {}}},
+    "own gate": {
+        "expert_banks": {"text": {}, "new": {"gate": "own", "num_experts": 1, "num_experts_per_tok": 1}, "common": {}}
+    },
+    "closed bank": {"expert_banks": {"text": {}, "common": {"closed": True}}},
+    "windows": WINDOWS,
+    "global tokens": WINDOWS | {"num_global_tokens": 3},
+    "skip gates": {"skip_layers": [1], "skip_budget": 0.5},
+    "norms after": {"norm_placement": "post"},
+    "cross-modal layers": {"cross_modal_layers": [0, 1], "share_cross_modal_query": False},
+}
+
+
+def make(**text: Any) -> ChorusForConditionalGeneration:
+    torch.manual_seed(0)
+    model = ChorusForConditionalGeneration(tiny_config(num_hidden_layers=2, **text)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "skip_gate" in name or ".gate." in name:
+                parameter.normal_()
+    return model
+
+
+def generate(
+    model: Any, inputs: dict[str, Tensor], backend: str = "aot_eager", **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Text and logits `(steps, B, V)` of six new tokens."""
+    given = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True, **options}
+    config = CompileConfig(backend=backend, mode=None if backend == "aot_eager" else "default")
+    found = model.generate(**inputs, **given, compile_config=config, return_dict_in_generate=True)
+    return found.sequences, torch.stack(found.logits)
+
+
+def check(model: Any, inputs: dict[str, Tensor], **options: Any) -> CompiledDecoding:
+    """Both ways, once; the compiled way must have had its graph."""
+    compile_decoding(model)
+    expected = generate(model, inputs, disable_compile=True, **{k: v for k, v in options.items() if k != "backend"})
+    found = generate(model, inputs, **options)
+    decoding = getattr(model, "get_base_model", lambda: model)().get_compiled_call.__self__
+    assert not decoding.failure
+    assert decoding.graphs
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], atol=ATOL, rtol=0)
+    return decoding
+
+
+def text(batch: int = 1, length: int = 9) -> dict[str, Tensor]:
+    input_ids = torch.randint(5, 128, (batch, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+# Each case is traced for some seconds.
+QUICK = ("default", "global tokens", "own gate")
+
+
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+def test_every_kind_of_model(case: str):
+    check(make(**CASES[case]), text())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"expert_budget": {"text": 1}}, {"closed_banks": ["common"]}],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_a_caller_may_ask(options: dict[str, Any]):
+    check(make(expert_banks={"text": {}, "common": {}}), text(), **options)
+
+
+def test_a_skip_threshold():
+    check(make(skip_layers=[1], skip_budget=0.5), text(), skip_threshold=0.7)
+
+
+def test_a_batch():
+    check(make(), text(4))
+
+
+def test_media_and_padding_in_the_prompt():
+    model = make()
+    batch = tiny_batch(model.config)
+    del batch["labels"]
+    check(model, batch)
+
+
+def test_weights_changed_in_place():
+    model = make()
+    decoding = check(model, text())
+    graphs = dict(decoding.graphs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert check(model, text()).graphs.keys() == graphs.keys()
+
+
+def test_an_adapter_added_later():
+    model = make()
+    check(model, text())
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False)).eval()
+    check(adapted, text())
+
+
+def test_a_copy_compiles_for_itself():
+    model = compile_decoding(make())
+    copied = deepcopy(model)
+    assert copied.get_compiled_call.__self__.model is copied
+
+
+def test_lengths_of_one_size_share_a_graph():
+    model = make()
+    check(model, text(length=9))
+    assert len(check(model, text(length=12)).graphs) == 1
+
+
+def test_linear_experts_run_through_the_modules():
+    model = make(experts_layout="linear", expert_banks={"common": {}})
+    expected = generate(model, text(), disable_compile=True)
+    found = generate(compile_decoding(model), text())
+    assert "linear" in model.get_compiled_call.__self__.failure
+    assert torch.equal(found[0], expected[0])
+
+
+def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    model = make()
+    expected = generate(model, text(), disable_compile=True)
+    compile_decoding(model)
+    monkeypatch.setattr("chorus_moe.fastpaths.compiled_decoding._compiled", lambda config: refuse)
+    assert torch.equal(generate(model, text())[0], expected[0])
+    assert "no compiler" in model.get_compiled_call.__self__.failure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 4])
+def test_inductor(batch: int):
+    check(make(expert_banks={"text": {"adaptive_experts": True}, "common": {}}), text(batch), backend="inductor")
