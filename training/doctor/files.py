@@ -236,8 +236,8 @@ def hub_export(patient: Patient) -> Finding:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         return Finding(verdict="failed", explanation=f"the export does not load: {last}", cure=cure)
     gap = json.loads(done.stdout.splitlines()[-1])["difference"]
-    tolerance = 0.0 if patient.device.type == "cpu" else patient.tolerance
-    return compared([(gap, "logits")], tolerance, "here and in a process without this package", cure)
+    # Not zero: fast paths stay home, and transformers' own experts sum in another order.
+    return compared([(gap, "logits")], patient.tolerance, "here and in a process without this package", cure)
 
 
 def _store(model: Any, batch: Batch, path: Path) -> None:

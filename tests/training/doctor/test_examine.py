@@ -70,7 +70,9 @@ def test_a_healthy_model_passes_every_check_and_is_left_as_it_was_found(tokenize
 @pytest.mark.slow
 def test_a_healthy_model_exports(patient: Patient) -> None:
     finding = found_by(patient, CHECKS[-1])["hub-export"]
-    assert (finding.verdict, finding.measured) == ("ok", 0)
+    assert finding.verdict == "ok"
+    # transformers' own experts run there: float32 sums in another order, 1.3e-7 of the logits' spread were seen.
+    assert finding.measured < 1e-6
 
 
 def test_a_healthy_model_of_16_bits_passes(folder: Path) -> None:
