@@ -85,7 +85,7 @@ def build_masks(
         raise ValueError(
             f"num_global_tokens={num_global} with {name!r} attention; it takes one of {WITH_GLOBAL_TOKENS}"
         )
-    inputs = {
+    inputs: dict[str, Any] = {
         "config": config,
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
@@ -141,6 +141,7 @@ def local_mask(
     """The rule of the sliding layers; None where there is none (a mask made by the caller, packed sequences, a static
     cache with room behind the last token, a graph being compiled) or where it would not pay."""
     count, window, num_global = inputs_embeds.shape[1], config.sliding_window, config.num_global_tokens
+    assert window is not None  # a configuration with sliding layers has one
     shortest = {BLOCK_LOCAL: 2, "sdpa": WINDOWS_THAT_PAY * window + 1}.get(config._attn_implementation)
     if shortest is None or count < shortest or torch.compiler.is_compiling():
         return None

@@ -1,6 +1,5 @@
 """The generative head: text, images and sound in, text out."""
 
-from collections.abc import Collection, Mapping
 from copy import copy
 from itertools import accumulate
 from typing import Any
@@ -13,7 +12,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 
 from .attention_masks import build_masks
 from .configuration_chorus import ChorusConfig
@@ -21,6 +20,7 @@ from .depth_exits import EarlyExitDrafts, check_drafts
 from .losses import share_of_batch
 from .modeling_heads import ChorusHead
 from .modeling_outputs import ChorusLossOutput
+from .moe_plan import DecoderKwargs
 
 logger = logging.get_logger(__name__)
 
@@ -90,23 +90,15 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        complexity_scores: Tensor | None = None,
-        expert_budget: Mapping[str, int] | None = None,
-        sample_experts: Collection[str] | None = None,
-        closed_banks: Collection[str] | None = None,
-        skip_threshold: float | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[DecoderKwargs],
     ) -> ChorusLossOutput:
         """Inputs as in [`ChorusModel`].
 
         Args:
             labels: `(B, S)`, token ids, -100 where nothing is to be learned. A batch without any label has loss 0.
             output_router_logits: also return the routing of every layer, and the balance loss and z-loss.
-            logits_to_keep: compute logits for the last so many positions only; 0 for all.
-            complexity_scores, expert_budget, sample_experts, closed_banks: options of the routers and banks, see
-                [`ChorusTextModel`]. In `generate`, `complexity_scores` are those of the prompt; generated tokens use
-                the router's entropy.
-            skip_threshold: see [`ChorusTextModel`]; `generate` also reads it from `generation_config`.
+            logits_to_keep: compute logits for the last positions only, this many; 0 for all.
+            kwargs: what this call asks of routers, banks and skip gates, see [`DecoderKwargs`].
 
         Returns:
             [`ChorusLossOutput`]; in training `loss` holds the weighted auxiliary terms, in evaluation it never does.
@@ -129,11 +121,6 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             input_features_mask=input_features_mask,
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
-            complexity_scores=complexity_scores,
-            expert_budget=expert_budget,
-            sample_experts=sample_experts,
-            closed_banks=closed_banks,
-            skip_threshold=skip_threshold,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -143,9 +130,9 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             counted = torch.as_tensor((labels[..., 1:] != -100).sum() if num_items is None else num_items).clamp(min=1)
             loss = self._language_loss(logits, labels, counted, **kwargs)
             loss = loss + self._weighted_sum(terms, share_of_batch(labels, num_items))
-            if train_exits:
-                terms["exit_loss"] = self._exit_loss(outputs.hidden_states, labels, counted, **kwargs)
-                loss = loss + self.config.text_config.exit_loss_coef * terms["exit_loss"]
+            if train_exits and outputs.hidden_states is not None:
+                terms["exit_loss"] = exit_loss = self._exit_loss(outputs.hidden_states, labels, counted, **kwargs)
+                loss = loss + self.config.text_config.exit_loss_coef * exit_loss
         return ChorusLossOutput(
             loss=loss,
             logits=logits,
@@ -166,7 +153,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
     def _exit_loss(self, hidden_states: tuple[Tensor, ...], labels: Tensor, counted: Tensor, **kwargs: Any) -> Tensor:
         """Mean of the language losses at the exits, through the final norm and the head (LayerSkip, arXiv
         2404.16710)."""
-        states = [hidden_states[layers] for layers in self.config.text_config.exit_layers]
+        states = [hidden_states[layers] for layers in self.config.text_config.exit_layers or ()]
         norm = self.model.language_model.norm
         losses = [self._language_loss(self.lm_head(norm(state)), labels, counted, **kwargs) for state in states]
         return torch.stack(losses).mean()
@@ -176,9 +163,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         the decoder, which finds padding in the mask, makes its own."""
         if inputs["inputs_embeds"].shape[1] > 1:
             return attention_mask
-        names = ("inputs_embeds", "past_key_values", "position_ids")
-        text = config.get_text_config()
-        return build_masks(text, attention_mask=attention_mask, **{name: inputs.get(name) for name in names})
+        text, embeds, positions = config.get_text_config(), inputs["inputs_embeds"], inputs.get("position_ids")
+        return build_masks(text, embeds, attention_mask, inputs.get("past_key_values"), positions)
 
     def _get_candidate_generator(
         self,
@@ -204,6 +190,11 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         if skip_threshold is not None:
             model_kwargs["skip_threshold"] = skip_threshold
         return generation_config, model_kwargs
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """transformers knows the names in a signature; ours are in the type of its keywords."""
+        known = DecoderKwargs.__optional_keys__
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in known})
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
@@ -259,7 +250,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             return mm_encoder_output
         pieces = list(audio.pooler_output)
         ends = list(accumulate(len(piece) for piece in pieces))
-        wanted = accumulate((input_ids == self.config.audio_token_id).sum(dim=-1).tolist())
+        is_placeholder: Any = input_ids == self.config.audio_token_id
+        wanted = accumulate(is_placeholder.sum(dim=-1).tolist())
         stops = [ends.index(total) + 1 if total else 0 for total in wanted]
         starts = [0, *stops[:-1]]
         audio.pooler_output = [p for a, b in zip(starts, stops, strict=True) for p in pieces[a:b] * expand_size]

@@ -79,7 +79,7 @@ class ChorusModelOutput(ModelOutput):
         compute: what the decoder spent on each sample, with `output_compute=True`.
     """
 
-    last_hidden_state: Tensor | None = None
+    last_hidden_state: Tensor
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None

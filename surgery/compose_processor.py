@@ -10,10 +10,12 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 
+from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.surgery.parent_checkpoint import ParentCheckpoint
@@ -152,7 +154,7 @@ def carries_media(tokenizer: PreTrainedTokenizerBase, image_token: str, audio_to
 
 
 def compose_processor(
-    config: Any,
+    config: ChorusConfig | SimpleNamespace,
     tokenizer: PreTrainedTokenizerBase,
     vision: str | os.PathLike[str] | None = None,
     *,

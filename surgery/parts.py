@@ -13,6 +13,7 @@ from torch import nn
 
 from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.configuration_modalities import ENCODED
+from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.modeling_head_table import HEADS
 from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
 
@@ -44,7 +45,7 @@ def below_head(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def layer_parts(text: Any) -> dict[str, tuple[list[int], str]]:
+def layer_parts(text: ChorusTextConfig) -> dict[str, tuple[list[int], str]]:
     """Part of the decoder -> the layers that have it, and a pattern of its names within a layer."""
     cross_modal = sorted(set(text.cross_modal_layers))
     return {
@@ -60,7 +61,7 @@ def in_layers(layers: Iterable[int | str], path: str) -> str:
     return rf"language_model\.layers\.(?:{'|'.join(map(str, layers))})\.{path}"
 
 
-def part_patterns(text: Any) -> dict[str, str]:
+def part_patterns(text: ChorusTextConfig) -> dict[str, str]:
     """Part -> the pattern that the names of its parameters match in full; banks come last."""
     patterns = {
         "all": r".+",
@@ -111,9 +112,10 @@ def set_trained(model: nn.Module, names: Sequence[str], is_trained: bool) -> Ope
             if parameter.is_floating_point():
                 parameter.requires_grad_(is_trained)
     for module in model.modules():
-        if hasattr(module, "vision_tower") and module.vision_tower is not None:
+        tower = getattr(module, "vision_tower", None)
+        if tower is not None:
             # Frozen batch norms stop averaging, trained ones start; the tower decides that when its mode is set.
-            module.vision_tower.train(module.vision_tower.training)
+            tower.train(tower.training)
     total = count_parameters(model)
     return OperationReport(
         operation=operation,
@@ -129,7 +131,7 @@ def _num_trained(parameters: Mapping[str, nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
 
 
-def freeze(model: Any, *names: str) -> OperationReport:
+def freeze(model: nn.Module, *names: str) -> OperationReport:
     """Keep parts from being trained.
 
     Args:
@@ -146,6 +148,6 @@ def freeze(model: Any, *names: str) -> OperationReport:
     return set_trained(model, names, False)
 
 
-def unfreeze(model: Any, *names: str) -> OperationReport:
+def unfreeze(model: nn.Module, *names: str) -> OperationReport:
     """Train parts; names and errors as in `freeze`."""
     return set_trained(model, names, True)

@@ -120,7 +120,7 @@ def test_generate_reads_the_threshold_from_its_configuration(tmp_path: Any):
     again = ChorusForConditionalGeneration.from_pretrained(tmp_path)
     seen: list[Any] = []
     again.model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["skip_threshold"]), with_kwargs=True
+        lambda _, args, kwargs: seen.append(kwargs.get("skip_threshold")), with_kwargs=True
     )
     again.generate(**ids, max_new_tokens=2, do_sample=False)
     assert seen and set(seen) == {0.9}

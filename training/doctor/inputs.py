@@ -159,6 +159,7 @@ def gradient_norms(
     norms = dict.fromkeys(parameters, 0.0)
 
     def measure(name: Key, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None  # called once it has been accumulated
         norms[name] += float(parameter.grad.detach().float().norm())
         parameter.grad = None
 

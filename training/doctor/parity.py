@@ -163,7 +163,8 @@ def checkpointing(patient: Patient) -> Finding:
     batch = patient.encode(side="right")
     passes: list[int] = []
     # A layer that is computed again calls its norm twice.
-    handle = patient.decoder.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: passes.append(1))
+    norm: Any = patient.decoder.layers[0].input_layernorm
+    handle = norm.register_forward_pre_hook(lambda *_: passes.append(1))
     with _checkpointing(patient.base, False):
         plain_loss = _step(patient.base, batch)
     expected = {name: parameter.grad for name, parameter in parameters.items()}
