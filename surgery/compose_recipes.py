@@ -18,9 +18,9 @@ from chorus_moe.surgery.checkpoint_writer import Recipe
 from chorus_moe.surgery.compose_upcycling import UpcyclingOptions, expert_pieces, noisy
 from chorus_moe.surgery.parent_checkpoint import ParentCheckpoint
 from chorus_moe.surgery.parent_text import ParentText
+from chorus_moe.surgery.parts import bank_tensor
 
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
-BANK_TENSOR = re.compile(r"model\.language_model\.layers\.(\d+)\.mlp\.banks\.(\w+?)\.(router|experts)\.(\w+)")
 NEW_TENSOR = re.compile(r"model\.(?:vision|audio)_connector\.|\.mlp\.bank_gate\.")
 # The mean of an embedding table is summed in double precision: in blocks, or the whole table would be held in doubles.
 ROWS_AT_ONCE = 4_096
@@ -87,9 +87,10 @@ class RecipeFinder:
             if name.startswith(prefix):
                 tower = self.towers[row.name]
                 return None if tower.parent is None else partial(tower.take, name.removeprefix(prefix), shape)
-        if match := BANK_TENSOR.fullmatch(name):
-            layer, bank, part, parameter = match.groups()
-            return self._of_bank(name, int(layer), bank, part, parameter, shape)
+        place = bank_tensor(name)
+        if place is not None:
+            part, _, parameter = place.part.partition(".")
+            return self._of_bank(name, place.layer, place.bank, part, parameter, shape)
         if NEW_TENSOR.search(name):
             return None
         source = self.parent.source(name)
@@ -105,6 +106,9 @@ class RecipeFinder:
         self, name: str, layer: int, bank_name: str, part: str, parameter: str, shape: tuple[int, ...]
     ) -> Recipe | None:
         parent, bank = self.parent, self._banks[layer, bank_name]
+        if part == "gate":
+            # No parent has a gate of a bank's own: it is newly initialised.
+            return None
         if part == "router":
             # A dense parent has no router, and a correction bias starts at zero: both are newly initialised.
             if parameter != "weight" or not parent.num_experts:

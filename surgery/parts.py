@@ -7,7 +7,7 @@ Unusual here:
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -43,6 +43,20 @@ def below_head(name: str) -> str:
     """A module's or parameter's name below the head, `language_model.layers...`, whichever head it is."""
     # A bare ChorusModel has no such prefix, and its names are those below the head already.
     return name.removeprefix("model.")
+
+
+class BankTensor(NamedTuple):
+    """Where a tensor of a bank lives: `part` is its name within the bank, such as `router.weight`."""
+
+    layer: int
+    bank: str
+    part: str
+
+
+def bank_tensor(name: str) -> BankTensor | None:
+    """Read the name of a parameter, with any prefix of heads and wrappers; None if it belongs to no bank."""
+    match = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.mlp\.banks\.(\w+)\.(.+)", name)
+    return None if match is None else BankTensor(int(match[1]), match[2], match[3])
 
 
 def layer_parts(text: ChorusTextConfig) -> dict[str, tuple[list[int], str]]:
