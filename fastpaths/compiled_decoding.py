@@ -16,24 +16,27 @@ H = 2I.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
-from transformers import CompileConfig, StaticCache
+from torch import Tensor, nn
+from transformers import CompileConfig, PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.integrations.moe import ExpertsInterface
 from transformers.utils import logging
 
 from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
-from chorus_moe.fastpaths.supported_experts import GATHERED, GATHERED_TOKENS
+from chorus_moe.fastpaths.supported_experts import GATHERED, GATHERED_TOKENS, StackedExperts
+from chorus_moe.modeling.attention_masks import Masks
+from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.modeling.modeling_outputs import ChorusLossOutput
 from chorus_moe.modeling.moe_banks import LinearExperts
 
 logger = logging.get_logger(__name__)
 
 aten = torch.ops.aten
+Model = TypeVar("Model", bound=nn.Module)
 SHORTEST_CACHE = 128
 # Graphs of one model: one for each batch size, length of the cache and set of options.
 MOST_GRAPHS = 16
@@ -43,7 +46,7 @@ TRACEABLE = (CPU_EXPERTS, "grouped_mm", "batched_mm", GATHERED)
 OPTIONS = ("complexity_scores", "expert_budget", "closed_banks", "skip_threshold")
 
 
-def gathered_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def gathered_experts(self: StackedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Weighted sum of the chosen gated experts, `(T, D)`, written for a compiler: run plainly, it copies them.
 
     Args:
@@ -117,7 +120,7 @@ class CompiledDecoding:
         model: [`ChorusForConditionalGeneration`].
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: ChorusForConditionalGeneration):
         self.model = model
         self.graphs: dict[Any, Callable[..., Tensor]] = {}
         self.signature: tuple[Any, ...] = ()
@@ -155,7 +158,9 @@ class CompiledDecoding:
         cache.layers = [StaticLayer(length) if layer.is_sliding else layer for layer in cache.layers]
         return cache
 
-    def create_masks_for_generate(self, config: Any, attention_mask: Tensor | None, **inputs: Any) -> Any:
+    def create_masks_for_generate(
+        self, config: PreTrainedConfig, attention_mask: Tensor | None, **inputs: Any
+    ) -> Masks:
         """None without padding: the graph makes its own masks."""
         if attention_mask is None:
             return None
@@ -260,7 +265,7 @@ NAMES = (
 )
 
 
-def compile_decoding(model: Any) -> Any:
+def compile_decoding(model: Model) -> Model:
     """Switch compiled decoding on, for `generate` of this model; the model itself is returned.
 
     The first text of each size waits for the compiler. `generate(disable_compile=True)` passes it by, and
@@ -269,7 +274,7 @@ def compile_decoding(model: Any) -> Any:
     Args:
         model: [`ChorusForConditionalGeneration`], also below an adapter.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = getattr(model, "get_base_model", lambda: model)()
     decoding = CompiledDecoding(inner)
     for name in NAMES:
         setattr(inner, name, getattr(decoding, name))

@@ -28,6 +28,8 @@ from transformers.masking_utils import (
 from .configuration_text import ChorusTextConfig
 
 BLOCK_LOCAL = "block_local"
+# What a decoder is given: padding `(B, past + S)`, a mask of its own form by layer type, or nothing.
+Masks = Tensor | dict[str, Any] | None
 # With `sdpa`, prefills longer than so many windows are worked on in blocks: below, nothing is gained.
 WINDOWS_THAT_PAY = 2
 # Attention implementations whose masks can show global tokens to every query.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -14,7 +15,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import can_return_tuple, logging
 
-from .attention_masks import build_masks
+from .attention_masks import Masks, build_masks
 from .configuration_chorus import ChorusConfig
 from .depth_exits import EarlyExitDrafts, check_drafts
 from .losses import share_of_batch
@@ -158,7 +159,9 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         losses = [self._language_loss(self.lm_head(norm(state)), labels, counted, **kwargs) for state in states]
         return torch.stack(losses).mean()
 
-    def create_masks_for_generate(self, config: Any, attention_mask: Tensor | None, **inputs: Any) -> Any:
+    def create_masks_for_generate(
+        self, config: PreTrainedConfig, attention_mask: Tensor | None, **inputs: Any
+    ) -> Masks:
         """For caches that can be compiled: what the decoder would make of the mask. A prefill is never compiled, and
         the decoder, which finds padding in the mask, makes its own."""
         if inputs["inputs_embeds"].shape[1] > 1:

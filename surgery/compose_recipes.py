@@ -11,13 +11,14 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from chorus_moe.modeling.configuration_modalities import ENCODED
 from chorus_moe.surgery.checkpoint_writer import Recipe
 from chorus_moe.surgery.compose_upcycling import UpcyclingOptions, expert_pieces, noisy
 from chorus_moe.surgery.parent_checkpoint import ParentCheckpoint
 from chorus_moe.surgery.parent_text import ParentText
+from chorus_moe.surgery.parent_towers import TowerParent
 from chorus_moe.surgery.parts import bank_tensor
 
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
@@ -34,7 +35,7 @@ class Tower:
         parent: where its tensors come from, with `tensors()`; newly initialised if None.
     """
 
-    def __init__(self, config: PreTrainedConfig | None, parent: Any = None):
+    def __init__(self, config: PreTrainedConfig | None, parent: TowerParent | None = None):
         # The new model writes its dtype into this configuration; the caller's object must stay as it was.
         self.config = deepcopy(config)
         self.parent = parent
@@ -44,6 +45,7 @@ class Tower:
         """One tensor, by its name below the tower. The encoder is read for the first and let go with the last."""
         if name not in self._left:
             # Read again if a tensor is asked for twice, as when a plan is carried out a second time.
+            assert self.parent is not None  # without one no recipe asks
             self._left = dict(self.parent.tensors())
         if name not in self._left:
             raise ValueError(f"the encoder has no tensor {name!r} among {len(self._left)}")
@@ -72,7 +74,7 @@ class RecipeFinder:
             for bank in self.config.banks_of_layer(layer)
         }
 
-    def recipes(self, model: Any) -> dict[str, Recipe]:
+    def recipes(self, model: PreTrainedModel) -> dict[str, Recipe]:
         found = {
             name: self._recipe(name, tuple(value.shape))
             for name, value in model.state_dict().items()

@@ -7,7 +7,7 @@ Unusual here:
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.configuration_modalities import ENCODED
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.modeling_head_table import HEADS
+from chorus_moe.modeling.modeling_text import ChorusTextModel
 from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
 
 # What LoRA and the names of parts call an encoder: its module without `_tower`.
@@ -25,14 +26,12 @@ CONNECTORS = rf"(?:{'|'.join(row.connector for row in ENCODED)})\..+"
 EXITS, SKIP_GATES = r"exits\.\d+\.(?:norm|score)", r"language_model\.layers\.\d+\.skip_gate"
 
 
-def decoder_of(model: nn.Module) -> Any:
+def decoder_of(model: nn.Module) -> ChorusTextModel:
     """The [`ChorusTextModel`] below a head, an adapter and wrappers such as DistributedDataParallel.
 
     Raises:
         ValueError: there is none.
     """
-    from chorus_moe.modeling.modeling_text import ChorusTextModel
-
     for module in model.modules():
         if isinstance(module, ChorusTextModel):
             return module
