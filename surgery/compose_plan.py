@@ -183,8 +183,8 @@ def compose(
         text: folder or Hub id of a causal language model in safetensors files: Llama (and SmolLM), Mistral,
             Ministral, Qwen2, Qwen3, SmolLM3, OLMo 2, Mixtral, Qwen3-MoE or OLMoE. The sparse layers of a mixture
             model stay sparse, and all its banks start as its own experts and router.
-        vision, audio: folder or Hub id of an encoder, or a `ChorusVisionConfig` / `ChorusAudioConfig` for a new
-            one; None for a model without.
+        vision: folder or Hub id of an encoder, or a `ChorusVisionConfig` for a new one; None for a model without.
+        audio: the same with `ChorusAudioConfig`.
         experts: bank -> settings as in `config.expert_banks`, or a preset's name. If None: a bank for each
             modality, and `common` of a dense parent with encoders. See [`UpcyclingOptions`] for what a bank must
             keep.
