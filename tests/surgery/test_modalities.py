@@ -168,7 +168,7 @@ def test_the_contrastive_head_embeds_the_new_modality(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("image", tower_config("image")), "has 'image' already"),
+        (("image", tower_config("image")), "already has 'image'"),
         (("sound", tower_config("audio")), "unknown modality 'sound'"),
         (("audio", tower_config("image")), "is of type 'chorus_audio', found 'chorus_vision'"),
         (("audio", tower_config("audio"), IMAGE_TOKEN), "image_token_id and audio_token_id are both 3"),
