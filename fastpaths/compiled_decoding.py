@@ -42,7 +42,7 @@ SHORTEST_CACHE = 128
 MOST_GRAPHS = 16
 # Experts functions that a graph can hold.
 TRACEABLE = (CPU_EXPERTS, "grouped_mm", "batched_mm", GATHERED)
-# What a step may be asked for, besides tokens, positions, masks and the cache.
+# Arguments that a step may have beside tokens, positions, masks and the cache.
 OPTIONS = ("complexity_scores", "expert_budget", "closed_banks", "skip_threshold")
 
 
@@ -240,7 +240,7 @@ def _first_lines(error: Exception) -> str:
 
 
 def _signature(model: Any) -> tuple[Any, ...]:
-    """What a graph cannot see change: modules, and the hooks on them."""
+    """Modules and their hooks, whose changes a graph cannot see."""
     return tuple((type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules())
 
 
@@ -268,7 +268,7 @@ NAMES = (
 def compile_decoding(model: Model) -> Model:
     """Switch compiled decoding on, for `generate` of this model; the model itself is returned.
 
-    The first text of each size waits for the compiler. `generate(disable_compile=True)` passes it by, and
+    The first text of each size waits for the compiler. `generate(disable_compile=True)` skips it, and
     `compile_config` is read as transformers reads it.
 
     Args:

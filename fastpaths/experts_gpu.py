@@ -26,7 +26,7 @@ from transformers.integrations.moe import ExpertsInterface
 from chorus_moe.fastpaths.supported_experts import StackedExperts, can_group, has_plain_layout, is_silu, run_plainly
 
 GPU_EXPERTS = "gpu_mm"
-# Up to so many choices that train nothing the launches take longer than what they launch, and transformers has fewer.
+# Up to this many choices without gradients, launches take longer than kernels; transformers has fewer launches.
 CHOICES_TO_LAUNCH = 4096
 
 

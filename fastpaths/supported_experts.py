@@ -1,4 +1,4 @@
-"""What the experts' fast ways are written for; every other layout is transformers' own functions to compute.
+"""The layouts that the fast paths of experts support; transformers' own functions compute every other layout.
 
 Shape suffixes: T tokens, E experts, D hidden size, I expert width, H = 2I.
 """
@@ -46,7 +46,7 @@ def has_plain_layout(experts: StackedExperts) -> bool:
 
 
 def can_group(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor) -> bool:
-    """What `grouped_mm` asks for: one of three dtypes, and rows that are multiples of 16 bytes."""
+    """What `grouped_mm` requires: one of three dtypes, and rows that are multiples of 16 bytes."""
     return hidden_TD.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
         weight.dtype == hidden_TD.dtype and weight.is_contiguous() and weight.shape[2] * weight.itemsize % 16 == 0
         for weight in (gate_up_EHD, down_EDI)

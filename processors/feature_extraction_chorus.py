@@ -3,7 +3,7 @@
 Unusual here:
 - the sampling rate is required with arrays; another rate is resampled (soxr), or refused when `strict_sampling_rate`;
 - features are computed clip by clip, so they depend neither on batch mates nor on padding;
-- a clip longer than `max_seconds` becomes several windows (rows), never a shorter clip;
+- a clip longer than `max_seconds` is split into several windows (rows) and never truncated;
 - for a Whisper encoder transformers' own feature extractor does the arithmetic, window by window, so that the encoder
   hears exactly what it was trained on, the silence up to the end of the window included;
 - no filter bank is kept in the object or in the saved JSON.

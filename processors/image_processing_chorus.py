@@ -2,7 +2,7 @@
 
 Unusual here:
 - transparency is laid over white, 16-bit grey is scaled and not clipped, EXIF rotation is applied;
-- float arrays in 0..1 and in 0..255 both come out right, anything else is an error instead of a dark picture;
+- float arrays in 0..1 and in 0..255 are both accepted; any other range is an error instead of a dark picture;
 - files pass the limits of `processing_limits` before they are decoded, and nothing is fetched.
 """
 

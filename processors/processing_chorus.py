@@ -35,7 +35,8 @@ class ChorusProcessor(ChatProcessor):
         num_image_tokens: tokens of one image in the sequence; None: the model sees no images.
         frames_per_token: feature frames behind one audio token; None: the model hears nothing.
         audio_convolutions: [kernel, stride] of the convolutions, without padding, that shorten the frames before that.
-        image_token, audio_token: placeholders, one per item in the text passed in, one per feature in `input_ids`.
+        image_token: placeholder, one per item in the text passed in, one per feature in `input_ids`.
+        audio_token: the same for audio.
 
     Raises:
         ValueError: a media token that the tokenizer does not know as one token.

@@ -1,4 +1,4 @@
-"""Conversations before they are rendered: media put into place, control tokens typed by people made harmless.
+"""Conversations before they are rendered: media in their place, typed control tokens escaped.
 
 A typed `<image>` must stay text. A word joiner (U+2060, invisible) is put after the first character of every special
 token found in a role or a text, so that no tokenizer sees the token. It stays in the text the model reads.

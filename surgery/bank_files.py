@@ -187,7 +187,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[ExpertBankConfig, str, dict[str
 
 
 def _check_fit(decoder: Any, bank: ExpertBankConfig, tensors: dict[str, Tensor]) -> None:
-    """Refuse what cannot take its place in this model.
+    """Refuse a bank that does not fit this model.
 
     Raises:
         ValueError: naming the bank's setting, a missing or unexpected tensor, or one of another shape, with both sides.

@@ -42,7 +42,7 @@ class Tower:
         self._left: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
-        """One tensor, by its name below the tower. The encoder is read for the first and let go with the last."""
+        """One tensor, by its name below the tower. The encoder is read for the first one and freed after the last."""
         if name not in self._left:
             # Read again if a tensor is asked for twice, as when a plan is carried out a second time.
             assert self.parent is not None  # without one no recipe asks
@@ -134,7 +134,7 @@ class RecipeFinder:
 
 
 def _grown(checkpoint: ParentCheckpoint, name: str, extra: int) -> Iterator[Tensor]:
-    """A table of one row a token, and new rows that are the mean of the old ones."""
+    """A table with one row per token, and new rows that are the mean of the old ones."""
     table = checkpoint.read(name)
     yield table
     if extra > 0:

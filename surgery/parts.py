@@ -145,7 +145,7 @@ def _num_trained(parameters: Mapping[str, nn.Parameter]) -> int:
 
 
 def freeze(model: nn.Module, *names: str) -> OperationReport:
-    """Keep parts from being trained.
+    """Exclude parts from training.
 
     Args:
         names: "all", a bank, "router:BANK", "experts:BANK", "bank_gates", "attention", "cross_modal",
@@ -153,7 +153,7 @@ def freeze(model: nn.Module, *names: str) -> OperationReport:
             "audio_connector", "embeddings", "norms", "head" (with its exits), "exits", "skip_gates".
 
     Returns:
-        A report with the trainable parameters before and after. A frozen router's balance bias rests, too.
+        A report with the trainable parameters before and after. A frozen router's balance bias does not move either.
 
     Raises:
         ValueError: adapters are active, or a part that the model does not have, with the nearest name.

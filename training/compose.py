@@ -126,7 +126,7 @@ def compose(
 
 
 def read_towers(parts: Parts) -> tuple[TowerParent | None, TowerParent | None]:
-    """The encoders, configuration read and weights not."""
+    """The encoders: their configurations are read, their weights are not."""
     vision = audio = None
     if parts.vision is not None:
         vision = vision_parent(
@@ -147,7 +147,7 @@ def read_towers(parts: Parts) -> tuple[TowerParent | None, TowerParent | None]:
 def build_processor(
     parts: Parts, text: ParentCheckpoint, vision: TowerParent | None, audio: TowerParent | None
 ) -> ChorusProcessor:
-    """The processor of the model that will be, from what it will have in its configuration."""
+    """The processor of the planned model, from its configuration."""
     ids = media_token_ids(text) if vision is not None or audio is not None else {}
     # Stands for the configuration of a model that does not exist yet.
     future = SimpleNamespace(

@@ -164,7 +164,7 @@ def test_nothing_is_written_when_a_part_is_wrong(folders: Path, monkeypatch: pyt
     text, vision = ["--text", folders / "text"], ["--vision", folders / "vision"]
     wrong = {
         "only safetensors files are read": [*text, "--audio", folders / "audio"],
-        "'llama' is no encoder of images": [*text, "--vision", folders / "text"],
+        "'llama' does not encode images": [*text, "--vision", folders / "text"],
         "a decoder cannot be made of model_type='siglip'": ["--text", folders / "vision"],
         "nowhere": ["--text", folders / "nowhere"],
         "dtype='int8'; choose from auto": [*text, *vision, "--dtype", "int8"],

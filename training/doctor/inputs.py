@@ -138,12 +138,12 @@ def noise_image(rng: np.random.Generator, index: int) -> Image.Image:
 
 
 def all_labels(batch: Batch) -> Tensor:
-    """Every real token is to be predicted, media included: what no such label reaches, no label reaches."""
+    """Labels on every real token, media included: a parameter that these do not reach is reached by no label."""
     return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
 
 
 def answer_labels(batch: Batch) -> Tensor:
-    """Only the last words are to be predicted, as in a conversation. For batches padded on the left."""
+    """Labels on the last words only, as in a conversation. For batches padded on the left."""
     labels = batch["input_ids"].clone()
     labels[:, :-NUM_ANSWER_TOKENS] = -100
     return labels

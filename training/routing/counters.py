@@ -31,7 +31,7 @@ class BankCounters:
     Attributes:
         choices_ME: how often tokens of each modality chose each expert.
         tokens_M: tokens that entered the bank.
-        rerouted, dropped: choices that another expert took over, and choices lost for want of room.
+        rerouted, dropped: choices that another expert took over, and choices dropped because it was full.
         weights_ME: sum of the routed weight, bank gate times router.
         probabilities_ME: sum of the router's probabilities.
         entropy_M: sum over tokens of the entropy of the router's probabilities, 0 to 1.

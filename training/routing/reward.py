@@ -154,7 +154,7 @@ class RouterRewardTrainer(Trainer):
             raise ValueError(f"router_reward_coef={router_reward_coef} must be positive")
         base = base_model(self.model)
         if not isinstance(base, ChorusForConditionalGeneration):
-            raise ValueError(f"{type(base).__name__} predicts no tokens, so there is no likelihood to be rewarded by")
+            raise ValueError(f"{type(base).__name__} does not predict tokens, so there is no likelihood to reward")
         known = {bank.name: bank for bank in base.config.text_config.banks}
         for name in router_reward_banks:
             check_name("router_reward_banks", "bank", name, known)
@@ -167,7 +167,7 @@ class RouterRewardTrainer(Trainer):
                 )
             part = f".banks.{name}.router."
             if not any(part in path and parameter.requires_grad for path, parameter in self.model.named_parameters()):
-                raise ValueError(f"router_reward_banks names {name!r}, whose routers are frozen; train them as well")
+                raise ValueError(f"router_reward_banks names {name!r}, whose routers are frozen; unfreeze them")
         # A bank named twice would be rewarded twice.
         self.router_reward_banks = tuple(dict.fromkeys(router_reward_banks))
         self.router_reward_coef = router_reward_coef
