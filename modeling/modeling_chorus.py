@@ -19,7 +19,7 @@ from .configuration_chorus import ChorusConfig
 from .configuration_modalities import ENCODED, MODALITY_IDS, EncodedModality
 from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from .modeling_base import ChorusPreTrainedModel
-from .modeling_outputs import ChorusModelOutput
+from .modeling_outputs import ChorusModelOutput, takes_cache
 from .modeling_text import ChorusTextModel
 from .tower_audio import ChorusAudioModel
 from .tower_connectors import AudioConnector, VisionConnector
@@ -159,6 +159,7 @@ class ChorusModel(ChorusPreTrainedModel):
             modality_BS = modality_BS.masked_fill(found, MODALITY_IDS[name])
         return modality_BS
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,

@@ -23,7 +23,7 @@ from .depth_exits import ExitRun, SequenceInputs
 from .depth_skip import SkipGate, feed_open_tokens, threshold_logit
 from .layers import GatedMLP, RMSNorm
 from .modeling_base import ChorusPreTrainedModel
-from .modeling_outputs import ChorusModelOutput
+from .modeling_outputs import CACHE, ChorusModelOutput, takes_cache
 from .moe_banks import MixtureOfBanks
 from .moe_plan import ModalityPlan, read_routing_options
 
@@ -55,6 +55,7 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         self.attention_output_norm = after(config.hidden_size, config.rms_norm_eps)
         self.feed_forward_output_norm = after(config.hidden_size, config.rms_norm_eps)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -112,6 +113,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @leaves_out_global_tokens
     @counts_computation
@@ -196,8 +198,8 @@ class ChorusTextModel(ChorusPreTrainedModel):
                 attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
                 position_ids=inputs.position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
             num_in_front = 0 if self.global_tokens is None else len(self.global_tokens.weight)
@@ -208,7 +210,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
                     break
                 inputs = inputs.at(staying)
                 plan, masks, position_embeddings = self._prepare(hidden_states, inputs, past_key_values, *requests)
-        return ChorusModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return ChorusModelOutput(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
     def _prepare(
         self,
