@@ -197,6 +197,7 @@ class ChorusModel(ChorusPreTrainedModel):
                     "embedding equals that of a placeholder; pass mm_token_type_ids for merged embeddings"
                 )
             mm_token_type_ids = self.modality_ids(input_ids, inputs_embeds)
+        mm_token_type_ids = with_virtual_tokens(mm_token_type_ids, inputs_embeds)
         features, idle = self._encode(pixel_values, input_features, input_features_mask, mm_encoder_outputs or {})
         embeds = self.get_input_embeddings()(self._text_ids(input_ids)) if inputs_embeds is None else inputs_embeds
         embeds = self._merge(embeds, input_ids, mm_token_type_ids, features)
@@ -271,6 +272,12 @@ class ChorusModel(ChorusPreTrainedModel):
                 embeds = embeds.masked_scatter(mask_BS.unsqueeze(-1).to(embeds.device), tokens)
                 features[name] = pieces if isinstance(pieces, Tensor) else tokens
         return embeds
+
+
+def with_virtual_tokens(modality_BS: Tensor, inputs_embeds: Tensor | None) -> Tensor:
+    """`mm_token_type_ids` of embeddings with tokens of no vocabulary in front, as PEFT puts them there: they are text."""
+    missing = 0 if inputs_embeds is None else inputs_embeds.shape[1] - modality_BS.shape[1]
+    return nn.functional.pad(modality_BS, (missing, 0)) if missing > 0 else modality_BS
 
 
 def no_graph_if_frozen(tower: nn.Module, inputs: Tensor) -> torch.set_grad_enabled:

@@ -22,7 +22,7 @@ from .configuration_modalities import MODALITY_IDS
 from .depth_exits import ExitRun, Exits, check_early_exit, pool_tokens
 from .losses import alignment_loss, balance_loss, mean_over_banks, skip_budget_loss, z_loss
 from .modeling_base import ChorusPreTrainedModel
-from .modeling_chorus import ChorusModel
+from .modeling_chorus import ChorusModel, with_virtual_tokens
 from .modeling_outputs import CACHE, BankRouting, ChorusContrastiveOutput, ChorusLossOutput, ChorusModelOutput
 
 logger = logging.get_logger(__name__)
@@ -76,6 +76,8 @@ class ChorusHead(ChorusPreTrainedModel):
         keep_budget = self.training and text.skip_loss_coef > 0 and text.skip_budget is not None
         if mm_token_type_ids is None and inputs.get("input_ids") is not None:
             mm_token_type_ids = self.model.modality_ids(inputs["input_ids"])
+        if mm_token_type_ids is not None:
+            mm_token_type_ids = with_virtual_tokens(mm_token_type_ids, inputs.get("inputs_embeds"))
         outputs = self.model(
             mm_token_type_ids=mm_token_type_ids,
             output_router_logits=keep_routing or train_router,
