@@ -30,7 +30,7 @@ from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
 from chorus_moe.fastpaths.supported_experts import GATHERED, GATHERED_TOKENS, StackedExperts
 from chorus_moe.modeling.attention_masks import Masks
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.modeling.modeling_outputs import ChorusLossOutput
+from chorus_moe.modeling.modeling_outputs import CACHE, ChorusLossOutput
 from chorus_moe.modeling.moe_banks import LinearExperts
 
 logger = logging.get_logger(__name__)
@@ -137,7 +137,7 @@ class CompiledDecoding:
         """A static cache and a compiled step, unless the caller asked for another cache or another way to search."""
         config, model_kwargs = type(self.model)._prepare_generation_config(self.model, *args, **kwargs)
         asks = (config.cache_implementation, config.assistant_early_exit, config.prompt_lookup_num_tokens)
-        others = ("past_key_values", "assistant_model", "custom_generate")
+        others = (CACHE, "assistant_model", "custom_generate")
         is_plain = (config.num_beams or 1) == 1 and config.use_cache is not False and not config.disable_compile
         is_plain = is_plain and not any(asks) and all(kwargs.get(name) is None for name in others)
         if is_plain and not self.failure:
@@ -200,12 +200,12 @@ class CompiledDecoding:
             self.failure = f"the step cannot be compiled ({type(error).__name__}: {_first_lines(error)})"
             self._say(self.failure)
             return self.model(**inputs, return_dict=return_dict)
-        return ChorusLossOutput(logits=logits, past_key_values=inputs["past_key_values"])
+        return ChorusLossOutput(logits=logits, **{CACHE: inputs[CACHE]})
 
     def _key(self, config: CompileConfig, step: dict[str, Any]) -> tuple[Any, ...]:
         """What a graph is made for."""
         options = {name: value for name, value in step.items() if name in OPTIONS and not isinstance(value, Tensor)}
-        cache = step["past_key_values"]
+        cache = step[CACHE]
         return (
             str(config.to_dict()),
             f"batch {len(step['input_ids'])}",
@@ -217,9 +217,7 @@ class CompiledDecoding:
     def _text_step(self, inputs: dict[str, Any]) -> dict[str, Any] | None:
         """The inputs of `_step`; None if these are not of one text token a sample, or ask for more than logits."""
         rest = dict(inputs)
-        input_ids, cache, modality_BS = (
-            rest.pop(n, None) for n in ("input_ids", "past_key_values", "mm_token_type_ids")
-        )
+        input_ids, cache, modality_BS = (rest.pop(n, None) for n in ("input_ids", CACHE, "mm_token_type_ids"))
         step = {name: rest.pop(name, None) for name in ("position_ids", "attention_mask")}
         step |= {name: rest.pop(name) for name in OPTIONS if rest.get(name) is not None}
         for name in ("use_cache", "logits_to_keep"):
@@ -232,7 +230,7 @@ class CompiledDecoding:
             return None
         if (modality_BS is not None and modality_BS.any()) or torch.is_autocast_enabled(input_ids.device.type):
             return None
-        return {"input_ids": input_ids, "past_key_values": cache, **step}
+        return {"input_ids": input_ids, CACHE: cache, **step}
 
 
 def _first_lines(error: Exception) -> str:

@@ -44,6 +44,7 @@ class ChorusConfig(PreTrainedConfig):
     }
     keys_to_ignore_at_inference = [
         "past_key_values",
+        "cache",
         "router_logits",
         "aux_loss",
         "z_loss",
@@ -82,6 +83,8 @@ class ChorusConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # An Auto class of several models looks for its own among these names, and fails on None.
         self.architectures: list[str] = getattr(self, "architectures", None) or []
+        # TRL reads it of every model whose class is not in transformers.
+        self.auto_map: dict[str, str] = getattr(self, "auto_map", None) or {}
 
     @property
     def modalities(self) -> list[str]:

@@ -1,11 +1,35 @@
 """Outputs of the models, with every loss term on its own."""
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
+
+# What the installed transformers calls keys and values of the tokens so far: from 5.24 on, `cache`.
+CACHE = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).parameters else "past_key_values"
+
+
+def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """For a method with an argument `past_key_values`: it takes it under the name [`CACHE`], too."""
+    if CACHE == "past_key_values":
+        return forward
+
+    @wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if CACHE in kwargs:
+            kwargs["past_key_values"] = kwargs.pop(CACHE)
+        return forward(*args, **kwargs)
+
+    # `generate` refuses arguments that it does not find in the signature.
+    signature = inspect.signature(forward)
+    named = [p.replace(name=CACHE) if n == "past_key_values" else p for n, p in signature.parameters.items()]
+    wrapper.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    return wrapper
 
 
 class RouterChoice(NamedTuple):
@@ -63,12 +87,12 @@ class Computation(NamedTuple):
 
 
 @dataclass
-class ChorusModelOutput(ModelOutput):
+class ChorusModelOutput(BaseModelOutputWithPast):
     """Output of the decoder and of the whole model without a head.
 
     Args:
         last_hidden_state: `(B, S, D)`.
-        past_key_values: keys and values of the tokens so far.
+        past_key_values: keys and values of the tokens so far; the field is `cache` from transformers 5.24 on.
         hidden_states: input of the first layer and output of every layer, on request.
         attentions: attention map of every layer, on request, with `attn_implementation="eager"`.
         router_logits: for each sparse layer, bank name -> [`BankRouting`], with `output_router_logits=True`.
@@ -79,10 +103,6 @@ class ChorusModelOutput(ModelOutput):
         compute: what the decoder spent on each sample, with `output_compute=True`.
     """
 
-    last_hidden_state: Tensor
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[dict[str, BankRouting], ...] | None = None
     cross_modal_states: tuple[tuple[Tensor, Tensor], ...] | None = None
     skip_logits: tuple[Tensor, ...] | None = None
@@ -92,7 +112,7 @@ class ChorusModelOutput(ModelOutput):
 
 
 @dataclass
-class ChorusLossOutput(ModelOutput):
+class ChorusLossOutput(CausalLMOutputWithPast):
     """What every head returns.
 
     Args:
@@ -110,11 +130,6 @@ class ChorusLossOutput(ModelOutput):
         compute: what the decoder spent on each sample, with `output_compute=True`.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[dict[str, BankRouting], ...] | None = None
     aux_loss: Tensor | None = None
     z_loss: Tensor | None = None
