@@ -45,7 +45,7 @@ class ChorusConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = [
         "past_key_values",
         "cache",
-        "router_logits",
+        "routing",
         "aux_loss",
         "z_loss",
         "alignment_loss",

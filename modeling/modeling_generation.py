@@ -149,7 +149,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states if keep_hidden_states else None,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            routing=outputs.routing,
             image_hidden_states=outputs.image_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
             compute=outputs.compute,

@@ -90,12 +90,12 @@ class ChorusHead(ChorusPreTrainedModel):
         terms: dict[str, Tensor | None] = dict.fromkeys(("aux_loss", "z_loss", "alignment_loss", "skip_loss"))
         if output_router_logits or train_router:
             if train_router:
-                logits = [bank.router_logits for layer in outputs.router_logits for bank in layer.values()]
+                logits = [bank.router_logits for layer in outputs.routing for bank in layer.values()]
                 self._check_graph("balance", logits, (".router.",))
-            terms["aux_loss"] = balance_loss(outputs.router_logits, banks)
-            terms["z_loss"] = mean_over_banks(outputs.router_logits, z_loss)
+            terms["aux_loss"] = balance_loss(outputs.routing, banks)
+            terms["z_loss"] = mean_over_banks(outputs.routing, z_loss)
         if inputs.get("sample_experts"):
-            banks_of_layers = [bank for layer in outputs.router_logits for bank in layer.values()]
+            banks_of_layers = [bank for layer in outputs.routing for bank in layer.values()]
             drawn = [bank.log_probs for bank in banks_of_layers if bank.log_probs is not None]
             self._check_graph("policy-gradient", drawn, (".router.",))
         if align:
@@ -108,7 +108,7 @@ class ChorusHead(ChorusPreTrainedModel):
             real_BS = two_dimensional(inputs.get("attention_mask"))
             terms["skip_loss"] = skip_budget_loss(outputs.skip_logits, real_BS, budget)
         if not keep_routing:
-            outputs.router_logits = None
+            outputs.routing = None
         return outputs, terms
 
     def _counts_choices(self) -> bool:
@@ -233,7 +233,7 @@ class ChorusForSequenceClassification(ChorusHead):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            routing=outputs.routing,
             image_hidden_states=outputs.image_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
             exit_loss=exit_loss,
@@ -316,7 +316,7 @@ class ChorusForContrastive(ChorusHead):
     def _decode(self, name: str, mask_BS: Tensor | None, **inputs: Any) -> tuple[Tensor, Routing]:
         """Unit vectors, and the routing if it was asked for."""
         decoded = self.model.language_model(attention_mask=mask_BS, **inputs)
-        return self._embed(name, decoded.last_hidden_state, mask_BS), decoded.router_logits or ()
+        return self._embed(name, decoded.last_hidden_state, mask_BS), decoded.routing or ()
 
     def _decode_tokens(self, name: str, tokens_BSD: Tensor, mask_BS: Tensor, **kwargs: Any) -> tuple[Tensor, Routing]:
         modality_BS = torch.full(tokens_BSD.shape[:2], MODALITY_IDS[name], device=tokens_BSD.device)
@@ -400,5 +400,5 @@ class ChorusForContrastive(ChorusHead):
             image_embeds=embeds.get("image"),
             audio_embeds=embeds.get("audio"),
             logits_per_pair=logits,
-            router_logits=routing or None,
+            routing=routing or None,
         )

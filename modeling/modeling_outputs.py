@@ -95,7 +95,7 @@ class ChorusModelOutput(BaseModelOutputWithPast):
         past_key_values: keys and values of the tokens so far; the field is `cache` from transformers 5.24 on.
         hidden_states: input of the first layer and output of every layer, on request.
         attentions: attention map of every layer, on request, with `attn_implementation="eager"`.
-        router_logits: for each sparse layer, bank name -> [`BankRouting`], with `output_router_logits=True`.
+        routing: for each sparse layer, bank name -> [`BankRouting`], with `output_router_logits=True`.
         cross_modal_states: rotated queries and keys of each cross-modal layer, on request.
         skip_logits: `(B, S)` of each of the `skip_layers`, on request; a token passes by where it is not above 0.
         image_hidden_states: image tokens after the connector, `(images, tokens, D)`.
@@ -103,7 +103,7 @@ class ChorusModelOutput(BaseModelOutputWithPast):
         compute: what the decoder spent on each sample, with `output_compute=True`.
     """
 
-    router_logits: tuple[dict[str, BankRouting], ...] | None = None
+    routing: tuple[dict[str, BankRouting], ...] | None = None
     cross_modal_states: tuple[tuple[Tensor, Tensor], ...] | None = None
     skip_logits: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
@@ -118,7 +118,7 @@ class ChorusLossOutput(CausalLMOutputWithPast):
     Args:
         loss: the head's own loss plus, while training, the weighted terms below.
         logits: scores of the head.
-        router_logits: routing, with `output_router_logits=True`, with sampled experts, and while training a bank that
+        routing: of every layer, with `output_router_logits=True`, with sampled experts, and while training a bank that
             is balanced by its bias, whose choices are to be counted.
         aux_loss: each bank's own balance loss averaged over the banks and layers that have one, not weighted.
         z_loss: router z-loss, not weighted.
@@ -130,7 +130,7 @@ class ChorusLossOutput(CausalLMOutputWithPast):
         compute: what the decoder spent on each sample, with `output_compute=True`.
     """
 
-    router_logits: tuple[dict[str, BankRouting], ...] | None = None
+    routing: tuple[dict[str, BankRouting], ...] | None = None
     aux_loss: Tensor | None = None
     z_loss: Tensor | None = None
     alignment_loss: Tensor | None = None
@@ -151,7 +151,7 @@ class ChorusContrastiveOutput(ModelOutput):
         loss: symmetric cross-entropy averaged over the pairs of modalities, plus the weighted terms below.
         text_embeds, image_embeds, audio_embeds: unit vectors `(B, projection_dim)`, or None without that modality.
         logits_per_pair: `"text-image"` -> `(B, B)` scaled similarities, and so on.
-        router_logits: as in [`ChorusLossOutput`], the layers of one modality's run after those of another's.
+        routing: as in [`ChorusLossOutput`], the layers of one modality's run after those of another's.
     """
 
     loss: Tensor | None = None
@@ -164,4 +164,4 @@ class ChorusContrastiveOutput(ModelOutput):
     alignment_loss: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[dict[str, BankRouting], ...] | None = None
+    routing: tuple[dict[str, BankRouting], ...] | None = None

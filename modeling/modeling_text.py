@@ -93,7 +93,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
     _can_record_outputs = {
         "hidden_states": ChorusDecoderLayer,
         "attentions": OutputRecorder(Attention, index=1),
-        "router_logits": OutputRecorder(MixtureOfBanks, index=1),
+        "routing": OutputRecorder(MixtureOfBanks, index=1),
         "cross_modal_states": OutputRecorder(CrossModalAttention, index=2),
         "skip_logits": OutputRecorder(SkipGate),
     }

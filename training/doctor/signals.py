@@ -216,7 +216,7 @@ def _unused_experts(patient: Patient) -> str:
     """How many experts no token of the samples visits; with few tokens this is only a hint."""
     used: dict[tuple[int, str], set[int]] = {}
     total = 0
-    routing = patient.base(**patient.encode(), output_router_logits=True).router_logits
+    routing = patient.base(**patient.encode(), output_router_logits=True).routing
     for layer, banks in enumerate(routing):
         for name, bank in banks.items():
             total += bank.router_logits.shape[1]
