@@ -297,6 +297,8 @@ def compile_decoding(model: Model) -> Model:
         model: [`ChorusForConditionalGeneration`], also below an adapter.
     """
     inner: Any = getattr(model, "get_base_model", lambda: model)()
+    if isinstance(getattr(inner.get_compiled_call, "__self__", None), CompiledDecoding):
+        return model  # its graphs are kept
     decoding = CompiledDecoding(inner)
     for name in NAMES:
         setattr(inner, name, getattr(decoding, name))
