@@ -22,7 +22,15 @@ from transformers import BatchFeature, WhisperFeatureExtractor
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.utils import logging
 
-from .processing_limits import MediaLimits, MediaPlace, check_clip_size, check_rate, decode_sound, unpack_file_dict
+from .processing_limits import (
+    MediaLimits,
+    MediaPlace,
+    check_clip_size,
+    check_rate,
+    decode_sound,
+    float_samples,
+    unpack_file_dict,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +39,7 @@ FEATURE_TYPES = ("log_mel", "whisper", "waveform")
 SILENCE_PEAK = 2.0**-16
 # Floats are expected in -1..1; intermediate processing overshoots a little, 16-bit integers stored as floats do not.
 MAX_FLOAT_PEAK = 16.0
-INTEGER_SCALES = {"int16": 2.0**15, "int32": 2.0**31, "uint8": 2.0**7}
+INTEGERS = ("int16", "int32", "uint8")
 
 
 class ChorusFeatureExtractor(SequenceFeatureExtractor):
@@ -111,7 +119,8 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
 
         Args:
             clip: array (samples,), (channels, samples) or (samples, channels), a list of floats, path, bytes, a dict
-                with 'array' and 'sampling_rate', or a dict with 'bytes' or 'path'. Channels are averaged.
+                with 'array' and 'sampling_rate', a dict with 'bytes' or 'path', or torchcodec's `AudioDecoder`.
+                Channels are averaged.
             sampling_rate: Hz of an array that does not bring its own; unused for files.
 
         Raises:
@@ -121,6 +130,8 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         if isinstance(clip, (str, bytes, bytearray, Path)):
             samples, rate = decode_sound(clip, self.limits, self.max_audio_seconds, place)
         else:
+            if hasattr(clip, "get_all_samples"):
+                clip = self._decoded(clip, place)
             if isinstance(clip, dict):
                 # The clip's own rate wins over the argument.
                 sampling_rate = clip.get("sampling_rate", sampling_rate)
@@ -130,9 +141,8 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
                     "an array needs its sampling rate: pass sampling_rate=..., or {'array': ..., 'sampling_rate': ...}"
                 )
             rate = check_rate(sampling_rate, self.limits, place)
-            samples = self._array_to_samples(clip, rate, place)
-        # Channels are averaged before the checks: two opposite channels can cancel to silence.
-        samples = samples.mean(axis=1, dtype=np.float32)
+            # Channels are averaged before the checks: two opposite channels can cancel to silence.
+            samples = self._array_to_samples(clip, rate, place).mean(axis=1, dtype=np.float32)
         peak = float(np.abs(samples).max())
         if not math.isfinite(peak):
             raise place.error("the clip holds NaN or infinite samples")
@@ -149,10 +159,24 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
             )
         return samples
 
+    def _decoded(self, decoder: Any, place: MediaPlace) -> dict[str, Any]:
+        """The samples of torchcodec's `AudioDecoder`, which `datasets` 4 and later gives for a column of sound."""
+        header = decoder.metadata
+        rate, seconds = check_rate(header.sample_rate, self.limits, place), header.duration_seconds_from_header
+        # A header may not say how long the clip is; what was decoded is counted in any case.
+        samples = 1 if seconds is None else math.ceil(seconds * rate)
+        check_clip_size(samples, header.num_channels, rate, self.limits, self.max_audio_seconds, place)
+        decoded = decoder.get_all_samples()
+        return {"array": decoded.data, "sampling_rate": decoded.sample_rate}
+
     def _array_to_samples(self, clip: Any, rate: int, place: MediaPlace) -> np.ndarray:
         """(samples, channels) in float32; the shorter axis of a 2-D array counts as channels."""
         try:
-            array = np.asarray(clip.detach().cpu() if isinstance(clip, torch.Tensor) else clip)
+            if isinstance(clip, torch.Tensor):
+                # numpy has no bfloat16.
+                clip = clip.detach().cpu()
+                clip = clip.float() if clip.is_floating_point() else clip
+            array = np.asarray(clip)
         except ValueError as cause:
             raise place.error(f"not an array of samples ({cause})") from cause
         if array.ndim not in (1, 2):
@@ -164,13 +188,9 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
             array = array.T
         # Before the conversion to float32, which copies the array.
         check_clip_size(array.shape[0], array.shape[1], rate, self.limits, self.max_audio_seconds, place)
-        if array.dtype.kind == "f":
-            return array.astype(np.float32)
-        scale = INTEGER_SCALES.get(array.dtype.name)
-        if scale is None:
+        if array.dtype.kind != "f" and array.dtype.name not in INTEGERS:
             raise place.error(f"samples of type {array.dtype} have no known scale; use floats in -1..1 or int16")
-        # 8-bit sound is unsigned: its zero is 128.
-        return array.astype(np.float32) / scale - (array.dtype.name == "uint8")
+        return float_samples(array)
 
     def _resample(self, samples: np.ndarray, rate: int, place: MediaPlace) -> np.ndarray:
         if rate == self.sampling_rate:
