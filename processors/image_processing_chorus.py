@@ -117,10 +117,10 @@ def image_to_tensor(image: Any, in_bytes: bool, layout: Any = None) -> torch.Ten
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return array_to_tensor(image, in_bytes, layout)
     if image.mode[0] in "FI":
-        array = np.array(image)
+        values = np.array(image)
         # Pillow reads some 16-bit files as mode I, which has 32 bits.
-        is_16_bit = image.mode == "I" and 255 < array.max() <= 65535 and array.min() >= 0
-        return array_to_tensor(array.astype(np.uint16) if is_16_bit else array, in_bytes)
+        is_16_bit = image.mode == "I" and 255 < values.max() <= 65535 and values.min() >= 0
+        return array_to_tensor(values.astype(np.uint16) if is_16_bit else values, in_bytes)
     # `convert("RGB")` would drop the transparency; `match_channels` lays it over white.
     if image.mode == "La":
         image = image.convert("LA")
@@ -187,7 +187,7 @@ def white_of(tensor: torch.Tensor) -> float:
         MediaError: neither, or either.
     """
     low, high = tensor.min().item(), tensor.max().item()
-    if -OVERSHOOT <= low and high <= 1 + OVERSHOOT:
+    if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
         return 1.0
     if low < (-255 * OVERSHOOT if high >= MIN_PEAK else 0) or high > 255 * (1 + OVERSHOOT):
         raise MediaError(
@@ -196,7 +196,7 @@ def white_of(tensor: torch.Tensor) -> float:
         )
     if high < MIN_PEAK and bool((tensor != tensor.round()).any()):
         raise MediaError(
-            f"image values lie in {low:g}..{high:g}: too bright for 0..1, or nearly black in 0..255? Clip or scale them",
+            f"image values lie in {low:g}..{high:g}: too bright for 0..1 or nearly black in 0..255? Clip or scale it",
             modality="image",
         )
     return 255.0

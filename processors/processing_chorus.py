@@ -63,6 +63,11 @@ class ChorusProcessor(ChatProcessor):
         self.audio_token = audio_token
         self.image_token_id = _media_token_id(tokenizer, image_token)
         self.audio_token_id = _media_token_id(tokenizer, audio_token)
+        # A tokenizer saves only the sides that it was built with. Generation goes on at the right end of each row.
+        for name, side in (("padding_side", "left"), ("truncation_side", tokenizer.truncation_side)):
+            if name not in tokenizer.init_kwargs:
+                setattr(tokenizer, name, side)
+                tokenizer.init_kwargs[name] = side
         super().__init__(
             image_processor=image_processor or ChorusImageProcessor(),
             feature_extractor=feature_extractor or ChorusFeatureExtractor(),
