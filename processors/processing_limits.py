@@ -40,6 +40,8 @@ UNCOUNTED_FORMATS = ("mp3", "aac")
 # Cut here at the length in the header: ffmpeg's own cut at the end of a short last block takes sound as well.
 CUT_CODECS = ("vorbis", "alac")
 MAX_BLOCK_SAMPLES = 8_192
+# ffmpeg's AV_CODEC_FLAG2_SKIP_MANUAL.
+SKIP_MANUAL = 1 << 29
 # These put a little silence before and after the sound, which decoders take away again.
 PADDED_CODECS = ("mp2float", "mp3float", "aac", "opus", "libopus", "ac3", "eac3")
 PADDING_SECONDS = 0.5
@@ -303,8 +305,6 @@ def decode_sound(
 def _decode_best_track(
     container: Any, limits: MediaLimits, max_seconds: float, place: MediaPlace
 ) -> tuple[np.ndarray, int]:
-    from av.codec.context import Flags2
-
     track = container.streams.best("audio")
     codec = track and track.codec_context
     if codec is None or codec.name not in SOUND_CODECS:
@@ -313,7 +313,7 @@ def _decode_best_track(
     check_clip_size(1, codec.channels, rate, limits, max_seconds, place)
     header, is_counted = float((track.duration or 0) * track.time_base), container.format.name not in UNCOUNTED_FORMATS
     if codec.name in CUT_CODECS:
-        codec.flags2 |= Flags2.skip_manual
+        codec.flags2 |= SKIP_MANUAL
     pieces: list[np.ndarray] = []
     heard, packets, broken = 0, 0.0, 0
     for packet in container.demux(track):
