@@ -27,6 +27,7 @@ from .processing_limits import (
     MediaPlace,
     check_clip_size,
     check_rate,
+    check_settings,
     decode_sound,
     float_samples,
     unpack_file_dict,
@@ -34,6 +35,7 @@ from .processing_limits import (
 
 logger = logging.get_logger(__name__)
 
+MAX_AUDIO_SECONDS = 300.0
 FEATURE_TYPES = ("log_mel", "whisper", "waveform")
 # Below half a step of 16-bit sound nothing can be heard: -96 dB of full scale.
 SILENCE_PEAK = 2.0**-16
@@ -53,7 +55,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         sampling_rate: Hz the model hears; other rates are resampled.
         n_fft, hop_length: window and hop of the spectrogram, in samples.
         max_seconds: length of a window; a longer clip is split into windows, or refused with `on_long_audio="error"`.
-        max_audio_seconds: longest clip accepted at all.
+        max_audio_seconds: longest clip accepted at all. A saved file can lower it and never raise it; the caller can.
         strict_sampling_rate: raise on another rate instead of resampling.
         allow_silence: accept clips without sound.
     """
@@ -68,7 +70,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         n_fft: int = 400,
         hop_length: int = 160,
         max_seconds: float = 30.0,
-        max_audio_seconds: float = 300.0,
+        max_audio_seconds: float = MAX_AUDIO_SECONDS,
         on_long_audio: str = "split",
         strict_sampling_rate: bool = False,
         allow_silence: bool = False,
@@ -77,6 +79,8 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         do_normalize: bool = False,
         **kwargs: Any,
     ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
+        check_settings(given | kwargs, given)
         if feature_type not in FEATURE_TYPES:
             raise ValueError(f"feature_type must be one of {', '.join(FEATURE_TYPES)}, found {feature_type!r}")
         if on_long_audio not in ("split", "error"):
@@ -94,6 +98,17 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         self.strict_sampling_rate = strict_sampling_rate
         self.allow_silence = allow_silence
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+
+    @classmethod
+    def from_dict(cls, feature_extractor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        saved = feature_extractor_dict.get("max_audio_seconds", 0)
+        if isinstance(saved, int | float) and saved > MAX_AUDIO_SECONDS and "max_audio_seconds" not in kwargs:
+            logger.warning(
+                f"the saved max_audio_seconds={saved:g} is above {MAX_AUDIO_SECONDS:g}, which is taken; pass "
+                "max_audio_seconds= to accept longer clips"
+            )
+            feature_extractor_dict = {**feature_extractor_dict, "max_audio_seconds": MAX_AUDIO_SECONDS}
+        return super().from_dict(feature_extractor_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings to save; limits are never among them."""

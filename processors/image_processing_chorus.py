@@ -16,7 +16,15 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import ImageInput, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
-from .processing_limits import MediaError, MediaLimits, MediaPlace, check_image_size, is_channels_first, load_image
+from .processing_limits import (
+    MediaError,
+    MediaLimits,
+    MediaPlace,
+    check_image_size,
+    check_settings,
+    is_channels_first,
+    load_image,
+)
 from .processing_placement import flatten_media
 
 # Resizing goes beyond the ends of a range by this share at most.
@@ -58,6 +66,10 @@ class ChorusImageProcessor(TorchvisionBackend):
     num_channels = 3
     do_pad_to_square = False
     limits = MediaLimits()
+
+    def __init__(self, **kwargs: Any):
+        check_settings(kwargs, self.valid_kwargs.__annotations__)
+        super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings to save; limits are never among them."""
@@ -104,6 +116,9 @@ class ChorusImageProcessor(TorchvisionBackend):
             raise MediaError(f"num_channels must be 1 or 3, found {num_channels}", modality="image")
         tensor = image_to_tensor(image, bool(kwargs.get("do_rescale")), kwargs.get("input_data_format"))
         tensor = match_channels(tensor, num_channels, in_bytes=bool(kwargs.get("do_rescale")))
+        edge = getattr(kwargs.get("size"), "shortest_edge", None)
+        if edge and (pixels := edge**2 * max(tensor.shape[1:]) // min(tensor.shape[1:])) > self.limits.image_pixels:
+            raise MediaError(f"an image is resized to {pixels} pixels, the limit is {self.limits.image_pixels}")
         if kwargs.get("do_pad_to_square"):
             # Before resizing, so a long picture must not become a huge square.
             check_image_size(max(tensor.shape[1:]), max(tensor.shape[1:]), self.limits, MediaPlace("padded image", 0))

@@ -11,9 +11,12 @@ Pillow's threat model (Pillow#9562) asks to treat its decompression-bomb warning
 
 import base64
 import binascii
+import difflib
 import io
+import math
 import os
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,12 @@ logger = logging.get_logger(__name__)
 
 # Pillow opens MPO (what many phones write) as JPEG.
 IMAGE_FORMATS = ("PNG", "JPEG", "JPEG2000", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+# What settings of a processor may be; they come with a downloaded model. Seconds, Hz, samples, pixels or tokens.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "size": (1, 4_096), "crop_size": (1, 4_096), "num_image_tokens": (1, 65_536), "frames_per_token": (1, 65_536),
+    "audio_convolutions": (1, 65_536), "feature_size": (1, 1_024), "sampling_rate": (1_000, 768_000),
+    "n_fft": (1, 65_536), "hop_length": (1, 65_536), "max_seconds": (0, 600), "max_audio_seconds": (0, 86_400),
+}  # fmt: skip
 # Encoders write about ten. Each scan costs a pass over all pixels, and takes only a few bytes.
 MAX_JPEG_SCANS = 64
 # ffmpeg's names. "mov" is also MP4 and M4A, "matroska" also WebM.
@@ -79,6 +88,26 @@ class MediaLimits:
     audio_max_rate: int = 768_000
     audio_channels: int = 8
     clips_per_sample: int = 64
+
+
+def check_settings(settings: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuse numbers that are not finite or out of `BOUNDS`, and names that are a `known` one misspelt.
+
+    Raises:
+        ValueError: names the setting and what it may be.
+    """
+    for name, value in settings.items():
+        if name not in known and (meant := difflib.get_close_matches(name, known, cutoff=0.89)):
+            raise ValueError(f"unknown setting {name}={value!r}; {meant[0]} is meant")
+        low, high = BOUNDS.get(name, (-math.inf, math.inf))
+        numbers = list(value.values()) if isinstance(value, Mapping) else np.ravel(value).tolist()
+        for number in numbers:
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if number is not None and (
+                (is_number and not (math.isfinite(number) and low <= number <= high))
+                or (name in BOUNDS and not is_number)
+            ):
+                raise ValueError(f"{name}={value!r}: expected finite numbers from {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -166,6 +195,13 @@ def is_channels_first(shape: tuple[int, ...], layout: Any = None) -> bool:
     if not first and not last:
         raise MediaError(f"an image has 1, 3 or 4 channels, found the shape {shape}", modality="image")
     return first
+
+
+def num_pixels(image: Any) -> int:
+    """Of what `load_image` returned."""
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        return image.width * image.height
+    return math.prod(image.shape) // (1 if image.ndim == 2 else min(image.shape[0], image.shape[-1]))
 
 
 def load_image(item: Any, limits: MediaLimits, place: MediaPlace, layout: Any = None) -> Any:

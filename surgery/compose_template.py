@@ -88,7 +88,7 @@ def extended_template(tokenizer: PreTrainedTokenizerBase, media: Mapping[str, st
             f"chat template: the text parent has none, so turns are plain (role, line, text, end of text){rest}",
         )
     try:
-        with limited_steps(100):
+        with limited_steps(2):
             template = _extended(given, tokenizer, media)
     except Exception as error:  # noqa: BLE001  a template is other people's program and can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
