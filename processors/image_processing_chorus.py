@@ -160,7 +160,6 @@ def array_to_tensor(image: np.ndarray | torch.Tensor, in_bytes: bool, layout: An
         tensor = tensor[None]
     elif not is_channels_first(tuple(tensor.shape), layout):
         tensor = tensor.permute(2, 0, 1)
-    check_channels(tensor)
     if tensor.dtype == torch.bool:
         return tensor.to(torch.uint8) * 255
     if tensor.dtype == torch.uint8:
@@ -215,12 +214,6 @@ def white_of(tensor: torch.Tensor) -> float:
             modality="image",
         )
     return 255.0
-
-
-def check_channels(tensor: torch.Tensor) -> None:
-    """Raise unless (C, H, W) is grey, RGB or RGBA."""
-    if tensor.shape[0] not in (1, 3, 4):
-        raise MediaError(f"an image has 1, 3 or 4 channels, found {tensor.shape[0]}", modality="image")
 
 
 def match_channels(tensor: torch.Tensor, num_channels: int, in_bytes: bool = True) -> torch.Tensor:

@@ -187,9 +187,10 @@ def is_channels_first(shape: tuple[int, ...], layout: Any = None) -> bool:
     Raises:
         MediaError: neither end has, or both have.
     """
-    if layout is not None:
-        return getattr(layout, "value", layout) == "channels_first"
     first, last = (size in (1, 3, 4) for size in (shape[0], shape[-1]))
+    if layout is not None:
+        is_first = getattr(layout, "value", layout) == "channels_first"
+        first, last = first and is_first, last and not is_first
     if first and last:
         raise MediaError(f"the shape {shape} can be channels first or last; pass input_data_format", modality="image")
     if not first and not last:
@@ -365,6 +366,9 @@ def _decode_best_track(
                 raise place.error(f"more than {MAX_BROKEN_PACKETS} broken packets ({cause})") from cause
             continue
         for frame in frames:
+            if not pieces:
+                # Of some AAC, half the rate stands in the header.
+                rate = check_rate(frame.sample_rate, limits, place)
             if frame.sample_rate != rate:
                 raise place.error(f"the rate changes from {rate} to {frame.sample_rate} Hz in the middle of the file")
             samples = frame.to_ndarray()
