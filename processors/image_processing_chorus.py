@@ -155,7 +155,13 @@ def array_to_tensor(image: np.ndarray | torch.Tensor, in_bytes: bool, layout: An
     Raises:
         MediaError: NaN, infinity, values that are no picture's or have two readings, a layout with two readings.
     """
-    tensor = torch.as_tensor(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image.detach().cpu()
+    if isinstance(image, np.ndarray):
+        if image.dtype.kind not in "biuf":
+            raise MediaError(f"image values of type {image.dtype} are no numbers of a picture", modality="image")
+        # torch takes no other byte order than the machine's, and no longer floats than 64 bits.
+        kind = np.float64 if image.dtype.itemsize > 8 else image.dtype.newbyteorder("=")
+        image = torch.from_numpy(np.ascontiguousarray(image, dtype=kind))
+    tensor = image.detach().cpu()
     if tensor.ndim == 2:
         tensor = tensor[None]
     elif not is_channels_first(tuple(tensor.shape), layout):

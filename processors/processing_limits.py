@@ -271,7 +271,7 @@ def _finish_image(image: Any, limits: MediaLimits, place: MediaPlace) -> Any:
 def check_rate(rate: Any, limits: MediaLimits, place: MediaPlace) -> int:
     """The sampling rate in Hz as an int, inside the allowed range."""
     # `True` is an int for Python.
-    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or int(rate) != rate:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or float(rate) % 1 != 0:
         raise place.error(f"the sampling rate must be a whole number of Hz, found {rate!r}")
     if not limits.audio_min_rate <= rate <= limits.audio_max_rate:
         raise place.error(

@@ -79,6 +79,8 @@ def test_arrays_lists_integers_channels_and_files_agree(extractor):
     ("clip", "rate", "reason"),
     [
         (tone(0.1), None, "needs its sampling rate"),
+        (tone(0.1), math.nan, "whole number of Hz, found nan"),
+        (tone(0.1), math.inf, "whole number of Hz, found inf"),
         ({"array": tone(0.1), "sampling_rate": None}, RATE, "needs its sampling rate"),
         (tone(0.1), 999, "sampling rate 999 Hz"),
         (tone(0.1), 16_000.5, "whole number of Hz"),

@@ -59,7 +59,9 @@ def test_values_that_are_no_picture_are_an_error(image):
 def test_grey_of_sixteen_bits_keeps_its_shades():
     shades = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1_040
     expected = torch.from_numpy((shades // 257).astype(np.float32))
-    for image in (shades, torch.from_numpy(shades), Image.fromarray(shades), Image.fromarray(shades.astype(np.int32))):
+    images = [shades, shades.astype(">u2"), torch.from_numpy(shades)]
+    images += [Image.fromarray(values) for values in (shades, shades.astype(">u2"), shades.astype(np.int32))]
+    for image in images:
         found = pixels(image, num_channels=1, do_normalize=False)[0, 0] * 255
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
@@ -90,6 +92,8 @@ def test_a_float_hair_above_one_changes_nothing_else(high):
         (np.full((8, 8), -1, np.int16), "lie in -1..-1"),
         (np.linspace(0, 3, 64).reshape(8, 8), "nearly black in 0..255"),
         (np.linspace(-1, 1, 64).reshape(8, 8), "expected 0..1 or 0..255"),
+        (np.zeros((8, 8), dtype=complex), "type complex128"),
+        (np.full((8, 8), "x"), "no numbers"),
         (np.zeros((3, 50, 3)), "channels first or last"),
         (np.zeros((1, 50, 4)), "channels first or last"),
         (torch.zeros(4, 50, 4), "channels first or last"),
