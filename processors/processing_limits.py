@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.image_utils import SizeDict
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -100,7 +101,7 @@ def check_settings(settings: Mapping[str, Any], known: Iterable[str]) -> None:
         if name not in known and (meant := difflib.get_close_matches(name, known, cutoff=0.89)):
             raise ValueError(f"unknown setting {name}={value!r}; {meant[0]} is meant")
         low, high = BOUNDS.get(name, (-math.inf, math.inf))
-        numbers = list(value.values()) if isinstance(value, Mapping) else np.ravel(value).tolist()
+        numbers = list(dict(value).values()) if isinstance(value, Mapping | SizeDict) else np.ravel(value).tolist()
         for number in numbers:
             is_number = isinstance(number, int | float) and not isinstance(number, bool)
             if number is not None and (

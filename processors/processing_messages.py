@@ -84,7 +84,8 @@ def break_control_tokens(value: Any, control_tokens: re.Pattern[str]) -> Any:
         return {
             break_control_tokens(k, control_tokens): break_control_tokens(v, control_tokens) for k, v in value.items()
         }
-    return [break_control_tokens(item, control_tokens) for item in value] if isinstance(value, (list, tuple)) else value
+    is_list = isinstance(value, (list, tuple, np.ndarray))
+    return [break_control_tokens(item, control_tokens) for item in value] if is_list else value
 
 
 def check_rendered(template: str, conversations: list[list[dict]], **given: Any) -> None:

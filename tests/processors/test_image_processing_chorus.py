@@ -168,6 +168,7 @@ def test_saving_keeps_the_settings_and_never_the_limits(tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = ChorusImageProcessor.from_pretrained(tmp_path)
     assert loaded.to_dict() == processor.to_dict()
+    assert ChorusImageProcessor(size=loaded.size).size == processor.size
     assert loaded.limits == MediaLimits()
     assert "limits" not in json.loads(processor.to_json_string())
     with pytest.raises(MediaError, match="the limit is 10"):

@@ -1,6 +1,7 @@
 import re
 import sys
 
+import numpy as np
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -92,6 +93,11 @@ def test_control_tokens_are_text_in_tool_calls_and_thoughts_too():
     assert found["tool_calls"] == [{"function": {"name": "f", "arguments": {"x" + broken: broken, "n": 3}}}]
     assert found["reasoning_content"] == f"a<{WORD_JOINER}/s>"
     assert message["tool_calls"][0]["function"]["arguments"]["n"] == 3
+    # Rows in numpy's format.
+    (array,) = prepare_conversation(
+        [{**message, "tool_calls": np.array(calls * 2)}], {"image": [], "audio": []}, CONTROL, None, 0
+    )
+    assert array["tool_calls"] == found["tool_calls"] * 2
 
 
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
