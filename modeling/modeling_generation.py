@@ -230,6 +230,12 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config: Any
     ) -> dict[str, Any]:
+        mask_BS = model_kwargs.get("attention_mask")
+        if mask_BS is not None and mask_BS.ndim == 2 and not mask_BS[:, -1].all():
+            raise ValueError(
+                f"row {int(mask_BS[:, -1].argmin())} ends with padding, after which generation would go on; pad on the "
+                'left (processor_kwargs={"padding_side": "left"})'
+            )
         # Known from the start, so that generated tokens are text whatever they are.
         if model_kwargs.get("mm_token_type_ids") is None and not inputs_tensor.is_floating_point():
             model_kwargs["mm_token_type_ids"] = self.model.modality_ids(inputs_tensor)

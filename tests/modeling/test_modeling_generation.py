@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -76,6 +77,12 @@ def generate(model: ChorusForConditionalGeneration, batch: Batch, **options: Any
 @pytest.fixture
 def batch(model: ChorusForConditionalGeneration) -> Batch:
     return collate(samples_of(model))
+
+
+def test_padding_on_the_right_is_refused(model: ChorusForConditionalGeneration, batch: Batch):
+    ids, mask = (F.pad(batch[name], (0, 2)) for name in ("input_ids", "attention_mask"))
+    with pytest.raises(ValueError, match=r"row 0 ends with padding, .*pad on the left"):
+        model.generate(**batch | {"input_ids": ids, "attention_mask": mask}, max_new_tokens=1)
 
 
 def test_greedy_text_depends_on_the_media(model: ChorusForConditionalGeneration, batch: Batch):
