@@ -15,7 +15,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import Attention, CrossModalAttention, rotary_tables
 from .attention_globals import GlobalTokens, leaves_out_global_tokens
-from .attention_masks import LocalMask, build_masks
+from .attention_masks import LocalMask, build_masks, is_packed
 from .configuration_checks import check_exit
 from .configuration_text import ChorusTextConfig
 from .depth_cost import counts_computation
@@ -169,7 +169,9 @@ class ChorusTextModel(ChorusPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if self.global_tokens is not None and past_key_values is not None:
             raise ValueError("global tokens in front of a bidirectional sequence read all of it: there is no cache")
-        if use_cache and past_key_values is None and self.global_tokens is None:
+        can_cache = use_cache and past_key_values is None and self.global_tokens is None
+        # With a cache, even an empty one, transformers' masks take packed sequences for one: they would see each other.
+        if can_cache and not is_packed(attention_mask, position_ids):
             past_key_values = DynamicCache(config=self.config)
         is_text = mm_token_type_ids is None
         if mm_token_type_ids is None:
