@@ -29,7 +29,9 @@ def smooth_labels(trainer: Trainer) -> Trainer:
         return trainer
     if isinstance(model, ChorusForConditionalGeneration):
         loss: Any = token_loss
-    elif getattr(model.config, "problem_type", None) in (None, "single_label_classification") and hasattr(model, "score"):
+    elif getattr(model.config, "problem_type", None) in (None, "single_label_classification") and hasattr(
+        model, "score"
+    ):
         loss = class_loss
     else:
         raise ValueError(

@@ -45,8 +45,10 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         raise ValueError("data.train_data is missing: a file, a folder or a Hub id")
     # Before the model is built: its weights are drawn from this seed.
     set_seed(arguments.seed)
-    train_rows = load_rows(recipe.data.train_data, recipe.data.train_split)
-    eval_rows = load_rows(recipe.data.eval_data, recipe.data.eval_split) if recipe.data.eval_data else None
+    options, eval_rows = recipe.data.to_options(), None
+    train_rows = load_rows(recipe.data.train_data, recipe.data.train_split, **options)
+    if recipe.data.eval_data:
+        eval_rows = load_rows(recipe.data.eval_data, recipe.data.eval_split, **options)
     checkpoint = find_checkpoint(arguments)
     model, processor = load_or_build(recipe, train_rows, checkpoint)
     collator = ChorusDataCollator(

@@ -24,7 +24,9 @@ def test_the_loss_is_the_label_smoothers_and_the_models_own(
     model = make_model(tokenizer, router_aux_loss_coef=0.5, router_z_loss_coef=0.1)
     trainer = smooth_labels(new_trainer(model, processor, tmp_path, make_rows(4), label_smoothing_factor=0.3))
     batch = trainer.data_collator(make_rows(3))
-    loss, outputs = trainer.compute_loss(model.train(is_training), batch, True, None if count is None else torch.tensor(count))
+    loss, outputs = trainer.compute_loss(
+        model.train(is_training), batch, True, None if count is None else torch.tensor(count)
+    )
     expected = LabelSmoother(0.3)(outputs, batch["labels"], shift_labels=True, num_items_in_batch=count)
     if is_training:
         num_labels = int((batch["labels"][:, 1:] != -100).sum())
@@ -55,7 +57,9 @@ def test_the_stock_trainer_is_refused_before_the_first_step_where_losses_would_v
         trainer.train()
     assert trainer.state.global_step == 0
     exits = {"exit_layers": [1], "exit_loss_coef": 1.0}
-    trainer = new_trainer(make_model(tokenizer, **OFF, **exits), processor, tmp_path, make_rows(4), label_smoothing_factor=0.1)
+    trainer = new_trainer(
+        make_model(tokenizer, **OFF, **exits), processor, tmp_path, make_rows(4), label_smoothing_factor=0.1
+    )
     with pytest.raises(ValueError, match=r"\['exit_loss'\] would not be learned"):
         trainer.train()
 
