@@ -26,8 +26,8 @@ class ChorusDataCollator:
     """Makes the batches of a Trainer whose `remove_unused_columns` is False.
 
     A row has `messages` (chat turns), `images` and `audio` (lists, None or missing): one item for each image or audio
-    part that holds no data. Items are anything the processor reads: PIL images, arrays, paths, `{"bytes", "path"}`. Rows
-    in the layouts of other projects are converted, see `layouts`.
+    part that holds no data. Items are anything the processor reads: PIL images, arrays, paths, `{"bytes", "path"}`.
+    Rows in the layouts of other projects are converted, see `layouts`.
 
     Args:
         processor: a ChorusProcessor.

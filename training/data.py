@@ -1,9 +1,9 @@
 """Rows of training data from a local file or folder, or from the Hub, with undecoded media.
 
-A row has `messages` (chat turns), `images` and `audio` (lists; may be missing); `layouts` reads those of other projects as
-such rows. In local data a media item is a path below the data file's folder, and rows may name no file elsewhere: who
-wrote the data set would otherwise choose which files of this machine are read. In Parquet files and on the Hub it may be
-the file itself. Nothing is decoded here: the processor decodes within its limits.
+A row has `messages` (chat turns), `images` and `audio` (lists; may be missing); `layouts` reads those of other projects
+as such rows. In local data a media item is a path below the data file's folder, and rows may name no file elsewhere:
+who wrote the data set would otherwise choose which files of this machine are read. In Parquet files and on the Hub it
+may be the file itself. Nothing is decoded here: the processor decodes within its limits.
 """
 
 import os

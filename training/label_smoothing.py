@@ -1,7 +1,7 @@
 """Label smoothing inside the model, where our own losses are added, instead of in the Trainer, where they are lost.
 
-The stock Trainer takes the labels out of the batch for `label_smoothing_factor`: the model then computes no loss at all,
-and its balance, z-, alignment, skip and exit losses go with it. It refuses such a step.
+The stock Trainer takes the labels out of the batch for `label_smoothing_factor`: the model then computes no loss at
+all, and its balance, z-, alignment, skip and exit losses go with it. It refuses such a step.
 """
 
 from functools import partial

@@ -1,8 +1,8 @@
 """Rows in the layouts of other projects as rows of ours: `messages`, `images` and `audio`.
 
-Recognised are OpenAI's and TRL's `messages`, TRL's `prompt` and `completion`, the `conversations` of ShareGPT and LLaVA, the
-`instruction`, `input`, `output`, `history` and `system` of Alpaca and LLaMA-Factory, and ms-swift's `query` and `response`;
-media in columns of other names, and their places as `<image>` and `<audio>` in the text.
+Recognised are OpenAI's and TRL's `messages`, TRL's `prompt` and `completion`, the `conversations` of ShareGPT and
+LLaVA, the `instruction`, `input`, `output`, `history` and `system` of Alpaca and LLaMA-Factory, and ms-swift's `query`
+and `response`; media in columns of other names, and their places as `<image>` and `<audio>` in the text.
 
 Unusual here:
 - only a content that is a string has markers: in a list of parts the parts say where media are, and a text is a text;
@@ -264,7 +264,7 @@ def _split(turn: Any, kinds: set[str]) -> Any:
 
 
 def _in_front(messages: list[Any], parts: list[dict[str, str]], notes: list[str]) -> list[Any]:
-    """The messages with parts in front of the first turn of the user, as TRL and ms-swift place media without a marker."""
+    """The messages with parts in front of the user's first turn, as TRL and ms-swift place media without a marker."""
     first = next(
         (i for i, turn in enumerate(messages) if isinstance(turn, Mapping) and turn.get("role") == "user"), None
     )

@@ -17,6 +17,7 @@ from chorus_moe.processors.tokenization_chorus import add_media_tokens, build_to
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import RowDataset, load_rows
 from chorus_moe.training.evaluate import text_of
+from chorus_moe.training.label_smoothing import smooth_labels
 from chorus_moe.training.loading import ModelOrAdapter, load_processor
 from chorus_moe.training.recipe import ModelArguments, Recipe, RoutingArguments
 from chorus_moe.training.resume import check_resume
@@ -90,10 +91,11 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
 def new_trainer(routing: RoutingArguments, **parts: Any) -> Trainer:
     """The stock Trainer, or the one that also rewards routers."""
     if not routing.router_reward_banks:
-        return Trainer(**parts)
-    return RouterRewardTrainer(
+        return smooth_labels(Trainer(**parts))
+    trainer = RouterRewardTrainer(
         **parts, router_reward_banks=routing.router_reward_banks, router_reward_coef=routing.router_reward_coef
     )
+    return smooth_labels(trainer)
 
 
 def _publish(
