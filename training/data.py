@@ -76,11 +76,10 @@ class RowDataset(Dataset):
         found = dict(part)
         # `base64` is data in words; every other text may be a path.
         for key, value in part.items():
-            if key in PATH_KEYS and isinstance(value, str | Mapping):
-                nested = isinstance(value, Mapping) and isinstance(value.get("url"), str)
-                found[key] = (
-                    {**value, "url": self._resolve(value["url"], where)} if nested else self._resolve(value, where)
-                )
+            if key in PATH_KEYS and isinstance(value, Mapping) and isinstance(value.get("url"), str):
+                found[key] = {**value, "url": self._resolve(value["url"], where)}
+            elif key in PATH_KEYS and isinstance(value, str | Mapping):
+                found[key] = self._resolve(value, where)
         return found
 
     def _resolve(self, item: Any, where: str) -> Any:
