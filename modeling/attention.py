@@ -39,11 +39,9 @@ def rotate(states_BHSC: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return (states_BHSC * cos_B1SC).addcmul_(exchanged, sin_B1SC)
 
 
-class SharedProjection(nn.Linear):
-    """One projection for the tokens of every modality."""
-
-    def forward(self, hidden_states: Tensor, plan: ModalityPlan | None = None) -> Tensor:
-        return super().forward(hidden_states)
+def project(layer: nn.Module, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
+    """Through a layer for every token, or one by modality. Adapters on a linear layer know no plan."""
+    return layer(hidden_states, plan) if isinstance(layer, ModalityProjection) else layer(hidden_states)
 
 
 class ModalityProjection(nn.ModuleDict):
@@ -57,7 +55,8 @@ class ModalityProjection(nn.ModuleDict):
     def forward(self, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
         if len(self) == 1:
             return self["text"](hidden_states)
-        if plan.is_static:
+        # Adapters may want whole sequences: one adapter a sample, or what stands before a certain token.
+        if plan.is_static or any(hasattr(layer, "base_layer") for layer in self.values()):
             return self._project_all(hidden_states, plan)
         if plan.rows["text"] is None and not torch.is_grad_enabled():
             return self["text"](hidden_states)
@@ -71,6 +70,10 @@ class ModalityProjection(nn.ModuleDict):
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         return torch.cat(states).index_select(0, back).view(*hidden_states.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        """PEFT shows it where `target_modules` names the whole."""
+        return f"# an adapter goes on one of its layers, as in k_proj.{next(iter(self))}"
 
     def _project_all(self, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
         modality_BS1 = plan.modality_T.view(*hidden_states.shape[:-1], 1)
@@ -114,10 +117,10 @@ class Attention(nn.Module):
         self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
 
     def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return SharedProjection(in_features, out_features, bias=bias)
+        return nn.Linear(in_features, out_features, bias=bias)
 
     def _key_value_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return SharedProjection(in_features, out_features, bias=bias)
+        return nn.Linear(in_features, out_features, bias=bias)
 
     def _rotated(self, states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         return rotate(states, position_embeddings) if self.use_rope else states
@@ -134,9 +137,9 @@ class Attention(nn.Module):
         """Returns the output `(B, S, D)`, the attention map if the backend yields one, and the rotated queries
         `(B, H, S, C)` and keys `(B, G, S, C)` of the new tokens; a long prefill has no queries to return.
         `position_embeddings` are [`rotary_tables`]."""
-        key = self.k_norm(self.k_proj(hidden_states, plan).unflatten(-1, (-1, self.key_norm_size)))
+        key = self.k_norm(project(self.k_proj, hidden_states, plan).unflatten(-1, (-1, self.key_norm_size)))
         key = self._rotated(self._by_head(key), position_embeddings)
-        value = self._by_head(self.v_proj(hidden_states, plan))
+        value = self._by_head(project(self.v_proj, hidden_states, plan))
         new_key = key
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -166,7 +169,7 @@ class Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The output of some states over keys and values, the attention map if there is one, and rotated queries."""
-        query = self.q_norm(self.q_proj(hidden_states, plan).unflatten(-1, (-1, self.query_norm_size)))
+        query = self.q_norm(project(self.q_proj, hidden_states, plan).unflatten(-1, (-1, self.query_norm_size)))
         query = self._rotated(self._by_head(query), position_embeddings)
         name = BLOCK_LOCAL if isinstance(attention_mask, LocalMask) else self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
@@ -220,7 +223,7 @@ class CrossModalAttention(Attention):
 
     def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         if self.config.share_cross_modal_query:
-            return SharedProjection(in_features, out_features, bias=bias)
+            return nn.Linear(in_features, out_features, bias=bias)
         return ModalityProjection(in_features, out_features, bias, self.config.modalities)
 
     def _key_value_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:

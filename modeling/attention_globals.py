@@ -12,6 +12,7 @@ Shape suffixes: B batch, S sequence, M global tokens, G key-value heads, K keys,
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -33,30 +34,34 @@ class GlobalTokens(nn.Module):
         for parameter in self.parameters():
             init.normal_(parameter, mean=0.0, std=std)
 
-    def in_front_of(
-        self,
-        embeds_BSD: Tensor,
-        attention_mask: Tensor | dict[str, Any] | None,
-        position_ids: Tensor,
-        mm_token_type_ids: Tensor,
-        complexity_scores: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-        """The same inputs with the global tokens in front: real, at position 0, text, of unknown complexity.
+    def in_front_of(self, embeds_BSD: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A decoder's inputs with the global tokens in front: real, at position 0, text, of unknown complexity.
+
+        Args:
+            embeds_BSD: embeddings of the sequence.
+            inputs: name -> what else the decoder was given.
 
         Raises:
-            ValueError: a mask that is not `(B, S)`.
+            ValueError: a cache, or a mask that is not `(B, S)`.
         """
-        if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
+        if inputs.get("past_key_values") is not None:
+            raise ValueError("global tokens in front of a bidirectional sequence read all of it: there is no cache")
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        if mask is not None and (isinstance(mask, dict) or mask.ndim != 2):
             raise ValueError("a model with global tokens takes an attention_mask (batch, sequence) and no other form")
-        count = len(self.weight)
-        embeds = torch.cat((self.weight.to(embeds_BSD.dtype).expand(len(embeds_BSD), -1, -1), embeds_BSD), dim=1)
-        return (
-            embeds,
-            None if attention_mask is None else F.pad(attention_mask, (count, 0), value=1),
-            F.pad(position_ids, (count, 0)),
-            F.pad(mm_token_type_ids, (count, 0)),
-            None if complexity_scores is None else F.pad(complexity_scores, (count, 0), value=torch.nan),
-        )
+        (batch, length), device, count = embeds_BSD.shape[:2], embeds_BSD.device, len(self.weight)
+        if positions is None:
+            positions = torch.arange(length, device=device).unsqueeze(0)
+        modality_BS, scores = inputs.get("mm_token_type_ids"), inputs.get("complexity_scores")
+        return inputs | {
+            "input_ids": None,
+            "inputs_embeds": torch.cat((self.weight.to(embeds_BSD.dtype).expand(batch, -1, -1), embeds_BSD), dim=1),
+            "attention_mask": None if mask is None else F.pad(mask, (count, 0), value=1),
+            "position_ids": F.pad(positions, (count, 0)),
+            "mm_token_type_ids": None if modality_BS is None else F.pad(modality_BS, (count, 0)),
+            "complexity_scores": None if scores is None else F.pad(scores, (count, 0), value=torch.nan),
+            "use_cache": False,
+        }
 
 
 class GlobalKeyValues(nn.Module):
@@ -81,15 +86,22 @@ class GlobalKeyValues(nn.Module):
         return torch.cat((learned_GMC.expand(len(states_BGKC), -1, -1, -1), states_BGKC), dim=2)
 
 
-def leaves_out_global_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """For a decoder's forward with recorded outputs: what it returns is about the sequence alone."""
+def with_global_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """For a decoder's forward with recorded outputs: puts the global tokens of a bidirectional model in front of what
+    goes in, and leaves them out of what comes out, which is about the sequence alone."""
+    names = tuple(signature(forward).parameters)[1:]
 
     @wraps(forward)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.global_tokens is None:
             return forward(self, *args, **kwargs)
+        kwargs |= dict(zip(names, args, strict=False))
+        input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if (input_ids is None) == (embeds is None):
+            return forward(self, **kwargs)  # which says what is wrong
         as_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
-        outputs = forward(self, *args, **kwargs, return_dict=True)
+        inputs = self.global_tokens.in_front_of(self.embed_tokens(input_ids) if embeds is None else embeds, kwargs)
+        outputs = forward(self, **inputs, return_dict=True)
         _leave_out(outputs, len(self.global_tokens.weight))
         return outputs if as_dict else outputs.to_tuple()
 
@@ -107,10 +119,10 @@ def _leave_out(outputs: Any, count: int) -> None:
         outputs.skip_logits = tuple(logits_BS[:, count:] for logits_BS in outputs.skip_logits)
     if outputs.cross_modal_states is not None:
         outputs.cross_modal_states = tuple((q[:, :, count:], k[:, :, count:]) for q, k in outputs.cross_modal_states)
-    if outputs.router_logits is not None:
-        outputs.router_logits = tuple(
+    if outputs.routing is not None:
+        outputs.routing = tuple(
             {name: _routing_of_sequence(routing, batch, length, count) for name, routing in layer.items()}
-            for layer in outputs.router_logits
+            for layer in outputs.routing
         )
 
 
@@ -125,5 +137,6 @@ def _routing_of_sequence(routing: BankRouting, batch: int, length: int, count: i
         rows = rows[keep_R]
         rows = rows - count * (rows // length + 1)
     of_rows = ("router_logits", "routing_weights", "selected_experts", "token_mask", "bank_weights", "log_probs")
-    kept = {name: getattr(routing, name) for name in of_rows}
-    return routing._replace(rows=rows, **{n: None if v is None else v[keep_R] for n, v in kept.items()})
+    values = {name: getattr(routing, name) for name in of_rows}
+    kept: dict[str, Any] = {name: None if value is None else value[keep_R] for name, value in values.items()}
+    return routing._replace(rows=rows, **kept)

@@ -26,8 +26,11 @@ from transformers.masking_utils import (
 )
 
 from .configuration_text import ChorusTextConfig
+from .modeling_outputs import CACHE, takes_cache
 
 BLOCK_LOCAL = "block_local"
+# What a decoder is given: padding `(B, past + S)`, a mask of its own form by layer type, or nothing.
+Masks = Tensor | dict[str, Any] | None
 # With `sdpa`, prefills longer than so many windows are worked on in blocks: below, nothing is gained.
 WINDOWS_THAT_PAY = 2
 # Attention implementations whose masks can show global tokens to every query.
@@ -85,11 +88,11 @@ def build_masks(
         raise ValueError(
             f"num_global_tokens={num_global} with {name!r} attention; it takes one of {WITH_GLOBAL_TOKENS}"
         )
-    inputs = {
+    inputs: dict[str, Any] = {
         "config": config,
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
-        "past_key_values": past_key_values,
+        CACHE: past_key_values,
         "position_ids": position_ids,
     }
     masks: dict[str, Any] = {}
@@ -131,6 +134,7 @@ def _with_global_keys(mask: Any, num_global: int) -> Any:
     return create_block_mask(shifted, batch, None, queries, keys + num_global, device=device)
 
 
+@takes_cache
 def local_mask(
     config: ChorusTextConfig,
     inputs_embeds: Tensor,
@@ -141,6 +145,7 @@ def local_mask(
     """The rule of the sliding layers; None where there is none (a mask made by the caller, packed sequences, a static
     cache with room behind the last token, a graph being compiled) or where it would not pay."""
     count, window, num_global = inputs_embeds.shape[1], config.sliding_window, config.num_global_tokens
+    assert window is not None  # a configuration with sliding layers has one
     shortest = {BLOCK_LOCAL: 2, "sdpa": WINDOWS_THAT_PAY * window + 1}.get(config._attn_implementation)
     if shortest is None or count < shortest or torch.compiler.is_compiling():
         return None

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .configuration_modalities import MODALITY_IDS
 
@@ -65,7 +65,10 @@ class ExpertBankConfig:
     router_jitter_noise: float = 0.0
     num_groups: int = 1
     topk_groups: int | None = None
-    balance: str | None = None
+    if TYPE_CHECKING:  # what it is once `__post_init__` has asked the router
+        balance: str = ""
+    else:
+        balance: str | None = None
     bias_update_rate: float = 1e-3
     expert_capacity: int | float | None = None
     capacity_overflow: str = "reroute"
@@ -220,7 +223,7 @@ class LayerBankConfig(ExpertBankConfig):
             )
 
 
-def check_name(where: str, what: str, value: Any, known: Collection[str]) -> None:
+def check_name(where: str, what: str, value: object, known: Collection[str]) -> None:
     """Raise ValueError, with the nearest name, for a name that is not known."""
     if value not in known:
         hint = get_close_matches(str(value), list(known), n=1)

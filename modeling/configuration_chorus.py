@@ -5,7 +5,7 @@ Unusual here:
 - sizes are checked before anything is allocated, and every error names both numbers.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -44,7 +44,8 @@ class ChorusConfig(PreTrainedConfig):
     }
     keys_to_ignore_at_inference = [
         "past_key_values",
-        "router_logits",
+        "cache",
+        "routing",
         "aux_loss",
         "z_loss",
         "alignment_loss",
@@ -58,9 +59,14 @@ class ChorusConfig(PreTrainedConfig):
         "audio_hidden_states",
     ]
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    audio_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # what they are after validation; before, a dictionary or None is taken too
+        text_config: ChorusTextConfig
+        vision_config: ChorusVisionConfig | None
+        audio_config: ChorusAudioConfig | None
+    else:
+        text_config: dict | PreTrainedConfig | None = None
+        vision_config: dict | PreTrainedConfig | None = None
+        audio_config: dict | PreTrainedConfig | None = None
     image_token_id: int | None = None
     audio_token_id: int | None = None
     projection_dim: int = 256
@@ -73,10 +79,12 @@ class ChorusConfig(PreTrainedConfig):
         # What is saved has a version of transformers, what is written by hand has none. Saved without modalities it is
         # from before the field existed, and its tensors are those of all modalities.
         if isinstance(text, dict) and text.get("modalities") is None and self.transformers_version is None:
-            self.text_config = {**text, "modalities": self.modalities}
+            self.text_config = {**text, "modalities": self.modalities}  # type: ignore[assignment]  # not validated yet
         super().__post_init__(**kwargs)
         # An Auto class of several models looks for its own among these names, and fails on None.
         self.architectures: list[str] = getattr(self, "architectures", None) or []
+        # TRL reads it of every model whose class is not in transformers.
+        self.auto_map: dict[str, str] = getattr(self, "auto_map", None) or {}
 
     @property
     def modalities(self) -> list[str]:

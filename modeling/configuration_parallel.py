@@ -9,6 +9,8 @@ Unusual here:
 from typing import Any
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedConfig
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import ColwiseParallel
 
@@ -16,7 +18,7 @@ from transformers.distributed.tensor_parallel import ColwiseParallel
 class ColwiseLinear(ColwiseParallel):
     """Column-wise for linear layers; a projection by modality is left alone, its parts have rules of their own."""
 
-    def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+    def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         return super().install_forward(module, mesh) if isinstance(module, nn.Linear) else module
 
 
@@ -35,7 +37,7 @@ DISPATCHED_EXPERTS = {
 }
 
 
-def tensor_parallel_plan(config: Any) -> dict[str, str]:
+def tensor_parallel_plan(config: PreTrainedConfig) -> dict[str, str]:
     """Heads and feed-forward widths over the ranks, for every kind of layer that a text configuration has."""
     plan = _attention_plan(config)
     if "dense" in config.mlp_layer_types:
@@ -45,7 +47,7 @@ def tensor_parallel_plan(config: Any) -> dict[str, str]:
     return plan | _experts_plan(config, SPLIT_EXPERTS)
 
 
-def _attention_plan(config: Any) -> dict[str, str]:
+def _attention_plan(config: PreTrainedConfig) -> dict[str, str]:
     """Heads over the ranks; whole attention on each where a norm covers all heads."""
     if config.use_qk_norm and config.qk_norm_scope == "projection":
         return {}
@@ -63,7 +65,7 @@ def _attention_plan(config: Any) -> dict[str, str]:
     return plan
 
 
-def expert_parallel_plan(config: Any) -> dict[str, str]:
+def expert_parallel_plan(config: PreTrainedConfig) -> dict[str, str]:
     """Whole experts over the ranks: each rank holds a share of every bank and tokens travel."""
     return _experts_plan(config, DISPATCHED_EXPERTS)
 

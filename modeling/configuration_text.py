@@ -1,6 +1,6 @@
 """The configuration of the decoder: attention, dense layers and sparse layers of expert banks."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -77,16 +77,31 @@ class ChorusTextConfig(PreTrainedConfig):
 
     model_type = "chorus_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    # What the decoder records as `routing` is asked for by the name that transformers has for it.
+    attribute_map = {"output_routing": "output_router_logits"}
 
-    modalities: list[str] | None = None
+    if TYPE_CHECKING:  # what they are once `__post_init__` has filled in what was None
+        modalities: list[str]
+        num_key_value_heads: int
+        head_dim: int
+        layer_types: list[str]
+        mlp_layer_types: list[str]
+        cross_modal_layers: list[int]
+        expert_banks: dict[str, dict]
+    else:
+        modalities: list[str] | None = None
+        num_key_value_heads: int | None = None
+        head_dim: int | None = None
+        layer_types: list[str] | None = None
+        mlp_layer_types: list[str] | None = None
+        cross_modal_layers: list[int] | None = None
+        expert_banks: dict[str, dict] | str | None = None
     vocab_size: int = 32_000
     hidden_size: int = 512
     intermediate_size: int = 1_536
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 32_768
     initializer_range: float = 0.02
@@ -102,15 +117,11 @@ class ChorusTextConfig(PreTrainedConfig):
     no_rope_layers: list[int] | None = None
     sliding_window: int | None = None
     num_global_tokens: int = 0
-    layer_types: list[str] | None = None
-    mlp_layer_types: list[str] | None = None
-    cross_modal_layers: list[int] | None = None
     share_cross_modal_query: bool = True
     num_experts: int = 8
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 512
     shared_expert_intermediate_size: int = 512
-    expert_banks: dict[str, dict] | str | None = None
     experts_layout: str = "fused"
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.0
@@ -182,7 +193,12 @@ class ChorusTextConfig(PreTrainedConfig):
     @property
     def banks(self) -> list[ExpertBankConfig]:
         """The expert banks by name; those without a gate of their own are the gate's columns in this order."""
-        return read_expert_banks(self.expert_banks or {}, self.bank_defaults)  # type: ignore[arg-type]
+        return read_expert_banks(self.expert_banks or {}, self.bank_defaults)
+
+    @property
+    def num_tokens_in_front(self) -> int:
+        """Global tokens that stand in front of the sequence: those of a bidirectional model."""
+        return 0 if self.is_causal else self.num_global_tokens
 
     @property
     def sparse_layers(self) -> list[int]:

@@ -5,7 +5,7 @@ placeholders cannot disagree with the number of features.
 """
 
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -40,15 +40,24 @@ class ChorusVisionConfig(PreTrainedConfig):
 
     architecture: str | None = "vit_tiny_patch16_224"
     model_args: dict | None = None
-    backbone_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # what it is once `__post_init__` has read a dictionary
+        backbone_config: Any
+    else:
+        backbone_config: dict | PreTrainedConfig | None = None
     image_size: int = 224
     num_channels: int = 3
     pool_size: int = 1
-    hidden_size: int | None = None
-    layout: str | None = None
-    num_prefix_tokens: int | None = None
+    if TYPE_CHECKING:  # what they are once `__post_init__` has probed the encoder
+        hidden_size: int
+        layout: str
+        num_prefix_tokens: int
+        num_tokens: int
+    else:
+        hidden_size: int | None = None
+        layout: str | None = None
+        num_prefix_tokens: int | None = None
+        num_tokens: int | None = None
     grid_size: list[int] | None = None
-    num_tokens: int | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -128,7 +137,10 @@ class ChorusAudioConfig(PreTrainedConfig):
     dropout: float = 0.0
     subsampling: int = 4
     pool_size: int = 1
-    backbone_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # what it is once `__post_init__` has read a dictionary
+        backbone_config: Any
+    else:
+        backbone_config: dict | PreTrainedConfig | None = None
     backbone_library: str = "transformers"
     initializer_range: float = 0.02
 
@@ -144,7 +156,7 @@ class ChorusAudioConfig(PreTrainedConfig):
         """[kernel, stride] of the convolutions, without padding, between a waveform and the encoder's tokens."""
         if self.feature_type != "waveform" or self.backbone_config is None:
             return []
-        kernels, strides = self.backbone_config.conv_kernel, self.backbone_config.conv_stride  # type: ignore[union-attr]
+        kernels, strides = self.backbone_config.conv_kernel, self.backbone_config.conv_stride
         return [list(pair) for pair in zip(kernels, strides, strict=True)]
 
     @property

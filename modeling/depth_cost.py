@@ -15,17 +15,17 @@ from functools import wraps
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import find_packed_sequence_indices
 
 from .configuration_banks import LayerBankConfig
+from .configuration_text import ChorusTextConfig
 from .depth_skip import threshold_logit
 from .modeling_outputs import BankRouting, Computation
 from .moe_routers import ROUTER_CLASSES
 
 
-def visible_keys(text: Any, kind: str, real_BK: Tensor, num_queries: int, num_in_front: int) -> Tensor:
+def visible_keys(text: ChorusTextConfig, kind: str, real_BK: Tensor, num_queries: int, num_in_front: int) -> Tensor:
     """`(B, S)`: how many real keys each of the last `num_queries` tokens sees in a layer of some type.
 
     Args:
@@ -36,6 +36,7 @@ def visible_keys(text: Any, kind: str, real_BK: Tensor, num_queries: int, num_in
     distance_SK = keys[-num_queries:, None] - keys
     sees_SK = distance_SK >= 0 if text.is_causal else torch.ones_like(distance_SK, dtype=torch.bool)
     if kind == "sliding_attention":
+        assert text.sliding_window is not None
         near_SK = distance_SK.abs() < text.sliding_window + (not text.is_causal)
         sees_SK = sees_SK & near_SK | (keys < num_in_front) | (keys[-num_queries:, None] < num_in_front)
     seen_BS = (sees_SK & real_BK[:, None]).sum(dim=-1)
@@ -43,12 +44,12 @@ def visible_keys(text: Any, kind: str, real_BK: Tensor, num_queries: int, num_in
     return seen_BS + (text.num_global_tokens if has_global_keys else 0)
 
 
-def projection_flops(text: Any) -> int:
+def projection_flops(text: ChorusTextConfig) -> int:
     """Of queries, keys, values and output, for one token of one layer."""
     return 4 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
 
 
-def gated_flops(text: Any, width: int) -> int:
+def gated_flops(text: ChorusTextConfig, width: int) -> int:
     """Of a SwiGLU feed-forward for one token."""
     return 6 * text.hidden_size * width
 
@@ -59,7 +60,7 @@ def router_flops(hidden_size: int, bank: LayerBankConfig) -> int:
     return own_gate + ROUTER_CLASSES[bank.router].flops(hidden_size, bank.num_experts)
 
 
-def feed_forward_flops(text: Any, layer: int) -> int:
+def feed_forward_flops(text: ChorusTextConfig, layer: int) -> int:
     """What every token that is fed forward costs in a layer's feed-forward, wherever it is routed."""
     if text.mlp_layer_types[layer] != "sparse":
         return gated_flops(text, text.intermediate_size)
@@ -77,7 +78,7 @@ def bank_rows(routing: BankRouting, real_T: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def computation(
-    text: Any,
+    text: ChorusTextConfig,
     layers_B: Tensor,
     real_BK: Tensor,
     num_queries: int,
@@ -125,6 +126,9 @@ def counts_computation(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(forward)
     def wrapper(self: Any, *args: Any, output_compute: bool | None = None, **kwargs: Any) -> Any:
+        # transformers records an output `routing` for `output_routing`; its models call the request by this name.
+        if "output_router_logits" in kwargs:
+            kwargs["output_routing"] = kwargs.pop("output_router_logits")
         if not output_compute:
             return forward(self, *args, **kwargs)
         if args or torch.compiler.is_compiling():
@@ -133,14 +137,16 @@ def counts_computation(forward: Callable[..., Any]) -> Callable[..., Any]:
         if tokens is None:
             return forward(self, **kwargs)  # which says what is missing
         cache = kwargs.get("past_key_values")
-        real_BK = _real_keys(tokens, kwargs.get("attention_mask"), cache, kwargs.get("position_ids"))
-        keep_routing, keep_gates = kwargs.get("output_router_logits"), kwargs.get("output_skip_logits")
+        num_in_front, positions = self.config.num_tokens_in_front, kwargs.get("position_ids")
+        if positions is not None:
+            positions = positions[:, num_in_front:]
+        real_BK = _real_keys(tokens, kwargs.get("attention_mask"), cache, positions)
+        keep_routing, keep_gates = kwargs.get("output_routing"), kwargs.get("output_skip_logits")
         if keep_routing is None:
             keep_routing = self.config.output_router_logits
         as_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
-        needed = {"output_router_logits": True, "output_skip_logits": bool(self.config.skip_layers)}
+        needed = {"output_routing": True, "output_skip_logits": bool(self.config.skip_layers)}
         outputs = forward(self, **kwargs | needed | {"return_dict": True})
-        num_in_front = 0 if self.global_tokens is None else len(self.global_tokens.weight)
         exits, batch = kwargs.get("exits"), len(tokens)
         num_layers = kwargs.get("exit_layer") or len(self.layers)
         layers_B = torch.full((batch,), num_layers) if exits is None else exits.left_after.clone()
@@ -149,14 +155,14 @@ def counts_computation(forward: Callable[..., Any]) -> Callable[..., Any]:
         outputs.compute = computation(
             self.config,
             layers_B.to(tokens.device),
-            F.pad(real_BK, (num_in_front, 0), value=True),
-            tokens.shape[1] + num_in_front,
-            outputs.router_logits or (),
+            real_BK,
+            tokens.shape[1],
+            outputs.routing or (),
             num_in_front,
             [logits.to(tokens.device) > open_above for logits in outputs.skip_logits or ()],
         )
         if not keep_routing:
-            outputs.router_logits = None
+            outputs.routing = None
         if not keep_gates:
             outputs.skip_logits = None
         return outputs if as_dict else outputs.to_tuple()

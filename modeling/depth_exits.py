@@ -22,17 +22,21 @@ Verification, acceptance and sampling are those of transformers' assisted decodi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from .configuration_checks import check_exit
+from .configuration_chorus import ChorusConfig
+from .configuration_text import ChorusTextConfig
 from .layers import RMSNorm
+from .modeling_outputs import CACHE
 
 
 def pool_tokens(hidden_BSD: Tensor, attention_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -70,13 +74,34 @@ class SequenceInputs:
     positions_of_caller: Tensor | None
     complexity_scores: Tensor | None
 
+    @classmethod
+    def read(
+        cls,
+        embeds_BSD: Tensor,
+        attention_mask: Tensor | dict[str, Any] | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        modality_BS: Tensor | None,
+        complexity_scores: Tensor | None,
+    ) -> "SequenceInputs":
+        """What the caller left out is filled in: every token is text, and positions go on where the cache ends."""
+        length, device = embeds_BSD.shape[1], embeds_BSD.device
+        if modality_BS is None:
+            modality_BS = torch.zeros(embeds_BSD.shape[:2], dtype=torch.long, device=device)
+        positions = position_ids
+        if positions is None:
+            seen = cache.get_seq_length() if cache is not None else 0
+            positions = (torch.arange(length, device=device) + seen).unsqueeze(0)
+        return cls(modality_BS, attention_mask, positions, position_ids, complexity_scores)
+
     def at(self, rows: Tensor) -> "SequenceInputs":
+        """The inputs of some samples of the batch, given by their rows."""
         batch = len(self.modality_BS)
 
-        def take(value: Tensor | None) -> Tensor | None:
+        def take(value: Any) -> Any:
             return value if value is None or len(value) != batch else value.index_select(0, rows.to(value.device))
 
-        return SequenceInputs(*(take(getattr(self, name)) for name in self.__dataclass_fields__))
+        return SequenceInputs(*(take(getattr(self, field.name)) for field in fields(self)))
 
 
 class ExitHead(nn.Module):
@@ -94,7 +119,7 @@ class ExitHead(nn.Module):
 class Exits(nn.ModuleList):
     """The heads of the exits, shallow first; empty in a model without."""
 
-    def __init__(self, text: Any, num_labels: int):
+    def __init__(self, text: ChorusTextConfig, num_labels: int):
         self.layers: list[int] = sorted(text.exit_layers or [])
         super().__init__(ExitHead(text.hidden_size, num_labels, text.rms_norm_eps) for _ in self.layers)
 
@@ -106,6 +131,7 @@ class ExitRun:
         thresholds: one an exit, shallow first; a sample leaves where its confidence is above. None: all stay, and every
             exit answers every sample.
         attention_mask: `(B, S)`, as the head was given it.
+        num_in_front: global tokens that the decoder puts in front of the sequence.
 
     After the forward `logits` holds, by layer, those of the samples that were still there, `left_after (B,)` after how
     many layers each left, and `stayed (R,)` the rows of those that ran through all layers.
@@ -119,20 +145,21 @@ class ExitRun:
         batch: int,
         num_layers: int,
         is_causal: bool,
+        num_in_front: int = 0,
     ):
         self.heads: dict[int, ExitHead] = dict(zip(exits.layers, exits, strict=True))  # type: ignore[arg-type]
         self.thresholds = None if thresholds is None else dict(zip(exits.layers, thresholds, strict=True))
-        self.attention_mask, self.is_causal = attention_mask, is_causal
+        self.attention_mask, self.is_causal, self.num_in_front = attention_mask, is_causal, num_in_front
         self.logits: dict[int, Tensor] = {}
         self.left_after = torch.full((batch,), num_layers)
         self.stayed = torch.arange(batch)
         self.answers: list[tuple[Tensor, Tensor]] = []
 
-    def passes(self, layers: int, hidden_BSD: Tensor, num_in_front: int) -> Tensor | None:
+    def passes(self, layers: int, hidden_BSD: Tensor) -> Tensor | None:
         """Answer after so many layers.
 
         Args:
-            hidden_BSD: states of the samples still there, with `num_in_front` global tokens in front.
+            hidden_BSD: states of the samples still there, with the global tokens in front.
 
         Returns:
             Which of these samples go on, as indices; None for all of them.
@@ -142,7 +169,7 @@ class ExitRun:
         mask = self.attention_mask
         if mask is not None and len(mask) != len(hidden_BSD):
             mask = mask[self.stayed.to(mask.device)]
-        logits_RL = self.heads[layers](pool_tokens(hidden_BSD[:, num_in_front:], mask, self.is_causal))
+        logits_RL = self.heads[layers](pool_tokens(hidden_BSD[:, self.num_in_front :], mask, self.is_causal))
         self.logits[layers] = logits_RL
         if self.thresholds is None:
             return None
@@ -171,7 +198,7 @@ class ExitRun:
         return pool_tokens(hidden_RSD, mask, self.is_causal)
 
 
-def check_early_exit(config: Any, attention_mask: Any, asked: dict[str, Any]) -> None:
+def check_early_exit(config: ChorusConfig, attention_mask: Tensor | None, asked: dict[str, Any]) -> None:
     """Refuse what makes no sense while samples leave the batch.
 
     Args:
@@ -193,7 +220,7 @@ def check_early_exit(config: Any, attention_mask: Any, asked: dict[str, Any]) ->
                 f"{name}=True while samples leave at exits: each layer has another number of samples. Leave it out, or "
                 "set config.exit_thresholds = None"
             )
-    for name in ("use_cache", "past_key_values", "sample_experts"):
+    for name in ("use_cache", "past_key_values", "cache", "sample_experts"):
         if asked.get(name):
             raise ValueError(f"{name} while samples leave at exits: later layers know nothing of those that left")
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -236,8 +263,11 @@ class EarlyExitDrafts(CandidateGenerator):
     requires_model_outputs = True
     model_kwargs_overrides: dict[str, Any] = {}
 
-    def __init__(self, model: Any, generation_config: GenerationConfig, logits_processor: LogitsProcessorList):
-        self.model, self.config, self.logits_processor = model, generation_config, logits_processor
+    def __init__(
+        self, model: PreTrainedModel, generation_config: GenerationConfig, logits_processor: LogitsProcessorList
+    ):
+        self.model: Any = model
+        self.config, self.logits_processor = generation_config, logits_processor
         self.exit_layer: int = generation_config.assistant_early_exit
         self.num_tokens = int(generation_config.num_assistant_tokens)
 
@@ -257,7 +287,7 @@ class EarlyExitDrafts(CandidateGenerator):
             text = torch.cat((text, token.to(text.device)), dim=-1)
             if probability < (self.config.assistant_confidence_threshold or 0.0) or self._ends(token):
                 break
-        for layer in model_kwargs["past_key_values"].layers[: self.exit_layer]:
+        for layer in model_kwargs[CACHE].layers[: self.exit_layer]:
             layer.crop(-len(scores))
         return text, torch.stack(scores, dim=1)
 

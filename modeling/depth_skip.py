@@ -11,7 +11,6 @@ Shape suffixes: B batch, S sequence, T tokens (B * S), R rows whose gate is open
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +59,7 @@ class SkipGate(nn.Module):
             return F.linear(hidden_states.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
-def feed_open_tokens(feed_forward: Any, hidden_states: Tensor, plan: ModalityPlan, logits_BS: Tensor) -> Tensor:
+def feed_open_tokens(feed_forward: nn.Module, hidden_states: Tensor, plan: ModalityPlan, logits_BS: Tensor) -> Tensor:
     """Output `(B, S, D)` of a feed-forward, zero for tokens whose gate is closed."""
     if feed_forward.training or torch.compiler.is_compiling():
         decision_BS1 = straight_through(logits_BS, plan.open_above).unsqueeze(-1)

@@ -6,9 +6,10 @@ Unusual here: a checkpoint saved by the same class must hold exactly its tensors
 head, or no head) may differ in the head, and in nothing else.
 """
 
+import os
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from .configuration_chorus import ChorusConfig
 
 # What `import chorus_moe` registers. Code that was exported without the package runs transformers' own functions.
 FAST_EXPERTS = "cpu_mm"
+PathOrName = str | os.PathLike
 
 
 class ChorusPreTrainedModel(PreTrainedModel):
@@ -30,7 +32,7 @@ class ChorusPreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("text", "image", "audio")
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChorusDecoderLayer", "ConformerBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -60,7 +62,7 @@ class ChorusPreTrainedModel(PreTrainedModel):
         return {name: style for name, style in super()._expand_parallel_plan(plan).items() if name not in dictionaries}
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
         """As in transformers, but a checkpoint that does not fit is an error; see `describe_misfit` for what fits.
 
         With `output_loading_info=True` missing and unexpected tensors are returned beside the model instead; with an
@@ -69,7 +71,7 @@ class ChorusPreTrainedModel(PreTrainedModel):
         Raises:
             CheckpointError: naming the missing, unexpected or mismatched tensors.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
+        loaded: Any = super().from_pretrained(*args, **kwargs)
         reports = bool(kwargs.get("output_loading_info"))
         misfit = vars(loaded[0] if reports else loaded).pop("_misfit", None)
         if misfit and not reports and kwargs.get("state_dict") != {}:
@@ -111,7 +113,7 @@ class CheckpointError(RuntimeError, ValueError):
     """A checkpoint that does not fit: a RuntimeError as transformers raises, a ValueError as all mistakes of users."""
 
 
-def check_shapes(model: nn.Module, name_or_path: Any, mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+def check_shapes(model: nn.Module, name_or_path: PathOrName | None, mismatched: Iterable[tuple[str, Any, Any]]) -> None:
     """Refuse tensors of another shape.
 
     Args:
@@ -128,7 +130,9 @@ def check_shapes(model: nn.Module, name_or_path: Any, mismatched: Iterable[tuple
         )
 
 
-def describe_misfit(model: Any, name_or_path: Any, missing: Iterable[str], unexpected: Iterable[str]) -> str | None:
+def describe_misfit(
+    model: PreTrainedModel, name_or_path: PathOrName | None, missing: Iterable[str], unexpected: Iterable[str]
+) -> str | None:
     """What the checkpoint lacks or has too much of, in one line that names the tensors; None if it fits.
 
     Args:
@@ -161,7 +165,7 @@ def _operations_that_add(missing: list[str]) -> list[str]:
     return [name for name, count in found.items() if count] if sum(found.values()) == len(missing) else []
 
 
-def _subject(model: nn.Module, name_or_path: Any) -> str:
+def _subject(model: nn.Module, name_or_path: PathOrName | None) -> str:
     source = "the state dict" if name_or_path is None else f"the checkpoint {str(name_or_path)!r}"
     return f"{source} does not fit {type(model).__name__}"
 
@@ -171,7 +175,7 @@ def _counted(kind: str, names: list[str], separator: str) -> str:
     return f"{len(names)} {kind} tensor{'s' if len(names) > 1 else ''}: {separator.join(names[:MAX_NAMES])}{more}"
 
 
-def align_parameters(model: Any) -> None:
+def align_parameters(model: nn.Module) -> None:
     """Copy parameters that lie in a mapped file, at any multiple of eight bytes, to memory as torch allocates it.
 
     Some processors sum in another order where operands are not aligned: a loaded model would differ from the saved one

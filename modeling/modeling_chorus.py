@@ -19,8 +19,9 @@ from .configuration_chorus import ChorusConfig
 from .configuration_modalities import ENCODED, MODALITY_IDS, EncodedModality
 from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from .modeling_base import ChorusPreTrainedModel
-from .modeling_outputs import ChorusModelOutput
+from .modeling_outputs import ChorusModelOutput, takes_cache
 from .modeling_text import ChorusTextModel
+from .moe_plan import DecoderKwargs
 from .tower_audio import ChorusAudioModel
 from .tower_connectors import AudioConnector, VisionConnector
 from .tower_vision import ChorusVisionModel
@@ -143,22 +144,21 @@ class ChorusModel(ChorusPreTrainedModel):
 
     def modality_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         """`mm_token_type_ids` `(B, S)` from the placeholder tokens, for callers that did not give them."""
-        shape, device = (
-            (input_ids.shape, input_ids.device)
-            if input_ids is not None
-            else (inputs_embeds.shape[:2], inputs_embeds.device)
-        )
-        modality_BS = torch.zeros(shape, dtype=torch.long, device=device)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        modality_BS = torch.zeros(given.shape[:2], dtype=torch.long, device=given.device)
         for name, token_id in self._placeholders().items():
             if token_id is None:
                 continue
-            if input_ids is not None:
-                found = input_ids == token_id
+            if inputs_embeds is None:
+                found = given == token_id
             else:
                 found = (inputs_embeds == self.language_model.embed_tokens.weight[token_id]).all(dim=-1)
             modality_BS = modality_BS.masked_fill(found, MODALITY_IDS[name])
         return modality_BS
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -173,7 +173,7 @@ class ChorusModel(ChorusPreTrainedModel):
         input_features_mask: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[DecoderKwargs],
     ) -> ChorusModelOutput:
         """Encode, merge and decode.
 
@@ -196,8 +196,11 @@ class ChorusModel(ChorusPreTrainedModel):
                     "embedding equals that of a placeholder; pass mm_token_type_ids for merged embeddings"
                 )
             mm_token_type_ids = self.modality_ids(input_ids, inputs_embeds)
+        mm_token_type_ids = with_virtual_tokens(mm_token_type_ids, inputs_embeds)
         features, idle = self._encode(pixel_values, input_features, input_features_mask, mm_encoder_outputs or {})
-        embeds = self.get_input_embeddings()(self._text_ids(input_ids)) if inputs_embeds is None else inputs_embeds
+        embeds: Tensor | None = inputs_embeds
+        if embeds is None:
+            embeds = self.get_input_embeddings()(self._text_ids(input_ids))
         embeds = self._merge(embeds, input_ids, mm_token_type_ids, features)
         for zero in idle:
             embeds = embeds + zero.to(embeds)
@@ -215,7 +218,7 @@ class ChorusModel(ChorusPreTrainedModel):
         outputs.audio_hidden_states = features.get("audio")
         return outputs
 
-    def _text_ids(self, input_ids: Tensor) -> Tensor:
+    def _text_ids(self, input_ids: Any) -> Tensor:
         """Token ids with the placeholders, whose embeddings will be replaced, turned into token 0."""
         for token_id in (self.config.image_token_id, self.config.audio_token_id):
             if token_id is not None:
@@ -270,6 +273,12 @@ class ChorusModel(ChorusPreTrainedModel):
                 embeds = embeds.masked_scatter(mask_BS.unsqueeze(-1).to(embeds.device), tokens)
                 features[name] = pieces if isinstance(pieces, Tensor) else tokens
         return embeds
+
+
+def with_virtual_tokens(modality_BS: Tensor, inputs_embeds: Tensor | None) -> Tensor:
+    """`mm_token_type_ids` of embeddings with tokens of no vocabulary in front, as PEFT adds them: they are text."""
+    missing = 0 if inputs_embeds is None else inputs_embeds.shape[1] - modality_BS.shape[1]
+    return nn.functional.pad(modality_BS, (missing, 0)) if missing > 0 else modality_BS
 
 
 def no_graph_if_frozen(tower: nn.Module, inputs: Tensor) -> torch.set_grad_enabled:

@@ -1,26 +1,30 @@
 """The generative head: text, images and sound in, text out."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable
 from copy import copy
+from functools import wraps
 from itertools import accumulate
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 
-from .attention_masks import build_masks
+from .attention_masks import Masks, build_masks
 from .configuration_chorus import ChorusConfig
 from .depth_exits import EarlyExitDrafts, check_drafts
 from .losses import share_of_batch
-from .modeling_heads import ChorusHead
-from .modeling_outputs import ChorusLossOutput
+from .modeling_heads import LOSS_WEIGHTS, ChorusHead
+from .modeling_outputs import CACHE, ChorusLossOutput, takes_cache
+from .moe_plan import DecoderKwargs
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +46,12 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         if media and self.generation_config.suppress_tokens is None:
             # A generated placeholder would stand for an image or a clip that nobody gave.
             self.generation_config.suppress_tokens = media
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The trainers of TRL put a forward of their own into the model, which is given our losses."""
+        if name == "forward" and "fused_lm_head" in getattr(getattr(value, "__code__", None), "co_varnames", ()):
+            value = MethodType(with_own_losses(value.__func__), self)
+        super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> "ChorusForConditionalGeneration":
         """Training mode; warns once about trained experts that labels on text alone cannot reach."""
@@ -73,6 +83,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
     ) -> BaseModelOutputWithPooling:
         return self.model.get_audio_features(input_features, input_features_mask, **kwargs)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -90,23 +101,15 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        complexity_scores: Tensor | None = None,
-        expert_budget: Mapping[str, int] | None = None,
-        sample_experts: Collection[str] | None = None,
-        closed_banks: Collection[str] | None = None,
-        skip_threshold: float | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[DecoderKwargs],
     ) -> ChorusLossOutput:
         """Inputs as in [`ChorusModel`].
 
         Args:
             labels: `(B, S)`, token ids, -100 where nothing is to be learned. A batch without any label has loss 0.
             output_router_logits: also return the routing of every layer, and the balance loss and z-loss.
-            logits_to_keep: compute logits for the last so many positions only; 0 for all.
-            complexity_scores, expert_budget, sample_experts, closed_banks: options of the routers and banks, see
-                [`ChorusTextModel`]. In `generate`, `complexity_scores` are those of the prompt; generated tokens use
-                the router's entropy.
-            skip_threshold: see [`ChorusTextModel`]; `generate` also reads it from `generation_config`.
+            logits_to_keep: compute logits for the last positions only, this many; 0 for all.
+            kwargs: what this call asks of routers, banks and skip gates, see [`DecoderKwargs`].
 
         Returns:
             [`ChorusLossOutput`]; in training `loss` holds the weighted auxiliary terms, in evaluation it never does.
@@ -129,11 +132,6 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             input_features_mask=input_features_mask,
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
-            complexity_scores=complexity_scores,
-            expert_budget=expert_budget,
-            sample_experts=sample_experts,
-            closed_banks=closed_banks,
-            skip_threshold=skip_threshold,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -143,19 +141,19 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             counted = torch.as_tensor((labels[..., 1:] != -100).sum() if num_items is None else num_items).clamp(min=1)
             loss = self._language_loss(logits, labels, counted, **kwargs)
             loss = loss + self._weighted_sum(terms, share_of_batch(labels, num_items))
-            if train_exits:
-                terms["exit_loss"] = self._exit_loss(outputs.hidden_states, labels, counted, **kwargs)
-                loss = loss + self.config.text_config.exit_loss_coef * terms["exit_loss"]
+            if train_exits and outputs.hidden_states is not None:
+                terms["exit_loss"] = exit_loss = self._exit_loss(outputs.hidden_states, labels, counted, **kwargs)
+                loss = loss + self.config.text_config.exit_loss_coef * exit_loss
         return ChorusLossOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states if keep_hidden_states else None,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            routing=outputs.routing,
             image_hidden_states=outputs.image_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
             compute=outputs.compute,
+            **{CACHE: outputs[CACHE]} if CACHE in outputs else {},
             **terms,  # type: ignore[arg-type]
         )
 
@@ -166,19 +164,20 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
     def _exit_loss(self, hidden_states: tuple[Tensor, ...], labels: Tensor, counted: Tensor, **kwargs: Any) -> Tensor:
         """Mean of the language losses at the exits, through the final norm and the head (LayerSkip, arXiv
         2404.16710)."""
-        states = [hidden_states[layers] for layers in self.config.text_config.exit_layers]
+        states = [hidden_states[layers] for layers in self.config.text_config.exit_layers or ()]
         norm = self.model.language_model.norm
         losses = [self._language_loss(self.lm_head(norm(state)), labels, counted, **kwargs) for state in states]
         return torch.stack(losses).mean()
 
-    def create_masks_for_generate(self, config: Any, attention_mask: Tensor | None, **inputs: Any) -> Any:
+    def create_masks_for_generate(
+        self, config: PreTrainedConfig, attention_mask: Tensor | None, **inputs: Any
+    ) -> Masks:
         """For caches that can be compiled: what the decoder would make of the mask. A prefill is never compiled, and
         the decoder, which finds padding in the mask, makes its own."""
         if inputs["inputs_embeds"].shape[1] > 1:
             return attention_mask
-        names = ("inputs_embeds", "past_key_values", "position_ids")
-        text = config.get_text_config()
-        return build_masks(text, attention_mask=attention_mask, **{name: inputs.get(name) for name in names})
+        text, embeds, positions = config.get_text_config(), inputs["inputs_embeds"], inputs.get("position_ids")
+        return build_masks(text, embeds, attention_mask, inputs.get(CACHE), positions)
 
     def _get_candidate_generator(
         self,
@@ -205,6 +204,11 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             model_kwargs["skip_threshold"] = skip_threshold
         return generation_config, model_kwargs
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """transformers knows the names in a signature; ours are in the type of its keywords."""
+        known = DecoderKwargs.__optional_keys__
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in known})
+
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
@@ -216,7 +220,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             kwargs["mm_token_type_ids"] = F.pad(modality_BS, (0, input_ids.shape[1] - modality_BS.shape[1]))
         inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
         if scores is not None:
-            cache, fed = inputs.get("past_key_values"), inputs.get("inputs_embeds")
+            cache, fed = inputs.get(CACHE), inputs.get("inputs_embeds")
             start = int(cache.get_seq_length()) if cache is not None else 0
             stop = start + (inputs["input_ids"] if fed is None else fed).shape[1]
             scores = F.pad(scores.float(), (0, max(0, stop - scores.shape[1])), value=torch.nan)
@@ -226,6 +230,12 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config: Any
     ) -> dict[str, Any]:
+        mask_BS = model_kwargs.get("attention_mask")
+        if mask_BS is not None and mask_BS.ndim == 2 and not mask_BS[:, -1].all():
+            raise ValueError(
+                f"row {int(mask_BS[:, -1].argmin())} ends with padding, after which generation would go on; pad on the "
+                'left (processor_kwargs={"padding_side": "left"})'
+            )
         # Known from the start, so that generated tokens are text whatever they are.
         if model_kwargs.get("mm_token_type_ids") is None and not inputs_tensor.is_floating_point():
             model_kwargs["mm_token_type_ids"] = self.model.modality_ids(inputs_tensor)
@@ -259,8 +269,61 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             return mm_encoder_output
         pieces = list(audio.pooler_output)
         ends = list(accumulate(len(piece) for piece in pieces))
-        wanted = accumulate((input_ids == self.config.audio_token_id).sum(dim=-1).tolist())
+        is_placeholder: Any = input_ids == self.config.audio_token_id
+        wanted = accumulate(is_placeholder.sum(dim=-1).tolist())
         stops = [ends.index(total) + 1 if total else 0 for total in wanted]
         starts = [0, *stops[:-1]]
         audio.pooler_output = [p for a, b in zip(starts, stops, strict=True) for p in pieces[a:b] * expand_size]
         return mm_encoder_output
+
+
+def with_own_losses(fused_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """TRL's forward (`trl.trainer.utils.add_fused_lm_head`), with our auxiliary losses in the place of Mixtral's.
+
+    TRL adds `router_aux_loss_coef * aux_loss` to a loss of its own. So `aux_loss` is all that training adds to ours,
+    divided by that coefficient; in evaluation, where we add nothing, it is 0.
+
+    Raises:
+        ValueError: in training, a trainer that adds no `aux_loss` where there are other losses than the balance loss.
+    """
+
+    @wraps(fused_forward)
+    def forward(self: Any, fused_lm_head: bool = False, output_router_logits: bool | None = None, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return fused_forward(self, output_router_logits=output_router_logits, **kwargs)
+        kwargs |= {"fused_lm_head": True, "output_router_logits": False}
+        if not (self.training and torch.is_grad_enabled()):
+            outputs = fused_forward(self, **kwargs)
+            outputs.aux_loss = outputs.log_probs.new_zeros(()) if output_router_logits else None
+            return outputs
+        text = self.config.text_config
+        terms: dict[str, Tensor | None] = {}
+
+        def run(output_router_logits: bool, mm_token_type_ids: Tensor | None = None, **inputs: Any) -> Any:
+            if text.exit_loss_coef > 0:
+                inputs["output_hidden_states"] = True
+            outputs, found = self._run(bool(asked), mm_token_type_ids, **inputs)
+            terms.update(found)
+            if text.exit_loss_coef > 0:
+                counted = (labels[..., 1:] != -100).sum().clamp(min=1)
+                terms["exit_loss"] = self._exit_loss(outputs.hidden_states, labels, counted)
+            return outputs
+
+        asked, labels = output_router_logits, kwargs["labels"]
+        stand_in = SimpleNamespace(base_model=run, get_output_embeddings=self.get_output_embeddings)
+        outputs = fused_forward(stand_in, **kwargs)
+        if asked and text.router_aux_loss_coef > 0:
+            total = outputs.log_probs.new_zeros(()) + self._weighted_sum(terms, 1.0)
+            outputs.aux_loss = total / text.router_aux_loss_coef
+            return outputs
+        outputs.aux_loss = terms["aux_loss"] if asked else None
+        weights = {LOSS_WEIGHTS[name]: getattr(text, LOSS_WEIGHTS[name]) for name in terms if terms[name] is not None}
+        for name, weight in weights.items():
+            if weight > 0 and name != LOSS_WEIGHTS["aux_loss"]:
+                raise ValueError(
+                    f"{name}={weight} would have no effect: TRL adds losses of the model only where "
+                    "router_aux_loss_coef of its text_config is above 0. Set that, or this one to 0"
+                )
+        return outputs
+
+    return forward

@@ -7,6 +7,7 @@ Sequence classification: one label for a text with its images and clips, also fr
 Contrastive embeddings: text, image and sound of one sample are pulled together in one space.
 """
 
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -15,22 +16,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_chorus import ChorusConfig
 from .configuration_modalities import MODALITY_IDS
 from .depth_exits import ExitRun, Exits, check_early_exit, pool_tokens
 from .losses import alignment_loss, balance_loss, mean_over_banks, skip_budget_loss, z_loss
 from .modeling_base import ChorusPreTrainedModel
-from .modeling_chorus import ChorusModel
-from .modeling_outputs import BankRouting, ChorusContrastiveOutput, ChorusLossOutput, ChorusModelOutput
+from .modeling_chorus import ChorusModel, with_virtual_tokens
+from .modeling_outputs import CACHE, BankRouting, ChorusContrastiveOutput, ChorusLossOutput, ChorusModelOutput
+from .moe_plan import DecoderKwargs
 
 logger = logging.get_logger(__name__)
 
 
-def two_dimensional(attention_mask: Any) -> Tensor | None:
+def two_dimensional(attention_mask: object) -> Tensor | None:
     """The mask if it is `(B, S)`; masks of another form do not say which tokens are padding."""
     return attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+
+
+# Term of the loss -> its weight in the configuration of the decoder.
+LOSS_WEIGHTS = {
+    "aux_loss": "router_aux_loss_coef",
+    "z_loss": "router_z_loss_coef",
+    "alignment_loss": "alignment_loss_coef",
+    "skip_loss": "skip_loss_coef",
+    "exit_loss": "exit_loss_coef",
+}
 
 
 class ChorusHead(ChorusPreTrainedModel):
@@ -63,35 +75,40 @@ class ChorusHead(ChorusPreTrainedModel):
         # Whoever samples wants the probabilities.
         keep_routing = bool(output_router_logits or inputs.get("sample_experts") or self._counts_choices())
         align = self.training and text.alignment_loss_coef > 0
-        keep_budget = self.training and text.skip_loss_coef > 0 and text.skip_budget is not None
+        budget = text.skip_budget if self.training and text.skip_loss_coef > 0 else None
         if mm_token_type_ids is None and inputs.get("input_ids") is not None:
             mm_token_type_ids = self.model.modality_ids(inputs["input_ids"])
+        if mm_token_type_ids is not None:
+            mm_token_type_ids = with_virtual_tokens(mm_token_type_ids, inputs.get("inputs_embeds"))
         outputs = self.model(
             mm_token_type_ids=mm_token_type_ids,
             output_router_logits=keep_routing or train_router,
             output_cross_modal_states=align,
-            **({"output_skip_logits": True} if keep_budget else {}),
+            **({"output_skip_logits": True} if budget is not None else {}),
             **inputs,
         )
         terms: dict[str, Tensor | None] = dict.fromkeys(("aux_loss", "z_loss", "alignment_loss", "skip_loss"))
         if output_router_logits or train_router:
             if train_router:
-                logits = [bank.router_logits for layer in outputs.router_logits for bank in layer.values()]
+                logits = [bank.router_logits for layer in outputs.routing for bank in layer.values()]
                 self._check_graph("balance", logits, (".router.",))
-            terms["aux_loss"] = balance_loss(outputs.router_logits, banks)
-            terms["z_loss"] = mean_over_banks(outputs.router_logits, z_loss)
+            terms["aux_loss"] = balance_loss(outputs.routing, banks)
+            terms["z_loss"] = mean_over_banks(outputs.routing, z_loss)
         if inputs.get("sample_experts"):
-            banks_of_layers = [bank for layer in outputs.router_logits for bank in layer.values()]
+            banks_of_layers = [bank for layer in outputs.routing for bank in layer.values()]
             drawn = [bank.log_probs for bank in banks_of_layers if bank.log_probs is not None]
             self._check_graph("policy-gradient", drawn, (".router.",))
         if align:
-            terms["alignment_loss"] = self._alignment(outputs, mm_token_type_ids, inputs.get("attention_mask"))
-        if keep_budget:
+            if mm_token_type_ids is None:
+                mm_token_type_ids = self.model.modality_ids(None, inputs["inputs_embeds"])
+            states = outputs.cross_modal_states or ()
+            terms["alignment_loss"] = self._alignment(states, mm_token_type_ids, inputs.get("attention_mask"))
+        if budget is not None and outputs.skip_logits is not None:
             self._check_graph("skip budget", outputs.skip_logits, (".skip_gate.",))
             real_BS = two_dimensional(inputs.get("attention_mask"))
-            terms["skip_loss"] = skip_budget_loss(outputs.skip_logits, real_BS, text.skip_budget)
+            terms["skip_loss"] = skip_budget_loss(outputs.skip_logits, real_BS, budget)
         if not keep_routing:
-            outputs.router_logits = None
+            outputs.routing = None
         return outputs, terms
 
     def _counts_choices(self) -> bool:
@@ -114,18 +131,18 @@ class ChorusHead(ChorusPreTrainedModel):
             parameter.requires_grad for name, parameter in decoder.named_parameters() if ".router." in name
         )
 
-    def _alignment(self, outputs: ChorusModelOutput, modality_BS: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _alignment(
+        self, states: Sequence[tuple[Tensor, Tensor]], modality_BS: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        """Mean over the cross-modal layers, given their rotated queries and keys."""
         scaling = self.config.text_config.head_dim**-0.5
         is_causal = self.config.text_config.is_causal
         real_BS = two_dimensional(attention_mask)
         projections = tuple(
             f"layers.{i}.self_attn.{name}" for i in self.config.text_config.cross_modal_layers for name in ("q_", "k_")
         )
-        self._check_graph("alignment", [query for query, _ in outputs.cross_modal_states], projections)
-        layers = [
-            alignment_loss(query, key, modality_BS, real_BS, scaling, is_causal)
-            for query, key in outputs.cross_modal_states
-        ]
+        self._check_graph("alignment", [query for query, _ in states], projections)
+        layers = [alignment_loss(query, key, modality_BS, real_BS, scaling, is_causal) for query, key in states]
         return torch.stack([layer.to(layers[0].device) for layer in layers]).mean()
 
     def _check_graph(self, term: str, sources: list[Tensor], trained: tuple[str, ...]) -> None:
@@ -142,16 +159,8 @@ class ChorusHead(ChorusPreTrainedModel):
         """What training adds to the loss of the head; nothing in evaluation."""
         if not self.training:
             return 0.0
-        text = self.config.text_config
-        coefficients = {
-            "aux_loss": text.router_aux_loss_coef,
-            "z_loss": text.router_z_loss_coef,
-            "alignment_loss": text.alignment_loss_coef,
-            "skip_loss": text.skip_loss_coef,
-        }
-        added = [
-            coefficients[name] * term for name, term in terms.items() if term is not None and coefficients[name] > 0
-        ]
+        weights = {name: getattr(self.config.text_config, LOSS_WEIGHTS[name]) for name in terms}
+        added = [weights[name] * term for name, term in terms.items() if term is not None and weights[name] > 0]
         return share * sum(added) if added else 0.0
 
 
@@ -178,8 +187,8 @@ class ChorusForSequenceClassification(ChorusHead):
         labels: Tensor | None = None,
         output_router_logits: bool | None = None,
         output_exit_logits: bool = False,
-        num_items_in_batch: Any = None,
-        **kwargs: Unpack[TransformersKwargs],
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Unpack[DecoderKwargs],
     ) -> ChorusLossOutput:
         """Inputs as in [`ChorusModel`]; `labels` are `(B,)` classes, or `(B, num_labels)` floats. Logits are
         `(B, num_labels)`, those of the exit where a sample left.
@@ -222,16 +231,16 @@ class ChorusForSequenceClassification(ChorusHead):
         return ChorusLossOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            routing=outputs.routing,
             image_hidden_states=outputs.image_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
             exit_loss=exit_loss,
             exit_logits=exit_logits if output_exit_logits else None,
             left_after=exits.left_after.to(logits.device) if exits is not None and leaves else None,
             compute=outputs.compute,
+            **{CACHE: outputs[CACHE]} if CACHE in outputs else {},
             **terms,
         )
 
@@ -256,7 +265,13 @@ class ChorusForSequenceClassification(ChorusHead):
         tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
         text = self.config.text_config
         return ExitRun(
-            self.exits, thresholds, attention_mask, len(tokens), text.num_hidden_layers, is_causal=text.is_causal
+            self.exits,
+            thresholds,
+            attention_mask,
+            len(tokens),
+            text.num_hidden_layers,
+            text.is_causal,
+            text.num_tokens_in_front,
         )
 
     def _losses(
@@ -301,7 +316,7 @@ class ChorusForContrastive(ChorusHead):
     def _decode(self, name: str, mask_BS: Tensor | None, **inputs: Any) -> tuple[Tensor, Routing]:
         """Unit vectors, and the routing if it was asked for."""
         decoded = self.model.language_model(attention_mask=mask_BS, **inputs)
-        return self._embed(name, decoded.last_hidden_state, mask_BS), decoded.router_logits or ()
+        return self._embed(name, decoded.last_hidden_state, mask_BS), decoded.routing or ()
 
     def _decode_tokens(self, name: str, tokens_BSD: Tensor, mask_BS: Tensor, **kwargs: Any) -> tuple[Tensor, Routing]:
         modality_BS = torch.full(tokens_BSD.shape[:2], MODALITY_IDS[name], device=tokens_BSD.device)
@@ -342,8 +357,8 @@ class ChorusForContrastive(ChorusHead):
         input_features: torch.FloatTensor | None = None,
         input_features_mask: Tensor | None = None,
         return_loss: bool = True,
-        num_items_in_batch: Any = None,
-        **kwargs: Unpack[TransformersKwargs],
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Unpack[DecoderKwargs],
     ) -> ChorusContrastiveOutput:
         """Embed what is given; row i of every modality belongs together.
 
@@ -385,5 +400,5 @@ class ChorusForContrastive(ChorusHead):
             image_embeds=embeds.get("image"),
             audio_embeds=embeds.get("audio"),
             logits_per_pair=logits,
-            router_logits=routing or None,
+            routing=routing or None,
         )

@@ -1,6 +1,6 @@
 """The decoder: attention and feed-forward layers over one sequence of text, image and audio tokens."""
 
-from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,12 +9,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import Attention, CrossModalAttention, rotary_tables
-from .attention_globals import GlobalTokens, leaves_out_global_tokens
+from .attention_globals import GlobalTokens, with_global_tokens
 from .attention_masks import LocalMask, build_masks
 from .configuration_checks import check_exit
 from .configuration_text import ChorusTextConfig
@@ -23,9 +22,9 @@ from .depth_exits import ExitRun, SequenceInputs
 from .depth_skip import SkipGate, feed_open_tokens, threshold_logit
 from .layers import GatedMLP, RMSNorm
 from .modeling_base import ChorusPreTrainedModel
-from .modeling_outputs import ChorusModelOutput
+from .modeling_outputs import CACHE, ChorusModelOutput, takes_cache
 from .moe_banks import MixtureOfBanks
-from .moe_plan import ModalityPlan, read_routing_options
+from .moe_plan import DecoderKwargs, ModalityPlan, read_routing_options
 
 
 class DenseFeedForward(GatedMLP):
@@ -55,6 +54,7 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         self.attention_output_norm = after(config.hidden_size, config.rms_norm_eps)
         self.feed_forward_output_norm = after(config.hidden_size, config.rms_norm_eps)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -88,11 +88,12 @@ class ChorusTextModel(ChorusPreTrainedModel):
 
     config: ChorusTextConfig
     input_modalities = ("text",)
+    layers: Any  # a list of decoder layers, which surgery takes apart
     # `cross_modal_states` are the rotated queries and keys of the cross-modal layers.
     _can_record_outputs = {
         "hidden_states": ChorusDecoderLayer,
         "attentions": OutputRecorder(Attention, index=1),
-        "router_logits": OutputRecorder(MixtureOfBanks, index=1),
+        "routing": OutputRecorder(MixtureOfBanks, index=1),
         "cross_modal_states": OutputRecorder(CrossModalAttention, index=2),
         "skip_logits": OutputRecorder(SkipGate),
     }
@@ -103,17 +104,17 @@ class ChorusTextModel(ChorusPreTrainedModel):
         self.layers = nn.ModuleList([ChorusDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.global_tokens = None
-        if config.num_global_tokens and not config.is_causal:
-            self.global_tokens = GlobalTokens(config.num_global_tokens, config.hidden_size)
+        in_front = config.num_tokens_in_front
+        self.global_tokens = GlobalTokens(in_front, config.hidden_size) if in_front else None
         self.banks = {bank.name: bank for bank in config.banks}
         if any(bank.balance == "bias" for bank in self.banks.values()):
             self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
-    @leaves_out_global_tokens
+    @with_global_tokens
     @counts_computation
     @capture_outputs
     def forward(
@@ -125,14 +126,9 @@ class ChorusTextModel(ChorusPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         use_cache: bool | None = None,
-        complexity_scores: Tensor | None = None,
-        expert_budget: Mapping[str, int] | None = None,
-        sample_experts: Collection[str] | None = None,
-        closed_banks: Collection[str] | None = None,
-        skip_threshold: float | None = None,
         exit_layer: int | None = None,
         exits: ExitRun | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[DecoderKwargs],
     ) -> ChorusModelOutput:
         """Run the layers.
 
@@ -140,18 +136,10 @@ class ChorusTextModel(ChorusPreTrainedModel):
             attention_mask: `(B, past + S)`, 1 for real tokens, or masks by layer type as `generate` prepares them.
             mm_token_type_ids: `(B, S)`, 0 text, 1 image, 3 audio. The decoder alone has no placeholder tokens, so
                 without it every token is text; [`ChorusModel`] derives it from the token ids.
-            complexity_scores: `(B, S)`, between 0 and 1, sets how many experts of an adaptive bank each token visits;
-                the router's entropy does without it, and where it is NaN.
-            expert_budget: modality -> how many experts of each bank its tokens visit at most.
-            sample_experts: names of banks that draw their experts from the router's distribution; their routing then
-                carries the log-probability of the draw.
-            closed_banks: names of banks that this call passes by, at no cost, as if they were not there: the output is
-                that of the model without them, bit for bit where the bank has a gate of its own.
-            skip_threshold: tokens pass the feed-forward of `skip_layers` by where the gate's probability is not above
-                it; 0.5 if None.
-            exit_layer: leave after so many layers; the final norm and the cache of those layers are as ever.
+            exit_layer: leave after this many layers; the final norm and the cache of those layers are as ever.
             exits: heads between the layers, by which samples may leave: `last_hidden_state` is of those that stayed.
             output_compute: also return what was spent on each sample, see [`Computation`].
+            kwargs: what this call asks of routers, banks and skip gates, see [`DecoderKwargs`].
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; an option of the routers that does not fit,
@@ -161,79 +149,69 @@ class ChorusTextModel(ChorusPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if skip_threshold is not None and not self.config.skip_layers:
-            raise ValueError(f"skip_threshold={skip_threshold} changes nothing: the model has no skip_layers")
         if exit_layer is not None:
             check_exit("exit_layer", exit_layer, self.config.num_hidden_layers)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if self.global_tokens is not None and past_key_values is not None:
-            raise ValueError("global tokens in front of a bidirectional sequence read all of it: there is no cache")
-        if use_cache and past_key_values is None and self.global_tokens is None:
+        complexity_scores, skip_threshold = kwargs.pop("complexity_scores", None), kwargs.pop("skip_threshold", None)
+        if skip_threshold is not None and not self.config.skip_layers:
+            raise ValueError(f"skip_threshold={skip_threshold} changes nothing: the model has no skip_layers")
+        asked = {name: kwargs.pop(name, None) for name in ("expert_budget", "sample_experts", "closed_banks")}
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        is_text = mm_token_type_ids is None
-        if mm_token_type_ids is None:
-            mm_token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
-        # Positions as the caller gave them tell the routers where a packed sequence begins; global tokens have none.
-        positions_of_caller = None if self.global_tokens is not None else position_ids
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        tokens = SequenceInputs.read(
+            hidden_states, attention_mask, position_ids, past_key_values, mm_token_type_ids, complexity_scores
+        )
         if self.global_tokens is not None:
-            in_front = self.global_tokens.in_front_of(
-                inputs_embeds, attention_mask, position_ids, mm_token_type_ids, complexity_scores
-            )
-            inputs_embeds, attention_mask, position_ids, mm_token_type_ids, complexity_scores = in_front  # type: ignore[assignment]
-        inputs = SequenceInputs(mm_token_type_ids, attention_mask, position_ids, positions_of_caller, complexity_scores)
-        requests = (expert_budget, sample_experts, closed_banks, skip_threshold, is_text)
-        hidden_states = inputs_embeds
-        plan, masks, position_embeddings = self._prepare(hidden_states, inputs, past_key_values, *requests)
-        layers = zip(self.layers[:exit_layer], self.config.layer_types[:exit_layer], strict=True)
-        for number, (layer, layer_type) in enumerate(layers, start=1):
+            # Global tokens all stand at position 0, which would look like packed sequences to the routers.
+            tokens = replace(tokens, positions_of_caller=None)
+        # Text alone needs no look at the modalities, so a compiled step may rely on it.
+        given = (past_key_values, asked, threshold_logit(skip_threshold), mm_token_type_ids is None)
+        shared = self._prepare(hidden_states, tokens, *given)
+        for number, layer in enumerate(self.layers[:exit_layer], start=1):
             hidden_states = layer(
                 hidden_states,
-                plan,
-                attention_mask=masks[layer_type],
-                position_embeddings=position_embeddings,
-                position_ids=inputs.position_ids,
-                past_key_values=past_key_values,
+                **shared[self.config.layer_types[number - 1]],
                 use_cache=use_cache,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
-            num_in_front = 0 if self.global_tokens is None else len(self.global_tokens.weight)
-            staying = None if exits is None else exits.passes(number, hidden_states, num_in_front)
+            staying = None if exits is None else exits.passes(number, hidden_states)
             if staying is not None:
-                hidden_states = hidden_states.index_select(0, staying)
+                hidden_states, tokens = hidden_states.index_select(0, staying), tokens.at(staying)
                 if len(staying) == 0:
                     break
-                inputs = inputs.at(staying)
-                plan, masks, position_embeddings = self._prepare(hidden_states, inputs, past_key_values, *requests)
-        return ChorusModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+                shared = self._prepare(hidden_states, tokens, *given)
+        return ChorusModelOutput(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
     def _prepare(
         self,
         hidden_states: Tensor,
-        inputs: SequenceInputs,
+        tokens: SequenceInputs,
         past_key_values: Cache | None,
-        expert_budget: Mapping[str, int] | None,
-        sample_experts: Collection[str] | None,
-        closed_banks: Collection[str] | None,
-        skip_threshold: float | None,
+        asked: dict[str, Any],
+        open_above: float,
         is_text: bool,
-    ) -> tuple[ModalityPlan, dict[str, Any], tuple[Tensor, Tensor]]:
-        """What every layer is given beside the states: the plan, masks by layer type, and rotary tables."""
+    ) -> dict[str, dict[str, Any]]:
+        """What the layers of each type are given beside the states: the plan, a mask, positions and rotary tables."""
         options = read_routing_options(
             self.banks,
-            inputs.modality_BS,
-            inputs.positions_of_caller,
+            tokens.modality_BS,
+            tokens.positions_of_caller,
             self.training,
             past_key_values,
-            inputs.complexity_scores,
-            expert_budget,
-            sample_experts,
-            closed_banks,
+            tokens.complexity_scores,
+            **asked,
         )
-        plan = ModalityPlan.build(inputs.modality_BS, inputs.attention_mask, options, self.config.modalities, is_text)
-        plan.open_above = threshold_logit(skip_threshold)
-        masks = build_masks(self.config, hidden_states, inputs.attention_mask, past_key_values, inputs.position_ids)
-        return plan, masks, rotary_tables(*self.rotary_emb(hidden_states, position_ids=inputs.position_ids))
+        plan = ModalityPlan.build(tokens.modality_BS, tokens.attention_mask, options, self.config.modalities, is_text)
+        plan.open_above = open_above
+        masks = build_masks(self.config, hidden_states, tokens.attention_mask, past_key_values, tokens.position_ids)
+        tables = rotary_tables(*self.rotary_emb(hidden_states, position_ids=tokens.position_ids))
+        return {
+            kind: {
+                "plan": plan,
+                "attention_mask": masks[kind],
+                "position_embeddings": tables,
+                "position_ids": tokens.position_ids,
+            }
+            for kind in set(self.config.layer_types)
+        }

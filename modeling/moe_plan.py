@@ -25,10 +25,33 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
+from transformers.utils import TransformersKwargs
 
 from .configuration_banks import ExpertBankConfig, check_name
 from .configuration_modalities import MODALITY_IDS
 from .moe_selection import Places
+
+
+class DecoderKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg]  # transformers is not type-checked
+    """What one call may ask of the decoder, by keyword, of any model and of `generate`.
+
+    Args:
+        complexity_scores: `(B, S)`, between 0 and 1, sets how many experts of an adaptive bank each token visits; the
+            router's entropy does without it, and where it is NaN. In `generate` they are those of the prompt.
+        expert_budget: modality -> how many experts of each bank its tokens visit at most.
+        sample_experts: names of banks that draw their experts from the router's distribution; their routing then
+            carries the log-probability of the draw.
+        closed_banks: names of banks that this call skips, at no cost, as if they were not there: the output is that of
+            the model without them, bit for bit where the bank has a gate of its own.
+        skip_threshold: tokens skip the feed-forward of `skip_layers` where the skip gate's probability is not above it;
+            0.5 if None. `generate` also reads it from `generation_config`.
+    """
+
+    complexity_scores: Tensor | None
+    expert_budget: Mapping[str, int] | None
+    sample_experts: Collection[str] | None
+    closed_banks: Collection[str] | None
+    skip_threshold: float | None
 
 
 class RowOptions(NamedTuple):
@@ -87,7 +110,9 @@ class RoutingOptions:
             for name, count in self.budget.items():
                 table[MODALITY_IDS[name]] = count
             budget_R = table[take(modality_T)]
-        places = Places.find(take(self.sequence_T), token_mask) if bank in self.limited_banks else None
+        places, sequence_R = None, take(self.sequence_T)
+        if sequence_R is not None and bank in self.limited_banks:
+            places = Places.find(sequence_R, token_mask)
         is_sampled = bank in self.sampled_banks
         if self.complexity_T is None and budget_R is None and places is None and not is_sampled:
             return None
@@ -156,8 +181,9 @@ class ModalityPlan:
             return cls(modality_T, real_T, is_static=True, options=options, modalities=modalities)
         if real_T is not None and bool(real_T.all()):
             real_T = None
+        rows: dict[str, Rows]
         if is_text or not modality_T.any():
-            rows: dict[str, Rows] = {name: modality_T.new_empty(0) for name in modalities} | {"text": None}
+            rows = {name: modality_T.new_empty(0) for name in modalities} | {"text": None}
         else:
             known = {name: MODALITY_IDS[name] for name in modalities}
             rows = {name: (modality_T == value).nonzero().squeeze(1) for name, value in known.items()}
@@ -172,7 +198,7 @@ class ModalityPlan:
         if real_T is None:
             return cls(modality_T, None, rows, rows, options=options, modalities=modalities)
         all_real = real_T.nonzero().squeeze(1)
-        real_rows = {name: all_real if r is None else r[real_T[r]] for name, r in rows.items()}
+        real_rows: dict[str, Rows] = {name: all_real if r is None else r[real_T[r]] for name, r in rows.items()}
         return cls(modality_T, real_T, rows, real_rows, options=options, modalities=modalities)
 
     def at(self, origin: Tensor) -> "ModalityPlan":
@@ -273,9 +299,9 @@ def read_routing_options(
     position_ids: Tensor | None,
     is_training: bool,
     cache: Cache | None,
-    complexity_scores: Tensor | None,
-    expert_budget: Mapping[str, int] | None,
-    sample_experts: Collection[str] | None,
+    complexity_scores: Tensor | None = None,
+    expert_budget: Mapping[str, int] | None = None,
+    sample_experts: Collection[str] | None = None,
     closed_banks: Collection[str] | None = None,
 ) -> RoutingOptions | None:
     """Check what was asked for; None if nothing was.

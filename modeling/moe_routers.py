@@ -159,6 +159,7 @@ class Router(nn.Module):
         if options.places is None:
             weights_TK = self._weigh(log_weights_TE, best_TK, is_unused_TK)
             return RouterChoice(logits_TE, weights_TK, index_TK, log_probs_T)
+        assert bank.expert_capacity is not None  # places are found for banks that limit their capacity
         capacity_L = options.places.capacity(bank.expert_capacity, self.top_k, bank.num_experts)
         served = serve(scores_TE, index_TK, options.places, capacity_L, bank.capacity_overflow)
         is_lost_TK = served.selected_experts >= bank.num_experts
@@ -182,6 +183,7 @@ class Router(nn.Module):
         if self.e_score_correction_bias is not None:
             scores_TE = scores_TE + self.e_score_correction_bias
         if self.limits_groups:
+            assert self.bank.topk_groups is not None
             scores_TE = limit_groups(scores_TE, self.bank.num_groups, self.bank.topk_groups)
         return scores_TE
 
@@ -194,8 +196,9 @@ class Router(nn.Module):
                 is_given_T = ~options.complexity_R.isnan()
                 wanted_T = torch.where(is_given_T, options.complexity_R * self.top_k, wanted_T)
             limit_T = wanted_T if limit_T is None else torch.minimum(wanted_T, limit_T)
-        is_whole = limit_T is None or uses_all_slots(limit_T, self.top_k)
-        return None if is_whole else unused_slots(limit_T, self.top_k)
+        if limit_T is None or uses_all_slots(limit_T, self.top_k):
+            return None
+        return unused_slots(limit_T, self.top_k)
 
     def _weigh(self, log_weights_TE: Tensor, index_TK: Tensor, is_unused_TK: Tensor | None) -> Tensor:
         weights_TK = choice_weights(log_weights_TE, index_TK, self.norm_topk_prob, is_unused_TK)
@@ -213,7 +216,7 @@ class Router(nn.Module):
         before = self.e_score_correction_bias
         super()._apply(fn, recurse)
         after = self.e_score_correction_bias
-        if after is not None and after.dtype != torch.float32:
+        if before is not None and after is not None and after.dtype != torch.float32:
             no_data = before.is_meta or after.is_meta
             self.e_score_correction_bias = after.float() if no_data else before.to(after.device)
         return self
@@ -313,27 +316,25 @@ def _norm(states: Tensor) -> Tensor:
     return F.rms_norm(states, states.shape[-1:])
 
 
-def balance_counts(
-    router_logits: Iterable[RoutingOfLayer], sparse_layers: Sequence[int]
-) -> dict[int, dict[str, Tensor]]:
+def balance_counts(routing: Iterable[RoutingOfLayer], sparse_layers: Sequence[int]) -> dict[int, dict[str, Tensor]]:
     """Layer -> bank -> `(E,)` int64: how often real tokens chose each expert in one forward.
 
     Args:
-        router_logits: the output of that name: one entry for each sparse layer, once for every run of the decoder (the
+        routing: the output of that name: one entry for each sparse layer, once for every run of the decoder (the
             contrastive head runs it once a modality).
         sparse_layers: `config.text_config.sparse_layers`.
 
     Raises:
         ValueError: no entry, or not whole runs.
     """
-    layers = list(router_logits)
+    layers = list(routing)
     if not layers or len(layers) % len(sparse_layers):
         raise ValueError(f"found the routing of {len(layers)} layers for {len(sparse_layers)} sparse layers")
     counts: dict[int, dict[str, Tensor]] = {index: {} for index in sparse_layers}
     for place, layer in enumerate(layers):
         found = counts[sparse_layers[place % len(sparse_layers)]]
-        for name, routing in layer.items():
-            count_E = count_choices(routing)
+        for name, of_bank in layer.items():
+            count_E = count_choices(of_bank)
             found[name] = found[name] + count_E if name in found else count_E
     return counts
 

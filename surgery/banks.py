@@ -15,6 +15,7 @@ from torch import nn
 
 from chorus_moe.modeling.configuration_banks import ExpertBankConfig, check_name, read_expert_banks
 from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
+from chorus_moe.modeling.modeling_text import ChorusTextModel
 from chorus_moe.modeling.moe_banks import ExpertBank
 from chorus_moe.surgery.parts import decoder_of, part_patterns
 from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
@@ -145,7 +146,7 @@ def _grow(model: nn.Module, operation: str, subject: str, bank: ExpertBankConfig
     )
 
 
-def place_bank(decoder: Any, bank: ExpertBankConfig) -> Changes:
+def place_bank(decoder: ChorusTextModel, bank: ExpertBankConfig) -> Changes:
     """Put a new bank, with weights as every bank starts, into its layers and the configuration, in the place of one of
     the same name; returns layer -> experts before and after.
 
@@ -169,7 +170,7 @@ def place_bank(decoder: Any, bank: ExpertBankConfig) -> Changes:
     return changes
 
 
-def write_bank(decoder: Any, bank: ExpertBankConfig) -> None:
+def write_bank(decoder: ChorusTextModel, bank: ExpertBankConfig) -> None:
     """Put a bank into the configuration, in the place of one of the same name."""
     decoder.config.expert_banks = dict(sorted({**decoder.config.expert_banks, bank.name: bank.to_dict()}.items()))
     decoder.banks = {found.name: found for found in decoder.config.banks}

@@ -75,6 +75,7 @@ class Composition:
             parent_tokenizer(self.text),
             None if self.vision is None else self.vision.source,
             vision_loading={"revision": revision, **self.access},
+            notes=self.report.notes,
         )
 
     def tensors(self) -> dict[str, PlannedTensor]:

@@ -72,7 +72,7 @@ def _grown_heads(model: Any, decoder: Any, text: Any) -> Exits:
             # The same module and parameters, trained state and optimizer state included.
             exits[index] = old[layer]
             continue
-        head = exits[index].to(like.device, like.dtype)
+        head: Any = exits[index].to(like.device, like.dtype)
         head.norm.load_state_dict(decoder.norm.state_dict())
         head.score.load_state_dict(model.score.state_dict())
     return exits.train(model.training)

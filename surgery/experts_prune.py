@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chorus_moe.modeling.configuration_banks import LayerBankConfig
 from chorus_moe.modeling.moe_banks import ExpertBank
@@ -35,7 +35,7 @@ OPERATION = "prune_experts"
 Keep = int | float | str | Mapping[int, int | float | str]
 
 
-def prune_experts(model: Any, keep: Mapping[str, Keep], scores: ExpertScores) -> OperationReport:
+def prune_experts(model: nn.Module, keep: Mapping[str, Keep], scores: ExpertScores) -> OperationReport:
     """Keep the experts with the highest scores of some banks, in each layer separately.
 
     Outputs are the same, bit for bit, if no token chose a removed expert; the report names the settings of a

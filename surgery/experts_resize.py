@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from chorus_moe.modeling.configuration_banks import ExpertBankConfig, check_name
+from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.moe_banks import ChorusExperts, ExpertBank
 from chorus_moe.surgery.parts import decoder_of
 from chorus_moe.surgery.report import OperationReport, count_parameters
@@ -46,7 +46,7 @@ def router_tensors(bank: ExpertBank) -> list[str]:
     return [f"router.{name}" for name in bank.router.expert_rows()]
 
 
-def with_counts(config: Any, name: str, counts: Mapping[int, int]) -> ExpertBankConfig:
+def with_counts(config: ChorusTextConfig, name: str, counts: Mapping[int, int]) -> ExpertBankConfig:
     """The configuration of a bank with other numbers of experts in some layers.
 
     Raises:

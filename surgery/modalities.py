@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from chorus_moe.modeling.attention import ModalityProjection
 from chorus_moe.modeling.configuration_banks import ExpertBankConfig, check_name
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.configuration_modalities import ENCODED, ENCODED_MODALITIES, MODALITY_IDS, in_order
+from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.modeling.modeling_chorus import ENCODER_CLASSES
 from chorus_moe.surgery.banks import add_bank, write_bank
 from chorus_moe.surgery.parts import decoder_of
@@ -25,7 +27,11 @@ ORDER = (*(row.tower for row in ENCODED), *(row.connector for row in ENCODED), "
 
 
 def add_modality(
-    model: Any, modality: str, tower: Any, token_id: int | None = None, bank: Mapping[str, Any] | None = None
+    model: ChorusPreTrainedModel,
+    modality: str,
+    tower: PreTrainedConfig | Mapping[str, Any] | nn.Module,
+    token_id: int | None = None,
+    bank: Mapping[str, Any] | None = None,
 ) -> OperationReport:
     """Add an encoder, its connector and its placeholder token. Outputs for other inputs stay as they are.
 

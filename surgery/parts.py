@@ -7,13 +7,15 @@ Unusual here:
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 from torch import nn
 
 from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.configuration_modalities import ENCODED
+from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.modeling_head_table import HEADS
+from chorus_moe.modeling.modeling_text import ChorusTextModel
 from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
 
 # What LoRA and the names of parts call an encoder: its module without `_tower`.
@@ -24,14 +26,12 @@ CONNECTORS = rf"(?:{'|'.join(row.connector for row in ENCODED)})\..+"
 EXITS, SKIP_GATES = r"exits\.\d+\.(?:norm|score)", r"language_model\.layers\.\d+\.skip_gate"
 
 
-def decoder_of(model: nn.Module) -> Any:
+def decoder_of(model: nn.Module) -> ChorusTextModel:
     """The [`ChorusTextModel`] below a head, an adapter and wrappers such as DistributedDataParallel.
 
     Raises:
         ValueError: there is none.
     """
-    from chorus_moe.modeling.modeling_text import ChorusTextModel
-
     for module in model.modules():
         if isinstance(module, ChorusTextModel):
             return module
@@ -44,7 +44,21 @@ def below_head(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def layer_parts(text: Any) -> dict[str, tuple[list[int], str]]:
+class BankTensor(NamedTuple):
+    """Where a tensor of a bank lives: `part` is its name within the bank, such as `router.weight`."""
+
+    layer: int
+    bank: str
+    part: str
+
+
+def bank_tensor(name: str) -> BankTensor | None:
+    """Read the name of a parameter, with any prefix of heads and wrappers; None if it belongs to no bank."""
+    match = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.mlp\.banks\.(\w+)\.(.+)", name)
+    return None if match is None else BankTensor(int(match[1]), match[2], match[3])
+
+
+def layer_parts(text: ChorusTextConfig) -> dict[str, tuple[list[int], str]]:
     """Part of the decoder -> the layers that have it, and a pattern of its names within a layer."""
     cross_modal = sorted(set(text.cross_modal_layers))
     return {
@@ -60,7 +74,7 @@ def in_layers(layers: Iterable[int | str], path: str) -> str:
     return rf"language_model\.layers\.(?:{'|'.join(map(str, layers))})\.{path}"
 
 
-def part_patterns(text: Any) -> dict[str, str]:
+def part_patterns(text: ChorusTextConfig) -> dict[str, str]:
     """Part -> the pattern that the names of its parameters match in full; banks come last."""
     patterns = {
         "all": r".+",
@@ -111,9 +125,10 @@ def set_trained(model: nn.Module, names: Sequence[str], is_trained: bool) -> Ope
             if parameter.is_floating_point():
                 parameter.requires_grad_(is_trained)
     for module in model.modules():
-        if hasattr(module, "vision_tower") and module.vision_tower is not None:
+        tower = getattr(module, "vision_tower", None)
+        if tower is not None:
             # Frozen batch norms stop averaging, trained ones start; the tower decides that when its mode is set.
-            module.vision_tower.train(module.vision_tower.training)
+            tower.train(tower.training)
     total = count_parameters(model)
     return OperationReport(
         operation=operation,
@@ -129,7 +144,7 @@ def _num_trained(parameters: Mapping[str, nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
 
 
-def freeze(model: Any, *names: str) -> OperationReport:
+def freeze(model: nn.Module, *names: str) -> OperationReport:
     """Exclude parts from training.
 
     Args:
@@ -146,6 +161,6 @@ def freeze(model: Any, *names: str) -> OperationReport:
     return set_trained(model, names, False)
 
 
-def unfreeze(model: Any, *names: str) -> OperationReport:
+def unfreeze(model: nn.Module, *names: str) -> OperationReport:
     """Train parts; names and errors as in `freeze`."""
     return set_trained(model, names, True)

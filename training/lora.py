@@ -168,7 +168,8 @@ def full_path_regex(names: Sequence[str]) -> str:
     for name in names:
         # The first number in a path is the layer. Joining over it keeps the expression short: a deep model has hundreds
         # of names.
-        before, number, after = (re.match(r"(.*?\.)(\d+)(\..*)", name) or re.match(r"(.*)()()", name)).groups()
+        found_number = re.match(r"(.*?\.)(\d+)(\..*)", name)
+        before, number, after = found_number.groups() if found_number else (name, "", "")
         numbers.setdefault((before, after), []).append(number)
     choices = [
         re.escape(before) + (f"(?:{'|'.join(found)})" if len(found) > 1 else found[0]) + re.escape(after)

@@ -158,6 +158,7 @@ def build_model(
     else:
         tokenizer = build_tokenizer(texts_of(rows), given.tokenizer_vocab_size)
     add_media_tokens(tokenizer)
+    assert given.config is not None  # `build_model` has checked it
     values = read_config(given.config)
     text = {
         "vocab_size": len(tokenizer),

@@ -24,6 +24,8 @@ def card_text(
         picture: a heat map of routing, to lie beside the card.
     """
     text, parameters = model.config.text_config, parameter_report(model.config)
+    vision = model.config.vision_config
+    assert vision is not None  # the demo's model sees
     data = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
@@ -57,7 +59,7 @@ def card_text(
         "",
         f"A decoder of {text.num_hidden_layers} layers of width {text.hidden_size}; layers {text.sparse_layers} are",
         f"gates over expert banks, layers {text.cross_modal_layers} have cross-modal attention on a shared query",
-        f"projection. Images come through `{model.config.vision_config.architecture}` (timm), sound through a",
+        f"projection. Images come through `{vision.architecture}` (timm), sound through a",
         "Conformer on log-mel features.",
         "",
         "| expert bank | modalities | experts | per token | parameters | active a token |",

@@ -105,8 +105,8 @@ class Patient:
         rate = extractor.sampling_rate
         return {"array": rng.normal(0, 0.1, int(seconds * rate)).astype(np.float32), "sampling_rate": rate}
 
-    def encode(self, rows: Sequence[Mapping[str, Any]] | None = None, side: str = "left") -> Batch:
-        """The tensors of some rows (all if None), padded on one side."""
+    def encode(self, rows: Sequence[Mapping[str, Any]] | None = None, side: str | None = "left") -> Batch:
+        """The tensors of some rows (all if None), padded on one side, or as the processor does by itself (None)."""
         rows = self.rows if rows is None else rows
         batch = self.processor.apply_chat_template(
             [row["messages"] for row in rows],
@@ -115,7 +115,7 @@ class Patient:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": side},
+            processor_kwargs={"padding": True} | ({"padding_side": side} if side else {}),
         )
         return {name: value.to(self.device) for name, value in batch.items()}
 
@@ -159,6 +159,7 @@ def gradient_norms(
     norms = dict.fromkeys(parameters, 0.0)
 
     def measure(name: Key, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None  # called once it has been accumulated
         norms[name] += float(parameter.grad.detach().float().norm())
         parameter.grad = None
 

@@ -72,7 +72,7 @@ def padding_side(patient: Patient) -> Finding:
 
 def batch_mates(patient: Patient) -> Finding:
     """Logits of each sample in a batch with others, with and without media, and alone."""
-    together = patient.logits(patient.encode())
+    together = patient.logits(patient.encode(side=None))
     alone = [patient.logits(patient.encode([row]))[0] for row in patient.rows]
     return compared(
         _by_sample(together, alone),
@@ -163,7 +163,8 @@ def checkpointing(patient: Patient) -> Finding:
     batch = patient.encode(side="right")
     passes: list[int] = []
     # A layer that is computed again calls its norm twice.
-    handle = patient.decoder.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: passes.append(1))
+    norm: Any = patient.decoder.layers[0].input_layernorm
+    handle = norm.register_forward_pre_hook(lambda *_: passes.append(1))
     with _checkpointing(patient.base, False):
         plain_loss = _step(patient.base, batch)
     expected = {name: parameter.grad for name, parameter in parameters.items()}

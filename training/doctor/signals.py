@@ -158,7 +158,8 @@ def _bank_parameters(patient: Patient) -> dict[Place, nn.Parameter]:
     """One parameter of every router and gate, and the last product of every bank's experts."""
     parameters = {}
     for layer in patient.text_config.sparse_layers:
-        for name, parameter in patient.decoder.layers[layer].mlp.named_parameters():
+        mlp: Any = patient.decoder.layers[layer].mlp
+        for name, parameter in mlp.named_parameters():
             parts = name.split(".")
             if ".lora_" in name or ".original_module" in name or not parameter.is_floating_point():
                 continue
@@ -215,7 +216,7 @@ def _unused_experts(patient: Patient) -> str:
     """How many experts no token of the samples visits; with few tokens this is only a hint."""
     used: dict[tuple[int, str], set[int]] = {}
     total = 0
-    routing = patient.base(**patient.encode(), output_router_logits=True).router_logits
+    routing = patient.base(**patient.encode(), output_router_logits=True).routing
     for layer, banks in enumerate(routing):
         for name, bank in banks.items():
             total += bank.router_logits.shape[1]

@@ -136,7 +136,7 @@ class RoutingCounters:
         """Add one forward.
 
         Args:
-            layers: the output `router_logits`.
+            layers: the output `routing`.
             modality_T: `mm_token_type_ids`, flattened; None for text alone.
         """
         # Keyed by identity: for most layers the columns are computed once.

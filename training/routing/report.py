@@ -122,7 +122,10 @@ def routing_figures(counters: RoutingCounters) -> dict[str, Any]:
         for name, bank in banks.items()
     ]
     # JSON has no NaN.
-    shares = {name: np.where(np.isnan(share), None, share).tolist() for name, share in routing_shares(counters).items()}
+    shares = {
+        name: np.where(np.isnan(share), np.array(None), share).tolist()
+        for name, share in routing_shares(counters).items()
+    }
     return {
         **summarise(counters).to_dict(),
         "counts": counts,
