@@ -83,7 +83,7 @@ def experts_used(model: ChorusForConditionalGeneration, batches: list[Batch]) ->
         modality_T = batch["mm_token_type_ids"].flatten()
         real_T = batch["attention_mask"].flatten().bool()
         tokens += int(real_T.sum())
-        for layer in model(**batch, output_router_logits=True).router_logits:
+        for layer in model(**batch, output_router_logits=True).routing:
             for routing in layer.values():
                 rows = torch.arange(len(real_T)) if routing.rows is None else routing.rows
                 counted_R, used_R = real_T[rows], slots_used(routing)

@@ -30,6 +30,7 @@ from chorus_moe import (
     ChorusForSequenceClassification,
 )
 
+# The tests' small model has these sizes too (tests/conftest.py): another size here is another model in old files.
 IMAGE_TOKEN, AUDIO_TOKEN, LENGTH = 3, 4, 24
 TEXT = {
     "vocab_size": 128,
@@ -46,9 +47,6 @@ TEXT = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "router_aux_loss_coef": 0.01,
-    "router_z_loss_coef": 0.001,
-    "alignment_loss_coef": 0.01,
 }
 VISION = {
     "architecture": "vit_tiny_patch16_224",
@@ -64,6 +62,7 @@ AUDIO = {
     "intermediate_size": 64,
     "conv_kernel_size": 7,
 }
+LOSSES = {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001, "alignment_loss_coef": 0.01}
 BANKS = ("text", "image", "audio", "common")
 SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
 
@@ -111,7 +110,7 @@ Record = dict[str, Any]
 
 def build(head: str, text: dict[str, Any]) -> Any:
     config = ChorusConfig(
-        text_config=TEXT | text,
+        text_config=TEXT | LOSSES | text,
         vision_config=VISION,
         audio_config=AUDIO,
         image_token_id=IMAGE_TOKEN,

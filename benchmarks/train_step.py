@@ -47,7 +47,7 @@ class Decoder(nn.Module):
         logits = self.lm_head(outputs.last_hidden_state[:, :-1]).flatten(0, 1)
         loss = F.cross_entropy(logits, input_ids[:, 1:].flatten())
         if inputs.get("output_router_logits"):
-            loss = loss + 0.01 * mean_over_banks(outputs.router_logits, switch_loss)
+            loss = loss + 0.01 * mean_over_banks(outputs.routing, switch_loss)
         return loss
 
 

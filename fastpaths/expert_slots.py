@@ -66,7 +66,7 @@ class SlotPlan(NamedTuple):
 
 @cache
 def treats_operands_alike() -> bool:
-    """Whether products take as long with the weight on either side, as on AMD's processors."""
+    """Whether products take equally long with the weight on either side, as on AMD's processors."""
     return "AMD" in str(torch.cpu.get_capabilities().get("cpu_name", ""))
 
 

@@ -34,6 +34,7 @@ from chorus_moe.fastpaths.one_token_experts import run_one_token
 from chorus_moe.fastpaths.row_products import MOST_ROWS, can_stream, multiply_stacked
 from chorus_moe.fastpaths.supported_experts import (
     GATHERED,
+    StackedExperts,
     can_group,
     has_plain_layout,
     is_few_to_gather,
@@ -294,12 +295,14 @@ def _is_emulated(dtype: torch.dtype) -> bool:
     return bool(names) and capabilities["architecture"] == "x86_64" and not any(capabilities[name] for name in names)
 
 
-def _is_supported(experts: Any) -> bool:
+def _is_supported(experts: StackedExperts) -> bool:
     """Whether the module has the layout this file is written for."""
     return has_plain_layout(experts) and (is_silu(experts) or next(experts.act_fn.parameters(), None) is None)
 
 
-def cpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def cpu_mm_experts_forward(
+    self: StackedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """Weighted sum of the chosen gated experts, for a module decorated with `use_experts_implementation`.
 
     Args:

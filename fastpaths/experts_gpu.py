@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ExpertsInterface
 
-from chorus_moe.fastpaths.supported_experts import can_group, has_plain_layout, is_silu, run_plainly
+from chorus_moe.fastpaths.supported_experts import StackedExperts, can_group, has_plain_layout, is_silu, run_plainly
 
 GPU_EXPERTS = "gpu_mm"
-# Up to so many choices that train nothing the launches take longer than what they launch, and transformers has fewer.
+# Up to this many choices without gradients, launches take longer than kernels; transformers has fewer launches.
 CHOICES_TO_LAUNCH = 4096
 
 
@@ -133,7 +133,9 @@ def grouped_experts(
     return _run(*inputs, slots)[0]
 
 
-def gpu_mm_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def gpu_mm_experts_forward(
+    self: StackedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """Weighted sum of the chosen gated experts, for a module decorated with `use_experts_implementation`.
 
     Args:

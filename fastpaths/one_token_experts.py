@@ -16,7 +16,7 @@ from chorus_moe.fastpaths.row_products import Operand, add_product, multiply, op
 
 # An expert's `gate_up (H, D)` and `down (D, I)`, and its weight.
 WeightedExpert = tuple[Operand, Operand, float]
-# Buffers that nobody uses now, by size. One that is taken is in no other thread's hands.
+# Free buffers, by size. A thread takes one out while it uses it.
 _free: dict[tuple[int, int, torch.dtype], list["OneTokenExperts"]] = {}
 
 

@@ -37,7 +37,7 @@ def operand(tensor: Tensor) -> Operand:
 
 
 def can_stream(weight: Tensor, rows: int = 1) -> bool:
-    """Whether the product of a plain CPU weight `(..., H, D)` with so many rows is faster as a stream."""
+    """Whether the product of a plain CPU weight `(..., H, D)` with this many rows is faster as a stream."""
     return (
         weight.dtype in STREAMED_DTYPES
         and weight.is_contiguous()

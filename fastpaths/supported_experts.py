@@ -1,9 +1,9 @@
-"""What the experts' fast ways are written for; every other layout is transformers' own functions to compute.
+"""The layouts that the fast paths of experts support; transformers' own functions compute every other layout.
 
 Shape suffixes: T tokens, E experts, D hidden size, I expert width, H = 2I.
 """
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,22 @@ FEW_CHOICES = 16
 GATHERED, GATHERED_TOKENS = "gathered", 8
 
 
-def is_silu(experts: Any) -> bool:
+class StackedExperts(Protocol):
+    """Experts as transformers stacks them: `gate_up_proj (E, H, D)` and `down_proj (E, D, I)`."""
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    act_fn: nn.Module
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
+
+
+def is_silu(experts: StackedExperts) -> bool:
     """Whether the experts are SwiGLU: `silu(gate) * up`."""
     return type(experts)._apply_gate is _default_apply_gate and isinstance(experts.act_fn, SILU)
 
 
-def has_plain_layout(experts: Any) -> bool:
+def has_plain_layout(experts: StackedExperts) -> bool:
     """Gate and up projection stacked in one plain tensor, no bias, no norm; nothing is being compiled."""
     return (
         not torch.compiler.is_compiling()
@@ -36,7 +46,7 @@ def has_plain_layout(experts: Any) -> bool:
 
 
 def can_group(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor) -> bool:
-    """What `grouped_mm` asks for: one of three dtypes, and rows that are multiples of 16 bytes."""
+    """What `grouped_mm` requires: one of three dtypes, and rows that are multiples of 16 bytes."""
     return hidden_TD.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
         weight.dtype == hidden_TD.dtype and weight.is_contiguous() and weight.shape[2] * weight.itemsize % 16 == 0
         for weight in (gate_up_EHD, down_EDI)
@@ -48,7 +58,7 @@ def is_few_to_gather(top_k_index: Tensor) -> bool:
     return not torch.is_grad_enabled() and top_k_index.shape[0] <= GATHERED_TOKENS
 
 
-def run_plainly(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def run_plainly(experts: StackedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts through transformers' functions: on a GPU, a batched product for a few choices that train nothing."""
     is_few = not torch.is_grad_enabled() and top_k_index.numel() <= min(FEW_CHOICES, len(experts.gate_up_proj))
     name = "batched_mm" if is_few and hidden_states.device.type != "cpu" else "grouped_mm"

@@ -4,7 +4,7 @@
 - `swiglu_backward`: its gradients, the weight's included, and the activation again, which was not kept;
 - `combine`: the sum over a token's slots, in float32 and in a fixed order.
 
-Imported where there is a GPU only: Triton comes with the CUDA builds of torch.
+Imported only where there is a GPU: Triton comes with the CUDA builds of torch.
 
 Shape suffixes: P slots, T tokens, K experts per token, D hidden size, I expert width, H = 2I.
 """

@@ -36,11 +36,9 @@ def rotate(states_BHSC: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return (states_BHSC * cos_B1SC).addcmul_(exchanged, sin_B1SC)
 
 
-class SharedProjection(nn.Linear):
-    """One projection for the tokens of every modality."""
-
-    def forward(self, hidden_states: Tensor, plan: ModalityPlan | None = None) -> Tensor:
-        return super().forward(hidden_states)
+def project(layer: nn.Module, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
+    """Through a layer for every token, or one by modality. Adapters on a linear layer know no plan."""
+    return layer(hidden_states, plan) if isinstance(layer, ModalityProjection) else layer(hidden_states)
 
 
 class ModalityProjection(nn.ModuleDict):
@@ -54,7 +52,8 @@ class ModalityProjection(nn.ModuleDict):
     def forward(self, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
         if len(self) == 1:
             return self["text"](hidden_states)
-        if plan.is_static:
+        # Adapters may want whole sequences: one adapter a sample, or what stands before a certain token.
+        if plan.is_static or any(hasattr(layer, "base_layer") for layer in self.values()):
             return self._project_all(hidden_states, plan)
         # In training the other projections run too, on no rows: all ranks must have gradients for the same parameters.
         if plan.rows["text"] is None and not torch.is_grad_enabled():
@@ -70,6 +69,10 @@ class ModalityProjection(nn.ModuleDict):
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         return torch.cat(states).index_select(0, back).view(*hidden_states.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        """PEFT shows it where `target_modules` names the whole."""
+        return f"# an adapter goes on one of its layers, as in k_proj.{next(iter(self))}"
 
     def _project_all(self, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
         # A graph has no shapes that depend on data: every projection sees every token, and one result is kept.
@@ -119,10 +122,10 @@ class Attention(nn.Module):
         self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
 
     def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return SharedProjection(in_features, out_features, bias=bias)
+        return nn.Linear(in_features, out_features, bias=bias)
 
     def _key_value_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return SharedProjection(in_features, out_features, bias=bias)
+        return nn.Linear(in_features, out_features, bias=bias)
 
     def _rotated(self, states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         return rotate(states, position_embeddings) if self.use_rope else states
@@ -139,9 +142,9 @@ class Attention(nn.Module):
         """Returns the output `(B, S, D)`, the attention map if the backend yields one, and the rotated queries
         `(B, H, S, C)` and keys `(B, G, S, C)` of the new tokens; a long prefill has no queries to return.
         `position_embeddings` are [`rotary_tables`]."""
-        key = self.k_norm(self.k_proj(hidden_states, plan).unflatten(-1, (-1, self.key_norm_size)))
+        key = self.k_norm(project(self.k_proj, hidden_states, plan).unflatten(-1, (-1, self.key_norm_size)))
         key = self._rotated(self._by_head(key), position_embeddings)
-        value = self._by_head(self.v_proj(hidden_states, plan))
+        value = self._by_head(project(self.v_proj, hidden_states, plan))
         new_key = key
         # Keys are cached rotated, as in transformers. The new ones alone are returned: the alignment loss compares new
         # queries with new keys.
@@ -176,7 +179,7 @@ class Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The output of some states over keys and values, the attention map if there is one, and rotated queries."""
-        query = self.q_norm(self.q_proj(hidden_states, plan).unflatten(-1, (-1, self.query_norm_size)))
+        query = self.q_norm(project(self.q_proj, hidden_states, plan).unflatten(-1, (-1, self.query_norm_size)))
         query = self._rotated(self._by_head(query), position_embeddings)
         # A rule is no tensor: the block implementation alone reads it, whichever one the model was set to.
         name = BLOCK_LOCAL if isinstance(attention_mask, LocalMask) else self.config._attn_implementation
@@ -235,7 +238,7 @@ class CrossModalAttention(Attention):
     def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         # Untied, it is the attention of Mixture-of-Transformers (arXiv 2411.04996).
         if self.config.share_cross_modal_query:
-            return SharedProjection(in_features, out_features, bias=bias)
+            return nn.Linear(in_features, out_features, bias=bias)
         return ModalityProjection(in_features, out_features, bias, self.config.modalities)
 
     def _key_value_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:

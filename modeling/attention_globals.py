@@ -122,10 +122,10 @@ def _leave_out(outputs: Any, count: int) -> None:
         outputs.skip_logits = tuple(logits_BS[:, count:] for logits_BS in outputs.skip_logits)
     if outputs.cross_modal_states is not None:
         outputs.cross_modal_states = tuple((q[:, :, count:], k[:, :, count:]) for q, k in outputs.cross_modal_states)
-    if outputs.router_logits is not None:
-        outputs.router_logits = tuple(
+    if outputs.routing is not None:
+        outputs.routing = tuple(
             {name: _routing_of_sequence(routing, batch, length, count) for name, routing in layer.items()}
-            for layer in outputs.router_logits
+            for layer in outputs.routing
         )
 
 

@@ -20,8 +20,11 @@ from transformers.masking_utils import (
 )
 
 from .configuration_text import ChorusTextConfig
+from .modeling_outputs import CACHE, takes_cache
 
 BLOCK_LOCAL = "block_local"
+# What a decoder is given: padding `(B, past + S)`, a mask of its own form by layer type, or nothing.
+Masks = Tensor | dict[str, Any] | None
 # With `sdpa`, prefills longer than this many windows are worked on in blocks: below, nothing is gained.
 WINDOWS_THAT_PAY = 2
 # Attention implementations whose masks can show global tokens to every query.
@@ -84,7 +87,7 @@ def build_masks(
         "config": config,
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
-        "past_key_values": past_key_values,
+        CACHE: past_key_values,
         "position_ids": position_ids,
     }
     masks: dict[str, Any] = {}
@@ -129,6 +132,7 @@ def _with_global_keys(mask: Any, num_global: int) -> Any:
     return create_block_mask(shifted, batch, None, queries, keys + num_global, device=device)
 
 
+@takes_cache
 def local_mask(
     config: ChorusTextConfig,
     inputs_embeds: Tensor,

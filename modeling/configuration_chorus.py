@@ -40,7 +40,8 @@ class ChorusConfig(PreTrainedConfig):
     # What is not named here the Trainer gathers from every evaluation batch, and holds for the whole data set.
     keys_to_ignore_at_inference = [
         "past_key_values",
-        "router_logits",
+        "cache",
+        "routing",
         "aux_loss",
         "z_loss",
         "alignment_loss",
@@ -79,6 +80,8 @@ class ChorusConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # An Auto class of several models looks for its own among these names, and fails on None.
         self.architectures: list[str] = getattr(self, "architectures", None) or []
+        # TRL reads it of every model whose class is not in transformers.
+        self.auto_map: dict[str, str] = getattr(self, "auto_map", None) or {}
 
     @property
     def modalities(self) -> list[str]:

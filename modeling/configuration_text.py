@@ -77,7 +77,9 @@ class ChorusTextConfig(PreTrainedConfig):
 
     model_type = "chorus_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    # What the decoder records as `routing` is asked for by the name that transformers has for it.
+    attribute_map = {"output_routing": "output_router_logits"}
 
     if TYPE_CHECKING:  # what they are once `__post_init__` has filled in what was None
         modalities: list[str]

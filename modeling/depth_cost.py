@@ -126,6 +126,9 @@ def counts_computation(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(forward)
     def wrapper(self: Any, *args: Any, output_compute: bool | None = None, **kwargs: Any) -> Any:
+        # transformers records an output `routing` for `output_routing`; its models call the request by this name.
+        if "output_router_logits" in kwargs:
+            kwargs["output_routing"] = kwargs.pop("output_router_logits")
         if not output_compute:
             return forward(self, *args, **kwargs)
         if args or torch.compiler.is_compiling():
@@ -138,11 +141,11 @@ def counts_computation(forward: Callable[..., Any]) -> Callable[..., Any]:
         if positions is not None:
             positions = positions[:, num_in_front:]
         real_BK = _real_keys(tokens, kwargs.get("attention_mask"), cache, positions)
-        keep_routing, keep_gates = kwargs.get("output_router_logits"), kwargs.get("output_skip_logits")
+        keep_routing, keep_gates = kwargs.get("output_routing"), kwargs.get("output_skip_logits")
         if keep_routing is None:
             keep_routing = self.config.output_router_logits
         as_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
-        needed = {"output_router_logits": True, "output_skip_logits": bool(self.config.skip_layers)}
+        needed = {"output_routing": True, "output_skip_logits": bool(self.config.skip_layers)}
         outputs = forward(self, **kwargs | needed | {"return_dict": True})
         exits, batch = kwargs.get("exits"), len(tokens)
         num_layers = kwargs.get("exit_layer") or len(self.layers)
@@ -154,12 +157,12 @@ def counts_computation(forward: Callable[..., Any]) -> Callable[..., Any]:
             layers_B.to(tokens.device),
             real_BK,
             tokens.shape[1],
-            outputs.router_logits or (),
+            outputs.routing or (),
             num_in_front,
             [logits.to(tokens.device) > open_above for logits in outputs.skip_logits or ()],
         )
         if not keep_routing:
-            outputs.router_logits = None
+            outputs.routing = None
         if not keep_gates:
             outputs.skip_logits = None
         return outputs if as_dict else outputs.to_tuple()

@@ -36,6 +36,7 @@ from .configuration_checks import check_exit
 from .configuration_chorus import ChorusConfig
 from .configuration_text import ChorusTextConfig
 from .layers import RMSNorm
+from .modeling_outputs import CACHE
 
 
 def pool_tokens(hidden_BSD: Tensor, attention_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -219,7 +220,7 @@ def check_early_exit(config: ChorusConfig, attention_mask: Tensor | None, asked:
                 f"{name}=True while samples leave at exits: each layer has another number of samples. Leave it out, or "
                 "set config.exit_thresholds = None"
             )
-    for name in ("use_cache", "past_key_values", "sample_experts"):
+    for name in ("use_cache", "past_key_values", "cache", "sample_experts"):
         if asked.get(name):
             raise ValueError(f"{name} while samples leave at exits: later layers know nothing of those that left")
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -286,7 +287,7 @@ class EarlyExitDrafts(CandidateGenerator):
             text = torch.cat((text, token.to(text.device)), dim=-1)
             if probability < (self.config.assistant_confidence_threshold or 0.0) or self._ends(token):
                 break
-        for layer in model_kwargs["past_key_values"].layers[: self.exit_layer]:
+        for layer in model_kwargs[CACHE].layers[: self.exit_layer]:
             layer.crop(-len(scores))
         return text, torch.stack(scores, dim=1)
 

@@ -32,7 +32,7 @@ class ChorusPreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("text", "image", "audio")
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChorusDecoderLayer", "ConformerBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

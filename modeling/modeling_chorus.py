@@ -19,7 +19,7 @@ from .configuration_chorus import ChorusConfig
 from .configuration_modalities import ENCODED, MODALITY_IDS, EncodedModality
 from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from .modeling_base import ChorusPreTrainedModel
-from .modeling_outputs import ChorusModelOutput
+from .modeling_outputs import ChorusModelOutput, takes_cache
 from .modeling_text import ChorusTextModel
 from .moe_plan import DecoderKwargs
 from .tower_audio import ChorusAudioModel
@@ -158,6 +158,7 @@ class ChorusModel(ChorusPreTrainedModel):
             modality_BS = modality_BS.masked_fill(found, MODALITY_IDS[name])
         return modality_BS
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -195,6 +196,7 @@ class ChorusModel(ChorusPreTrainedModel):
                     "embedding equals that of a placeholder; pass mm_token_type_ids for merged embeddings"
                 )
             mm_token_type_ids = self.modality_ids(input_ids, inputs_embeds)
+        mm_token_type_ids = with_virtual_tokens(mm_token_type_ids, inputs_embeds)
         features, idle = self._encode(pixel_values, input_features, input_features_mask, mm_encoder_outputs or {})
         embeds: Tensor | None = inputs_embeds
         if embeds is None:
@@ -271,6 +273,12 @@ class ChorusModel(ChorusPreTrainedModel):
                 embeds = embeds.masked_scatter(mask_BS.unsqueeze(-1).to(embeds.device), tokens)
                 features[name] = pieces if isinstance(pieces, Tensor) else tokens
         return embeds
+
+
+def with_virtual_tokens(modality_BS: Tensor, inputs_embeds: Tensor | None) -> Tensor:
+    """`mm_token_type_ids` of embeddings with tokens of no vocabulary in front, as PEFT adds them: they are text."""
+    missing = 0 if inputs_embeds is None else inputs_embeds.shape[1] - modality_BS.shape[1]
+    return nn.functional.pad(modality_BS, (missing, 0)) if missing > 0 else modality_BS
 
 
 def no_graph_if_frozen(tower: nn.Module, inputs: Tensor) -> torch.set_grad_enabled:

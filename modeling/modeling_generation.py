@@ -1,12 +1,16 @@
 """The generative head: text, images and sound in, text out."""
 
+from collections.abc import Callable
 from copy import copy
+from functools import wraps
 from itertools import accumulate
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -14,12 +18,12 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import can_return_tuple, logging
 
-from .attention_masks import build_masks
+from .attention_masks import Masks, build_masks
 from .configuration_chorus import ChorusConfig
 from .depth_exits import EarlyExitDrafts, check_drafts
 from .losses import share_of_batch
-from .modeling_heads import ChorusHead
-from .modeling_outputs import ChorusLossOutput
+from .modeling_heads import LOSS_WEIGHTS, ChorusHead
+from .modeling_outputs import CACHE, ChorusLossOutput, takes_cache
 from .moe_plan import DecoderKwargs
 
 logger = logging.get_logger(__name__)
@@ -42,6 +46,12 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         if media and self.generation_config.suppress_tokens is None:
             # A generated placeholder would stand for an image or a clip that nobody gave.
             self.generation_config.suppress_tokens = media
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The trainers of TRL put a forward of their own into the model, which is given our losses."""
+        if name == "forward" and "fused_lm_head" in getattr(getattr(value, "__code__", None), "co_varnames", ()):
+            value = MethodType(with_own_losses(value.__func__), self)
+        super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> "ChorusForConditionalGeneration":
         """Training mode; warns once about trained experts that labels on text alone cannot reach."""
@@ -73,6 +83,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
     ) -> BaseModelOutputWithPooling:
         return self.model.get_audio_features(input_features, input_features_mask, **kwargs)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -136,13 +147,13 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         return ChorusLossOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states if keep_hidden_states else None,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            routing=outputs.routing,
             image_hidden_states=outputs.image_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
             compute=outputs.compute,
+            **{CACHE: outputs[CACHE]} if CACHE in outputs else {},
             **terms,  # type: ignore[arg-type]
         )
 
@@ -158,13 +169,15 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         losses = [self._language_loss(self.lm_head(norm(state)), labels, counted, **kwargs) for state in states]
         return torch.stack(losses).mean()
 
-    def create_masks_for_generate(self, config: Any, attention_mask: Tensor | None, **inputs: Any) -> Any:
+    def create_masks_for_generate(
+        self, config: PreTrainedConfig, attention_mask: Tensor | None, **inputs: Any
+    ) -> Masks:
         """For caches that can be compiled: what the decoder would make of the mask. A prefill is never compiled, and
         the decoder, which finds padding in the mask, makes its own."""
         if inputs["inputs_embeds"].shape[1] > 1:
             return attention_mask
         text, embeds, positions = config.get_text_config(), inputs["inputs_embeds"], inputs.get("position_ids")
-        return build_masks(text, embeds, attention_mask, inputs.get("past_key_values"), positions)
+        return build_masks(text, embeds, attention_mask, inputs.get(CACHE), positions)
 
     def _get_candidate_generator(
         self,
@@ -207,7 +220,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             kwargs["mm_token_type_ids"] = F.pad(modality_BS, (0, input_ids.shape[1] - modality_BS.shape[1]))
         inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
         if scores is not None:
-            cache, fed = inputs.get("past_key_values"), inputs.get("inputs_embeds")
+            cache, fed = inputs.get(CACHE), inputs.get("inputs_embeds")
             start = int(cache.get_seq_length()) if cache is not None else 0
             stop = start + (inputs["input_ids"] if fed is None else fed).shape[1]
             scores = F.pad(scores.float(), (0, max(0, stop - scores.shape[1])), value=torch.nan)
@@ -217,6 +230,12 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config: Any
     ) -> dict[str, Any]:
+        mask_BS = model_kwargs.get("attention_mask")
+        if mask_BS is not None and mask_BS.ndim == 2 and not mask_BS[:, -1].all():
+            raise ValueError(
+                f"row {int(mask_BS[:, -1].argmin())} ends with padding, after which generation would go on; pad on the "
+                'left (processor_kwargs={"padding_side": "left"})'
+            )
         # Known from the start, so that generated tokens are text whatever they are.
         if model_kwargs.get("mm_token_type_ids") is None and not inputs_tensor.is_floating_point():
             model_kwargs["mm_token_type_ids"] = self.model.modality_ids(inputs_tensor)
@@ -256,3 +275,55 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         starts = [0, *stops[:-1]]
         audio.pooler_output = [p for a, b in zip(starts, stops, strict=True) for p in pieces[a:b] * expand_size]
         return mm_encoder_output
+
+
+def with_own_losses(fused_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """TRL's forward (`trl.trainer.utils.add_fused_lm_head`), with our auxiliary losses in the place of Mixtral's.
+
+    TRL adds `router_aux_loss_coef * aux_loss` to a loss of its own. So `aux_loss` is all that training adds to ours,
+    divided by that coefficient; in evaluation, where we add nothing, it is 0.
+
+    Raises:
+        ValueError: in training, a trainer that adds no `aux_loss` where there are other losses than the balance loss.
+    """
+
+    @wraps(fused_forward)
+    def forward(self: Any, fused_lm_head: bool = False, output_router_logits: bool | None = None, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return fused_forward(self, output_router_logits=output_router_logits, **kwargs)
+        kwargs |= {"fused_lm_head": True, "output_router_logits": False}
+        if not (self.training and torch.is_grad_enabled()):
+            outputs = fused_forward(self, **kwargs)
+            outputs.aux_loss = outputs.log_probs.new_zeros(()) if output_router_logits else None
+            return outputs
+        text = self.config.text_config
+        terms: dict[str, Tensor | None] = {}
+
+        def run(output_router_logits: bool, mm_token_type_ids: Tensor | None = None, **inputs: Any) -> Any:
+            if text.exit_loss_coef > 0:
+                inputs["output_hidden_states"] = True
+            outputs, found = self._run(bool(asked), mm_token_type_ids, **inputs)
+            terms.update(found)
+            if text.exit_loss_coef > 0:
+                counted = (labels[..., 1:] != -100).sum().clamp(min=1)
+                terms["exit_loss"] = self._exit_loss(outputs.hidden_states, labels, counted)
+            return outputs
+
+        asked, labels = output_router_logits, kwargs["labels"]
+        stand_in = SimpleNamespace(base_model=run, get_output_embeddings=self.get_output_embeddings)
+        outputs = fused_forward(stand_in, **kwargs)
+        if asked and text.router_aux_loss_coef > 0:
+            total = outputs.log_probs.new_zeros(()) + self._weighted_sum(terms, 1.0)
+            outputs.aux_loss = total / text.router_aux_loss_coef
+            return outputs
+        outputs.aux_loss = terms["aux_loss"] if asked else None
+        weights = {LOSS_WEIGHTS[name]: getattr(text, LOSS_WEIGHTS[name]) for name in terms if terms[name] is not None}
+        for name, weight in weights.items():
+            if weight > 0 and name != LOSS_WEIGHTS["aux_loss"]:
+                raise ValueError(
+                    f"{name}={weight} would have no effect: TRL adds losses of the model only where "
+                    "router_aux_loss_coef of its text_config is above 0. Set that, or this one to 0"
+                )
+        return outputs
+
+    return forward

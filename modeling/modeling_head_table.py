@@ -28,8 +28,12 @@ class Head(NamedTuple):
 
 HEADS: list[Head] = [
     Head(ChorusModel, ("AutoModel",)),
-    # The any-to-any pipeline reads the first of these two, image-text-to-text the second.
-    Head(ChorusForConditionalGeneration, ("AutoModelForMultimodalLM", "AutoModelForImageTextToText"), ("lm_head",)),
+    # The any-to-any pipeline reads the first of these, image-text-to-text the second, text-generation the third.
+    Head(
+        ChorusForConditionalGeneration,
+        ("AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM"),
+        ("lm_head",),
+    ),
     Head(ChorusForSequenceClassification, ("AutoModelForSequenceClassification",), ("score", "exits")),
     Head(ChorusForContrastive, ("AutoModel",), ("projections", "logit_scale")),
 ]

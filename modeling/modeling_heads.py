@@ -23,8 +23,8 @@ from .configuration_modalities import MODALITY_IDS
 from .depth_exits import ExitRun, Exits, check_early_exit, pool_tokens
 from .losses import alignment_loss, balance_loss, mean_over_banks, skip_budget_loss, z_loss
 from .modeling_base import ChorusPreTrainedModel
-from .modeling_chorus import ChorusModel
-from .modeling_outputs import BankRouting, ChorusContrastiveOutput, ChorusLossOutput, ChorusModelOutput
+from .modeling_chorus import ChorusModel, with_virtual_tokens
+from .modeling_outputs import CACHE, BankRouting, ChorusContrastiveOutput, ChorusLossOutput, ChorusModelOutput
 from .moe_plan import DecoderKwargs
 
 logger = logging.get_logger(__name__)
@@ -33,6 +33,16 @@ logger = logging.get_logger(__name__)
 def two_dimensional(attention_mask: object) -> Tensor | None:
     """The mask if it is `(B, S)`; masks of another form do not say which tokens are padding."""
     return attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+
+
+# Term of the loss -> its weight in the configuration of the decoder.
+LOSS_WEIGHTS = {
+    "aux_loss": "router_aux_loss_coef",
+    "z_loss": "router_z_loss_coef",
+    "alignment_loss": "alignment_loss_coef",
+    "skip_loss": "skip_loss_coef",
+    "exit_loss": "exit_loss_coef",
+}
 
 
 class ChorusHead(ChorusPreTrainedModel):
@@ -68,6 +78,8 @@ class ChorusHead(ChorusPreTrainedModel):
         budget = text.skip_budget if self.training and text.skip_loss_coef > 0 else None
         if mm_token_type_ids is None and inputs.get("input_ids") is not None:
             mm_token_type_ids = self.model.modality_ids(inputs["input_ids"])
+        if mm_token_type_ids is not None:
+            mm_token_type_ids = with_virtual_tokens(mm_token_type_ids, inputs.get("inputs_embeds"))
         outputs = self.model(
             mm_token_type_ids=mm_token_type_ids,
             output_router_logits=keep_routing or train_router,
@@ -78,12 +90,12 @@ class ChorusHead(ChorusPreTrainedModel):
         terms: dict[str, Tensor | None] = dict.fromkeys(("aux_loss", "z_loss", "alignment_loss", "skip_loss"))
         if output_router_logits or train_router:
             if train_router:
-                logits = [bank.router_logits for layer in outputs.router_logits for bank in layer.values()]
+                logits = [bank.router_logits for layer in outputs.routing for bank in layer.values()]
                 self._check_graph("balance", logits, (".router.",))
-            terms["aux_loss"] = balance_loss(outputs.router_logits, banks)
-            terms["z_loss"] = mean_over_banks(outputs.router_logits, z_loss)
+            terms["aux_loss"] = balance_loss(outputs.routing, banks)
+            terms["z_loss"] = mean_over_banks(outputs.routing, z_loss)
         if inputs.get("sample_experts"):
-            banks_of_layers = [bank for layer in outputs.router_logits for bank in layer.values()]
+            banks_of_layers = [bank for layer in outputs.routing for bank in layer.values()]
             drawn = [bank.log_probs for bank in banks_of_layers if bank.log_probs is not None]
             self._check_graph("policy-gradient", drawn, (".router.",))
         if align:
@@ -96,7 +108,7 @@ class ChorusHead(ChorusPreTrainedModel):
             real_BS = two_dimensional(inputs.get("attention_mask"))
             terms["skip_loss"] = skip_budget_loss(outputs.skip_logits, real_BS, budget)
         if not keep_routing:
-            outputs.router_logits = None
+            outputs.routing = None
         return outputs, terms
 
     def _counts_choices(self) -> bool:
@@ -147,16 +159,8 @@ class ChorusHead(ChorusPreTrainedModel):
         """What training adds to the loss of the head; nothing in evaluation."""
         if not self.training:
             return 0.0
-        text = self.config.text_config
-        coefficients = {
-            "aux_loss": text.router_aux_loss_coef,
-            "z_loss": text.router_z_loss_coef,
-            "alignment_loss": text.alignment_loss_coef,
-            "skip_loss": text.skip_loss_coef,
-        }
-        added = [
-            coefficients[name] * term for name, term in terms.items() if term is not None and coefficients[name] > 0
-        ]
+        weights = {name: getattr(self.config.text_config, LOSS_WEIGHTS[name]) for name in terms}
+        added = [weights[name] * term for name, term in terms.items() if term is not None and weights[name] > 0]
         return share * sum(added) if added else 0.0
 
 
@@ -227,16 +231,16 @@ class ChorusForSequenceClassification(ChorusHead):
         return ChorusLossOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            routing=outputs.routing,
             image_hidden_states=outputs.image_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
             exit_loss=exit_loss,
             exit_logits=exit_logits if output_exit_logits else None,
             left_after=exits.left_after.to(logits.device) if exits is not None and leaves else None,
             compute=outputs.compute,
+            **{CACHE: outputs[CACHE]} if CACHE in outputs else {},
             **terms,
         )
 
@@ -312,7 +316,7 @@ class ChorusForContrastive(ChorusHead):
     def _decode(self, name: str, mask_BS: Tensor | None, **inputs: Any) -> tuple[Tensor, Routing]:
         """Unit vectors, and the routing if it was asked for."""
         decoded = self.model.language_model(attention_mask=mask_BS, **inputs)
-        return self._embed(name, decoded.last_hidden_state, mask_BS), decoded.router_logits or ()
+        return self._embed(name, decoded.last_hidden_state, mask_BS), decoded.routing or ()
 
     def _decode_tokens(self, name: str, tokens_BSD: Tensor, mask_BS: Tensor, **kwargs: Any) -> tuple[Tensor, Routing]:
         modality_BS = torch.full(tokens_BSD.shape[:2], MODALITY_IDS[name], device=tokens_BSD.device)
@@ -396,5 +400,5 @@ class ChorusForContrastive(ChorusHead):
             image_embeds=embeds.get("image"),
             audio_embeds=embeds.get("audio"),
             logits_per_pair=logits,
-            router_logits=routing or None,
+            routing=routing or None,
         )

@@ -1,11 +1,35 @@
 """Outputs of the models, with every loss term on its own."""
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
+
+# What the installed transformers calls keys and values of the tokens so far: from 5.24 on, `cache`.
+CACHE = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).parameters else "past_key_values"
+
+
+def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """For a method with an argument `past_key_values`: it takes it under the name [`CACHE`], too."""
+    if CACHE == "past_key_values":
+        return forward
+
+    @wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if CACHE in kwargs:
+            kwargs["past_key_values"] = kwargs.pop(CACHE)
+        return forward(*args, **kwargs)
+
+    # `generate` refuses arguments that it does not find in the signature.
+    signature = inspect.signature(forward)
+    named = [p.replace(name=CACHE) if n == "past_key_values" else p for n, p in signature.parameters.items()]
+    wrapper.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    return wrapper
 
 
 class RouterChoice(NamedTuple):
@@ -63,15 +87,15 @@ class Computation(NamedTuple):
 
 
 @dataclass
-class ChorusModelOutput(ModelOutput):
+class ChorusModelOutput(BaseModelOutputWithPast):
     """Output of the decoder and of the whole model without a head.
 
     Args:
         last_hidden_state: `(B, S, D)`.
-        past_key_values: keys and values of the tokens so far.
+        past_key_values: keys and values of the tokens so far; the field is `cache` from transformers 5.24 on.
         hidden_states: input of the first layer and output of every layer, on request.
         attentions: attention map of every layer, on request, with `attn_implementation="eager"`.
-        router_logits: for each sparse layer, bank name -> [`BankRouting`], with `output_router_logits=True`.
+        routing: for each sparse layer, bank name -> [`BankRouting`], with `output_router_logits=True`.
         cross_modal_states: rotated queries and keys of each cross-modal layer, on request.
         skip_logits: `(B, S)` of each of the `skip_layers`, on request; a token passes by where it is not above 0.
         image_hidden_states: image tokens after the connector, `(images, tokens, D)`.
@@ -79,11 +103,7 @@ class ChorusModelOutput(ModelOutput):
         compute: what the decoder spent on each sample, with `output_compute=True`.
     """
 
-    last_hidden_state: Tensor
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[dict[str, BankRouting], ...] | None = None
+    routing: tuple[dict[str, BankRouting], ...] | None = None
     cross_modal_states: tuple[tuple[Tensor, Tensor], ...] | None = None
     skip_logits: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
@@ -92,13 +112,13 @@ class ChorusModelOutput(ModelOutput):
 
 
 @dataclass
-class ChorusLossOutput(ModelOutput):
+class ChorusLossOutput(CausalLMOutputWithPast):
     """What every head returns.
 
     Args:
         loss: the head's own loss plus, while training, the weighted terms below.
         logits: scores of the head.
-        router_logits: routing, with `output_router_logits=True`, with sampled experts, and while training a bank that
+        routing: of every layer, with `output_router_logits=True`, with sampled experts, and while training a bank that
             is balanced by its bias, whose choices are to be counted.
         aux_loss: each bank's own balance loss averaged over the banks and layers that have one, not weighted.
         z_loss: router z-loss, not weighted.
@@ -110,12 +130,7 @@ class ChorusLossOutput(ModelOutput):
         compute: what the decoder spent on each sample, with `output_compute=True`.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[dict[str, BankRouting], ...] | None = None
+    routing: tuple[dict[str, BankRouting], ...] | None = None
     aux_loss: Tensor | None = None
     z_loss: Tensor | None = None
     alignment_loss: Tensor | None = None
@@ -136,7 +151,7 @@ class ChorusContrastiveOutput(ModelOutput):
         loss: symmetric cross-entropy averaged over the pairs of modalities, plus the weighted terms below.
         text_embeds, image_embeds, audio_embeds: unit vectors `(B, projection_dim)`, or None without that modality.
         logits_per_pair: `"text-image"` -> `(B, B)` scaled similarities, and so on.
-        router_logits: as in [`ChorusLossOutput`], the layers of one modality's run after those of another's.
+        routing: as in [`ChorusLossOutput`], the layers of one modality's run after those of another's.
     """
 
     loss: Tensor | None = None
@@ -149,4 +164,4 @@ class ChorusContrastiveOutput(ModelOutput):
     alignment_loss: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[dict[str, BankRouting], ...] | None = None
+    routing: tuple[dict[str, BankRouting], ...] | None = None

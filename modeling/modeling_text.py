@@ -22,7 +22,7 @@ from .depth_exits import ExitRun, SequenceInputs
 from .depth_skip import SkipGate, feed_open_tokens, threshold_logit
 from .layers import GatedMLP, RMSNorm
 from .modeling_base import ChorusPreTrainedModel
-from .modeling_outputs import ChorusModelOutput
+from .modeling_outputs import CACHE, ChorusModelOutput, takes_cache
 from .moe_banks import MixtureOfBanks
 from .moe_plan import DecoderKwargs, ModalityPlan, read_routing_options
 
@@ -54,6 +54,7 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         self.attention_output_norm = after(config.hidden_size, config.rms_norm_eps)
         self.feed_forward_output_norm = after(config.hidden_size, config.rms_norm_eps)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -92,7 +93,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
     _can_record_outputs = {
         "hidden_states": ChorusDecoderLayer,
         "attentions": OutputRecorder(Attention, index=1),
-        "router_logits": OutputRecorder(MixtureOfBanks, index=1),
+        "routing": OutputRecorder(MixtureOfBanks, index=1),
         "cross_modal_states": OutputRecorder(CrossModalAttention, index=2),
         "skip_logits": OutputRecorder(SkipGate),
     }
@@ -111,6 +112,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @with_global_tokens
     @counts_computation
@@ -169,8 +171,8 @@ class ChorusTextModel(ChorusPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 **shared[self.config.layer_types[number - 1]],
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
             staying = None if exits is None else exits.passes(number, hidden_states)
@@ -179,7 +181,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
                 if len(staying) == 0:
                     break
                 shared = self._prepare(hidden_states, tokens, *given)
-        return ChorusModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return ChorusModelOutput(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
     def _prepare(
         self,

@@ -316,27 +316,25 @@ def _norm(states: Tensor) -> Tensor:
     return F.rms_norm(states, states.shape[-1:])
 
 
-def balance_counts(
-    router_logits: Iterable[RoutingOfLayer], sparse_layers: Sequence[int]
-) -> dict[int, dict[str, Tensor]]:
+def balance_counts(routing: Iterable[RoutingOfLayer], sparse_layers: Sequence[int]) -> dict[int, dict[str, Tensor]]:
     """Layer -> bank -> `(E,)` int64: how often real tokens chose each expert in one forward.
 
     Args:
-        router_logits: the output of that name: one entry for each sparse layer, once for every run of the decoder (the
+        routing: the output of that name: one entry for each sparse layer, once for every run of the decoder (the
             contrastive head runs it once a modality).
         sparse_layers: `config.text_config.sparse_layers`.
 
     Raises:
         ValueError: no entry, or not whole runs.
     """
-    layers = list(router_logits)
+    layers = list(routing)
     if not layers or len(layers) % len(sparse_layers):
         raise ValueError(f"found the routing of {len(layers)} layers for {len(sparse_layers)} sparse layers")
     counts: dict[int, dict[str, Tensor]] = {index: {} for index in sparse_layers}
     for place, layer in enumerate(layers):
         found = counts[sparse_layers[place % len(sparse_layers)]]
-        for name, routing in layer.items():
-            count_E = count_choices(routing)
+        for name, of_bank in layer.items():
+            count_E = count_choices(of_bank)
             found[name] = found[name] + count_E if name in found else count_E
     return counts
 

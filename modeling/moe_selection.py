@@ -59,8 +59,16 @@ def best_experts(scores_TE: Tensor, top_k: int) -> Tensor:
 
     At least K scores of a token are finite. A stable sort and repeated maxima give the same, the faster one runs.
     """
+    if torch.compiler.is_compiling() and top_k <= MANY_CHOICES:
+        # A compiler fuses comparisons into the loops around them, where a sort is a call of its own.
+        expert_E = torch.arange(scores_TE.shape[-1], device=scores_TE.device)
+        chosen, left_TE = [scores_TE.argmax(dim=-1, keepdim=True)], scores_TE
+        for _ in range(top_k - 1):
+            left_TE = left_TE.masked_fill(expert_E == chosen[-1], CLOSED)
+            chosen.append(left_TE.argmax(dim=-1, keepdim=True))
+        return torch.cat(chosen, dim=1)
     is_few = len(scores_TE) <= (FEW_GPU_TOKENS if scores_TE.is_cuda else FEW_TOKENS) and top_k > 1
-    if torch.compiler.is_compiling() or is_few or top_k > MANY_CHOICES:
+    if is_few or top_k > MANY_CHOICES:
         return torch.sort(scores_TE, dim=-1, descending=True, stable=True)[1][:, :top_k]
     chosen = [scores_TE.argmax(dim=-1, keepdim=True)]
     left_TE = scores_TE.detach().clone() if top_k > 1 else scores_TE

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .configuration_towers import ChorusAudioConfig
 
@@ -65,7 +65,7 @@ def prepare_backbone_config(backbone: PreTrainedConfig) -> PreTrainedConfig:
     return prepared
 
 
-def convert_backbone(model: Any, library: str) -> nn.Module:
+def convert_backbone(model: PreTrainedModel, library: str) -> nn.Module:
     """A transformers model, or torchaudio's counterpart with the same weights.
 
     Raises:

@@ -84,7 +84,7 @@ def load_timm_encoder(
     num_channels: int,
     state_dict: dict[str, torch.Tensor],
     num_classes: int,
-) -> Any:
+) -> nn.Module:
     """`create_timm_encoder` with the weights of a checkpoint, converted as timm converts its own.
 
     Args:

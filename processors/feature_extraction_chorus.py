@@ -3,7 +3,7 @@
 Unusual here:
 - the sampling rate is required with arrays; another rate is resampled (soxr), or refused when `strict_sampling_rate`;
 - features are computed clip by clip, so they depend neither on batch mates nor on padding;
-- a clip longer than `max_seconds` becomes several windows (rows), never a shorter clip;
+- a clip longer than `max_seconds` is split into several windows (rows) and never truncated;
 - for a Whisper encoder transformers' own feature extractor does the arithmetic, window by window, so that the encoder
   hears exactly what it was trained on, the silence up to the end of the window included;
 - no filter bank is kept in the object or in the saved JSON.
@@ -22,16 +22,26 @@ from transformers import BatchFeature, WhisperFeatureExtractor
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.utils import logging
 
-from .processing_limits import MediaLimits, MediaPlace, check_clip_size, check_rate, decode_sound, unpack_file_dict
+from .processing_limits import (
+    MediaLimits,
+    MediaPlace,
+    check_clip_size,
+    check_rate,
+    check_settings,
+    decode_sound,
+    float_samples,
+    unpack_file_dict,
+)
 
 logger = logging.get_logger(__name__)
 
+MAX_AUDIO_SECONDS = 300.0
 FEATURE_TYPES = ("log_mel", "whisper", "waveform")
 # Below half a step of 16-bit sound nothing can be heard: -96 dB of full scale.
 SILENCE_PEAK = 2.0**-16
 # Floats are expected in -1..1; intermediate processing overshoots a little, 16-bit integers stored as floats do not.
 MAX_FLOAT_PEAK = 16.0
-INTEGER_SCALES = {"int16": 2.0**15, "int32": 2.0**31, "uint8": 2.0**7}
+INTEGERS = ("int16", "int32", "uint8")
 
 
 class ChorusFeatureExtractor(SequenceFeatureExtractor):
@@ -45,7 +55,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         sampling_rate: Hz the model hears; other rates are resampled.
         n_fft, hop_length: window and hop of the spectrogram, in samples.
         max_seconds: length of a window; a longer clip is split into windows, or refused with `on_long_audio="error"`.
-        max_audio_seconds: longest clip accepted at all.
+        max_audio_seconds: longest clip accepted at all. A saved file can lower it and never raise it; the caller can.
         strict_sampling_rate: raise on another rate instead of resampling.
         allow_silence: accept clips without sound.
     """
@@ -60,7 +70,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         n_fft: int = 400,
         hop_length: int = 160,
         max_seconds: float = 30.0,
-        max_audio_seconds: float = 300.0,
+        max_audio_seconds: float = MAX_AUDIO_SECONDS,
         on_long_audio: str = "split",
         strict_sampling_rate: bool = False,
         allow_silence: bool = False,
@@ -69,6 +79,8 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         do_normalize: bool = False,
         **kwargs: Any,
     ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
+        check_settings(given | kwargs, given)
         if feature_type not in FEATURE_TYPES:
             raise ValueError(f"feature_type must be one of {', '.join(FEATURE_TYPES)}, found {feature_type!r}")
         if on_long_audio not in ("split", "error"):
@@ -86,6 +98,17 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         self.strict_sampling_rate = strict_sampling_rate
         self.allow_silence = allow_silence
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+
+    @classmethod
+    def from_dict(cls, feature_extractor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        saved = feature_extractor_dict.get("max_audio_seconds", 0)
+        if isinstance(saved, int | float) and saved > MAX_AUDIO_SECONDS and "max_audio_seconds" not in kwargs:
+            logger.warning(
+                f"the saved max_audio_seconds={saved:g} is above {MAX_AUDIO_SECONDS:g}, which is taken; pass "
+                "max_audio_seconds= to accept longer clips"
+            )
+            feature_extractor_dict = {**feature_extractor_dict, "max_audio_seconds": MAX_AUDIO_SECONDS}
+        return super().from_dict(feature_extractor_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings to save; limits are never among them."""
@@ -111,7 +134,8 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
 
         Args:
             clip: array (samples,), (channels, samples) or (samples, channels), a list of floats, path, bytes, a dict
-                with 'array' and 'sampling_rate', or a dict with 'bytes' or 'path'. Channels are averaged.
+                with 'array' and 'sampling_rate', a dict with 'bytes' or 'path', or torchcodec's `AudioDecoder`.
+                Channels are averaged.
             sampling_rate: Hz of an array that does not bring its own; unused for files.
 
         Raises:
@@ -121,6 +145,8 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         if isinstance(clip, (str, bytes, bytearray, Path)):
             samples, rate = decode_sound(clip, self.limits, self.max_audio_seconds, place)
         else:
+            if hasattr(clip, "get_all_samples"):
+                clip = self._decoded(clip, place)
             if isinstance(clip, dict):
                 # The clip's own rate wins over the argument.
                 sampling_rate = clip.get("sampling_rate", sampling_rate)
@@ -130,9 +156,8 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
                     "an array needs its sampling rate: pass sampling_rate=..., or {'array': ..., 'sampling_rate': ...}"
                 )
             rate = check_rate(sampling_rate, self.limits, place)
-            samples = self._array_to_samples(clip, rate, place)
-        # Channels are averaged before the checks: two opposite channels can cancel to silence.
-        samples = samples.mean(axis=1, dtype=np.float32)
+            # Channels are averaged before the checks: two opposite channels can cancel to silence.
+            samples = self._array_to_samples(clip, rate, place).mean(axis=1, dtype=np.float32)
         peak = float(np.abs(samples).max())
         if not math.isfinite(peak):
             raise place.error("the clip holds NaN or infinite samples")
@@ -149,10 +174,24 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
             )
         return samples
 
+    def _decoded(self, decoder: Any, place: MediaPlace) -> dict[str, Any]:
+        """The samples of torchcodec's `AudioDecoder`, which `datasets` 4 and later gives for a column of sound."""
+        header = decoder.metadata
+        rate, seconds = check_rate(header.sample_rate, self.limits, place), header.duration_seconds_from_header
+        # A header may not say how long the clip is; what was decoded is counted in any case.
+        samples = 1 if seconds is None else math.ceil(seconds * rate)
+        check_clip_size(samples, header.num_channels, rate, self.limits, self.max_audio_seconds, place)
+        decoded = decoder.get_all_samples()
+        return {"array": decoded.data, "sampling_rate": decoded.sample_rate}
+
     def _array_to_samples(self, clip: Any, rate: int, place: MediaPlace) -> np.ndarray:
         """(samples, channels) in float32; the shorter axis of a 2-D array counts as channels."""
         try:
-            array = np.asarray(clip.detach().cpu() if isinstance(clip, torch.Tensor) else clip)
+            if isinstance(clip, torch.Tensor):
+                # numpy has no bfloat16.
+                clip = clip.detach().cpu()
+                clip = clip.float() if clip.is_floating_point() else clip
+            array = np.asarray(clip)
         except ValueError as cause:
             raise place.error(f"not an array of samples ({cause})") from cause
         if array.ndim not in (1, 2):
@@ -164,13 +203,9 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
             array = array.T
         # Before the conversion to float32, which copies the array.
         check_clip_size(array.shape[0], array.shape[1], rate, self.limits, self.max_audio_seconds, place)
-        if array.dtype.kind == "f":
-            return array.astype(np.float32)
-        scale = INTEGER_SCALES.get(array.dtype.name)
-        if scale is None:
+        if array.dtype.kind != "f" and array.dtype.name not in INTEGERS:
             raise place.error(f"samples of type {array.dtype} have no known scale; use floats in -1..1 or int16")
-        # 8-bit sound is unsigned: its zero is 128.
-        return array.astype(np.float32) / scale - (array.dtype.name == "uint8")
+        return float_samples(array)
 
     def _resample(self, samples: np.ndarray, rate: int, place: MediaPlace) -> np.ndarray:
         if rate == self.sampling_rate:

@@ -2,7 +2,8 @@
 
 Unusual here:
 - transparency is laid over white, 16-bit grey is scaled and not clipped, EXIF rotation is applied;
-- float arrays in 0..1 and in 0..255 both come out right, anything else is an error instead of a dark picture;
+- float arrays in 0..1 and in 0..255 both come out right; a range or layout with two readings is an error instead of a
+  dark picture (the table is in docs/guides/fine_tuning.md);
 - files pass the limits of `processing_limits` before they are decoded, and nothing is fetched.
 """
 
@@ -15,8 +16,21 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import ImageInput, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
-from .processing_limits import MediaError, MediaLimits, MediaPlace, load_image
+from .processing_limits import (
+    MediaError,
+    MediaLimits,
+    MediaPlace,
+    check_image_size,
+    check_settings,
+    is_channels_first,
+    load_image,
+)
 from .processing_placement import flatten_media
+
+# Resizing goes beyond the ends of a range by this share at most.
+OVERSHOOT = 0.125
+# A float picture in 0..255 that is darker than this can also be one in 0..1 that is too bright.
+MIN_PEAK = 8
 
 
 class ChorusImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -53,6 +67,10 @@ class ChorusImageProcessor(TorchvisionBackend):
     do_pad_to_square = False
     limits = MediaLimits()
 
+    def __init__(self, **kwargs: Any):
+        check_settings(kwargs, self.valid_kwargs.__annotations__)
+        super().__init__(**kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """The settings to save; limits are never among them."""
         output = super().to_dict()
@@ -60,16 +78,17 @@ class ChorusImageProcessor(TorchvisionBackend):
         output.pop("limits", None)
         return output
 
-    def load(self, image: Any, place: MediaPlace, do_rescale: bool | None = None) -> ImageInput:
+    def load(
+        self, image: Any, place: MediaPlace, do_rescale: bool | None = None, input_data_format: Any = None
+    ) -> ImageInput:
         """Decode one image within the limits (see `load_image`) and check that its values are a picture's."""
-        image = load_image(image, self.limits, place)
+        image = load_image(image, self.limits, place, input_data_format)
         is_array = isinstance(image, (np.ndarray, torch.Tensor))
-        if is_array or image.mode == "F":
+        if is_array or image.mode[0] in "FI":
             try:
                 # Values outside 0..255 are fine where the caller has rescaled already.
                 in_bytes = self.do_rescale if do_rescale is None else do_rescale
-                tensor = array_to_tensor(image if is_array else np.array(image), in_bytes)
-                check_channels(tensor)
+                match_channels(image_to_tensor(image, bool(in_bytes), input_data_format), 3, bool(in_bytes))
             except MediaError as cause:
                 raise place.error(str(cause)) from cause
         return image
@@ -84,8 +103,9 @@ class ChorusImageProcessor(TorchvisionBackend):
         self, images: ImageInput, *args: Any, expected_ndims: int = 3, **kwargs: Any
     ) -> list[torch.Tensor]:
         """All images of a flat or nested list, decoded and converted; errors name the image's place in it."""
+        checks = {name: kwargs.get(name) for name in ("do_rescale", "input_data_format")}
         return [
-            self.process_image(self.load(image, MediaPlace("image", index), kwargs.get("do_rescale")), **kwargs)
+            self.process_image(self.load(image, MediaPlace("image", index), **checks), **kwargs)
             for index, image in enumerate(flatten_media(images, "image"))
         ]
 
@@ -94,27 +114,32 @@ class ChorusImageProcessor(TorchvisionBackend):
         num_channels = kwargs.get("num_channels") or self.num_channels
         if num_channels not in (1, 3):
             raise MediaError(f"num_channels must be 1 or 3, found {num_channels}", modality="image")
-        if isinstance(image, (np.ndarray, torch.Tensor)):
-            tensor = array_to_tensor(
-                image, in_bytes=bool(kwargs.get("do_rescale")), layout=kwargs.get("input_data_format")
-            )
-        else:
-            tensor = pil_to_tensor(image)
-        tensor = match_channels(tensor, num_channels)
+        tensor = image_to_tensor(image, bool(kwargs.get("do_rescale")), kwargs.get("input_data_format"))
+        tensor = match_channels(tensor, num_channels, in_bytes=bool(kwargs.get("do_rescale")))
+        edge = getattr(kwargs.get("size"), "shortest_edge", None)
+        if edge and (pixels := edge**2 * max(tensor.shape[1:]) // min(tensor.shape[1:])) > self.limits.image_pixels:
+            raise MediaError(f"an image is resized to {pixels} pixels, the limit is {self.limits.image_pixels}")
         if kwargs.get("do_pad_to_square"):
+            # Before resizing, so a long picture must not become a huge square.
+            check_image_size(max(tensor.shape[1:]), max(tensor.shape[1:]), self.limits, MediaPlace("padded image", 0))
             tensor = pad_to_square(tensor)
         return tensor.contiguous().to(device) if device is not None else tensor.contiguous()
 
 
-def pil_to_tensor(image: Any) -> torch.Tensor:
-    """A PIL image of any mode as uint8 (1, 3 or 4, H, W)."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # 65535 // 257 = 255. Pillow's `convert("L")` would clip everything above 255.
-        return torch.from_numpy((np.array(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))[None]
-    if image.mode == "F":
-        return array_to_tensor(np.array(image), in_bytes=True)
+def image_to_tensor(image: Any, in_bytes: bool, layout: Any = None) -> torch.Tensor:
+    """A PIL image of any mode as uint8 (1, 3 or 4, H, W), modes F and I as their array; an array as `array_to_tensor`
+    converts it."""
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        return array_to_tensor(image, in_bytes, layout)
+    if image.mode[0] in "FI":
+        values = np.array(image)
+        # Pillow reads some 16-bit files as mode I, which has 32 bits.
+        is_16_bit = image.mode == "I" and 255 < values.max() <= 65535 and values.min() >= 0
+        return array_to_tensor(values.astype(np.uint16) if is_16_bit else values, in_bytes)
     # `convert("RGB")` would drop the transparency; `match_channels` lays it over white.
-    if image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info:
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ("LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
     elif image.mode == "1":
         image = image.convert("L")
@@ -125,55 +150,84 @@ def pil_to_tensor(image: Any) -> torch.Tensor:
 
 
 def array_to_tensor(image: np.ndarray | torch.Tensor, in_bytes: bool, layout: Any = None) -> torch.Tensor:
-    """An array (H, W), (H, W, C) or (C, H, W) as (C, H, W), values in 0..255 when `in_bytes`.
-
-    Floats up to 1 count as 0..1, larger ones as 0..255.
+    """An array (H, W), (H, W, C) or (C, H, W) as (C, H, W): uint8, or floats, which are in 0..255 when `in_bytes`.
 
     Raises:
-        MediaError: NaN, infinity, or values outside 0..255.
+        MediaError: NaN, infinity, values that are no picture's or have two readings, a layout with two readings.
     """
-    tensor = torch.as_tensor(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image.detach().cpu()
+    if isinstance(image, np.ndarray):
+        if image.dtype.kind not in "biuf":
+            raise MediaError(f"image values of type {image.dtype} are no numbers of a picture", modality="image")
+        # torch takes no other byte order than the machine's, and no longer floats than 64 bits.
+        kind = np.float64 if image.dtype.itemsize > 8 else image.dtype.newbyteorder("=")
+        image = torch.from_numpy(np.ascontiguousarray(image, dtype=kind))
+    tensor = image.detach().cpu()
     if tensor.ndim == 2:
         tensor = tensor[None]
-    # Without a layout the first axis counts as channels if it has 1, 3 or 4 entries.
-    elif getattr(layout, "value", layout) == "channels_last" or (layout is None and tensor.shape[0] not in (1, 3, 4)):
+    elif not is_channels_first(tuple(tensor.shape), layout):
         tensor = tensor.permute(2, 0, 1)
     if tensor.dtype == torch.bool:
         return tensor.to(torch.uint8) * 255
-    if tensor.dtype == torch.uint16:
-        return (tensor.to(torch.int32) // 257).to(torch.uint8)
     if tensor.dtype == torch.uint8:
         return tensor
+    if not tensor.is_floating_point():
+        return _integers_to_bytes(tensor)
     tensor = tensor.float()
     if not torch.isfinite(tensor).all():
         raise MediaError("the image holds NaN or infinite values", modality="image")
     if not in_bytes:
         return tensor
+    white = white_of(tensor)
+    return (tensor * (255 / white)).clamp(0, 255)
+
+
+def _integers_to_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Integers in 0..255, or unsigned 16-bit ones in 0..65535, as uint8."""
+    is_16_bit = tensor.dtype == torch.uint16
+    tensor = tensor.to(torch.int64)
+    low, high = int(tensor.min()), int(tensor.max())
+    if low < 0 or high > (65535 if is_16_bit else 255):
+        raise MediaError(
+            f"image values lie in {low}..{high}, expected 0..255, or 0..65535 in an array of uint16", modality="image"
+        )
+    # A black picture is black in both.
+    if is_16_bit and 0 < high <= 255:
+        raise MediaError(
+            f"16-bit image values lie in {low}..{high}: 0..255, or nearly black in 0..65535? Pass uint8, or values "
+            "times 257",
+            modality="image",
+        )
+    return (tensor // 257 if is_16_bit else tensor).to(torch.uint8)
+
+
+def white_of(tensor: torch.Tensor) -> float:
+    """What white is in floats: 1 or 255, with room for the overshoot of resizing.
+
+    Raises:
+        MediaError: neither, or either.
+    """
     low, high = tensor.min().item(), tensor.max().item()
-    if low < 0 or high > 255:
+    if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
+        return 1.0
+    if low < (-255 * OVERSHOOT if high >= MIN_PEAK else 0) or high > 255 * (1 + OVERSHOOT):
         raise MediaError(
             f"image values lie in {low:g}..{high:g}, expected 0..1 or 0..255; pass do_rescale=False for others",
             modality="image",
         )
-    # Integers up to 1 are dark pictures in 0..255, floats up to 1 are a unit range.
-    is_unit_range = high <= 1.0 and (
-        image.dtype.is_floating_point if isinstance(image, torch.Tensor) else image.dtype.kind == "f"
-    )
-    return tensor * 255 if is_unit_range else tensor
+    if high < MIN_PEAK and bool((tensor != tensor.round()).any()):
+        raise MediaError(
+            f"image values lie in {low:g}..{high:g}: too bright for 0..1 or nearly black in 0..255? Clip or scale it",
+            modality="image",
+        )
+    return 255.0
 
 
-def check_channels(tensor: torch.Tensor) -> None:
-    """Raise unless (C, H, W) is grey, RGB or RGBA."""
-    if tensor.shape[0] not in (1, 3, 4):
-        raise MediaError(f"an image has 1, 3 or 4 channels, found {tensor.shape[0]}", modality="image")
-
-
-def match_channels(tensor: torch.Tensor, num_channels: int) -> torch.Tensor:
-    """(1, 3 or 4, H, W) to (num_channels, H, W); alpha is laid over white."""
-    check_channels(tensor)
+def match_channels(tensor: torch.Tensor, num_channels: int, in_bytes: bool = True) -> torch.Tensor:
+    """(1, 3 or 4, H, W) to (num_channels, H, W); alpha is laid over white, which floats not `in_bytes` must show."""
     if tensor.shape[0] == 4:
-        alpha = tensor[3:].float() / 255
-        opaque = tensor[:3].float() * alpha + 255 * (1 - alpha)
+        white = 255.0 if in_bytes or tensor.dtype == torch.uint8 else white_of(tensor)
+        alpha = tensor[3:].float() / white
+        opaque = tensor[:3].float() * alpha + white * (1 - alpha)
         tensor = opaque.round().to(tensor.dtype) if tensor.dtype == torch.uint8 else opaque
     if tensor.shape[0] == 3 and num_channels == 1:
         return tvF.rgb_to_grayscale(tensor)

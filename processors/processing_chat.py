@@ -7,6 +7,7 @@ Unusual here:
 """
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,14 @@ from transformers.processing_utils import ProcessorMixin
 
 from .processing_limits import MediaError
 from .processing_media import MEDIA
-from .processing_messages import prepare_conversation, split_batch
+from .processing_messages import (
+    break_control_tokens,
+    check_rendered,
+    default_chat_template,
+    limited_steps,
+    prepare_conversation,
+    split_batch,
+)
 from .processing_placement import flatten_media
 from .processing_rows import label_rows, pair_tokens
 
@@ -40,9 +48,11 @@ class ChatProcessor(ProcessorMixin):
     ) -> Any:
         """A conversation, or a batch of them, as text or (with `tokenize=True, return_dict=True`) as model inputs.
 
-        A message is `{"role", "content"}`; content is a string or a list of `{"type": "text", "text"}`,
+        A message is `{"role", "content"}`; content is a string, a part or a list of parts: `{"type": "text", "text"}`,
         `{"type": "image", "image" | "path" | "url" | "base64" | "bytes"}` and `{"type": "audio", "audio" | ...}` with
-        `"sampling_rate"` beside an array. Special tokens typed into a message become text (see `processing_messages`).
+        `"sampling_rate"` beside an array, or OpenAI's `image_url`, `audio_url` and `input_audio`. Tools, tool calls,
+        documents and reasoning are written by a template that knows them, else refused. Special tokens typed into any
+        of these become text (see `processing_messages`).
 
         Args:
             images, audio: items for parts that hold no data, in order: a flat list for one conversation, a list per
@@ -69,23 +79,36 @@ class ChatProcessor(ProcessorMixin):
             for modality, media in given.items()
         }
         control = self._control_tokens()
+        beside: dict[str, Any] = {
+            name: break_control_tokens(kwargs[name], control) for name in ("tools", "documents") if name in kwargs
+        }
+        kwargs.update(beside)
         prepared = [
             prepare_conversation(messages, {name: rows[name][sample] for name in rows}, control, rate, sample)
             for sample, messages in enumerate(conversations)
         ]
+        template = chat_template or self.chat_template
+        if isinstance(self.chat_template, dict):
+            template = self.chat_template.get(chat_template or "default", chat_template)
+        check_rendered(template or "", prepared, **beside)
         if kwargs.get("tokenize") or return_labels:
             # The template writes bos and eos; the tokenizer would add a second bos.
             options.setdefault("add_special_tokens", False)
         target = prepared if is_batched else prepared[0]
+        # Our own template needs no limit, which takes longer than the template itself.
+        is_ours = template == default_chat_template(self.image_token, self.audio_token)
+        limit = nullcontext() if is_ours else limited_steps(len(prepared))
         if not return_labels:
-            return super().apply_chat_template(target, chat_template, processor_kwargs=options, **kwargs)
+            with limit:
+                return super().apply_chat_template(target, chat_template, processor_kwargs=options, **kwargs)
 
         wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
         tensor_type = kwargs.pop("return_tensors", "auto")
         tensor_type = options.pop("return_tensors", None) if tensor_type == "auto" else tensor_type
         # As lists: labels are made row by row, and everything becomes tensors in one place.
         kwargs.update(tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors=None)
-        batch = super().apply_chat_template(target, chat_template, processor_kwargs=options, **kwargs)
+        with limit:
+            batch = super().apply_chat_template(target, chat_template, processor_kwargs=options, **kwargs)
         batch["labels"] = self.build_labels(batch["input_ids"], batch["assistant_masks"])
         if not wants_mask:
             del batch["assistant_masks"]

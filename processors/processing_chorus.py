@@ -17,7 +17,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpa
 from .feature_extraction_chorus import ChorusFeatureExtractor
 from .image_processing_chorus import ChorusImageProcessor
 from .processing_chat import ChatProcessor
-from .processing_limits import MediaError, MediaLimits, MediaPlace
+from .processing_limits import MediaError, MediaLimits, MediaPlace, check_settings, num_pixels
 from .processing_media import MEDIA
 from .processing_messages import default_chat_template
 from .processing_placement import flatten_media, nest_media
@@ -35,7 +35,8 @@ class ChorusProcessor(ChatProcessor):
         num_image_tokens: tokens of one image in the sequence; None: the model sees no images.
         frames_per_token: feature frames behind one audio token; None: the model hears nothing.
         audio_convolutions: [kernel, stride] of the convolutions, without padding, that shorten the frames before that.
-        image_token, audio_token: placeholders, one per item in the text passed in, one per feature in `input_ids`.
+        image_token: placeholder, one per item in the text passed in, one per feature in `input_ids`.
+        audio_token: the same for audio.
 
     Raises:
         ValueError: a media token that the tokenizer does not know as one token.
@@ -56,6 +57,8 @@ class ChorusProcessor(ChatProcessor):
         audio_token: str = "<audio>",
         audio_convolutions: list[list[int]] | None = None,
     ):
+        counts = {"num_image_tokens": num_image_tokens, "frames_per_token": frames_per_token}
+        check_settings({**counts, "audio_convolutions": audio_convolutions or []}, ())
         self.num_image_tokens = num_image_tokens
         self.frames_per_token = frames_per_token
         self.audio_convolutions = audio_convolutions or []
@@ -63,6 +66,12 @@ class ChorusProcessor(ChatProcessor):
         self.audio_token = audio_token
         self.image_token_id = _media_token_id(tokenizer, image_token)
         self.audio_token_id = _media_token_id(tokenizer, audio_token)
+        # A tokenizer saves only the sides that it was built with. Generation goes on at the right end of each row.
+        keeps: Any = tokenizer
+        for name, side in (("padding_side", "left"), ("truncation_side", keeps.truncation_side)):
+            if name not in keeps.init_kwargs:
+                setattr(keeps, name, side)
+                keeps.init_kwargs[name] = side
         super().__init__(
             image_processor=image_processor or ChorusImageProcessor(),
             feature_extractor=feature_extractor or ChorusFeatureExtractor(),
@@ -123,6 +132,12 @@ class ChorusProcessor(ChatProcessor):
         # Generation goes on at the right end of each row.
         tokenizer.padding_side = "left"
         return cls(ChorusImageProcessor(**image_settings), ChorusFeatureExtractor(**audio_settings), tokenizer, **own)
+
+    @classmethod
+    def validate_init_kwargs(cls, processor_config: dict[str, Any], valid_kwargs: Any) -> Any:
+        """transformers drops unknown names in silence; a misspelt one is an error here."""
+        check_settings(processor_config, valid_kwargs)
+        return super().validate_init_kwargs(processor_config, valid_kwargs)
 
     @property
     def limits(self) -> MediaLimits:
@@ -231,15 +246,21 @@ class ChorusProcessor(ChatProcessor):
     def _load_media(self, image_rows: list[list], clip_rows: list[list], merged: dict[str, Any]) -> tuple[list, list]:
         """Decoded images and clips of all samples, flat, each checked with its sample's number."""
         images, clips = [], []
-        do_rescale = merged["images_kwargs"].get("do_rescale")
+        do_rescale, layout = (merged["images_kwargs"].get(name) for name in ("do_rescale", "input_data_format"))
         sampling_rate = merged["audio_kwargs"].get("sampling_rate")
         for sample, (row_images, row_clips) in enumerate(zip(image_rows, clip_rows, strict=True)):
             if row_images and self.num_image_tokens is None:
                 raise MediaError(f"sample {sample}: this model sees no images", sample, "image")
             if row_clips and self.frames_per_token is None:
                 raise MediaError(f"sample {sample}: this model hears nothing", sample, "audio")
+            pixels = 0
             for index, image in enumerate(row_images):
-                images.append(self.image_processor.load(image, MediaPlace("image", index, sample), do_rescale))
+                images.append(self.image_processor.load(image, MediaPlace("image", index, sample), do_rescale, layout))
+                pixels += num_pixels(images[-1])
+                if pixels > (most := self.limits.sample_pixels):
+                    raise MediaError(
+                        f"sample {sample}: images of {pixels} pixels, the limit is {most}", sample, "image"
+                    )
             for index, clip in enumerate(row_clips):
                 clips.append(self.feature_extractor.load(clip, MediaPlace("audio", index, sample), sampling_rate))
         return images, clips

@@ -3,25 +3,62 @@
 Unusual here:
 - limits are never saved with a processor, so a downloaded repository cannot lift them;
 - nothing is fetched: http(s) addresses are refused, local files, bytes, `data:` addresses and decoded media accepted;
-- sound files are decoded by soundfile alone, images by Pillow with a short list of formats.
+- sound is decoded by PyAV to the end of the file, images by Pillow, both with short lists of formats; playlists and
+  other formats that name further files are on neither.
 
 Pillow's threat model (Pillow#9562) asks to treat its decompression-bomb warning as an error; so does `load_image`.
 """
 
 import base64
 import binascii
+import difflib
 import io
+import math
 import os
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.image_utils import SizeDict
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # Pillow opens MPO (what many phones write) as JPEG.
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+IMAGE_FORMATS = ("PNG", "JPEG", "JPEG2000", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+# What settings of a processor may be; they come with a downloaded model. Seconds, Hz, samples, pixels or tokens.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "size": (1, 4_096), "crop_size": (1, 4_096), "num_image_tokens": (1, 65_536), "frames_per_token": (1, 65_536),
+    "audio_convolutions": (1, 65_536), "feature_size": (1, 1_024), "sampling_rate": (1_000, 768_000),
+    "n_fft": (1, 65_536), "hop_length": (1, 65_536), "max_seconds": (0, 600), "max_audio_seconds": (0, 86_400),
+}  # fmt: skip
+# Encoders write about ten. Each scan costs a pass over all pixels, and takes only a few bytes.
+MAX_JPEG_SCANS = 64
+# ffmpeg's names. "mov" is also MP4 and M4A, "matroska" also WebM.
+SOUND_FORMATS = ("wav", "w64", "aiff", "au", "caf", "flac", "ogg", "mp3", "aac", "mov", "matroska")
+PCM = ("u8", "s8", "s16le", "s16be", "s24le", "s24be", "s32le", "s32be", "f32le", "f32be", "f64le", "f64be")
+SOUND_CODECS = (
+    *(f"pcm_{kind}" for kind in (*PCM, "mulaw", "alaw")), "adpcm_ms", "adpcm_ima_wav", "flac", "alac", "vorbis",
+    "opus", "libopus", "mp2float", "mp3float", "aac", "ac3", "eac3",
+)  # fmt: skip
+# Their header counts nothing (in MP3 LAME's does): what ffmpeg calls their duration is guessed from the first packets.
+UNCOUNTED_FORMATS = ("mp3", "aac")
+# Cut here at the length in the header: ffmpeg's own cut at the end of a short last block takes sound as well.
+CUT_CODECS = ("vorbis", "alac")
+MAX_BLOCK_SAMPLES = 8_192
+# ffmpeg's AV_CODEC_FLAG2_SKIP_MANUAL.
+SKIP_MANUAL = 1 << 29
+# These put a little silence before and after the sound, which decoders take away again.
+PADDED_CODECS = ("mp2float", "mp3float", "aac", "opus", "libopus", "ac3", "eac3")
+PADDING_SECONDS = 0.5
+# A packet that claims more is miscounted: ffmpeg lets the length of a last packet fall below zero and wraps it.
+MAX_PACKET_SECONDS = 1_000
+UNKNOWN_RIFF_BYTES = 2**32 - 2**16
+MAX_BROKEN_PACKETS = 1_000
 
 
 class MediaError(ValueError):
@@ -46,11 +83,32 @@ class MediaLimits:
     image_pixels: int = 64_000_000
     image_aspect_ratio: float = 100.0
     images_per_sample: int = 64
+    sample_pixels: int = 256_000_000
     audio_bytes: int = 256 * 2**20
     audio_min_rate: int = 1_000
     audio_max_rate: int = 768_000
     audio_channels: int = 8
     clips_per_sample: int = 64
+
+
+def check_settings(settings: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuse numbers that are not finite or out of `BOUNDS`, and names that are a `known` one misspelt.
+
+    Raises:
+        ValueError: names the setting and what it may be.
+    """
+    for name, value in settings.items():
+        if name not in known and (meant := difflib.get_close_matches(name, known, cutoff=0.89)):
+            raise ValueError(f"unknown setting {name}={value!r}; {meant[0]} is meant")
+        low, high = BOUNDS.get(name, (-math.inf, math.inf))
+        numbers = list(dict(value).values()) if isinstance(value, Mapping | SizeDict) else np.ravel(value).tolist()
+        for number in numbers:
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if number is not None and (
+                (is_number and not (math.isfinite(number) and low <= number <= high))
+                or (name in BOUNDS and not is_number)
+            ):
+                raise ValueError(f"{name}={value!r}: expected finite numbers from {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -123,7 +181,32 @@ def check_image_size(width: int, height: int, limits: MediaLimits, place: MediaP
         )
 
 
-def load_image(item: Any, limits: MediaLimits, place: MediaPlace) -> Any:
+def is_channels_first(shape: tuple[int, ...], layout: Any = None) -> bool:
+    """Whether an array with three axes is (C, H, W): by `layout` ("channels_first" or "channels_last"), else by which
+    end has 1, 3 or 4 entries.
+
+    Raises:
+        MediaError: neither end has, or both have.
+    """
+    first, last = (size in (1, 3, 4) for size in (shape[0], shape[-1]))
+    if layout is not None:
+        is_first = getattr(layout, "value", layout) == "channels_first"
+        first, last = first and is_first, last and not is_first
+    if first and last:
+        raise MediaError(f"the shape {shape} can be channels first or last; pass input_data_format", modality="image")
+    if not first and not last:
+        raise MediaError(f"an image has 1, 3 or 4 channels, found the shape {shape}", modality="image")
+    return first
+
+
+def num_pixels(image: Any) -> int:
+    """Of what `load_image` returned."""
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        return image.width * image.height
+    return math.prod(image.shape) // (1 if image.ndim == 2 else min(image.shape[0], image.shape[-1]))
+
+
+def load_image(item: Any, limits: MediaLimits, place: MediaPlace, layout: Any = None) -> Any:
     """A decoded image within the limits: a PIL image (upright by its EXIF tag), or the array or tensor that came in.
 
     Args:
@@ -140,8 +223,10 @@ def load_image(item: Any, limits: MediaLimits, place: MediaPlace) -> Any:
         shape = tuple(item.shape)
         if len(shape) not in (2, 3):
             raise place.error(f"an image array has 2 or 3 axes, found the shape {shape}")
-        # The same rule for channels as in `array_to_tensor`.
-        height, width = shape[1:] if len(shape) == 3 and shape[0] in (1, 3, 4) else shape[:2]
+        try:
+            height, width = shape[1:] if len(shape) == 3 and is_channels_first(shape, layout) else shape[:2]
+        except MediaError as cause:
+            raise place.error(str(cause)) from cause
         check_image_size(width, height, limits, place)
         return item
     if isinstance(item, Image.Image):
@@ -159,6 +244,11 @@ def load_image(item: Any, limits: MediaLimits, place: MediaPlace) -> Any:
     except Exception as cause:
         raise place.error(f"not a readable image of the formats {', '.join(IMAGE_FORMATS)} ({cause})") from cause
     with image:
+        if image.format in ("JPEG", "MPO"):
+            content = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+            # The mark of a scan; inside one, FF is always followed by another byte.
+            if (scans := content.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+                raise place.error(f"{scans} scans in a JPEG, the limit is {MAX_JPEG_SCANS}")
         return _finish_image(image, limits, place)
 
 
@@ -182,7 +272,7 @@ def _finish_image(image: Any, limits: MediaLimits, place: MediaPlace) -> Any:
 def check_rate(rate: Any, limits: MediaLimits, place: MediaPlace) -> int:
     """The sampling rate in Hz as an int, inside the allowed range."""
     # `True` is an int for Python.
-    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or int(rate) != rate:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or float(rate) % 1 != 0:
         raise place.error(f"the sampling rate must be a whole number of Hz, found {rate!r}")
     if not limits.audio_min_rate <= rate <= limits.audio_max_rate:
         raise place.error(
@@ -203,34 +293,102 @@ def check_clip_size(
         raise place.error(f"{samples / rate:.2f} seconds, the limit max_audio_seconds is {max_seconds:g}")
 
 
+def float_samples(samples: np.ndarray) -> np.ndarray:
+    """Samples of any type as float32; integers in -1..1, unsigned ones (8-bit sound) around their middle."""
+    if samples.dtype.kind == "f":
+        return samples.astype(np.float32)
+    scale = 2.0 ** (8 * samples.itemsize - 1)
+    return samples.astype(np.float32) / np.float32(scale) - (samples.dtype.kind == "u")
+
+
 def decode_sound(
     item: str | bytes | bytearray | Path, limits: MediaLimits, max_seconds: float, place: MediaPlace
 ) -> tuple[np.ndarray, int]:
-    """Samples (samples, channels) in float32 and the rate of a sound file, decoded by soundfile.
+    """Mono samples (samples,) in float32, the mean of the channels, and the rate of a sound or video file.
 
-    The header is checked before decoding and never more than `max_seconds` are decoded, whatever the header claims.
+    Reads to the end whatever the header claims, and no further than `max_seconds`. Of several sound tracks it takes
+    ffmpeg's best. Less sound than the packets or the header speak of is reported in a warning.
 
     Raises:
-        MediaError: over a limit, truncated, or a format soundfile cannot read.
+        MediaError: over a limit, not one of `SOUND_FORMATS`, broken, or without sound.
     """
     try:
-        import soundfile
+        import av
     except (ImportError, OSError) as cause:
-        raise ImportError("sound files need `pip install soundfile`; arrays work without it") from cause
+        raise ImportError("sound files need `pip install av`; arrays work without it") from cause
 
     source = open_source(item, limits.audio_bytes, place)
-    try:
-        sound = soundfile.SoundFile(source)
-    except Exception as cause:
-        raise place.error(f"soundfile cannot read it; convert it to WAV, FLAC, OGG or MP3 ({cause})") from cause
-    with sound:
-        rate = check_rate(sound.samplerate, limits, place)
-        check_clip_size(sound.frames, sound.channels, rate, limits, max_seconds, place)
+    # No path is given to ffmpeg, which would read parts of it as protocols.
+    options = {
+        "format_whitelist": ",".join(SOUND_FORMATS),
+        "codec_whitelist": ",".join(SOUND_CODECS),
+        "protocol_whitelist": "none",
+    }
+    with open(source, "rb") if isinstance(source, str) else source as file:
+        head = file.read(8)
+        claimed = int.from_bytes(head[4:], "little") + 8 if head.startswith(b"RIFF") else 0
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         try:
-            # One frame more than allowed, so that the second check sees a clip that is longer than its header claims.
-            samples = sound.read(frames=int(max_seconds * rate) + 1, dtype="float32", always_2d=True)
-        except Exception as cause:
-            raise place.error(f"broken sound file ({cause})") from cause
-    # Once more on what was decoded: headers can lie.
-    check_clip_size(len(samples), samples.shape[1], rate, limits, max_seconds, place)
+            with av.open(file, options=options, metadata_errors="ignore") as container:
+                samples, rate = _decode_best_track(container, limits, max_seconds, place)
+        except av.FFmpegError as cause:
+            raise place.error(f"no readable sound of the formats {', '.join(SOUND_FORMATS)} ({cause})") from cause
+    # ffmpeg says nothing of it. The largest numbers stand for a stream of unknown length.
+    if size < claimed < UNKNOWN_RIFF_BYTES:
+        logger.warning(str(place.error(f"the file is cut: {size} of {claimed} bytes")))
     return samples, rate
+
+
+def _decode_best_track(
+    container: Any, limits: MediaLimits, max_seconds: float, place: MediaPlace
+) -> tuple[np.ndarray, int]:
+    track = container.streams.best("audio")
+    codec = track and track.codec_context
+    if codec is None or codec.name not in SOUND_CODECS:
+        raise place.error(f"no sound of the codecs {', '.join(SOUND_CODECS)}, found {codec and codec.name}")
+    rate = check_rate(codec.sample_rate, limits, place)
+    check_clip_size(1, codec.channels, rate, limits, max_seconds, place)
+    header, is_counted = float((track.duration or 0) * track.time_base), container.format.name not in UNCOUNTED_FORMATS
+    if codec.name in CUT_CODECS:
+        codec.flags2 |= SKIP_MANUAL
+    pieces: list[np.ndarray] = []
+    heard, packets, broken = 0, 0.0, 0
+    for packet in container.demux(track):
+        seconds = float((packet.duration or 0) * packet.time_base)
+        packets += seconds if seconds < MAX_PACKET_SECONDS else 0.0
+        is_counted |= packet.has_sidedata("skip_samples")
+        try:
+            frames = packet.decode()
+        except ValueError as cause:
+            # PyAV's error for invalid data.
+            broken += 1
+            if broken > MAX_BROKEN_PACKETS:
+                raise place.error(f"more than {MAX_BROKEN_PACKETS} broken packets ({cause})") from cause
+            continue
+        for frame in frames:
+            if not pieces:
+                # Of some AAC, half the rate stands in the header.
+                rate = check_rate(frame.sample_rate, limits, place)
+            if frame.sample_rate != rate:
+                raise place.error(f"the rate changes from {rate} to {frame.sample_rate} Hz in the middle of the file")
+            samples = frame.to_ndarray()
+            if not frame.format.is_planar:
+                samples = samples.reshape(-1, frame.layout.nb_channels).T
+            pieces.append(float_samples(samples).mean(axis=0))
+            heard += frame.samples
+        if heard > max_seconds * rate:
+            check_clip_size(max(heard, int(header * rate)), codec.channels, rate, limits, max_seconds, place)
+    if codec.name == "vorbis":
+        # Half of an overlap: no sound yet.
+        heard -= len(pieces.pop(0)) if pieces else 0
+    if codec.name in CUT_CODECS and 0 < heard - round(header * rate) < MAX_BLOCK_SAMPLES:
+        heard = round(header * rate)
+    if broken and not heard:
+        raise place.error(f"broken sound file: none of {broken} packets can be decoded")
+    check_clip_size(heard, codec.channels, rate, limits, max_seconds, place)
+    claimed = max(packets, header if is_counted else 0.0)
+    if broken or claimed - heard / rate > (PADDING_SECONDS if codec.name in PADDED_CODECS else 0.05):
+        report = f"decoded {heard / rate:.2f} of {claimed:.2f} seconds, {broken} broken packets were skipped"
+        logger.warning(str(place.error(report)))
+    return np.concatenate(pieces)[:heard], rate

@@ -1,10 +1,13 @@
-"""Conversations before they are rendered: media put into place, control tokens typed by people made harmless.
+"""Conversations before they are rendered: media in their place, typed control tokens escaped.
 
 A typed `<image>` must stay text. A word joiner (U+2060, invisible) is put after the first character of every special
 token found in a role or a text, so that no tokenizer sees the token. It stays in the text the model reads.
 """
 
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,11 @@ from .processing_limits import MediaError
 from .processing_media import MEDIA
 
 WORD_JOINER = "\u2060"
+# What a message may say beside its content. transformers passes each of the second line under all three names.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+SPOKEN = ("tool_calls", "function_call", "refusal", "documents", *REASONING)
+# Lines that a template may run for one conversation; a message takes about ten.
+MAX_TEMPLATE_STEPS = 1_000_000
 
 # Roles are plain words. A message cannot forge a turn: turns end with the eos token, which is escaped in messages.
 CHAT_TEMPLATE = """\
@@ -59,6 +67,8 @@ def split_batch(conversation: Any) -> tuple[list[list[dict]], bool]:
     # transformers' pipelines wrap conversations in an object.
     if hasattr(conversation, "messages"):
         return [conversation.messages], False
+    if isinstance(conversation, dict):
+        conversation = [conversation]
     if len(conversation) == 0:
         raise MediaError("the conversation is empty", modality="text")
     if isinstance(conversation[0], dict):
@@ -66,9 +76,56 @@ def split_batch(conversation: Any) -> tuple[list[list[dict]], bool]:
     return [list(getattr(entry, "messages", entry)) for entry in conversation], True
 
 
-def break_control_tokens(text: str, control_tokens: re.Pattern[str]) -> str:
-    """`text` with a word joiner inside every control token, so that it is read as text."""
-    return control_tokens.sub(lambda match: match.group()[0] + WORD_JOINER + match.group()[1:], text)
+def break_control_tokens(value: Any, control_tokens: re.Pattern[str]) -> Any:
+    """`value` with a word joiner inside every control token of all its strings, so that they are read as text."""
+    if isinstance(value, str):
+        return control_tokens.sub(lambda match: match.group()[0] + WORD_JOINER + match.group()[1:], value)
+    if isinstance(value, dict):
+        return {
+            break_control_tokens(k, control_tokens): break_control_tokens(v, control_tokens) for k, v in value.items()
+        }
+    is_list = isinstance(value, (list, tuple, np.ndarray))
+    return [break_control_tokens(item, control_tokens) for item in value] if is_list else value
+
+
+def check_rendered(template: str, conversations: list[list[dict]], **given: Any) -> None:
+    """Refuse what `template` does not write: `given` beside the conversations (tools, documents), and `SPOKEN` keys.
+
+    Raises:
+        MediaError: names the sample, the message and the key.
+    """
+    written = {name for name in (*given, *SPOKEN) if re.search(rf"\b{name}\b", template)}
+    written |= set(REASONING) if written & set(REASONING) else set()
+    cure = "the chat template does not write it and it would be lost; pass a chat_template that does, or leave it out"
+    for name, value in given.items():
+        if value and name not in written:
+            raise MediaError(f"{name}: {cure}", modality="text")
+    for sample, messages in enumerate(conversations):
+        for number, message in enumerate(messages):
+            if lost := [key for key in SPOKEN if message.get(key) and key not in written]:
+                raise MediaError(f"sample {sample}, message {number}, {lost[0]}: {cure}", sample, "text")
+
+
+@contextmanager
+def limited_steps(num_conversations: int = 1) -> Iterator[None]:
+    """Within, a Jinja template that runs more than `MAX_TEMPLATE_STEPS` lines a conversation raises `MediaError`; its
+    sandbox does not bound its time. Under a debugger, which traces itself, there is no limit."""
+    left = MAX_TEMPLATE_STEPS * num_conversations
+
+    def count(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise MediaError(f"the chat template ran over {MAX_TEMPLATE_STEPS} lines", modality="text")
+        return count
+
+    previous = sys.gettrace()
+    if previous is None:
+        sys.settrace(lambda frame, event, argument: count if frame.f_code.co_filename == "<template>" else None)
+    try:
+        yield
+    finally:
+        sys.settrace(previous)
 
 
 def prepare_conversation(
@@ -102,12 +159,17 @@ def prepare_conversation(
         if isinstance(content, str):
             content = break_control_tokens(content, control_tokens)
         elif content is not None:
-            parts = _join_texts(content)
+            if not isinstance(content, (dict, list, tuple, np.ndarray)):
+                raise MediaError(
+                    f"{where}: content is a string or a list of parts, found {content!r:.80}", sample, "text"
+                )
+            parts = _join_texts([content] if isinstance(content, dict) else list(content))
             content = [
                 _prepare_part(part, queues, wanted, control_tokens, sampling_rate, where, sample) for part in parts
             ]
-        # A role is written into the prompt like text, so it is escaped like text.
-        prepared.append({**message, "role": break_control_tokens(message["role"], control_tokens), "content": content})
+        # A role is written into the prompt like text, and so are tool calls: they are escaped like text.
+        rest = {key: break_control_tokens(value, control_tokens) for key, value in message.items() if key != "content"}
+        prepared.append({**rest, "content": content})
     for modality, items in media.items():
         # After all messages, so that the error can name both numbers.
         if items and wanted[modality] != len(items):
@@ -145,15 +207,21 @@ def _prepare_part(
     sample: int,
 ) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
-    # The form of OpenAI's API, which many datasets copy.
-    if kind == "image_url":
-        address = part.get("image_url")
-        part = {"type": "image", "url": address.get("url") if isinstance(address, dict) else address}
-        kind = "image"
+    # The forms of OpenAI's API, which many datasets copy.
+    if kind in ("image_url", "audio_url", "input_audio"):
+        inner, key = part.get(kind), "base64" if kind == "input_audio" else "url"
+        inner = inner.get("data" if key == "base64" else "url") if isinstance(inner, dict) else inner
+        kind = "image" if kind == "image_url" else "audio"
+        part = {"type": kind, key: inner}
     if kind == "text" and isinstance(part.get("text"), str):
         return {**part, "text": break_control_tokens(part["text"], control_tokens)}
     if kind not in MEDIA:
-        raise MediaError(f"{where}: unknown content {part!r:.80}; the types are text, image and audio", sample, "text")
+        raise MediaError(
+            f"{where}: unknown content {part!r:.80}; the types are text, image, audio, image_url, audio_url and "
+            "input_audio",
+            sample,
+            "text",
+        )
     given = [key for key in MEDIA[kind].keys if part.get(key) is not None]
     if len(given) > 1:
         raise MediaError(f"{where}: one {kind} part holds several sources: {', '.join(given)}", sample, kind)

@@ -16,7 +16,8 @@ def is_media_item(item: Any) -> bool:
         return len(item) > 0 and isinstance(item[0], (int, float, np.number))
     if isinstance(item, (str, bytes, bytearray, Path, dict, np.ndarray, torch.Tensor)):
         return True
-    return hasattr(item, "mode") and hasattr(item, "size")  # a PIL image, without importing PIL
+    # A PIL image, without importing PIL; or torchcodec's `AudioDecoder`.
+    return (hasattr(item, "mode") and hasattr(item, "size")) or hasattr(item, "get_all_samples")
 
 
 def as_item_list(media: Any, modality: str) -> list[Any]:

@@ -27,7 +27,7 @@ from chorus_moe.modeling.configuration_banks import ExpertBankConfig, check_name
 from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.modeling.moe_banks import BankGate, ExpertBank
 from chorus_moe.surgery.banks import place_bank
-from chorus_moe.surgery.parts import decoder_of
+from chorus_moe.surgery.parts import bank_tensor, decoder_of
 from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
 
 logger = logging.get_logger(__name__)
@@ -125,8 +125,8 @@ def base_hash(model: nn.Module, bank: str) -> str:
     }
     # By name: the order of modules must not matter, since operations may insert modules at another place.
     for name, tensor in sorted(model.state_dict().items()):
-        # The dot in front finds the banks of a bare decoder, too, whose names begin without a prefix.
-        if ".mlp.banks." in f".{name}" and name.split("mlp.banks.")[1].split(".")[0] in left_out:
+        place = bank_tensor(name)
+        if place is not None and place.bank in left_out:
             continue
         tensor = tensor[columns[name]] if name in columns else tensor
         # Name, dtype and shape first: the same bytes under another name or in another shape are another base.
@@ -187,7 +187,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[ExpertBankConfig, str, dict[str
 
 
 def _check_fit(decoder: Any, bank: ExpertBankConfig, tensors: dict[str, Tensor]) -> None:
-    """Refuse what cannot take its place in this model.
+    """Refuse a bank that does not fit this model.
 
     Raises:
         ValueError: naming the bank's setting, a missing or unexpected tensor, or one of another shape, with both sides.

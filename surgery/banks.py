@@ -48,7 +48,7 @@ def add_bank(
     config = decoder_of(model).config
     if name in config.expert_banks:
         raise ValueError(
-            f"add_bank: the model has a bank {name!r} already; its banks are {sorted(config.expert_banks)}"
+            f"add_bank: the model already has a bank {name!r}; its banks are {sorted(config.expert_banks)}"
         )
     # `freeze` and `unfreeze` address banks and other parts by name in one namespace.
     if name in part_patterns(config):

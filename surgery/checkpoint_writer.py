@@ -1,4 +1,4 @@
-"""Writes a sharded safetensors checkpoint in consecutive pieces: no tensor is ever whole in memory.
+"""Writes a sharded safetensors checkpoint in consecutive pieces: memory never holds a whole tensor.
 
 The layout is that of `save_pretrained`: `model.safetensors`, or numbered shards and an index of them.
 """
@@ -28,7 +28,7 @@ Recipe = Callable[[], Iterable[Tensor]]
 
 
 class PlannedTensor(NamedTuple):
-    """A tensor that is still to be made."""
+    """A tensor that is not made yet."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""One model of parts that other people trained: a text model, and encoders for images and sound.
+"""One model of pretrained parts: a text model, and encoders for images and sound.
 
 A composition is a plan: it says, for each tensor of the new model, how to make it from tensors of the parents. The plan
 runs in memory ([`Composition.build`]) or writes a checkpoint ([`compose_checkpoint`]); both give the same numbers. The
@@ -47,7 +47,7 @@ class Composition:
     """A plan for a new model.
 
     Args:
-        model: on the meta device, but for what is newly initialised.
+        model: on the meta device, except parameters that are newly initialised.
         recipes: name -> how to make a tensor in consecutive pieces, for all that comes from parents.
         report: what the new model will be.
         text: the text parent, opened.
@@ -75,6 +75,7 @@ class Composition:
             parent_tokenizer(self.text),
             None if self.vision is None else self.vision.source,
             vision_loading={"revision": revision, **self.access},
+            notes=self.report.notes,
         )
 
     def tensors(self) -> dict[str, PlannedTensor]:
@@ -88,7 +89,7 @@ class Composition:
     @torch.no_grad()
     def build(self) -> ChorusForConditionalGeneration:
         """The model, in evaluation mode."""
-        # One tensor at a time, so that besides the model only one parent tensor is in memory.
+        # One tensor at a time, so that memory holds one parent tensor beside the model.
         for name, planned in self.tensors().items():
             if name not in self.recipes:
                 continue
@@ -125,7 +126,7 @@ def plan_composition(
 
     Raises:
         OSError: a part is not there.
-        ValueError: a part or a setting that does not fit; nothing large has been read by then.
+        ValueError: a part or a setting that does not fit; raised before anything large is read.
     """
     options = UpcyclingOptions(experts=experts, **upcycling)
     access = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -159,7 +160,7 @@ def plan_composition(
 
 
 class Composed(NamedTuple):
-    """What `compose` hands back: a model in evaluation mode, its processor, and what was done."""
+    """What `compose` returns: the model in evaluation mode, its processor, and a report of what was done."""
 
     model: ChorusForConditionalGeneration
     processor: ChorusProcessor
@@ -183,8 +184,8 @@ def compose(
         text: folder or Hub id of a causal language model in safetensors files: Llama (and SmolLM), Mistral,
             Ministral, Qwen2, Qwen3, SmolLM3, OLMo 2, Mixtral, Qwen3-MoE or OLMoE. The sparse layers of a mixture
             model stay sparse, and all its banks start as its own experts and router.
-        vision, audio: folder or Hub id of an encoder, or a `ChorusVisionConfig` / `ChorusAudioConfig` for a new
-            one; None for a model without.
+        vision: folder or Hub id of an encoder, or a `ChorusVisionConfig` for a new one; None for a model without.
+        audio: the same with `ChorusAudioConfig`.
         experts: bank -> settings as in `config.expert_banks`, or a preset's name. If None: a bank for each
             modality, and `common` of a dense parent with encoders. See [`UpcyclingOptions`] for what a bank must
             keep.
@@ -304,7 +305,7 @@ def _on_meta(model_class: Any, config: ChorusConfig, dtype: torch.dtype) -> Any:
 
 
 def _start_new(model: Any, recipes: dict[str, Recipe], seed: int) -> None:
-    """Initialise what no parent has, as `from_pretrained` does with missing keys; the caller's generator stays put."""
+    """Initialise what no parent has, as `from_pretrained` does with missing keys; keeps the global random state."""
     for name in recipes:
         # `initialize_weights` leaves alone what carries this mark; what parents bring is still on the meta device.
         model.get_parameter_or_buffer(name)._is_hf_initialized = True

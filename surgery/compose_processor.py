@@ -2,8 +2,8 @@
 
 Unusual here:
 - the settings of the parent's image processor are read, whatever its class, and given to our image processor;
-- a chat template is kept only if it writes images and sound in their place and marks the assistant's words, which
-  training needs; most templates of text models do neither.
+- the text parent's chat template is kept: as it is if it writes images and sound in their place and marks the
+  assistant's words, which training needs, else extended by both (`compose_template`).
 """
 
 import math
@@ -18,6 +18,8 @@ from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedTokeniz
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_media import MEDIA
+from chorus_moe.processors.processing_messages import limited_steps
+from chorus_moe.surgery.compose_template import extended_template
 from chorus_moe.surgery.parent_checkpoint import ParentCheckpoint
 
 TIMM_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -145,7 +147,8 @@ def carries_media(tokenizer: PreTrainedTokenizerBase, image_token: str, audio_to
     content = [{"type": "image"}, {"type": "text", "text": PROBE_WORD}, {"type": "audio"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": PROBE_WORD}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        with limited_steps():
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:  # noqa: BLE001  a template is other people's program: whatever it raises, it does not carry media
         return False
     parts = (re.escape(part) for part in (image_token, PROBE_WORD, audio_token, PROBE_WORD))
@@ -159,19 +162,21 @@ def compose_processor(
     vision: str | os.PathLike[str] | None = None,
     *,
     vision_loading: Mapping[str, Any] | None = None,
+    notes: list[str] | None = None,
     **overrides: Any,
 ) -> ChorusProcessor:
     """The processor of a composed model.
 
     The tokenizer is the text parent's with the media tokens added, images are prepared as the vision parent's own
     image processor does; what the audio parent wants is in `config.audio_config`. The text parent's chat template is
-    kept if it can hold images and sound (`carries_media`), otherwise it is ours.
+    kept if it can hold images and sound (`carries_media`) or can be extended so that it does, otherwise it is ours.
 
     Args:
         config: the composed model's, or anything with its `vision_config`, `audio_config` and media token ids.
         tokenizer: the text parent's, see [`parent_tokenizer`].
         vision: folder, Hub id or the name of a timm model; None for a new vision tower.
         vision_loading: `revision`, `token`, `cache_dir`, `local_files_only` of the vision parent.
+        notes: of a report; gets a line that says what became of the chat template.
         overrides: as in [`ChorusProcessor.from_config`].
 
     Raises:
@@ -182,8 +187,15 @@ def compose_processor(
     if vision is not None and config.vision_config is not None:
         settings = parent_image_settings(vision, config.vision_config.image_size, **vision_loading or {})
     tokens = {f"{name}_token": overrides.get(f"{name}_token", row.token) for name, row in MEDIA.items()}
-    if carries_media(tokenizer, **tokens):
-        settings["chat_template"] = tokenizer.chat_template
+    if "chat_template" in overrides:
+        note = "chat template: as given"
+    elif carries_media(tokenizer, **tokens):
+        settings["chat_template"], note = tokenizer.chat_template, "chat template: the text parent's"
+    else:
+        media = {name: tokens[f"{name}_token"] for name in MEDIA}
+        settings["chat_template"], note = extended_template(tokenizer, media)
+    if notes is not None and note not in notes:
+        notes.append(note)
     processor = ChorusProcessor.from_config(config, tokenizer, **settings | overrides)
     # Saved beside each other, the two must not disagree: whoever loads the tokenizer alone gets the same chats.
     tokenizer.chat_template = processor.chat_template

@@ -11,16 +11,17 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from chorus_moe.modeling.configuration_modalities import ENCODED
 from chorus_moe.surgery.checkpoint_writer import Recipe
 from chorus_moe.surgery.compose_upcycling import UpcyclingOptions, expert_pieces, noisy
 from chorus_moe.surgery.parent_checkpoint import ParentCheckpoint
 from chorus_moe.surgery.parent_text import ParentText
+from chorus_moe.surgery.parent_towers import TowerParent
+from chorus_moe.surgery.parts import bank_tensor
 
 EMBEDDINGS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
-BANK_TENSOR = re.compile(r"model\.language_model\.layers\.(\d+)\.mlp\.banks\.(\w+?)\.(router|experts)\.(\w+)")
 NEW_TENSOR = re.compile(r"model\.(?:vision|audio)_connector\.|\.mlp\.bank_gate\.")
 # The mean of an embedding table is summed in double precision: in blocks, or the whole table would be held in doubles.
 ROWS_AT_ONCE = 4_096
@@ -34,16 +35,17 @@ class Tower:
         parent: where its tensors come from, with `tensors()`; newly initialised if None.
     """
 
-    def __init__(self, config: PreTrainedConfig | None, parent: Any = None):
+    def __init__(self, config: PreTrainedConfig | None, parent: TowerParent | None = None):
         # The new model writes its dtype into this configuration; the caller's object must stay as it was.
         self.config = deepcopy(config)
         self.parent = parent
         self._left: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
-        """One tensor, by its name below the tower. The encoder is read for the first and let go with the last."""
+        """One tensor, by its name below the tower. The encoder is read for the first one and freed after the last."""
         if name not in self._left:
             # Read again if a tensor is asked for twice, as when a plan is carried out a second time.
+            assert self.parent is not None  # without one no recipe asks
             self._left = dict(self.parent.tensors())
         if name not in self._left:
             raise ValueError(f"the encoder has no tensor {name!r} among {len(self._left)}")
@@ -72,7 +74,7 @@ class RecipeFinder:
             for bank in self.config.banks_of_layer(layer)
         }
 
-    def recipes(self, model: Any) -> dict[str, Recipe]:
+    def recipes(self, model: PreTrainedModel) -> dict[str, Recipe]:
         found = {
             name: self._recipe(name, tuple(value.shape))
             for name, value in model.state_dict().items()
@@ -87,9 +89,10 @@ class RecipeFinder:
             if name.startswith(prefix):
                 tower = self.towers[row.name]
                 return None if tower.parent is None else partial(tower.take, name.removeprefix(prefix), shape)
-        if match := BANK_TENSOR.fullmatch(name):
-            layer, bank, part, parameter = match.groups()
-            return self._of_bank(name, int(layer), bank, part, parameter, shape)
+        place = bank_tensor(name)
+        if place is not None:
+            part, _, parameter = place.part.partition(".")
+            return self._of_bank(name, place.layer, place.bank, part, parameter, shape)
         if NEW_TENSOR.search(name):
             return None
         source = self.parent.source(name)
@@ -105,6 +108,9 @@ class RecipeFinder:
         self, name: str, layer: int, bank_name: str, part: str, parameter: str, shape: tuple[int, ...]
     ) -> Recipe | None:
         parent, bank = self.parent, self._banks[layer, bank_name]
+        if part == "gate":
+            # No parent has a gate of a bank's own: it is newly initialised.
+            return None
         if part == "router":
             # A dense parent has no router, and a correction bias starts at zero: both are newly initialised.
             if parameter != "weight" or not parent.num_experts:
@@ -128,7 +134,7 @@ class RecipeFinder:
 
 
 def _grown(checkpoint: ParentCheckpoint, name: str, extra: int) -> Iterator[Tensor]:
-    """A table of one row a token, and new rows that are the mean of the old ones."""
+    """A table with one row per token, and new rows that are the mean of the old ones."""
     table = checkpoint.read(name)
     yield table
     if extra > 0:

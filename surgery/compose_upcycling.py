@@ -1,4 +1,4 @@
-r"""Experts out of a text model that already knows something (sparse upcycling, arXiv 2212.05055).
+r"""Experts from a pretrained text model (sparse upcycling, arXiv 2212.05055).
 
 Of a **dense** parent, the feed-forward of the chosen layers is copied into every expert of every bank. The weights of a
 token's experts sum to one, and so do those of the banks open to it: whatever the new routers choose, the sum is the

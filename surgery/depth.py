@@ -1,4 +1,4 @@
-"""Adaptive depth for a model that was trained without: exits, and gates that let tokens skip feed-forwards.
+"""Adaptive depth for a model that was trained without it: exits, and gates that let tokens skip feed-forwards.
 
 Unusual here:
 - what is added changes no output: exits answer only when they are asked, no sample leaves at a new exit, and a new
@@ -31,7 +31,7 @@ def add_exits(
     again. In a generative model exits share the final norm and the head, so only the configuration changes.
 
     Args:
-        layers: after how many layers each stands, besides the exits that the model has.
+        layers: after how many layers each new exit stands.
         exit_loss_coef: weight of the exits in training; if None that of the exits before, 1 if there were none.
 
     Raises:
@@ -86,7 +86,7 @@ def add_skip_gates(
     `unfreeze(model, "skip_gates")`.
 
     Args:
-        layers: indices of the layers, besides those that have a gate.
+        layers: indices of the layers that get a gate.
         skip_budget: the share of the tokens of all these layers that training lets pass; the model's own if None.
 
     Raises:

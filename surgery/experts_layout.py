@@ -57,7 +57,7 @@ def _convert(
     decoder, before = decoder_of(model), count_parameters(model)
     config = decoder.config
     if config.experts_layout == layout:
-        raise ValueError(f"{operation}: the experts have the layout {layout!r} already")
+        raise ValueError(f"{operation}: the experts already have the layout {layout!r}")
     banks: list[ExpertBank] = [
         bank for layer in config.sparse_layers for bank in decoder.layers[layer].mlp.banks.values()
     ]
@@ -66,7 +66,10 @@ def _convert(
             # Quantised and sharded parameters are subclasses of `Parameter` or hold integers; slices of them mean
             # something else.
             if not parameter.is_floating_point() or type(parameter) is not nn.Parameter:
-                raise ValueError(f"{operation}: bank {bank.name!r}: {name} is quantised or sharded; load it plain")
+                raise ValueError(
+                    f"{operation}: bank {bank.name!r}: {name} is quantised or sharded; "
+                    "load the model unquantised on one device"
+                )
     # Every bank is checked before the first one is converted: a model of two layouts would not load.
     config.experts_layout = layout
     for bank in banks:
@@ -115,7 +118,7 @@ def export_experts(
 
     Names end in `mlp.banks.{bank}.experts.{e}.gate_proj.weight`, `up_proj` and `down_proj`, as those of Qwen3-MoE
     checkpoints do below `mlp`. `from_pretrained` reads the folder as a model with `experts_layout="linear"`, of
-    which `fuse_experts` makes the same as this one. Besides this model memory holds one tensor.
+    which `fuse_experts` makes the same as this one. Beside this model, memory holds one tensor.
 
     Returns:
         The names of the files that hold weights.

@@ -108,7 +108,7 @@ def best_permutation(neurons_IF: Tensor, target_IF: Tensor) -> Tensor:
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise ImportError("merge_experts puts neurons in order with scipy: pip install scipy") from error
+        raise ImportError("merge_experts needs scipy to align neurons: pip install scipy") from error
     # Rows of the assignment are places of the target, columns the neurons that take them.
     _, index_I = linear_sum_assignment((target_IF @ neurons_IF.T).numpy(), maximize=True)
     return torch.from_numpy(index_I)

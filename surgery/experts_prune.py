@@ -1,9 +1,9 @@
-"""Taking experts away: the ones with the highest scores stay, as they are and in their order.
+"""Remove experts: those with the highest scores stay, unchanged and in their order.
 
 Unusual here:
-- an expert is taken away with everything that belongs to it: its rows in the router (`Router.rows_of_experts`), its
-  correction bias. What is left is neither rescaled nor moved;
-- experts that no token chose can be taken away without a change (but for the last bits, where the matrix library sums a
+- an expert is removed with everything that belongs to it: its rows in the router (`Router.rows_of_experts`), its
+  correction bias. The rest is neither rescaled nor moved;
+- experts that no token chose can be removed without a change (but for the last bits, where the matrix library sums a
   row in another order beside fewer others), where a choice depends on the chosen alone. Where it does not (see
   `dependence`), the report says so.
 """
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chorus_moe.modeling.configuration_banks import LayerBankConfig
 from chorus_moe.modeling.moe_banks import ExpertBank
@@ -35,10 +35,10 @@ OPERATION = "prune_experts"
 Keep = int | float | str | Mapping[int, int | float | str]
 
 
-def prune_experts(model: Any, keep: Mapping[str, Keep], scores: ExpertScores) -> OperationReport:
-    """Keep the experts with the highest scores of some banks, in each layer by itself.
+def prune_experts(model: nn.Module, keep: Mapping[str, Keep], scores: ExpertScores) -> OperationReport:
+    """Keep the experts with the highest scores of some banks, in each layer separately.
 
-    Outputs are the same, bit for bit, where no token chose what is taken away; the report names the settings of a
+    Outputs are the same, bit for bit, if no token chose a removed expert; the report names the settings of a
     bank that prevent this. `chorus_moe.training.routing.saliency` measures use and saliency.
 
     Args:
@@ -90,7 +90,7 @@ def rows_of(bank: ExpertBank, index_N: Tensor) -> dict[str, Tensor]:
 
 
 def best_of_groups(score_E: Tensor, count: int, num_groups: int) -> Tensor:
-    """Indices in rising order: as many of each group of neighbours, the best of it; of equals the lower index."""
+    """Indices in rising order: the same number from each group of neighbours, its best; ties go to the lower index."""
     score_GM = score_E.view(num_groups, -1)
     # Stable, so that ties go to the lower index, as everywhere in routing.
     order_GM = score_GM.argsort(dim=1, descending=True, stable=True)[:, : count // num_groups]

@@ -1,4 +1,4 @@
-"""Another number of experts in a built bank: the tensors, the modules' sizes and the configuration change together."""
+"""Change the number of experts of a built bank: its tensors, its modules' sizes and the configuration together."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,13 +36,13 @@ def layers_of_bank(model: nn.Module, name: str, operation: str) -> dict[int, Exp
         if bank.experts.num_experts != bank.num_experts:
             raise ValueError(
                 f"{operation}: bank {name!r} of layer {layer} has {bank.experts.num_experts} of its "
-                f"{bank.num_experts} experts on this rank; load the model on one"
+                f"{bank.num_experts} experts on this rank; load the whole model on one rank"
             )
     return layers
 
 
 def router_tensors(bank: ExpertBank) -> list[str]:
-    """Names of the router's tensors that have one row an expert, those that score first."""
+    """Names of the router's tensors with one row per expert, those that score first."""
     return [f"router.{name}" for name in bank.router.expert_rows()]
 
 
@@ -68,7 +68,7 @@ def replace_experts(
     """Give banks other experts.
 
     Args:
-        new: bank -> layer -> name within the bank -> all its rows, for every tensor with a row an expert.
+        new: bank -> layer -> name within the bank -> all its rows, for every tensor with one row per expert.
         notes: lines of the report.
 
     Raises:
@@ -109,7 +109,7 @@ def replace_experts(
 
 
 def _set_tensor(bank: nn.Module, path: str, rows: Tensor) -> None:
-    """Put a tensor in the place of a parameter or buffer, in its type and on its device, trained if that was."""
+    """Replace a parameter or buffer by a tensor of the same dtype, on the same device, trained if the old one was."""
     owner, _, name = path.rpartition(".")
     module = bank.get_submodule(owner)
     old = getattr(module, name)

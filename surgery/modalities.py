@@ -1,4 +1,4 @@
-"""Adding a modality to a model that was built without it: encoder, connector, placeholder token, bank.
+"""Add a modality to a model that was built without it: encoder, connector, placeholder token, bank.
 
 Unusual here: modules and configuration end in the order of a model built with the modality, so names, parameters and
 the states of an optimizer agree with those of the saved and reloaded model.
@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from chorus_moe.modeling.attention import ModalityProjection
 from chorus_moe.modeling.configuration_banks import ExpertBankConfig, check_name
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.configuration_modalities import ENCODED, ENCODED_MODALITIES, MODALITY_IDS, in_order
+from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.modeling.modeling_chorus import ENCODER_CLASSES
 from chorus_moe.surgery.banks import add_bank, write_bank
 from chorus_moe.surgery.parts import decoder_of
@@ -25,7 +27,11 @@ ORDER = (*(row.tower for row in ENCODED), *(row.connector for row in ENCODED), "
 
 
 def add_modality(
-    model: Any, modality: str, tower: Any, token_id: int | None = None, bank: Mapping[str, Any] | None = None
+    model: ChorusPreTrainedModel,
+    modality: str,
+    tower: PreTrainedConfig | Mapping[str, Any] | nn.Module,
+    token_id: int | None = None,
+    bank: Mapping[str, Any] | None = None,
 ) -> OperationReport:
     """Add an encoder, its connector and its placeholder token. Outputs for other inputs stay as they are.
 
@@ -49,7 +55,7 @@ def add_modality(
     row = ENCODED_MODALITIES[modality]
     inner, config, before = _place_for_towers(model), model.config, count_parameters(model)
     if modality in config.modalities:
-        raise ValueError(f"add_modality: the model has {modality!r} already; its modalities are {config.modalities}")
+        raise ValueError(f"add_modality: the model already has {modality!r}; its modalities are {config.modalities}")
     tower_config = checked("add_modality", lambda: _read_tower(modality, tower))
     text, decoder = config.text_config, decoder_of(model)
     token_id = text.vocab_size if token_id is None else token_id
@@ -132,7 +138,7 @@ def _read_tower(modality: str, tower: Any) -> Any:
 
 
 def _open_bank(decoder: Any, bank: ExpertBankConfig, modality: str) -> None:
-    """Let tokens of a modality enter a bank. Other tokens find the same banks open as before."""
+    """Let tokens of a modality enter a bank. For other tokens the open banks stay the same."""
     bank = replace(bank, modalities=in_order({*bank.modalities, modality}))
     write_bank(decoder, bank)
     for layer in bank.layers_among(decoder.config.sparse_layers):
@@ -153,7 +159,7 @@ def _attach(inner: nn.Module, name: str, module: nn.Module) -> None:
 
 @torch.no_grad()
 def _grow_vocabulary(model: Any, vocab_size: int) -> None:
-    """New rows of the embedding and of the head are the mean of the old ones: the placeholder is no likely word."""
+    """New rows of the embedding and of the head are the mean of the old ones: the placeholder is an unlikely word."""
     old = model.get_input_embeddings().num_embeddings
     # The resized tables may be new parameters, which are trained: a table that was frozen stays frozen.
     trained = [table.weight.requires_grad for table in _tables(model)]

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from chorus_moe.modeling.configuration_modalities import ENCODED, MODALITY_IDS
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
+from chorus_moe.surgery.parts import bank_tensor
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,18 @@ def _count(model: nn.Module) -> ParameterReport:
         size = parameter.numel()
         total += size
         # Names, not modules: the same code counts every head and a model on the meta device.
-        bank_name = name.split(".mlp.banks.")[1].split(".")[0] if ".mlp.banks." in name else None
-        if bank_name is None:
+        place = bank_tensor(name)
+        if place is None:
             part = _part_of(name)
             parts[part] = parts.get(part, 0) + size
             for modality in modalities:
                 active[modality] += size * _works_on(name, modality, config)
             continue
-        bank = banks[int(name.split(".mlp.banks.")[0].rpartition(".")[2])][bank_name]
+        bank = banks[place.layer][place.bank]
         # A token visits K of E experts. Router and gate see every token of the bank.
-        share = bank.num_experts_per_tok / bank.num_experts if ".experts." in name else 1.0
-        by_bank[bank_name]["total"] += size
-        by_bank[bank_name]["active"] += size * share
+        share = bank.num_experts_per_tok / bank.num_experts if place.part.startswith("experts.") else 1.0
+        by_bank[place.bank]["total"] += size
+        by_bank[place.bank]["active"] += size * share
         for modality in set(bank.modalities) & set(modalities):
             active[modality] += size * share
     return ParameterReport(

@@ -1,4 +1,4 @@
-"""A checkpoint that other people trained, read tensor by tensor.
+"""A pretrained checkpoint, read tensor by tensor.
 
 Unusual here:
 - only safetensors files are opened, and no code of the checkpoint is ever run;

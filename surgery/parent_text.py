@@ -181,7 +181,7 @@ class ParentText:
                 f"{list(FAMILIES)}"
             )
         if getattr(self.config, "clip_qkv", None) is not None:
-            raise ValueError(f"{self}: clip_qkv={self.config.clip_qkv} is not supported; the decoder clips nothing")
+            raise ValueError(f"{self}: clip_qkv={self.config.clip_qkv} is not supported; the decoder does not clip")
         rope = self.config.rope_parameters or {}
         if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise ValueError(

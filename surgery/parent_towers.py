@@ -1,4 +1,4 @@
-"""Vision and audio encoders that other people trained, as towers of a new model.
+"""Pretrained vision and audio encoders as towers of a new model.
 
 Unusual here:
 - every checkpoint is loaded by the library that wrote it (transformers, timm), which knows its older names of tensors;
@@ -124,7 +124,7 @@ def audio_parent(
     if model_type in WAVEFORM_TYPES:
         return _waveform_parent(checkpoint, pool_size, max_seconds, backbone_library)
     raise ValueError(
-        f"{checkpoint}: a {model_type!r} is no audio encoder known here; choose from "
+        f"{checkpoint}: a {model_type!r} is not a supported audio encoder; choose from "
         f"{', '.join(('whisper', *WAVEFORM_TYPES, 'chorus', ChorusAudioConfig.model_type))}"
     )
 
@@ -187,8 +187,8 @@ def _huggingface_vision(checkpoint: ParentCheckpoint, pool_size: int) -> TowerPa
     # NaFlex (siglip2) takes patches of any aspect ratio, which our images of one size are not.
     if getattr(kind, "main_input_name", None) != "pixel_values" or backbone.model_type.startswith("siglip2"):
         raise ValueError(
-            f"{checkpoint}: a {backbone.model_type!r} is no encoder of images of one size; choose a vision model of "
-            "transformers (such as SigLIP, CLIP, DINOv2; not NaFlex), or a timm model"
+            f"{checkpoint}: model_type={backbone.model_type!r} does not encode images of one fixed size; choose a "
+            "vision model of transformers (such as SigLIP, CLIP, DINOv2; not NaFlex), or a timm model"
         )
     # `dtype="auto"` in `_load` would take this value instead of the dtype of the stored weights.
     backbone.dtype = None
@@ -264,7 +264,7 @@ def _waveform_parent(checkpoint: ParentCheckpoint, pool_size: int, max_seconds: 
     backbone: Any = prepare_backbone_config(checkpoint.config)
     backbone.dtype = None
     extractor = _feature_extractor(checkpoint)
-    # A wrong guess would not fail: unnormalised samples only make the encoder worse, in silence.
+    # A wrong guess would not fail: unnormalised samples only make the encoder worse, silently.
     if extractor is None:
         raise ValueError(
             f"{checkpoint}: found no preprocessor_config.json, which says the sampling rate and whether samples are "
@@ -311,7 +311,7 @@ def _chorus_parent(checkpoint: ParentCheckpoint, modality: str, kind: Any) -> To
         if config is None:
             raise ValueError(f"{checkpoint}: this Chorus model has no {modality} tower")
     if config.model_type != kind.config_class.model_type:
-        raise ValueError(f"{checkpoint}: a {config.model_type!r} is no {modality} tower")
+        raise ValueError(f"{checkpoint}: model_type={config.model_type!r} is not a {modality} tower")
     # A tower saved alone has no prefix, one inside a model has one or two.
     mapping = {rf"^(model\.)?{modality}_tower\.": ""}
     return TowerParent(

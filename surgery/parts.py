@@ -7,7 +7,7 @@ Unusual here:
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.configuration_modalities import ENCODED
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.modeling_head_table import HEADS
+from chorus_moe.modeling.modeling_text import ChorusTextModel
 from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
 
 # What LoRA and the names of parts call an encoder: its module without `_tower`.
@@ -25,14 +26,12 @@ CONNECTORS = rf"(?:{'|'.join(row.connector for row in ENCODED)})\..+"
 EXITS, SKIP_GATES = r"exits\.\d+\.(?:norm|score)", r"language_model\.layers\.\d+\.skip_gate"
 
 
-def decoder_of(model: nn.Module) -> Any:
+def decoder_of(model: nn.Module) -> ChorusTextModel:
     """The [`ChorusTextModel`] below a head, an adapter and wrappers such as DistributedDataParallel.
 
     Raises:
         ValueError: there is none.
     """
-    from chorus_moe.modeling.modeling_text import ChorusTextModel
-
     for module in model.modules():
         if isinstance(module, ChorusTextModel):
             return module
@@ -43,6 +42,20 @@ def below_head(name: str) -> str:
     """A module's or parameter's name below the head, `language_model.layers...`, whichever head it is."""
     # A bare ChorusModel has no such prefix, and its names are those below the head already.
     return name.removeprefix("model.")
+
+
+class BankTensor(NamedTuple):
+    """Where a tensor of a bank lives: `part` is its name within the bank, such as `router.weight`."""
+
+    layer: int
+    bank: str
+    part: str
+
+
+def bank_tensor(name: str) -> BankTensor | None:
+    """Read the name of a parameter, with any prefix of heads and wrappers; None if it belongs to no bank."""
+    match = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.mlp\.banks\.(\w+)\.(.+)", name)
+    return None if match is None else BankTensor(int(match[1]), match[2], match[3])
 
 
 def layer_parts(text: ChorusTextConfig) -> dict[str, tuple[list[int], str]]:
@@ -132,7 +145,7 @@ def _num_trained(parameters: Mapping[str, nn.Parameter]) -> int:
 
 
 def freeze(model: nn.Module, *names: str) -> OperationReport:
-    """Keep parts from being trained.
+    """Exclude parts from training.
 
     Args:
         names: "all", a bank, "router:BANK", "experts:BANK", "bank_gates", "attention", "cross_modal",
@@ -140,7 +153,7 @@ def freeze(model: nn.Module, *names: str) -> OperationReport:
             "audio_connector", "embeddings", "norms", "head" (with its exits), "exits", "skip_gates".
 
     Returns:
-        A report with the trainable parameters before and after. A frozen router's balance bias rests, too.
+        A report with the trainable parameters before and after. A frozen router's balance bias does not move either.
 
     Raises:
         ValueError: adapters are active, or a part that the model does not have, with the nearest name.

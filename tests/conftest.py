@@ -15,11 +15,10 @@ from torch import Tensor
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from benchmarks.same_bits import AUDIO, AUDIO_TOKEN, IMAGE_TOKEN, TEXT, VISION
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
 
 pytest_plugins = ["tests.fake_hub", "tests.transformers_suite"]
-
-IMAGE_TOKEN, AUDIO_TOKEN = 3, 4
 
 # Matrix libraries sum a row in another order when its neighbours, their number or its address change: up to 3e-7 here.
 # What really reaches a position moves its logits by 3e-3 at least.
@@ -39,37 +38,9 @@ def override(monkeypatch: pytest.MonkeyPatch, table: Any, name: str, function: A
 def tiny_config(**text: Any) -> ChorusConfig:
     """A trimodal configuration of some 300,000 parameters; keyword arguments go to the text part."""
     return ChorusConfig(
-        text_config={
-            "vocab_size": 128,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
-            "max_position_embeddings": 512,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            **text,
-        },
-        vision_config={
-            "architecture": "vit_tiny_patch16_224",
-            "model_args": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
-            "image_size": 32,
-            "pool_size": 2,
-        },
-        audio_config={
-            "num_mel_bins": 16,
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "conv_kernel_size": 7,
-        },
+        text_config=TEXT | text,
+        vision_config=VISION,
+        audio_config=AUDIO,
         image_token_id=IMAGE_TOKEN,
         audio_token_id=AUDIO_TOKEN,
     )

@@ -133,5 +133,12 @@ def test_a_page_runs_as_pasted(name: str, after_readme: Path, parents: dict[str,
     run_page(name, tmp_path / "work", parents)
 
 
+def test_the_reference_lists_every_operation() -> None:
+    from chorus_moe import surgery
+
+    listed = re.findall(r"^::: chorus_moe\.surgery\.(\w+)$", (ROOT / "docs/reference/api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(surgery.__all__)
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

@@ -130,7 +130,7 @@ def convert_adapter(
     if layout not in ("linear", "fused"):
         raise ValueError(f"layout={layout!r}; choose 'linear' or 'fused'")
     config: dict[str, Any] = json.loads((Path(source) / CONFIG).read_text(encoding="utf-8"))
-    # Left as they are, they would match nothing in the other layout, in silence.
+    # Left unchanged, they would silently match nothing in the other layout.
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise ValueError(f"{source}: {key}={config[key]} names tensors of one layout; convert an adapter without")

@@ -246,7 +246,7 @@ def print_values(values: dict[str, Any], as_json: bool) -> None:
 
 
 def main() -> None:
-    """Entry point. A mistake of the user is reported in one line, without a traceback."""
+    """Entry point. An error that the user can correct is one line, without a traceback."""
     try:
         app()
     except (ValueError, TypeError, OSError) as error:

@@ -1,7 +1,7 @@
 """Rows of messages, images and sound to a batch with labels on the assistant's words.
 
 Unusual here:
-- nothing is dropped in silence: a sample that cannot be read is an error, or with `on_bad_media="skip"` it is counted
+- nothing is dropped silently: a sample that cannot be read is an error, or with `on_bad_media="skip"` it is counted
   and logged, up to a cap;
 - a batch whose samples are all bad still comes out, as text without labels, so that all ranks take equally many steps.
 """
@@ -111,8 +111,8 @@ class ChorusDataCollator:
         if not self._warned_unlabelled and bool((batch["labels"][:, 1:] == -100).all()):
             self._warned_unlabelled = True
             logger.warning(
-                f"a batch of {len(batch['labels'])} samples has no label at all and teaches nothing: no assistant turn "
-                "is left, perhaps because max_length cut it off (said once)"
+                f"a batch of {len(batch['labels'])} samples has no labels, so training learns nothing from it: no "
+                "assistant turn is left, perhaps because max_length cut it off (this warning appears once)"
             )
         return batch
 

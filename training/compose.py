@@ -103,7 +103,8 @@ def compose(
     text = ParentText(ParentCheckpoint(parts.text, revision=parts.text_revision, **parts.access)).checkpoint
     vision, audio = read_towers(parts)
     # The processor first: what does not fit is found in seconds, the weights take minutes.
-    processor = build_processor(parts, text, vision, audio)
+    notes: list[str] = []
+    processor = build_processor(parts, text, vision, audio, notes)
     # Encoders are handed over opened, the text part with its pinned commit: weights come from what was checked.
     report = compose_checkpoint(
         folder,
@@ -116,17 +117,19 @@ def compose(
         **parts.access,
         **experts,
     )
+    report.notes.extend(notes)
     processor.save_pretrained(folder)
     parents: dict[str, Any] = {"text": text, "vision": vision, "audio": audio}
     named = [Parent(part, origin.source, origin.revision) for part, origin in parents.items() if origin is not None]
     config = ChorusConfig.from_pretrained(folder)
     # The card needs the configuration only, so no model is built for it.
-    (folder / "README.md").write_text(run_card(SimpleNamespace(config=config), parents=named), encoding="utf-8")
+    card = run_card(SimpleNamespace(config=config), parents=named, notes=notes)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     return report
 
 
 def read_towers(parts: Parts) -> tuple[TowerParent | None, TowerParent | None]:
-    """The encoders, configuration read and weights not."""
+    """The encoders: their configurations are read, their weights are not."""
     vision = audio = None
     if parts.vision is not None:
         vision = vision_parent(
@@ -145,9 +148,9 @@ def read_towers(parts: Parts) -> tuple[TowerParent | None, TowerParent | None]:
 
 
 def build_processor(
-    parts: Parts, text: ParentCheckpoint, vision: TowerParent | None, audio: TowerParent | None
+    parts: Parts, text: ParentCheckpoint, vision: TowerParent | None, audio: TowerParent | None, notes: list[str]
 ) -> ChorusProcessor:
-    """The processor of the model that will be, from what it will have in its configuration."""
+    """The processor of the planned model; what became of the parent's chat template goes into `notes`."""
     ids = media_token_ids(text) if vision is not None or audio is not None else {}
     # Stands for the configuration of a model that does not exist yet.
     future = SimpleNamespace(
@@ -161,6 +164,7 @@ def build_processor(
         parent_tokenizer(text),
         parts.vision,
         vision_loading={"revision": vision and vision.revision, **parts.access},
+        notes=notes,
     )
 
 

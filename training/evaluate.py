@@ -19,7 +19,7 @@ class Evaluation:
     """Figures of one evaluation.
 
     Args:
-        accuracy: share of answers equal to the reference, spaces and case apart.
+        accuracy: share of answers equal to the reference, ignoring case and spaces.
         loss: mean over the labelled tokens.
     """
 

@@ -75,14 +75,14 @@ class ExitAnswers:
         """
         text = model.config.text_config
         if not text.exit_layers:
-            raise ValueError("the model has no exits: add them with add_exits and train them")
+            raise ValueError("the model has no exits; add them with add_exits and train them")
         device, was_training = device_of(model), model.training
         # Dropout would make confidences random.
         model.eval()
         sure, right = [], []
         for batch in batches:
             if batch.get("labels") is None:
-                raise ValueError("a batch without labels says nothing about accuracy")
+                raise ValueError("a batch has no labels; accuracy needs them")
             inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
             labels = inputs.pop("labels")
             outputs = model(**inputs, output_exit_logits=True)
@@ -122,7 +122,7 @@ class ExitAnswers:
 
 
 def p_value(lost: int, won: int, rows: int, drop: float) -> float:
-    """Highest probability of so few lost rows if the exits lose `drop` of accuracy or more (0 < drop < 1)."""
+    """Highest probability of this few lost rows if the exits lose `drop` of accuracy or more (0 < drop < 1)."""
     # The likeliest rate of won rows among those with lost - won = drop.
     linear = lost + won - (2 * rows + won - lost) * drop
     rate = (linear + math.sqrt(linear**2 + 8 * rows * won * drop * (1 - drop))) / (4 * rows)
@@ -142,7 +142,7 @@ def rows_needed(drop: float, error_rate: float) -> float:
 
 
 def check_rows(rows: int, drop: float, error_rate: float) -> None:
-    """Raises ValueError where so few rows cannot promise `drop`, whatever they say."""
+    """Raises ValueError if too few rows are given to promise `drop`."""
     needed = rows_needed(drop, error_rate)
     if rows < needed:
         raise ValueError(
@@ -183,7 +183,7 @@ def find_thresholds(answers: ExitAnswers, max_accuracy_drop: float, error_rate: 
         error_rate: how often the promise may fail. None: the loss is bounded on these rows alone, on no others.
 
     Raises:
-        ValueError: too few rows to promise this drop whatever they say.
+        ValueError: too few rows to promise this drop.
     """
     rows, exits = len(answers.is_right_NX), len(answers.layers) - 1
     if error_rate is not None:

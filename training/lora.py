@@ -128,7 +128,7 @@ def lora_config(
     """
     reserved = [name for name in RESERVED if name in options]
     if reserved:
-        raise TypeError(f"{reserved[0]} is decided by the groups; build peft.LoraConfig yourself to set it")
+        raise TypeError(f"{reserved[0]} is set by the groups; to choose it, build a peft.LoraConfig yourself")
     targets = LoraTargets(
         banks, attention, cross_modal, shared_experts, dense, connectors, towers, router, exits, skip_gates
     )
@@ -136,7 +136,7 @@ def lora_config(
     parameters = [name for group in groups for name in group.parameters]
     # PEFT refuses this later, with a message about its own internals.
     if parameters and lora_dropout > 0:
-        raise ValueError(f"lora_dropout={lora_dropout} with expert banks: PEFT has no dropout on experts; set it to 0")
+        raise ValueError(f"lora_dropout={lora_dropout} with expert banks: PEFT has no dropout for experts; set it to 0")
     options = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, **options}
     if verbose:
         print(lora_table(model, groups, options))
@@ -209,7 +209,7 @@ def find_groups(model: nn.Module, targets: LoraTargets) -> list[LoraGroup]:
     # PEFT itself only minds when nothing matches at all.
     empty = [group.name for group in groups if not group.names]
     if empty:
-        raise ValueError(f"the group {empty[0]!r} matches nothing in this model; take it out")
+        raise ValueError(f"the group {empty[0]!r} matches nothing in this model; remove it")
     return groups
 
 

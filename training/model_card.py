@@ -25,6 +25,7 @@ def run_card(
     license_id: str | None = None,
     picture: Path | None = None,
     parents: Sequence[Parent] = (),
+    notes: Sequence[str] = (),
 ) -> str:
     """Markdown with metadata for a model or an adapter.
 
@@ -33,6 +34,7 @@ def run_card(
         license_id: the licence of the weights, which only their owner can choose; left out if None.
         picture: a heat map of routing that lies beside the card.
         parents: of a composed model; of a folder only the last name is told.
+        notes: what else to say about it, a line each.
     """
     base = base_model(model)
     is_adapter = base is not model
@@ -75,10 +77,10 @@ def run_card(
         lines += [f"The adapter holds {trained:,} trained parameters.", ""]
     if rows:
         lines += ["| figure | value |", "| --- | --- |", *rows, ""]
-    return "\n".join([*lines, *parents_section(parents), *routing_section(picture)])
+    return "\n".join([*lines, *parents_section(parents, notes), *routing_section(picture)])
 
 
-def parents_section(parents: Sequence[Parent]) -> list[str]:
+def parents_section(parents: Sequence[Parent], notes: Sequence[str] = ()) -> list[str]:
     """Lines of a card that name what a model was composed of; none without parents."""
     if not parents:
         return []
@@ -96,6 +98,8 @@ def parents_section(parents: Sequence[Parent]) -> list[str]:
         "| --- | --- | --- |",
         *rows,
         "",
+        *(f"- {note}" for note in notes),
+        *([""] if notes else []),
     ]
 
 

@@ -16,7 +16,7 @@ from transformers import Trainer
 # States with the shape of their parameter, by the names that torch's and transformers' optimizers give them.
 LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "z")
 CURE = (
-    "start a new run from these weights (their own optimizer state starts anew), or go on with the model that the "
+    "start a new run from these weights (their own optimizer state starts anew), or continue with the model that the "
     "checkpoint was saved from"
 )
 
@@ -31,7 +31,7 @@ def check_resume(trainer: Trainer, checkpoint: str | Path) -> None:
     Checkpoints of adapters are compared by their optimizer state alone, those without one by their weights alone.
 
     Raises:
-        OptimizerMisfit: naming the parameter that is missing, too much or of another shape, with both shapes.
+        OptimizerMisfit: naming the parameter that is missing, unexpected or of another shape, with both shapes.
     """
     folder, model = Path(checkpoint), trainer.model
     _check_weights(model, folder)

@@ -30,7 +30,7 @@ from chorus_moe.training.routing.reward import RouterRewardTrainer
 def run_training(recipe: Recipe) -> dict[str, Any]:
     """Train, save and, if asked, evaluate and push; the output folder loads with the Auto classes.
 
-    Every checkpoint holds the processor as well. With `resume_from_checkpoint: auto` a run that was killed goes on from
+    Every checkpoint holds the processor as well. With `resume_from_checkpoint: auto` an interrupted run continues from
     its last complete checkpoint.
 
     Returns:
@@ -199,7 +199,7 @@ def texts_of(rows: RowDataset) -> Iterator[str]:
 
 
 def find_checkpoint(arguments: TrainingArguments) -> str | None:
-    """Where to go on: the path in `resume_from_checkpoint`, or for "auto" the last complete checkpoint, if any.
+    """The checkpoint to continue from: `resume_from_checkpoint`, or for "auto" the last complete one, if any.
 
     Raises:
         ValueError: the output folder holds checkpoints and the recipe does not say what to do with them.
@@ -211,14 +211,14 @@ def find_checkpoint(arguments: TrainingArguments) -> str | None:
     complete = complete_checkpoints(Path(arguments.output_dir))
     if complete and asked is None:
         raise ValueError(
-            f"{arguments.output_dir!r} holds {complete[-1].name} of an earlier run; go on with "
+            f"{arguments.output_dir!r} holds {complete[-1].name} of an earlier run; continue it with "
             "--resume_from_checkpoint auto, or choose another --output_dir"
         )
     return str(complete[-1]) if complete else None
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in order of their steps, without those that a kill cut short: the Trainer's state is written last."""
+    """Checkpoints in order of their steps, without incomplete ones: the Trainer's state is written last."""
     found = []
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = path.name.rpartition("-")[2]

@@ -15,6 +15,7 @@ from transformers import CompileConfig
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.fastpaths.compiled_decoding import CompiledDecoding, compile_decoding
+from chorus_moe.surgery import close_bank
 from tests.conftest import tiny_batch, tiny_config
 
 # Sums in another order, at logits up to 2.
@@ -119,7 +120,7 @@ def test_weights_changed_in_place():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
-    assert check(model, text()).graphs.keys() == graphs.keys()
+    assert check(model, text()).graphs == graphs  # the very same: nothing was compiled again
 
 
 def test_an_adapter_added_later():
@@ -127,6 +128,25 @@ def test_an_adapter_added_later():
     check(model, text())
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False)).eval()
     check(adapted, text())
+
+
+def test_adapters_switched_between_texts():
+    config = LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    adapted = get_peft_model(make(), config, "first").eval()
+    adapted.add_adapter("second", config)
+    adapted.eval()
+    check(adapted, text())
+    adapted.set_adapter("second")
+    check(adapted, text())
+    with adapted.disable_adapter():
+        check(adapted, text())
+
+
+def test_a_bank_closed_between_texts():
+    model = make(expert_banks={"text": {}, "common": {}})
+    check(model, text())
+    close_bank(model, "common")
+    check(model, text())
 
 
 def test_a_copy_compiles_for_itself():

@@ -66,7 +66,7 @@ def test_the_loss_and_the_statistics_read_its_probabilities(cosine: Any, monkeyp
     model = make()
     assert {bank.balance for bank in model.config.text_config.banks} == {"switch"}
     with RoutingObserver(model) as observer, torch.no_grad():
-        routing = model(**tiny_batch(model.config), output_router_logits=True).router_logits
+        routing = model(**tiny_batch(model.config), output_router_logits=True).routing
     found = observer.counters.banks[1]["common"].probabilities_ME.sum(dim=0)
     expected = cosine.probabilities(routing[0]["common"].router_logits[routing[0]["common"].token_mask]).sum(dim=0)
     torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-5)  # sums of float32 in another order

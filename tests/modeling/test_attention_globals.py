@@ -111,7 +111,7 @@ def test_what_a_bidirectional_model_returns_is_about_the_sequence_alone():
     assert {tuple(a.shape[2:]) for a in output.attentions} == {(27, 27)}
     assert [tuple(k.shape[2:3]) for _, k in output.cross_modal_states] == [(27,)]
     modality, real = batch["mm_token_type_ids"].flatten(), batch["attention_mask"].flatten().bool()
-    for routing in output.router_logits:
+    for routing in output.routing:
         for name, value in (("text", 0), ("image", 1), ("audio", 3)):
             assert torch.equal(routing[name].rows, ((modality == value) & real).nonzero().squeeze(1))
             assert len(routing[name].router_logits) == len(routing[name].rows)

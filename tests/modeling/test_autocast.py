@@ -44,5 +44,5 @@ def test_bfloat16_weights_train_and_route_in_float32():
     model = ChorusForConditionalGeneration(tiny_config()).bfloat16().train()
     output = model(**tiny_batch(model.config), output_router_logits=True)
     output.loss.backward()
-    assert all(bank.router_logits.dtype == torch.float32 for layer in output.router_logits for bank in layer.values())
+    assert all(bank.router_logits.dtype == torch.float32 for layer in output.routing for bank in layer.values())
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -57,7 +57,7 @@ def test_padding_changes_nothing(model: ChorusForConditionalGeneration, side: st
 
 def test_padding_reaches_no_bank_of_one_modality(model: ChorusForConditionalGeneration, batch: dict[str, Tensor]):
     with torch.no_grad():
-        layers = model(**batch, output_router_logits=True).router_logits
+        layers = model(**batch, output_router_logits=True).routing
     assert len(layers[0]["text"].router_logits) == int(
         ((batch["mm_token_type_ids"] == 0) & (batch["attention_mask"] == 1)).sum()
     )

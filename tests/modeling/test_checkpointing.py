@@ -22,7 +22,7 @@ def train_step(model: ChorusForConditionalGeneration) -> tuple[Tensor, dict[str,
     output.loss.backward()
     counts = [
         torch.bincount(bank.selected_experts.flatten(), minlength=4)
-        for layer in output.router_logits
+        for layer in output.routing
         for bank in layer.values()
     ]
     return output.loss, {name: parameter.grad for name, parameter in model.named_parameters()}, counts
@@ -108,7 +108,7 @@ def test_a_balance_bias_is_counted_also_under_reentrant_checkpointing():
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     output = model(**tiny_batch(model.config))
     output.loss.backward()
-    assert len(output.router_logits) == 2
+    assert len(output.routing) == 2
 
 
 def test_reentrant_checkpointing_works_without_auxiliary_losses():

@@ -131,7 +131,7 @@ def test_a_sample_that_leaves_pays_for_the_layers_it_ran_through():
     left = outputs.left_after == 2
     assert left.sum() == 2 and torch.equal(outputs.compute.layers, outputs.left_after)
     assert torch.equal(outputs.compute.flops, torch.where(left, short.flops, full.flops))
-    assert (short.flops < full.flops).all() and outputs.router_logits is None
+    assert (short.flops < full.flops).all() and outputs.routing is None
 
 
 def test_nothing_is_counted_unless_asked_for():
@@ -139,7 +139,7 @@ def test_nothing_is_counted_unless_asked_for():
     batch = tiny_batch(model.config)
     with torch.no_grad():
         plain, counted = model(**batch), model(**batch, output_compute=True)
-    assert plain.compute is None and counted.router_logits is None and torch.equal(plain.logits, counted.logits)
+    assert plain.compute is None and counted.routing is None and torch.equal(plain.logits, counted.logits)
 
 
 def test_packed_sequences_are_refused():

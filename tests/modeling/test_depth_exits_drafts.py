@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling.depth_exits import EarlyExitDrafts
+from chorus_moe.modeling.modeling_outputs import CACHE
 from tests.conftest import IMAGE_TOKEN, tiny_config
 from tests.modeling.conftest import make_model
 from tests.modeling.test_modeling_generation import collate, sample_inputs
@@ -80,7 +81,7 @@ def test_the_cache_afterwards_is_that_of_plain_generation():
     model = make_model()
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     for cache, options in zip(caches, ({}, {"assistant_early_exit": 2, **DRAFTS}), strict=True):
-        text_of(model, prompt(model), past_key_values=cache, **options)
+        text_of(model, prompt(model), **{CACHE: cache}, **options)
     for plain, drafted in zip(caches[0].layers, caches[1].layers, strict=True):
         # float32 sums in another order (several rows at once): worst difference seen is 1e-6 at keys of size 5.
         torch.testing.assert_close(drafted.keys, plain.keys, rtol=0, atol=1e-5)
@@ -229,4 +230,4 @@ def test_a_static_cache_object_is_refused():
     model = make_model()
     cache = StaticCache(model.config, max_cache_len=64)
     with pytest.raises(ValueError, match="Static cache"):
-        text_of(model, prompt(model), assistant_early_exit=1, past_key_values=cache)
+        text_of(model, prompt(model), assistant_early_exit=1, **{CACHE: cache})

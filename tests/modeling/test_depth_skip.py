@@ -132,7 +132,7 @@ def test_recorded_routing_names_the_tokens_of_the_batch(batch: dict[str, Tensor]
     outputs = run(model.model, batch, output_router_logits=True, output_skip_logits=True)
     modality = batch["mm_token_type_ids"].flatten()
     real = batch["attention_mask"].flatten().bool()
-    for routing, logits in zip(outputs.router_logits, outputs.skip_logits, strict=True):
+    for routing, logits in zip(outputs.routing, outputs.skip_logits, strict=True):
         is_open = logits.flatten() > 0
         assert torch.equal(routing["common"].rows, is_open.nonzero().squeeze(1))
         assert torch.equal(routing["image"].rows, (is_open & real & (modality == 1)).nonzero().squeeze(1))

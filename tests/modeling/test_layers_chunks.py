@@ -52,7 +52,7 @@ def test_a_model_in_chunks_equals_the_whole_and_routes_alike(banks: dict[str, An
             outputs.append(model(**batch, use_cache=False, output_router_logits=True))
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(outputs[1].logits[real], outputs[0].logits[real], rtol=0, atol=ATOL)
-    for one, other in zip(outputs[0].router_logits, outputs[1].router_logits, strict=True):
+    for one, other in zip(outputs[0].routing, outputs[1].routing, strict=True):
         for name in one:
             assert torch.equal(one[name].selected_experts, other[name].selected_experts)
             assert banks is None or int(one[name].num_dropped) == int(other[name].num_dropped) > 0 or name != "text"

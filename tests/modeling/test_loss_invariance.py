@@ -55,7 +55,7 @@ def test_a_cached_step_reports_the_balance_of_its_own_tokens(kind: str, size: in
         )
         whole = model(input_ids=input_ids, output_router_logits=True)
     expected = []
-    for layer in whole.router_logits:
+    for layer in whole.routing:
         last = {}
         for name, bank in layer.items():
             rows = slice(7, None, 8) if len(bank.router_logits) else slice(0)

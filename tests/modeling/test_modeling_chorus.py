@@ -242,4 +242,4 @@ def test_training_adds_the_weighted_terms_to_the_loss(model: ChorusForConditiona
 def test_recorded_hidden_states_cover_every_layer(model: ChorusForConditionalGeneration, batch: Batch):
     output = model(**batch, output_hidden_states=True, output_router_logits=True)
     assert len(output.hidden_states) == model.config.text_config.num_hidden_layers + 1
-    assert len(output.router_logits) == len(model.config.text_config.sparse_layers)
+    assert len(output.routing) == len(model.config.text_config.sparse_layers)

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from chorus_moe import ChorusForConditionalGeneration
+from chorus_moe.modeling.modeling_outputs import CACHE
 from tests.conftest import AUDIO_TOKEN, IMAGE_TOKEN, tiny_config
 
 Batch = dict[str, Tensor]
@@ -75,6 +77,12 @@ def generate(model: ChorusForConditionalGeneration, batch: Batch, **options: Any
 @pytest.fixture
 def batch(model: ChorusForConditionalGeneration) -> Batch:
     return collate(samples_of(model))
+
+
+def test_padding_on_the_right_is_refused(model: ChorusForConditionalGeneration, batch: Batch):
+    ids, mask = (F.pad(batch[name], (0, 2)) for name in ("input_ids", "attention_mask"))
+    with pytest.raises(ValueError, match=r"row 0 ends with padding, .*pad on the left"):
+        model.generate(**batch | {"input_ids": ids, "attention_mask": mask}, max_new_tokens=1)
 
 
 def test_greedy_text_depends_on_the_media(model: ChorusForConditionalGeneration, batch: Batch):
@@ -246,12 +254,10 @@ def test_a_second_turn_with_a_new_image_reuses_the_cache(model: ChorusForConditi
 
     first, second = sample_inputs(model, 1, [9], seed=5), sample_inputs(model, 1, [14], seed=6)
     cache = StaticCache(model.config, max_cache_len=96) if static else DynamicCache(config=model.config)
-    turn = model.generate(
-        **collate([first]), max_new_tokens=4, do_sample=False, past_key_values=cache, disable_compile=True
-    )
+    turn = model.generate(**collate([first]), max_new_tokens=4, do_sample=False, **{CACHE: cache}, disable_compile=True)
     conversation = turn[0].tolist() + second["input_ids"]
     whole = collate([{key: first[key] + second[key] for key in first} | {"input_ids": conversation}])
     new = collate([second]) | {"input_ids": whole["input_ids"], "attention_mask": whole["attention_mask"]}
     new["mm_token_type_ids"] = model.model.modality_ids(whole["input_ids"])
-    reused = generate(model, new, past_key_values=cache, disable_compile=True)
+    reused = generate(model, new, **{CACHE: cache}, disable_compile=True)
     assert torch.equal(reused, generate(model, whole))

@@ -205,7 +205,7 @@ def test_the_output_is_the_documented_sum():
 def test_statistics_count_only_real_tokens_of_the_bank(model: ChorusForConditionalGeneration):
     batch = tiny_batch(model.config)
     with torch.no_grad():
-        layers = model(**batch, output_router_logits=True).router_logits
+        layers = model(**batch, output_router_logits=True).routing
     real = batch["attention_mask"].bool()
     counts = {name: int(((batch["mm_token_type_ids"] == value) & real).sum()) for name, value in MODALITY_IDS.items()}
     counts["common"] = int(real.sum())

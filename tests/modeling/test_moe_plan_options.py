@@ -23,7 +23,7 @@ def make(**text: Any) -> ChorusForConditionalGeneration:
 def used(model: Any, **inputs: Any) -> list[dict[str, Tensor]]:
     """By layer and bank: how many experts each row visits."""
     with torch.no_grad():
-        layers = model(**inputs, output_router_logits=True).router_logits
+        layers = model(**inputs, output_router_logits=True).routing
     return [
         {name: (bank.selected_experts < bank.router_logits.shape[1]).sum(dim=-1) for name, bank in layer.items()}
         for layer in layers
@@ -211,7 +211,7 @@ def test_sampled_banks_alone_are_drawn_and_return_their_probability():
     torch.manual_seed(3)
     with torch.no_grad():
         plain, drawn = (model(**batch, output_router_logits=True, sample_experts=s) for s in (None, ("text",)))
-    first, second = plain.router_logits[0], drawn.router_logits[0]
+    first, second = plain.routing[0], drawn.routing[0]
     assert torch.equal(first["image"].selected_experts, second["image"].selected_experts)
     assert not torch.equal(first["text"].selected_experts, second["text"].selected_experts)
     assert second["image"].log_probs is None
@@ -231,7 +231,7 @@ def test_the_gradient_of_a_draw_reaches_its_router_and_the_draw_survives_checkpo
             module.register_forward_hook(lambda m, a, output, r=recorded: r.append(output.selected_experts))
         torch.manual_seed(7)
         output = model(**tiny_batch(model.config), sample_experts=("text",))
-        reward = sum(layer["text"].log_probs.mean() for layer in output.router_logits)
+        reward = sum(layer["text"].log_probs.mean() for layer in output.routing)
         (output.loss + reward).backward()
         gradients.append([module.weight.grad for module in routers])
         draws.append(recorded)
@@ -248,7 +248,7 @@ def test_the_gradient_of_a_draw_reaches_its_router_and_the_draw_survives_checkpo
 def test_rows_tell_the_modality_of_every_decision():
     model, batch = make(), tiny_batch(tiny_config())
     with torch.no_grad():
-        layer = model(**batch, output_router_logits=True).router_logits[0]
+        layer = model(**batch, output_router_logits=True).routing[0]
     kinds = batch["mm_token_type_ids"].flatten()
     assert layer["common"].rows is None
     assert (kinds[layer["audio"].rows] == 3).all()

@@ -75,7 +75,7 @@ def test_repeated_steps_balance_a_collapsed_router():
 def test_counts_are_those_of_real_tokens_without_unused_slots():
     model = biased().train()
     batch = tiny_batch(model.config)
-    counts = balance_counts(model(**batch).router_logits, model.config.text_config.sparse_layers)
+    counts = balance_counts(model(**batch).routing, model.config.text_config.sparse_layers)
     assert list(counts) == [1, 2]
     real, kinds = batch["attention_mask"].bool(), batch["mm_token_type_ids"]
     for layer in counts.values():
@@ -89,15 +89,15 @@ def test_the_routing_of_a_biased_bank_is_returned_in_training_without_any_loss()
     model = biased(router_aux_loss_coef=0.0).train()
     output = model(**tiny_batch(model.config))
     assert output.aux_loss is None
-    assert len(output.router_logits) == 2
-    assert model.eval()(**tiny_batch(model.config)).router_logits is None
+    assert len(output.routing) == 2
+    assert model.eval()(**tiny_batch(model.config)).routing is None
 
 
 def test_a_bank_with_a_loss_alone_keeps_its_routing_to_itself():
     torch.manual_seed(0)
     model = ChorusForConditionalGeneration(tiny_config()).train()
     output = model(**tiny_batch(model.config))
-    assert output.router_logits is None
+    assert output.routing is None
     assert output.aux_loss is not None
 
 
@@ -107,10 +107,10 @@ def test_the_contrastive_head_counts_the_choices_of_all_its_runs():
     model = ChorusForContrastive(config).train()
     ids = torch.randint(5, 128, (2, 6), generator=torch.Generator().manual_seed(0))
     output = model(input_ids=ids, pixel_values=torch.randn(2, 3, 32, 32))
-    counts = balance_counts(output.router_logits, config.text_config.sparse_layers)
+    counts = balance_counts(output.routing, config.text_config.sparse_layers)
     # Two texts of six tokens and two images of four, two experts each.
     assert [int(layer["common"].sum()) for layer in counts.values()] == [40, 40]
-    assert model.eval()(input_ids=ids, pixel_values=torch.randn(2, 3, 32, 32)).router_logits is None
+    assert model.eval()(input_ids=ids, pixel_values=torch.randn(2, 3, 32, 32)).routing is None
 
 
 def test_counts_of_another_number_of_layers_are_refused():

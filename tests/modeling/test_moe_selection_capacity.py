@@ -134,7 +134,7 @@ def capped(**bank: Any) -> ChorusForConditionalGeneration:
 
 def choices(model: ChorusForConditionalGeneration, **inputs: Any) -> Any:
     with torch.no_grad():
-        return model(**inputs, output_router_logits=True).router_logits
+        return model(**inputs, output_router_logits=True).routing
 
 
 def test_capacity_holds_in_training_only_unless_asked():

@@ -128,7 +128,7 @@ def test_autocast_keeps_routing_in_float32_and_gradients_finite():
     with torch.autocast("cuda", torch.bfloat16):
         output = there(**on_gpu(batch), output_router_logits=True)
     output.loss.backward()
-    assert all(r.router_logits.dtype == torch.float32 for layer in output.router_logits for r in layer.values())
+    assert all(r.router_logits.dtype == torch.float32 for layer in output.routing for r in layer.values())
     assert all(p.grad.isfinite().all() for p in there.parameters() if p.grad is not None)
 
 

@@ -1,6 +1,7 @@
 import json
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,6 +79,8 @@ def test_arrays_lists_integers_channels_and_files_agree(extractor):
     ("clip", "rate", "reason"),
     [
         (tone(0.1), None, "needs its sampling rate"),
+        (tone(0.1), math.nan, "whole number of Hz, found nan"),
+        (tone(0.1), math.inf, "whole number of Hz, found inf"),
         ({"array": tone(0.1), "sampling_rate": None}, RATE, "needs its sampling rate"),
         (tone(0.1), 999, "sampling rate 999 Hz"),
         (tone(0.1), 16_000.5, "whole number of Hz"),
@@ -96,6 +99,38 @@ def test_arrays_lists_integers_channels_and_files_agree(extractor):
 def test_a_bad_clip_gets_one_clear_reason(extractor, clip, rate, reason):
     with pytest.raises(MediaError, match=rf"audio 1: .*{reason}"):
         extractor([{"array": tone(0.1), "sampling_rate": RATE}, clip], rate)
+
+
+class Decoder:
+    """What `datasets` gives for a column of sound: torchcodec's `AudioDecoder`, by its documented attributes."""
+
+    def __init__(self, samples: np.ndarray, seconds: float | None, channels: int = 2):
+        self.metadata = SimpleNamespace(sample_rate=RATE, num_channels=channels, duration_seconds_from_header=seconds)
+        self.samples, self.was_decoded = samples, False
+
+    def get_all_samples(self) -> SimpleNamespace:
+        self.was_decoded = True
+        return SimpleNamespace(data=torch.from_numpy(self.samples), sample_rate=RATE)
+
+
+def test_a_decoder_of_datasets_is_a_clip(extractor):
+    clip = np.stack([tone(0.3), 0.5 * tone(0.3)])
+    expected = extractor(clip, RATE).input_features
+    for decoder in (Decoder(clip, 0.3), Decoder(clip, None)):
+        assert np.array_equal(extractor(decoder).input_features, expected)
+    for decoder, reason in ((Decoder(clip, 9.0), "9.00 seconds"), (Decoder(clip, 0.3, channels=9), "9 channels")):
+        with pytest.raises(MediaError, match=reason):
+            extractor(decoder)
+        assert not decoder.was_decoded
+    with pytest.raises(MediaError, match="6.00 seconds"):
+        extractor(Decoder(tone(6.0)[None], None))
+
+
+def test_sound_in_half_precision_is_heard(extractor):
+    clip = torch.from_numpy(tone(0.3))
+    for dtype in (torch.bfloat16, torch.float16):
+        expected = extractor(clip.to(dtype).float(), RATE).input_features
+        assert np.array_equal(extractor(clip.to(dtype), RATE).input_features, expected)
 
 
 def test_strict_settings_refuse_instead_of_adapting():

@@ -1,3 +1,4 @@
+import base64
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoProcessor
 
 import chorus_moe
-from chorus_moe.processors import ChorusProcessor, MediaError, build_tokenizer
+from chorus_moe.processors import ChorusProcessor, MediaError, MediaLimits, build_tokenizer
 from tests.processors.conftest import CORPUS, RATE, model_config, picture, tone, wav_bytes
 
 
@@ -252,6 +253,128 @@ def test_the_saved_processor_is_the_same_through_the_auto_class(processor, tmp_p
     first, second = (each.apply_chat_template(conversation, **options) for each in (processor, loaded))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert json.loads((tmp_path / "processor_config.json").read_text())["num_image_tokens"] == 4
+
+
+@pytest.mark.parametrize("chosen", [None, "left", "right"])
+def test_the_padding_side_is_saved(chosen, tmp_path):
+    tokenizer = build_tokenizer(CORPUS, vocab_size=320)
+    # A tokenizer as most models have it: nothing is said of sides.
+    del tokenizer.init_kwargs["padding_side"]
+    tokenizer.padding_side = "right"
+    processor = ChorusProcessor.from_config(model_config(), tokenizer)
+    assert processor.tokenizer.padding_side == "left"
+    if chosen is not None:
+        processor.tokenizer.padding_side = processor.tokenizer.truncation_side = chosen
+    processor.save_pretrained(tmp_path)
+    loaded = ChorusProcessor.from_pretrained(tmp_path).tokenizer
+    expected = processor.tokenizer
+    assert (loaded.padding_side, loaded.truncation_side) == (expected.padding_side, expected.truncation_side)
+    # As older versions saved it.
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del settings["padding_side"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert ChorusProcessor.from_pretrained(tmp_path).tokenizer.padding_side == "left"
+
+
+def rewritten(folder: Path, name: str, **values) -> None:
+    """A saved processor with other values: at the top, or in the part of that name."""
+    path = folder / "processor_config.json"
+    settings = json.loads(path.read_text())
+    (settings if name == "" else settings[name]).update(values)
+    path.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "reason"),
+    [
+        ("", {"num_image_tokens": 10**9}, "num_image_tokens=1000000000: expected finite numbers from 1 to 65536"),
+        ("", {"frames_per_token": 0}, "frames_per_token=0"),
+        ("", {"audio_convolutions": [[3, 0]]}, r"audio_convolutions=\[\[3, 0\]\]"),
+        ("", {"num_image_token": 4}, "num_image_tokens is meant"),
+        ("image_processor", {"size": {"height": 10**6, "width": 16}}, "size="),
+        ("image_processor", {"image_mean": [float("nan")] * 3}, "image_mean="),
+        ("image_processor", {"rescale_factor": float("inf")}, "rescale_factor=inf"),
+        ("image_processor", {"image_meen": 0.5}, "image_mean is meant"),
+        ("feature_extractor", {"hop_length": 0}, "hop_length=0"),
+        ("feature_extractor", {"n_fft": 10**9}, "n_fft=1000000000"),
+        ("feature_extractor", {"max_seconds": float("nan")}, "max_seconds=nan"),
+        ("feature_extractor", {"max_audio_seconds": "long"}, "max_audio_seconds='long'"),
+        ("feature_extractor", {"hop_lenght": 160}, "hop_length is meant"),
+    ],
+)
+def test_settings_without_bound_or_misspelt_are_refused(processor, tmp_path, part, values, reason):
+    processor.save_pretrained(tmp_path)
+    rewritten(tmp_path, part, **values)
+    with pytest.raises(ValueError, match=reason):
+        ChorusProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(20.0, 20.0), (300.0, 300.0), (1e4, 300.0)])
+def test_a_repository_can_lower_the_longest_clip_and_not_raise_it(processor, tmp_path, saved, loaded):
+    processor.save_pretrained(tmp_path)
+    rewritten(tmp_path, "feature_extractor", max_audio_seconds=saved)
+    assert ChorusProcessor.from_pretrained(tmp_path).feature_extractor.max_audio_seconds == loaded
+
+
+def test_the_caller_can_raise_the_longest_clip():
+    longer = ChorusProcessor.from_config(model_config(), build_tokenizer(CORPUS, vocab_size=320), max_audio_seconds=1e4)
+    assert longer.feature_extractor.max_audio_seconds == 1e4
+
+
+def test_the_pixels_of_a_sample_count_together(processor):
+    limits = processor.limits
+    try:
+        processor.limits = MediaLimits(sample_pixels=1_000)
+        processor(text=["<image>", "<image>"], images=[[picture(30, 30)], [picture(30, 30)]])
+        with pytest.raises(MediaError, match="sample 1: images of 1800 pixels, the limit is 1000"):
+            processor(text=["", "<image><image>"], images=[[], [picture(30, 30), np.zeros((30, 30, 3))]])
+    finally:
+        processor.limits = limits
+
+
+def test_the_tokenizers_own_limit_holds_unless_another_is_given():
+    words = "which digit is written in the image and which one is spoken"
+    limited = ChorusProcessor.from_config(model_config(), build_tokenizer(CORPUS, 320, model_max_length=8))
+    full = limited(text=words)["input_ids"][0]
+    assert len(full) > 10
+    assert limited(text=words, truncation=True)["input_ids"][0] == full[:8]
+    assert limited(text=words, truncation=True, max_length=5)["input_ids"][0] == full[:5]
+    assert limited(text=words, truncation=True, max_length=10)["input_ids"][0] == full[:10]
+    assert len(limited(text="a", padding="max_length")["input_ids"][0]) == 8
+    assert len(limited(text="a", padding="max_length", max_length=12)["input_ids"][0]) == 12
+
+
+def test_a_tool_call_alone_does_not_teach_the_model_to_end(processor):
+    called = [user("add"), {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}]
+    with pytest.raises(MediaError, match="sample 0, message 1, tool_calls: the chat template does not write it"):
+        processor.apply_chat_template(called, return_labels=True)
+    template = processor.chat_template.replace("| default('', true)", "or message.tool_calls | tojson")
+    assert '"name": "add"' in spoken_text(
+        processor, processor.apply_chat_template(called, template, return_labels=True)
+    )
+
+
+def test_one_part_and_one_message_are_a_conversation(processor):
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    listed = processor.apply_chat_template([{"role": "user", "content": [IMAGE]}], **options)
+    for conversation in ([{"role": "user", "content": IMAGE}], {"role": "user", "content": IMAGE}):
+        found = processor.apply_chat_template(conversation, **options)
+        assert all(torch.equal(found[name], listed[name]) for name in listed)
+
+
+def test_sound_comes_as_openai_sends_it(processor):
+    content = base64.b64encode(wav_bytes(tone(0.5))).decode()
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    parts = [
+        {"type": "input_audio", "input_audio": {"data": content, "format": "wav"}},
+        {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{content}"}},
+        {"type": "audio", "audio": wav_bytes(tone(0.5))},
+    ]
+    first, *others = (processor.apply_chat_template([user(part)], **options) for part in parts)
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+    part = {"type": "audio_url", "audio_url": {"url": "https://example.org/a.wav"}}
+    with pytest.raises(MediaError, match="web addresses are never fetched"):
+        processor.apply_chat_template([user(part)], **options)
 
 
 def test_the_bare_name_is_refused():

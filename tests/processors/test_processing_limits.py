@@ -4,8 +4,10 @@ import struct
 import time
 import zlib
 
+import av
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from chorus_moe.processors.processing_limits import MediaError, MediaLimits, MediaPlace, decode_sound, load_image
@@ -82,6 +84,33 @@ def test_bytes_paths_dicts_and_data_addresses_give_the_same_picture(tmp_path):
         assert np.array_equal(load_image(item, LIMITS, IMAGE), picture())
 
 
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "WEBP"])
+def test_newer_formats_are_read_as_pillow_reads_them(kind):
+    content = encoded(picture(32, 24), kind)
+    assert np.array_equal(load_image(content, LIMITS, IMAGE), Image.open(io.BytesIO(content)))
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(tmp_path):
+    content = encoded(picture(400, 400), "JPEG", progressive=True)
+    assert load_image(content, LIMITS, IMAGE).size == (400, 400)
+    start = content.rfind(b"\xff\xda")
+    many = content[:start] + content[start:-2][:100] * 3_000 + content[-2:]
+    (tmp_path / "a.jpg").write_bytes(many)
+    for item in (many, tmp_path / "a.jpg"):
+        with pytest.raises(MediaError, match=r"30\d\d scans in a JPEG, the limit is 64"):
+            load_image(item, LIMITS, IMAGE)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_the_size_limit_knows_channels_first(channels):
+    limits = MediaLimits(image_pixels=20 * 30)
+    load_image(np.zeros((channels, 20, 30)), limits, IMAGE)
+    load_image(np.zeros((20, 30, channels)), limits, IMAGE)
+    for shape in ((channels, 20, 31), (20, 31, channels)):
+        with pytest.raises(MediaError, match="31 x 20 = 620 pixels, the limit is 600"):
+            load_image(np.zeros(shape), limits, IMAGE)
+
+
 def test_file_size_is_checked_before_decoding():
     with pytest.raises(MediaError, match="bytes, the limit is 10"):
         load_image(encoded(picture()), MediaLimits(image_bytes=10), IMAGE)
@@ -110,9 +139,156 @@ def test_a_wav_that_claims_four_gigabytes_is_read_no_further_than_it_goes():
         (wav_bytes(np.ones((50, 9), dtype=np.float32)), "9 channels, the limit is 8"),
         (wav_bytes(tone(3.0)), "3.00 seconds, the limit max_audio_seconds is 2"),
         (wav_bytes(tone(0.1)[:0]), "empty clip"),
-        (b"RIFFnonsense", "soundfile cannot read it"),
+        (b"RIFFnonsense", "no readable sound of the formats"),
     ],
 )
 def test_a_bad_sound_file_gets_one_clear_reason(content, reason):
     with pytest.raises(MediaError, match=rf"sample 2, audio 0: .*{reason}"):
         decode_sound(content, LIMITS, 2.0, CLIP)
+
+
+def sound_file(samples: np.ndarray, rate: int = 16_000, **options) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, **options)
+    return buffer.getvalue()
+
+
+def muxed(container: str, codec: str, with_picture: bool = False) -> bytes:
+    """Three seconds of a tone in a container that soundfile does not write."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as output:
+        video = output.add_stream("mpeg4", rate=5) if with_picture else None
+        sound = output.add_stream(codec, rate=16_000, layout="mono")
+        if video is not None:
+            video.width = video.height = 64
+            video.pix_fmt = "yuv420p"
+            pictures = [av.VideoFrame.from_ndarray(np.full((64, 64, 3), 10 * i, np.uint8)) for i in range(15)]
+            output.mux([packet for frame in [*pictures, None] for packet in video.encode(frame)])
+        frame = av.AudioFrame.from_ndarray(0.5 * tone(3.0)[None], format="fltp", layout="mono")
+        frame.sample_rate = 16_000
+        output.mux([packet for item in (frame, None) for packet in sound.encode(item)])
+    return buffer.getvalue()
+
+
+NOISE = (0.2 * np.random.default_rng(0).normal(size=(100_003, 2))).clip(-1, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize("rate", [8_000, 44_100])
+@pytest.mark.parametrize("num_samples", [100, 10_007, 100_003])
+@pytest.mark.parametrize(
+    ("container", "subtype"),
+    [
+        ("WAV", "PCM_U8"), ("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("WAV", "DOUBLE"), ("WAV", "ULAW"),
+        ("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III"), ("CAF", "ALAC_16"),
+        ("AIFF", "PCM_16"), ("AU", "PCM_16"), ("W64", "PCM_16"),
+    ],
+)  # fmt: skip
+def test_a_healthy_file_is_decoded_as_soundfile_decodes_it(container, subtype, num_samples, rate, caplog):
+    content = sound_file(NOISE[:num_samples], rate, format=container, subtype=subtype)
+    expected, _ = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    found, found_rate = decode_sound(content, LIMITS, 300.0, CLIP)
+    assert (found.shape, found.dtype, found_rate) == ((num_samples,), np.float32, rate)
+    # Two decoders of MP3 and Vorbis; the others agree in every bit.
+    np.testing.assert_allclose(found, expected.mean(axis=1), atol=1e-5)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "with_picture"),
+    [("ipod", "aac", False), ("mp4", "aac", True), ("adts", "aac", False), ("mov", "pcm_s16le", True),
+     ("mp4", "alac", True), ("matroska", "aac", True)],
+)  # fmt: skip
+def test_m4a_and_the_sound_of_a_video_are_heard(container, codec, with_picture, caplog):
+    samples, rate = decode_sound(muxed(container, codec, with_picture), LIMITS, 300.0, CLIP)
+    # AAC comes in blocks of 1024.
+    assert rate == 16_000 and 48_000 <= len(samples) <= 48_000 + 1_152
+    loudest = np.abs(np.fft.rfft(samples[:48_000])).argmax()
+    assert loudest == 440 * 3
+    assert not caplog.records
+
+
+def streamed_flac(samples: np.ndarray) -> bytes:
+    """The header of a stream: 36 bits for the number of samples and the checksum are zero."""
+    content = bytearray(sound_file(samples, format="FLAC"))
+    content[21] &= 0xF0
+    content[22:42] = bytes(20)
+    return bytes(content)
+
+
+def headless_mp3(samples: np.ndarray) -> bytes:
+    """Variable rate without LAME's first frame, which tells the length."""
+    content = sound_file(samples, format="MP3", bitrate_mode="VARIABLE", compression_level=0.5)
+    return content[content.index(b"\xff\xf3", 200) :]
+
+
+# A quiet second first: a rate guessed from it is far too low.
+PIECES = tuple((level * NOISE[:16_000, 0]).astype(np.float32) for level in (0.01, 1.0))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        streamed_flac(np.concatenate(PIECES)),
+        headless_mp3(np.concatenate(PIECES)),
+        b"".join(sound_file(piece, format="MP3") for piece in PIECES),
+        b"".join(sound_file(piece, format="OGG") for piece in PIECES),
+    ],
+    ids=["flac", "vbr", "joined", "chained"],
+)
+def test_a_file_is_heard_to_its_end_whatever_its_header_says(content):
+    samples, rate = decode_sound(content, LIMITS, 300.0, CLIP)
+    # Joints and ends are padded.
+    assert 2 * rate <= len(samples) < 2.15 * rate
+    # Both pieces are there: the second is a hundred times louder.
+    assert np.abs(samples[:12_000]).max() < 0.02 < 0.1 < np.abs(samples[-12_000:]).std()
+
+
+def test_each_piece_of_a_chained_file_is_what_it_is_alone():
+    files = [sound_file(piece, format="OGG") for piece in PIECES]
+    first, second = (soundfile.read(io.BytesIO(content), dtype="float32")[0] for content in files)
+    found, _ = decode_sound(b"".join(files), LIMITS, 300.0, CLIP)
+    np.testing.assert_allclose(found[: len(first)], first, atol=1e-5)
+    # Where the second begins, which a block of padding puts off.
+    gaps = [np.abs(found[start : start + 12_000] - second[1_000:13_000]).max() for start in range(17_000, 18_500)]
+    assert min(gaps) < 1e-5
+
+
+def test_what_is_missing_is_reported(caplog):
+    healthy = {kind: sound_file(NOISE[:48_000], format=kind) for kind in ("WAV", "FLAC", "MP3")}
+    damaged = bytearray(healthy["FLAC"])
+    damaged[100_000:100_200] = bytes(200)
+    for content, report in (
+        (healthy["WAV"][:60_000], "the file is cut: 60000 of 192044 bytes"),
+        (healthy["FLAC"][:60_000], "of 3.00 seconds"),
+        (healthy["MP3"][: len(healthy["MP3"]) // 2], "of 3.00 seconds"),
+        (bytes(damaged), "of 3.00 seconds"),
+    ):
+        caplog.clear()
+        samples, _ = decode_sound(content, LIMITS, 300.0, CLIP)
+        assert 0 < len(samples) < 48_000
+        assert "sample 2, audio 0: " in caplog.text and report in caplog.text
+
+
+@pytest.mark.parametrize("size", [b"\x00\x00\x00\x00", b"\xff\xff\xff\xff"])
+def test_a_streamed_wav_has_no_size_and_is_heard(size, caplog):
+    content = bytearray(wav_bytes(tone(0.1)))
+    content[4:8] = content[40:44] = size
+    samples, _ = decode_sound(bytes(content), LIMITS, 300.0, CLIP)
+    assert len(samples) == 1_600 and not caplog.records
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"ffconcat version 1.0\nfile 'secret.wav'\n",
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.wav\n",
+        b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=audio 5004 RTP/AVP 0\n",
+    ],
+)
+def test_a_playlist_opens_no_other_file(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.wav").write_bytes(wav_bytes(tone(0.1)))
+    (tmp_path / "list").write_bytes(content)
+    for item in (content, tmp_path / "list"):
+        with pytest.raises(MediaError, match="no readable sound"):
+            decode_sound(item, LIMITS, 300.0, CLIP)

@@ -1,11 +1,16 @@
 import re
+import sys
 
+import numpy as np
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from chorus_moe.processors import MediaError
 from chorus_moe.processors.processing_messages import (
     WORD_JOINER,
     break_control_tokens,
+    check_rendered,
+    limited_steps,
     prepare_conversation,
     split_batch,
 )
@@ -55,3 +60,75 @@ def test_one_conversation_and_a_batch_are_told_apart():
     assert split_batch([[message], [message]]) == ([[message], [message]], True)
     with pytest.raises(MediaError, match="empty"):
         split_batch([])
+
+
+def test_a_content_or_a_conversation_may_be_one_dict():
+    part = {"type": "image", "image": "x.png"}
+    assert prepare(part) == prepare([part])
+    message = {"role": "user", "content": "x"}
+    assert split_batch(message) == ([[message]], False)
+    with pytest.raises(MediaError, match=r"sample 2, message 0: content is a string or a list of parts, found 3"):
+        prepare(3)
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ({"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "image", "image": "a.png"}),
+        ({"type": "audio_url", "audio_url": {"url": "a.wav"}}, {"type": "audio", "audio": "a.wav"}),
+        ({"type": "audio_url", "audio_url": "a.wav"}, {"type": "audio", "audio": "a.wav"}),
+        ({"type": "input_audio", "input_audio": {"data": "AAA=", "format": "mp3"}},
+         {"type": "audio", "audio": "data:;base64,AAA="}),
+    ],
+)  # fmt: skip
+def test_parts_of_other_apis_are_read(part, expected):
+    assert prepare([part])[0]["content"] == [expected]
+
+
+def test_control_tokens_are_text_in_tool_calls_and_thoughts_too():
+    calls = [{"function": {"name": "f", "arguments": {"x<image>": "<image>", "n": 3}}}]
+    message = {"role": "assistant", "content": "", "tool_calls": calls, "reasoning_content": "a</s>"}
+    (found,) = prepare_conversation([message], {"image": [], "audio": []}, CONTROL, None, 0)
+    broken = f"<{WORD_JOINER}image>"
+    assert found["tool_calls"] == [{"function": {"name": "f", "arguments": {"x" + broken: broken, "n": 3}}}]
+    assert found["reasoning_content"] == f"a<{WORD_JOINER}/s>"
+    assert message["tool_calls"][0]["function"]["arguments"]["n"] == 3
+    # Rows in numpy's format.
+    (array,) = prepare_conversation(
+        [{**message, "tool_calls": np.array(calls * 2)}], {"image": [], "audio": []}, CONTROL, None, 0
+    )
+    assert array["tool_calls"] == found["tool_calls"] * 2
+
+
+PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "key", ["tool_calls", "function_call", "refusal", "reasoning_content", "reasoning", "thinking"]
+)
+def test_what_a_template_does_not_write_is_refused_by_name(key):
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, key: ["y"]}]
+    with pytest.raises(MediaError, match=f"sample 1, message 1, {key}: the chat template does not write it"):
+        check_rendered(PLAIN + "{{ enable_thinking }}", [[], messages])
+    check_rendered(PLAIN + "{{ message." + key + " }}", [[], messages])
+    # Tables fill the columns of other rows with None.
+    check_rendered(PLAIN, [[{"role": "user", "content": "x", key: None}]])
+
+
+@pytest.mark.parametrize("name", ["tools", "documents"])
+def test_tools_and_documents_are_written_or_refused(name):
+    with pytest.raises(MediaError, match=f"{name}: the chat template does not write it"):
+        check_rendered(PLAIN, [[]], **{name: [{"name": "f"}]})
+    check_rendered(PLAIN, [[]], **{name: None})
+    check_rendered("{{ " + name + " }}", [[]], **{name: [{"name": "f"}]})
+
+
+def test_a_template_without_an_end_is_stopped_and_a_long_one_is_not():
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    template = ImmutableSandboxedEnvironment().from_string(endless)
+    with pytest.raises(MediaError, match="ran over 1000000 lines"), limited_steps():
+        template.render()
+    with limited_steps():
+        text = ImmutableSandboxedEnvironment().from_string(PLAIN).render(messages=[{"content": "x"}] * 50_000)
+    assert text == "x" * 50_000
+    assert sys.gettrace() is None

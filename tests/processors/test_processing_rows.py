@@ -39,6 +39,14 @@ def test_padding_fills_every_row_on_the_side_asked_for():
         pad_rows(rows, "left", None)
 
 
+def test_rows_of_one_length_need_no_pad_token():
+    rows = {"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1, 1]]}
+    assert pad_rows(rows, "left", None) == rows
+    for options in ({"length": 3}, {"multiple": 4}):
+        with pytest.raises(ValueError, match="no pad token"):
+            pad_rows(rows, "left", None, **options)
+
+
 def test_media_are_never_labelled_and_runs_are_shown_once():
     labels = label_rows([[7, 9, 9, 8]], [[0, 1, 1, 1]], {9})
     assert labels == [[-100, -100, -100, 8]]

@@ -257,7 +257,7 @@ def test_a_lora_finds_the_new_bank_and_its_gate():
 @pytest.mark.parametrize(
     ("operation", "message"),
     [
-        (lambda m: add_bank(m, "text"), "has a bank 'text' already"),
+        (lambda m: add_bank(m, "text"), "already has a bank 'text'"),
         (lambda m: add_bank(m, "dense"), "'dense' is the name of a part"),
         (lambda m: add_bank(m, "new", gate="softmax"), "gate='softmax'"),
         (lambda m: add_bank(m, "new", rooter="x"), "unknown key 'rooter'; did you mean 'router'"),

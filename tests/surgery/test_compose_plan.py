@@ -192,6 +192,13 @@ def test_a_model_of_text_alone_has_no_placeholders_and_one_bank(llama: tuple[Pat
     assert list(text.expert_banks) == ["text"]
 
 
+def test_a_bank_with_a_gate_of_its_own_starts_with_a_new_gate(tmp_path: Path):
+    save_parent(tmp_path)
+    model = compose(tmp_path, *tiny_towers(), experts={"text": {}, "extra": {"gate": "own"}})
+    gates = [p for name, p in model.named_parameters() if ".banks.extra.gate." in name]
+    assert gates and all(torch.isfinite(gate).all() for gate in gates)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "olmoe"])
 def test_a_model_of_three_modalities_has_their_banks(model_type: str, tmp_path: Path):
     save_parent(tmp_path, model_type, **({"num_experts": 4, "num_experts_per_tok": 2} if model_type == "olmoe" else {}))

@@ -62,7 +62,7 @@ def test_every_router_computes_what_the_parent_computes(
 def test_routers_choose_different_copies_for_different_tokens(compose: Compose):
     model = compose(experts=two_banks(num_experts_per_tok=2))
     with torch.no_grad():
-        routing = model(input_ids=torch.arange(3, 60)[None], output_router_logits=True).router_logits[0]["text"]
+        routing = model(input_ids=torch.arange(3, 60)[None], output_router_logits=True).routing[0]["text"]
     assert len(routing.selected_experts.unique()) == 8
 
 
@@ -70,7 +70,7 @@ def test_routers_choose_different_copies_for_different_tokens(compose: Compose):
 def test_all_slices_of_a_copy_are_chosen_together(router: str, compose: Compose):
     model = compose(experts=two_banks(num_experts_per_tok=4, router=router), expert_split=2)
     with torch.no_grad():
-        routing = model(input_ids=torch.arange(3, 60)[None], output_router_logits=True).router_logits[0]["text"]
+        routing = model(input_ids=torch.arange(3, 60)[None], output_router_logits=True).routing[0]["text"]
     chosen = routing.selected_experts.sort(dim=1).values
     assert torch.equal(chosen[:, ::2] + 1, chosen[:, 1::2])
     assert (chosen[:, ::2] % 2 == 0).all()

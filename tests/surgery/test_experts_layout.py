@@ -137,7 +137,7 @@ def test_adaptive_experts_skip_slots_in_linear_experts_too() -> None:
 
 def test_what_cannot_be_converted_is_refused() -> None:
     model = make()
-    with pytest.raises(ValueError, match="have the layout 'fused' already"):
+    with pytest.raises(ValueError, match="already have the layout 'fused'"):
         fuse_experts(model)
     with pytest.raises(Exception, match="unknown experts_layout 'liner'; did you mean 'linear'"):
         make(experts_layout="liner")

@@ -168,12 +168,12 @@ def test_the_contrastive_head_embeds_the_new_modality(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("image", tower_config("image")), "has 'image' already"),
+        (("image", tower_config("image")), "already has 'image'"),
         (("sound", tower_config("audio")), "unknown modality 'sound'"),
         (("audio", tower_config("image")), "is of type 'chorus_audio', found 'chorus_vision'"),
         (("audio", tower_config("audio"), IMAGE_TOKEN), "image_token_id and audio_token_id are both 3"),
         (("audio", tower_config("audio"), AUDIO_TOKEN, {"name": "x", "rooter": 1}), "unknown key 'rooter'"),
-        (("audio", tower_config("audio"), AUDIO_TOKEN, {}), "add_bank: the model has a bank 'audio' already"),
+        (("audio", tower_config("audio"), AUDIO_TOKEN, {}), "add_bank: the model already has a bank 'audio'"),
         (("audio", {"hidden_size": 30}), "hidden_size=30 is not a multiple of num_attention_heads=4"),
     ],
 )

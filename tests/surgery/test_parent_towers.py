@@ -174,7 +174,7 @@ def test_a_chorus_tower_alone_is_taken_over(model, tmp_path):
     model.model.audio_tower.save_pretrained(tmp_path)
     ours = tower_of(audio_parent(tmp_path)).state_dict()
     assert all(torch.equal(ours[key], value) for key, value in model.model.audio_tower.state_dict().items())
-    with pytest.raises(ValueError, match="'chorus_audio' is no vision tower|no encoder of images"):
+    with pytest.raises(ValueError, match="'chorus_audio' is not a vision tower|does not encode images"):
         vision_parent(tmp_path)
 
 
@@ -224,11 +224,11 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
     Siglip2VisionModel(Siglip2VisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
         tmp_path / "naflex"
     )
-    with pytest.raises(ValueError, match="'llama' is no encoder of images"):
+    with pytest.raises(ValueError, match="'llama' does not encode images"):
         vision_parent(tmp_path / "llama")
     with pytest.raises(ValueError, match="not NaFlex"):
         vision_parent(tmp_path / "naflex")
-    with pytest.raises(ValueError, match="'llama' is no audio encoder known here; choose from whisper, wav2vec2"):
+    with pytest.raises(ValueError, match="'llama' is not a supported audio encoder; choose from whisper, wav2vec2"):
         audio_parent(tmp_path / "llama")
 
 

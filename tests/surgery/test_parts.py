@@ -12,7 +12,7 @@ from chorus_moe import (
 )
 from chorus_moe.modeling.modeling_text import ChorusTextModel
 from chorus_moe.surgery import freeze, unfreeze
-from chorus_moe.surgery.parts import parts_of
+from chorus_moe.surgery.parts import bank_tensor, parts_of
 from tests.conftest import tiny_config
 
 
@@ -129,3 +129,23 @@ def test_adapters_refuse_it():
     adapted = get_peft_model(make(), LoraConfig(target_modules=["o_proj"]))
     with pytest.raises(ValueError, match="freeze: 3 modules carry adapters"):
         freeze(adapted, "all")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.language_model.layers.12.mlp.banks.text.router.weight", (12, "text", "router.weight")),
+        ("layers.0.mlp.banks.common.experts.3.up_proj.weight", (0, "common", "experts.3.up_proj.weight")),
+        ("base_model.model.model.language_model.layers.1.mlp.banks.a_b.gate.weight", (1, "a_b", "gate.weight")),
+        ("model.language_model.layers.1.mlp.bank_gate.weight", None),
+        ("model.language_model.layers.1.self_attn.q_proj.weight", None),
+    ],
+)
+def test_a_name_says_which_bank_a_tensor_belongs_to(name: str, expected: tuple[int, str, str] | None):
+    assert bank_tensor(name) == expected
+
+
+def test_every_parameter_of_a_bank_is_read_and_no_other():
+    model = make()
+    for name, _ in model.named_parameters():
+        assert (bank_tensor(name) is not None) == (".banks." in name)

@@ -1,4 +1,4 @@
-"""Loading an export in a process in which nobody can import the package."""
+"""Loading an export in a process that cannot import the package."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-PROGRAM = """
+HIDE_THE_PACKAGE = """
 import sys
 
 class Refuse:
@@ -20,6 +20,8 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 sys.path = [entry for entry in sys.path if entry]
+"""
+COMPARE = """
 import torch, transformers
 from safetensors.torch import load_file
 
@@ -34,9 +36,20 @@ for auto in autos:
     for name, tensor in expected.items():
         # The package has a faster way to run experts, which sums in another order.
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+"""
+CHECK_IT_STAYED_HIDDEN = """
 assert not [name for name in sys.modules if name.split(".")[0] == "chorus_moe"]
 print("loaded")
 """
+
+
+def run_without_the_package(program: str, arguments: Sequence[str], folder: Path, **variables: str) -> None:
+    """Run a program in `folder`, in a process to which this package does not exist."""
+    command = [sys.executable, "-P", "-c", HIDE_THE_PACKAGE + program + CHECK_IT_STAYED_HIDDEN, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "loaded"
 
 
 def load_without_the_package(model: Any, auto_classes: Sequence[str], folder: Path) -> None:
@@ -46,8 +59,5 @@ def load_without_the_package(model: Any, auto_classes: Sequence[str], folder: Pa
     names = [name for name in ("logits", "last_hidden_state", "text_embeds") if outputs.get(name) is not None]
     save_file({name: outputs[name] for name in names}, folder / "expected.safetensors")
     assert names
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-P", "-c", PROGRAM, str(folder), type(model).__name__, *auto_classes]
-    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "loaded"
+    arguments = [str(folder), type(model).__name__, *auto_classes]
+    run_without_the_package(COMPARE, arguments, folder, HF_HOME=str(folder / "home"), HF_HUB_OFFLINE="1")

@@ -139,7 +139,7 @@ def test_a_batch_without_labels_warns_once(processor: ChorusProcessor, caplog: p
         collator([row])
         collator([row])
     transformers_logging.disable_propagation()
-    assert sum("no label at all" in record.message for record in caplog.records) == 1
+    assert sum("has no labels" in record.message for record in caplog.records) == 1
 
 
 def test_a_setting_nobody_knows_is_refused(processor: ChorusProcessor) -> None:

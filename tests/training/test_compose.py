@@ -17,6 +17,7 @@ from chorus_moe.training.answers import answer_rows
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.compose import Parts, compose, layer_numbers, read_experts
 from tests.parents import save_audio_parent, save_text_parent, save_timm_parent, save_vision_parent
+from tests.surgery.test_compose_template import CHATML
 from tests.training.test_cli import invoke
 
 RATE = 16_000
@@ -93,6 +94,38 @@ def test_text_comes_out_as_the_parent_computes_it(folders: Path) -> None:
     torch.testing.assert_close(model(**inputs).logits[..., :size], expected, atol=ATOL, rtol=0)
 
 
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_a_batch_is_answered_as_each_row_alone_after_loading(folders: Path, template: str | None) -> None:
+    """The parent's tokenizer says nothing of a padding side, as most do."""
+    tokens = ["<|im_start|>", "<|im_end|>"]
+    save_text_parent(folders / "text", others=tokens, extra_special_tokens=tokens, chat_template=template)
+    words = save_encoders(folders, "siglip", "whisper")
+    printed = invoke("compose", "--text", folders / "text", *words, "--out", folders / "new", "--num-experts", 4)
+    line = "the text parent has none" if template is None else "the text parent's, with media parts and marks"
+    assert line in printed
+    assert line in (folders / "new" / "README.md").read_text(encoding="utf-8")
+
+    model: Any = AutoModelForMultimodalLM.from_pretrained(folders / "new").eval()
+    processor: Any = AutoProcessor.from_pretrained(folders / "new")
+    for parameter in model.parameters():
+        # Larger than at the start, so that answers depend on their questions.
+        parameter.data.mul_(1.5)
+    rows = [question("siglip", "whisper"), question(None, None), question(None, "whisper")]
+    short = {"images": [], "audio": [], "messages": [{"role": "user", "content": "no"}]}
+    options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+
+    def answers(given: list[dict[str, Any]]) -> list[list[int]]:
+        media = {name: [row[name] for row in given] for name in ("images", "audio")}
+        batch = processor.apply_chat_template([r["messages"] for r in given], **media, return_tensors="pt", **options)
+        new = model.generate(**batch, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        return new[:, batch["input_ids"].shape[1] :].tolist()
+
+    together = answers([*rows, short])
+    assert together == [answers([row])[0] for row in [*rows, short]]
+    if template is not None:
+        assert "You are a helpful assistant." in processor.apply_chat_template(rows[1]["messages"])
+
+
 def test_the_towers_are_the_parents_bit_for_bit(folders: Path) -> None:
     save_encoders(folders, "siglip", "wav2vec2")
     parts = Parts(text=str(folders / "text"), vision=str(folders / "vision"), audio=str(folders / "audio"))
@@ -164,7 +197,7 @@ def test_nothing_is_written_when_a_part_is_wrong(folders: Path, monkeypatch: pyt
     text, vision = ["--text", folders / "text"], ["--vision", folders / "vision"]
     wrong = {
         "only safetensors files are read": [*text, "--audio", folders / "audio"],
-        "'llama' is no encoder of images": [*text, "--vision", folders / "text"],
+        "'llama' does not encode images": [*text, "--vision", folders / "text"],
         "a decoder cannot be made of model_type='siglip'": ["--text", folders / "vision"],
         "nowhere": ["--text", folders / "nowhere"],
         "dtype='int8'; choose from auto": [*text, *vision, "--dtype", "int8"],

@@ -1,9 +1,6 @@
 """An export loads where the package does not exist; pushes reach a Hub with model, processor, adapter and card."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,20 +18,11 @@ from chorus_moe.training.lora import lora_config
 from tests.conftest import tiny_config
 from tests.fake_hub import FakeHub
 from tests.training.conftest import make_rows
-from tests.training.export_checks import load_without_the_package
+from tests.training.export_checks import load_without_the_package, run_without_the_package
 
-# Loads everything in a process in which nobody can import the package, and compares with stored logits.
-PROGRAM = """
-import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "chorus_moe":
-            raise ModuleNotFoundError(f"{name} is hidden")
-
-sys.meta_path.insert(0, Refuse())
-sys.path = [entry for entry in sys.path if entry]
-import numpy as np, torch, transformers
+# Loads everything and compares with stored logits.
+LOAD_EVERYTHING = """
+import torch, transformers
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -59,8 +47,6 @@ for source in sources:
     turn = {"role": "user", "content": [image, {"type": "text", "text": "?"}]}
     batch = processor.apply_chat_template([turn], tokenize=True, return_dict=True, return_tensors="pt")
     model.generate(**batch, max_new_tokens=2, do_sample=False)
-assert not [name for name in sys.modules if name.split(".")[0] == "chorus_moe"]
-print("loaded")
 """
 
 
@@ -82,11 +68,8 @@ def test_export_and_repository_load_where_the_package_does_not_exist(
     push_to_hub(model, processor, "tester/chorus")
     info = model_info("tester/chorus")
     assert (info.pipeline_tag, info.library_name) == ("any-to-any", "transformers")
-    variables = os.environ | {"OMP_NUM_THREADS": "1"} | fake_hub.environment(tmp_path / "home")
-    command = [sys.executable, "-P", "-c", PROGRAM, str(tmp_path / "export"), "tester/chorus", str(stored)]
-    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "loaded"
+    arguments = [str(tmp_path / "export"), "tester/chorus", str(stored)]
+    run_without_the_package(LOAD_EVERYTHING, arguments, tmp_path, **fake_hub.environment(tmp_path / "home"))
 
 
 @pytest.mark.slow

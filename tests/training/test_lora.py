@@ -173,7 +173,7 @@ def test_a_group_this_model_lacks_is_refused(tokenizer: PreTrainedTokenizerFast)
 
 
 def test_what_the_groups_decide_cannot_be_passed_beside_them(model: ChorusForConditionalGeneration) -> None:
-    with pytest.raises(TypeError, match="target_modules is decided by the groups"):
+    with pytest.raises(TypeError, match="target_modules is set by the groups"):
         lora_config(model, dense=True, target_modules="all-linear")
     adapted = get_peft_model(model, lora_config(model, dense=True))
     with pytest.raises(ValueError, match="already carries an adapter"):

@@ -83,7 +83,7 @@ class EncoderLesson(nn.Module):
         return torch.stack([teacher(**media)["logits"].softmax(dim=1) for teacher in self.teach]).mean(dim=0)
 
     def freeze(self) -> None:
-        """Leave tower and connector as they are from now on: trained on with the decoder, they learn its speakers."""
+        """Freeze tower and connector: trained further with the decoder, they overfit to its speakers."""
         self.tower.requires_grad_(False)
         self.connector.requires_grad_(False)
 

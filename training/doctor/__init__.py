@@ -1,1 +1,1 @@
-"""`chorus-moe doctor`: checks on a checkpoint of the user's own."""
+"""`chorus-moe doctor`: contract checks on a user's checkpoint."""

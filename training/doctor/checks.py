@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from chorus_moe.training.doctor.adapters import adapters
-from chorus_moe.training.doctor.files import hub_export, processor, reload, tensors
+from chorus_moe.training.doctor.files import batch_padding, chat_template, hub_export, processor, reload, tensors
 from chorus_moe.training.doctor.finding import Finding
 from chorus_moe.training.doctor.inputs import Patient
 from chorus_moe.training.doctor.parity import batch_mates, cache, checkpointing, implementations, padding_side
@@ -15,6 +15,8 @@ Check = Callable[[Patient], Finding]
 CHECKS: tuple[Check, ...] = (
     tensors,
     processor,
+    batch_padding,
+    chat_template,
     cache,
     padding_side,
     batch_mates,

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from chorus_moe.modeling.configuration_modalities import ENCODED
 from chorus_moe.modeling.moe_banks import BankGate
 from chorus_moe.training.doctor import export_probe
 from chorus_moe.training.doctor.finding import Finding, compared, counted, difference
-from chorus_moe.training.doctor.inputs import Batch, Patient
+from chorus_moe.training.doctor.inputs import ANSWER, Batch, Patient
 from chorus_moe.training.doctor.state import nan_memory
 from chorus_moe.training.hub import export_for_hub
 
@@ -92,6 +93,53 @@ def processor(patient: Patient) -> Finding:
         "Make the processor anew with ChorusProcessor.from_config(model.config, tokenizer) and save it beside the "
         "model; after tokens were added: model.resize_token_embeddings(len(tokenizer)), and train",
         {} if eos in ends else warnings,
+    )
+
+
+def batch_padding(patient: Patient) -> Finding:
+    """The processor and its saved copy pad a batch by themselves as `generate` needs it, on the left."""
+    with TemporaryDirectory() as folder:
+        patient.processor.save_pretrained(folder)
+        saved = type(patient.processor).from_pretrained(folder)
+    faults = []
+    for name, found in (("the processor", patient.processor), ("its saved copy", saved)):
+        batch = Patient(patient.model, found).encode(patient.rows[:2], side=None)
+        if not batch["attention_mask"][:, -1].all():
+            faults.append(f"{name} pads on the right, where generation goes on")
+    return counted(
+        faults,
+        "a batch is padded on the left, also after saving",
+        'Set processor.tokenizer.padding_side = "left", and save it',
+    )
+
+
+def chat_template(patient: Patient) -> Finding:
+    """The chat template writes every medium, marks the assistant's words, and ends them where generation ends."""
+    ends = patient.base.generation_config.eos_token_id
+    faults, warnings = [], {}
+    for number, row in enumerate(patient.rows):
+        try:
+            batch = patient.processor.apply_chat_template(
+                row["messages"], images=row["images"], audio=row["audio"], return_labels=True
+            )
+        except Exception as error:  # noqa: BLE001  a template is a program, which can raise anything
+            faults.append(f"sample {number}: {error}")
+            continue
+        labels = [label for label in batch["labels"][0] if label != -100]
+        text = patient.processor.tokenizer.decode(labels)
+        if ANSWER not in text:
+            faults.append(f"sample {number}: the labels are {text!r:.80}, not the answer")
+        elif ends is not None and labels[-1] not in np.ravel(ends):
+            token = patient.processor.tokenizer.decode(labels[-1:])
+            warnings[f"answers end with {token!r}, generation at {ends}"] = (
+                "Add that token's id to model.generation_config.eos_token_id, or generation runs to its limit"
+            )
+    return counted(
+        faults,
+        f"labels of {len(patient.rows)} samples",
+        "Use a template that writes images and sound in their place and puts the assistant's words between "
+        "{% generation %} and {% endgeneration %}; `compose` makes one of the text parent's",
+        warnings,
     )
 
 

@@ -98,6 +98,6 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def listed(items: Sequence[str], limit: int = 5, separator: str = "; ") -> str:
-    """The first items in one line, and how many more there are."""
+    """The first items in one line, and the number of others."""
     more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
     return separator.join(items[:limit]) + more

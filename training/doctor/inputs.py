@@ -105,8 +105,8 @@ class Patient:
         rate = extractor.sampling_rate
         return {"array": rng.normal(0, 0.1, int(seconds * rate)).astype(np.float32), "sampling_rate": rate}
 
-    def encode(self, rows: Sequence[Mapping[str, Any]] | None = None, side: str = "left") -> Batch:
-        """The tensors of some rows (all if None), padded on one side."""
+    def encode(self, rows: Sequence[Mapping[str, Any]] | None = None, side: str | None = "left") -> Batch:
+        """The tensors of some rows (all if None), padded on one side, or as the processor does by itself (None)."""
         rows = self.rows if rows is None else rows
         batch = self.processor.apply_chat_template(
             [row["messages"] for row in rows],
@@ -115,7 +115,7 @@ class Patient:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": side},
+            processor_kwargs={"padding": True} | ({"padding_side": side} if side else {}),
         )
         return {name: value.to(self.device) for name, value in batch.items()}
 
@@ -138,12 +138,12 @@ def noise_image(rng: np.random.Generator, index: int) -> Image.Image:
 
 
 def all_labels(batch: Batch) -> Tensor:
-    """Every real token is to be predicted, media included: what no such label reaches, no label reaches."""
+    """Labels on every real token, media included: a parameter that these do not reach is reached by no label."""
     return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
 
 
 def answer_labels(batch: Batch) -> Tensor:
-    """Only the last words are to be predicted, as in a conversation. For batches padded on the left."""
+    """Labels on the last words only, as in a conversation. For batches padded on the left."""
     labels = batch["input_ids"].clone()
     labels[:, :-NUM_ANSWER_TOKENS] = -100
     return labels

@@ -72,7 +72,7 @@ def padding_side(patient: Patient) -> Finding:
 
 def batch_mates(patient: Patient) -> Finding:
     """Logits of each sample in a batch with others, with and without media, and alone."""
-    together = patient.logits(patient.encode())
+    together = patient.logits(patient.encode(side=None))
     alone = [patient.logits(patient.encode([row]))[0] for row in patient.rows]
     return compared(
         _by_sample(together, alone),

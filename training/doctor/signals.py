@@ -1,4 +1,4 @@
-"""Checks that what should matter does: media move the output, gradients arrive, the fast implementations run."""
+"""Checks that everything has its effect: media change the output, gradients arrive, the fast implementations run."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -213,10 +213,10 @@ def _missing_balance(patient: Patient) -> list[str]:
 
 @torch.no_grad()
 def _unused_experts(patient: Patient) -> str:
-    """How many experts no token of the samples visits; with so few tokens no more than a hint."""
+    """How many experts no token of the samples visits; with few tokens this is only a hint."""
     used: dict[tuple[int, str], set[int]] = {}
     total = 0
-    routing = patient.base(**patient.encode(), output_router_logits=True).router_logits
+    routing = patient.base(**patient.encode(), output_router_logits=True).routing
     for layer, banks in enumerate(routing):
         for name, bank in banks.items():
             total += bank.router_logits.shape[1]

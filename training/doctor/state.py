@@ -19,8 +19,8 @@ CAPTURES = "_output_capturing_hooks_installed"
 @contextmanager
 def left_as_found(patient: Patient) -> Iterator[None]:
     """Modes, hooks, trained parameters, buffers, implementations and random numbers are afterwards what they were
-    before; gradients are dropped, and nothing below an error is logged. Weights are not looked after: no check may
-    touch them."""
+    before; gradients are dropped, and nothing below an error is logged. Weights are not restored: no check may
+    change them."""
     model, decoder = patient.model, patient.decoder
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -64,7 +64,7 @@ def left_as_found(patient: Patient) -> Iterator[None]:
 
 @contextmanager
 def nan_memory() -> Iterator[None]:
-    """torch fills uninitialised memory with NaN, so that a tensor which nobody sets is seen."""
+    """torch fills uninitialised memory with NaN, so that a tensor that is never set shows."""
     mode = torch.get_deterministic_debug_mode()
     # Fills memory only in this mode. `warn_only`, because some operations have no deterministic form.
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -31,7 +31,7 @@ class BankCounters:
     Attributes:
         choices_ME: how often tokens of each modality chose each expert.
         tokens_M: tokens that entered the bank.
-        rerouted, dropped: choices that another expert took over, and choices lost for want of room.
+        rerouted, dropped: choices that another expert took over, and choices dropped because it was full.
         weights_ME: sum of the routed weight, bank gate times router.
         probabilities_ME: sum of the router's probabilities.
         entropy_M: sum over tokens of the entropy of the router's probabilities, 0 to 1.
@@ -136,7 +136,7 @@ class RoutingCounters:
         """Add one forward.
 
         Args:
-            layers: the output `router_logits`.
+            layers: the output `routing`.
             modality_T: `mm_token_type_ids`, flattened; None for text alone.
         """
         # Keyed by identity: for most layers the columns are computed once.

@@ -76,11 +76,11 @@ class RoutingObserver:
         return arguments, {**options, "output_router_logits": True}
 
     def _read(self, _: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
-        if not self._counts or output.router_logits is None:
+        if not self._counts or output.routing is None:
             return None
         modality_BS = options.get("mm_token_type_ids")
-        self.counters.count(output.router_logits, None if modality_BS is None else modality_BS.reshape(-1))
+        self.counters.count(output.routing, None if modality_BS is None else modality_BS.reshape(-1))
         # Who did not ask for the routing does not get it.
         if not self._was_asked:
-            output.router_logits = None
+            output.routing = None
         return output

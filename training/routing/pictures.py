@@ -86,7 +86,7 @@ def draw_routing(path: Path, shares: Mapping[str, np.ndarray], layers: Sequence[
 
 
 def _idle(share: np.ndarray) -> np.ndarray:
-    """True in the rows of a bank that nothing of a modality entered, and for experts that are not there."""
+    """True in the rows of a bank that no token of the modality entered, and for experts that do not exist."""
     rows = share.reshape(-1, share.shape[-1])
     return np.isnan(rows) | (np.nansum(rows, axis=1, keepdims=True) == 0)
 

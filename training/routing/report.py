@@ -56,7 +56,7 @@ def count_rows(
     if len(rows) == 0:
         raise ValueError("there are no rows to route")
     if not base_model(model).config.text_config.sparse_layers:
-        raise ValueError("the model has no sparse layer, so there is no routing to count")
+        raise ValueError("the model has no sparse layer, so it routes nothing")
     was_training = model.training
     model.eval()
     with RoutingObserver(model) as observer:

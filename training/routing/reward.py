@@ -99,7 +99,7 @@ def policy_gradient_loss(layers: Iterable[RoutingOfLayer], gain_BS: Tensor, bank
     """`- gain * log p(draw)`, averaged over the real rows of each bank, then over the banks and layers that had any.
 
     Args:
-        layers: the output `router_logits` of a forward with `sample_experts=banks`.
+        layers: the output `routing` of a forward with `sample_experts=banks`.
         gain_BS: reward of each token over the baseline; carries no gradient.
 
     Raises:
@@ -154,7 +154,7 @@ class RouterRewardTrainer(Trainer):
             raise ValueError(f"router_reward_coef={router_reward_coef} must be positive")
         base = base_model(self.model)
         if not isinstance(base, ChorusForConditionalGeneration):
-            raise ValueError(f"{type(base).__name__} predicts no tokens, so there is no likelihood to be rewarded by")
+            raise ValueError(f"{type(base).__name__} does not predict tokens, so there is no likelihood to reward")
         known = {bank.name: bank for bank in base.config.text_config.banks}
         for name in router_reward_banks:
             check_name("router_reward_banks", "bank", name, known)
@@ -167,7 +167,7 @@ class RouterRewardTrainer(Trainer):
                 )
             part = f".banks.{name}.router."
             if not any(part in path and parameter.requires_grad for path, parameter in self.model.named_parameters()):
-                raise ValueError(f"router_reward_banks names {name!r}, whose routers are frozen; train them as well")
+                raise ValueError(f"router_reward_banks names {name!r}, whose routers are frozen; unfreeze them")
         # A bank named twice would be rewarded twice.
         self.router_reward_banks = tuple(dict.fromkeys(router_reward_banks))
         self.router_reward_coef = router_reward_coef
@@ -202,7 +202,7 @@ class RouterRewardTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # What the Trainer does to the loss of the model, against the mean that is taken over ranks.
             share = share * (self.accelerator.num_processes // self.get_tp_size())
-        reward = policy_gradient_loss(outputs.router_logits, gain_BS, self.router_reward_banks)
+        reward = policy_gradient_loss(outputs.routing, gain_BS, self.router_reward_banks)
         loss = loss + self.router_reward_coef * share * reward.to(loss.device)
         self._gain = self._gain + (sampled_BS - ranked_BS).sum()
         self._num_labels += int((labels_BS[:, 1:] != -100).sum())

@@ -148,7 +148,7 @@ def test_the_command_examines_an_adapter_and_writes_json(folder: Path, tmp_path:
     path = tmp_path / "findings.json"
     status, printed = invoke(folder / "adapter", "--base", folder / "model", "--json", path)
     assert status == 0, printed
-    assert printed.splitlines()[-1] == "12 checks: 11 ok, 1 warning, 0 failed, 0 skipped"
+    assert printed.splitlines()[-1] == "14 checks: 13 ok, 1 warning, 0 failed, 0 skipped"
     values = json.loads(path.read_text())
     assert (values["model"], values["dtype"], values["is_healthy"]) == (str(folder / "adapter"), "float32", True)
     assert [finding["name"] for finding in values["findings"]] == [name_of(check) for check in IN_PROCESS]

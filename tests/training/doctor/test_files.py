@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.modeling.moe_banks import BankGate
 from chorus_moe.training import hub
-from chorus_moe.training.doctor.files import hub_export, processor, reload, tensors
+from chorus_moe.training.doctor.files import batch_padding, chat_template, hub_export, processor, reload, tensors
 from chorus_moe.training.doctor.inputs import Patient
 from chorus_moe.training.doctor.parity import batch_mates, padding_side
 from chorus_moe.training.lora import lora_config
@@ -55,6 +55,51 @@ def test_a_processor_of_another_model_is_found(patient: Patient, part: str, name
     found = failing(patient, tensors, processor)
     assert found.keys() == {"processor"}
     assert text in found["processor"]
+
+
+def test_padding_on_the_right_is_found(patient: Patient) -> None:
+    assert not failing(patient, batch_padding)
+    patient.processor.tokenizer.padding_side = "right"
+    found = failing(patient, batch_padding, batch_mates)
+    assert found.keys() == {"batch-padding"}
+    assert "the processor pads on the right" in found["batch-padding"]
+    assert "its saved copy pads on the right" in found["batch-padding"]
+
+
+def test_a_side_that_is_lost_on_saving_is_found(patient: Patient) -> None:
+    patient.processor.tokenizer.init_kwargs["padding_side"] = "right"
+    save = patient.processor.tokenizer.save_pretrained
+
+    def forgetful(*args: Any, **kwargs: Any) -> Any:
+        side, patient.processor.tokenizer.padding_side = patient.processor.tokenizer.padding_side, "right"
+        files = save(*args, **kwargs)
+        patient.processor.tokenizer.padding_side = side
+        return files
+
+    patient.processor.tokenizer.save_pretrained = forgetful
+    assert failing(patient, batch_padding)["batch-padding"].startswith("its saved copy pads on the right")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("{%- generation -%}", "", "not the answer"),
+        ("{{- '<image>' -}}", "", "image placeholders for 1 images"),
+        ("{{- '<audio>' -}}", "", "audio placeholders for 1 clips"),
+    ],
+)
+def test_a_template_without_marks_or_media_is_found(patient: Patient, old: str, new: str, text: str) -> None:
+    assert not failing(patient, chat_template)
+    template = patient.processor.chat_template.replace(old, new).replace(old.replace(" gen", " endgen"), new)
+    patient.processor.chat_template = template
+    assert text in failing(patient, chat_template)["chat-template"]
+
+
+def test_answers_that_end_where_generation_does_not_are_a_warning(patient: Patient) -> None:
+    patient.base.generation_config.eos_token_id = [1]
+    finding = found_by(patient, chat_template)["chat-template"]
+    assert finding.verdict == "warning"
+    assert "answers end with '</s>', generation at [1]" in finding.explanation
 
 
 def test_tokens_without_an_embedding_are_found(patient: Patient) -> None:

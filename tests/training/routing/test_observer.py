@@ -53,7 +53,7 @@ def one_process(folder: Path) -> Iterator[None]:
 def test_counts_are_those_of_the_choices_made(model: ChorusForConditionalGeneration, batch: Batch) -> None:
     with RoutingObserver(model) as observer:
         model(**batch)
-    layers = model(**batch, output_router_logits=True).router_logits
+    layers = model(**batch, output_router_logits=True).routing
     for banks, layer in zip(observer.counters.banks.values(), layers, strict=True):
         for name, routing in layer.items():
             assert torch.equal(banks[name].choices_ME.sum(dim=0), count_choices(routing))
@@ -142,8 +142,8 @@ def test_the_caller_sees_no_difference(model: ChorusForConditionalGeneration, ba
     keys = set(model(**batch).keys())
     with RoutingObserver(model):
         assert set(model(**batch).keys()) == keys
-        assert model.model(**{k: v for k, v in batch.items() if k != "labels"}).router_logits is None
-        assert model(**batch, output_router_logits=True).router_logits is not None
+        assert model.model(**{k: v for k, v in batch.items() if k != "labels"}).routing is None
+        assert model(**batch, output_router_logits=True).routing is not None
 
 
 def test_nothing_is_left_after_detaching(model: ChorusForConditionalGeneration, batch: Batch) -> None:
@@ -161,7 +161,7 @@ def test_counts_stay_exact_where_float32_stops() -> None:
     bank.choices_ME += 2**24
     with torch.no_grad():
         model = make().eval()
-        routing = model(**tiny_batch(tiny_config()), output_router_logits=True).router_logits[0]["audio"]
+        routing = model(**tiny_batch(tiny_config()), output_router_logits=True).routing[0]["audio"]
     bank.count(routing, torch.full((len(routing.selected_experts),), 2))
     assert int(bank.choices_ME.sum()) == 12 * 2**24 + routing.selected_experts.numel()
 

@@ -106,7 +106,7 @@ def test_a_step_gives_the_router_the_gradient_computed_by_hand(tmp_path: Path) -
         ranked = model.eval()(**batch)
     likelihoods = [label_log_likelihoods(outputs.logits, batch["labels"]) for outputs in (sampled, ranked)]
     gain_T1 = token_gains(*likelihoods, batch["labels"]).reshape(-1, 1)
-    for layer, (routing, hidden_TD) in enumerate(zip(sampled.router_logits, inputs, strict=True), start=1):
+    for layer, (routing, hidden_TD) in enumerate(zip(sampled.routing, inputs, strict=True), start=1):
         drawn_TE = F.one_hot(routing["common"].selected_experts[:, 0], 4)
         error_TE = -gain_T1 * (drawn_TE - routing["common"].router_logits.detach().softmax(dim=-1)) / len(gain_T1)
         expected = 0.5 * error_TE.T @ hidden_TD / 2  # the mean of two layers
@@ -168,7 +168,7 @@ def bandit_rows() -> list[dict[str, Tensor]]:
 
 def choice_of(model: nn.Module) -> list[int]:
     with torch.no_grad():
-        layer = model.eval()(**stack(bandit_rows()), output_router_logits=True).router_logits[0]
+        layer = model.eval()(**stack(bandit_rows()), output_router_logits=True).routing[0]
     return sorted(set(layer["common"].selected_experts.flatten().tolist()))
 
 
