@@ -197,7 +197,7 @@ class ChorusTextConfig(PreTrainedConfig):
 
     @property
     def banks(self) -> list[ExpertBankConfig]:
-        """The expert banks by name; those without a gate of their own are the columns of the bank gate in this order."""
+        """The expert banks by name; those without a gate of their own are the bank gate's columns in this order."""
         return read_expert_banks(self.expert_banks or {}, self.bank_defaults)
 
     @property
