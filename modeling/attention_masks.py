@@ -58,6 +58,13 @@ class LocalMask:
         )
 
 
+def is_packed(attention_mask: Any, position_ids: Tensor | None) -> bool:
+    """Whether positions restart within a row, which then holds several sequences; a mask says otherwise."""
+    return (
+        attention_mask is None and position_ids is not None and find_packed_sequence_indices(position_ids) is not None
+    )
+
+
 def build_masks(
     config: ChorusTextConfig,
     inputs_embeds: Tensor,
@@ -153,8 +160,7 @@ def local_mask(
         layer = config.layer_types.index("sliding_attention")
         seen = int(past_key_values.get_query_offset(layer))
         held, first = past_key_values.get_mask_sizes(count, layer)
-    # transformers takes a jump of positions for packing under these same conditions; a rule cannot keep texts apart.
-    elif attention_mask is None and position_ids is not None and find_packed_sequence_indices(position_ids) is not None:
+    elif is_packed(attention_mask, position_ids):
         return None
     # A static cache holds room behind the last token, which a rule would count as keys.
     expected = (len(inputs_embeds), seen + count)

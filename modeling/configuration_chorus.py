@@ -75,9 +75,12 @@ class ChorusConfig(PreTrainedConfig):
         text: Any = {} if self.text_config is None else self.text_config
         # What is saved has a version of transformers, what is written by hand has none. Saved without modalities it is
         # from before the field existed, and its tensors are those of all modalities.
-        if isinstance(text, dict) and text.get("modalities") is None and self.transformers_version is None:
+        by_hand = self.transformers_version is None
+        if isinstance(text, dict) and text.get("modalities") is None and by_hand:
             self.text_config = {**text, "modalities": self.modalities}  # type: ignore[assignment]  # not validated yet
         super().__post_init__(**kwargs)
+        # transformers reads the field of the whole model only. A saved one has the tables that it was saved with.
+        self.tie_word_embeddings |= by_hand and self.text_config.tie_word_embeddings
         # An Auto class of several models looks for its own among these names, and fails on None.
         self.architectures: list[str] = getattr(self, "architectures", None) or []
         # TRL reads it of every model whose class is not in transformers.

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import can_return_tuple, logging
 
@@ -27,6 +28,8 @@ from .modeling_outputs import CACHE, ChorusLossOutput, takes_cache
 from .moe_plan import DecoderKwargs
 
 logger = logging.get_logger(__name__)
+# By this table the Trainer's label smoother decides whether labels are shifted: without it a model learns to repeat.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(ChorusConfig.model_type, "ChorusForConditionalGeneration")
 
 
 class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
@@ -136,6 +139,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        self._refuse_lost_losses(labels, num_items, terms)
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
@@ -200,6 +204,11 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         )
 
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        if kwargs.get("labels") is not None:
+            raise ValueError(
+                "generate was given labels: the prompt holds the answer, so any score of it would be perfect. Prompts "
+                "come from ChorusDataCollator(prompt_only=True); `evaluate_rows` scores answers"
+            )
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         check_drafts(generation_config, self.config.text_config.num_hidden_layers)
         # transformers keeps unknown settings in the file but passes none of them to the model.

@@ -149,10 +149,31 @@ class ChorusHead(ChorusPreTrainedModel):
         """Refuse a loss term whose sources have no graph although parameters with these names are trained."""
         if not (self.training and torch.is_grad_enabled()) or any(source.requires_grad for source in sources):
             return
-        if any(p.requires_grad for n, p in self.model.named_parameters() if any(part in n for part in trained)):
+        named = list(self.model.named_parameters())
+        own = [name for name, _ in named if any(part in name for part in trained)]
+        # A source is computed from its own part and from all that lies before the last layer which has one: towers,
+        # embeddings and layers, in this order.
+        last = own[-1][: own[-1].index(".", own[-1].index(".layers.") + len(".layers.")) + 1]
+        before = [name for name, _ in named[: next(i for i, (name, _) in enumerate(named) if name.startswith(last))]]
+        if any(parameter.requires_grad and name in {*own, *before} for name, parameter in named):
             raise RuntimeError(
                 f"the {term} loss would have no gradient: activation checkpointing runs with use_reentrant=True, which "
                 "hides what it is computed from; use activation_checkpointing_kwargs={'use_reentrant': False}"
+            )
+
+    def _refuse_lost_losses(self, labels: Tensor | None, num_items: Any, terms: dict[str, Tensor | None]) -> None:
+        """Refuse a training step of a trainer that keeps the labels for a loss of its own and drops all of ours."""
+        if not self.training or labels is not None or num_items is None:
+            return
+        text = self.config.text_config
+        lost = [name for name, value in terms.items() if value is not None and getattr(text, LOSS_WEIGHTS[name]) > 0]
+        lost += ["exit_loss"] if text.exit_loss_coef > 0 else []
+        if lost:
+            raise ValueError(
+                f"the trainer keeps the labels for itself (label_smoothing_factor, or compute_loss_func), so {lost} "
+                "would not be learned. For smoothing call `smooth_labels(trainer)` of "
+                "chorus_moe.training.label_smoothing; with a loss of your own set their coefficients to 0, or add them "
+                "to it and set `model.accepts_loss_kwargs = False` before you build the trainer"
             )
 
     def _weighted_sum(self, terms: dict[str, Tensor | None], share: Tensor | float) -> Tensor | float:
@@ -212,6 +233,7 @@ class ChorusForSequenceClassification(ChorusHead):
             exits=exits,
             **kwargs,
         )
+        self._refuse_lost_losses(labels, num_items_in_batch, terms)
         leaves = exits is not None and exits.thresholds is not None
         if exits is not None and leaves:
             logits = exits.gather(self.score(exits.pooled(outputs.last_hidden_state)))

@@ -14,7 +14,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import Attention, CrossModalAttention, rotary_tables
 from .attention_globals import GlobalTokens, with_global_tokens
-from .attention_masks import LocalMask, build_masks
+from .attention_masks import LocalMask, build_masks, is_packed
 from .configuration_checks import check_exit
 from .configuration_text import ChorusTextConfig
 from .depth_cost import counts_computation
@@ -160,8 +160,8 @@ class ChorusTextModel(ChorusPreTrainedModel):
             raise ValueError(f"skip_threshold={skip_threshold} changes nothing: the model has no skip_layers")
         asked = {name: kwargs.pop(name, None) for name in ("expert_budget", "sample_experts", "closed_banks")}
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        # With the configuration, the cache of a sliding layer keeps its window only.
-        if use_cache and past_key_values is None:
+        # With a cache, even an empty one, transformers' masks take packed sequences for one: they would see each other.
+        if use_cache and past_key_values is None and not is_packed(attention_mask, position_ids):
             past_key_values = DynamicCache(config=self.config)
         tokens = SequenceInputs.read(
             hidden_states, attention_mask, position_ids, past_key_values, mm_token_type_ids, complexity_scores

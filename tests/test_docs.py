@@ -140,5 +140,15 @@ def test_the_reference_lists_every_operation() -> None:
     assert sorted(listed) == sorted(surgery.__all__)
 
 
+def test_the_doctors_guide_lists_every_check() -> None:
+    from chorus_moe.training.doctor.checks import CHECKS, COPYING, name_of
+
+    page = (ROOT / "docs/guides/doctor.md").read_text()
+    rows = [match for match in re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE) if not match.startswith("--")]
+    assert rows == [name_of(check) for check in CHECKS]
+    quick = next(line for line in page.splitlines() if line.startswith("| `--quick`"))
+    assert re.findall(r"`([a-z-]+)`", quick)[1:] == [name_of(check) for check in COPYING]
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

@@ -7,6 +7,7 @@ import torch
 
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.collator import clean_messages
+from chorus_moe.training.layouts import standard_row
 from chorus_moe.training.loading import ModelOrAdapter, device_of
 
 
@@ -36,6 +37,7 @@ def answer_rows(
     Raises:
         MediaError: a row that cannot be read, by its number.
     """
+    rows = [standard_row(row) for row in rows]
     batch = processor.apply_chat_template(
         [clean_messages(row["messages"]) for row in rows],
         images=[list(row.get("images") or []) for row in rows],

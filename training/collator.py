@@ -3,10 +3,12 @@
 Unusual here:
 - nothing is dropped silently: a sample that cannot be read is an error, or with `on_bad_media="skip"` it is counted
   and logged, up to a cap;
+- turns with `weight: 0` (OpenAI), `train: false` (axolotl) or `loss: false` (ms-swift) are read and not learned;
 - a batch whose samples are all bad still comes out, as text without labels, so that all ranks take equally many steps.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers.utils import logging
 
 from chorus_moe.processors.processing_limits import MediaError
 from chorus_moe.processors.processing_media import MEDIA
+from chorus_moe.training.layouts import LEARNED_KEYS, LayoutError, is_learned, standard_row
 
 logger = logging.get_logger(__name__)
 Row = Mapping[str, Any]
@@ -24,6 +27,7 @@ class ChorusDataCollator:
 
     A row has `messages` (chat turns), `images` and `audio` (lists, None or missing): one item for each image or audio
     part that holds no data. Items are anything the processor reads: PIL images, arrays, paths, `{"bytes", "path"}`.
+    Rows in the layouts of other projects are converted, see `layouts`.
 
     Args:
         processor: a ChorusProcessor.
@@ -31,8 +35,10 @@ class ChorusDataCollator:
         on_bad_media: "raise", or "skip" to leave a sample out that cannot be read.
         max_bad_samples: how many may be skipped before that is an error as well.
         pad_to_multiple_of: round the length of a batch up.
+        prompt_only: leave the last turn, the assistant's, out: prompts for `generate`, padded on the left, no labels.
 
     Raises:
+        ValueError: an unknown option.
         MediaError: a bad sample, by its number in the batch, or more of them than the cap.
     """
 
@@ -44,13 +50,16 @@ class ChorusDataCollator:
         on_bad_media: str = "raise",
         max_bad_samples: int = 100,
         pad_to_multiple_of: int | None = None,
+        prompt_only: bool = False,
     ):
         if on_bad_media not in ("raise", "skip"):
             raise ValueError(f"on_bad_media={on_bad_media!r}; choose 'raise' or 'skip'")
         self.processor = processor
         self.on_bad_media = on_bad_media
         self.max_bad_samples = max_bad_samples
-        self.options: dict[str, Any] = {"padding": True, "padding_side": "right"}
+        self.prompt_only = prompt_only
+        # Generation goes on at the right end of a prompt.
+        self.options: dict[str, Any] = {"padding": True, "padding_side": "left" if prompt_only else "right"}
         if max_length is not None:
             self.options |= {"truncation": True, "max_length": max_length}
         if pad_to_multiple_of is not None:
@@ -82,15 +91,77 @@ class ChorusDataCollator:
         return self._unlabelled(rows[0])
 
     def _encode(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        rows = [self._standard(row, sample) for sample, row in enumerate(rows)]
         media = {medium.column: [list(row.get(medium.column) or []) for row in rows] for medium in MEDIA.values()}
+        messages = [clean_messages(row["messages"]) for row in rows]
+        learned = [self._learned(turns, sample) for sample, turns in enumerate(messages)]
+        messages = [[{k: v for k, v in turn.items() if k not in LEARNED_KEYS} for turn in turns] for turns in messages]
+        if self.prompt_only:
+            return self._prompts(messages, media)
+        needs_mask = not all(map(all, learned))
         batch = self.processor.apply_chat_template(
-            [clean_messages(row["messages"]) for row in rows],
+            messages,
             return_labels=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=needs_mask,
+            processor_kwargs=dict(self.options),
+            **media,
+        )
+        if needs_mask:
+            masks = batch.pop("assistant_masks")
+            for sample, flags in enumerate(learned):
+                self._unlearn(batch["labels"][sample], masks[sample].tolist(), flags, sample)
+        return dict(batch)
+
+    def _prompts(self, messages: list[list[dict[str, Any]]], media: dict[str, Any]) -> dict[str, torch.Tensor]:
+        for sample, turns in enumerate(messages):
+            if turns[-1]["role"] != "assistant":
+                raise MediaError(
+                    f"sample {sample}: the last turn is {turns[-1]['role']!r}, not the assistant's", sample
+                )
+        batch = self.processor.apply_chat_template(
+            [turns[:-1] for turns in messages],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
             return_tensors="pt",
             processor_kwargs=dict(self.options),
             **media,
         )
         return dict(batch)
+
+    def _standard(self, row: Row, sample: int) -> dict[str, Any]:
+        try:
+            return standard_row(row)
+        except LayoutError as error:
+            raise MediaError(f"sample {sample}: {error}", sample) from error
+
+    def _learned(self, turns: Sequence[Row], sample: int) -> list[bool]:
+        """Whether each turn of the assistant is learned."""
+        try:
+            return [is_learned(turn) for turn in turns if turn["role"] == "assistant"]
+        except LayoutError as error:
+            raise MediaError(f"sample {sample}: {error}", sample) from error
+
+    def _unlearn(self, labels_S: torch.Tensor, mask_S: list[int], learned: list[bool], sample: int) -> None:
+        """Take the labels of the turns that are not learned; each turn is one run of the assistant's tokens."""
+        runs, start = [], 0
+        for value, group in groupby(mask_S):
+            stop = start + len(list(group))
+            runs += [slice(start, stop)] if value else []
+            start = stop
+        if len(runs) > len(learned) or (len(runs) < len(learned) and "max_length" not in self.options):
+            raise MediaError(
+                f"sample {sample}: the chat template marks {len(runs)} runs of tokens for {len(learned)} turns of the "
+                "assistant, so none can be left out of learning",
+                sample,
+            )
+        if self.processor.tokenizer.truncation_side == "left":
+            # What was cut off are the first turns.
+            learned = learned[len(learned) - len(runs) :]
+        for run, is_kept in zip(runs, learned, strict=False):
+            if not is_kept:
+                labels_S[run] = -100
 
     def _skip(self, error: MediaError) -> None:
         """Count a bad sample, or raise."""
@@ -108,7 +179,7 @@ class ChorusDataCollator:
 
     def _checked(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         # The first position is never predicted, so its label does not count.
-        if not self._warned_unlabelled and bool((batch["labels"][:, 1:] == -100).all()):
+        if not self.prompt_only and not self._warned_unlabelled and bool((batch["labels"][:, 1:] == -100).all()):
             self._warned_unlabelled = True
             logger.warning(
                 f"a batch of {len(batch['labels'])} samples has no labels, so training learns nothing from it: no "
@@ -118,9 +189,15 @@ class ChorusDataCollator:
 
     def _unlabelled(self, row: Row) -> dict[str, torch.Tensor]:
         """The texts of one row without any label: what stands for a batch of which nothing could be read."""
-        batch = self._encode([{"messages": without_media(clean_messages(row["messages"]))}])
+        try:
+            messages = without_media(clean_messages(standard_row(row)["messages"]))
+        # A row that was no row has no text to stand for it either.
+        except LayoutError:
+            messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+        batch = self._encode([{"messages": messages}])
         # Without labels the batch teaches nothing.
-        batch["labels"] = torch.full_like(batch["labels"], -100)
+        if "labels" in batch:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
         return batch
 
 

@@ -1,11 +1,13 @@
 """Rows of training data from a local file or folder, or from the Hub, with undecoded media.
 
-A row has `messages` (chat turns), `images` and `audio` (lists; may be missing). In local data a media item is a path
-relative to the data file's folder; in Parquet files and on the Hub it may be the file itself. Nothing is decoded here:
-the processor decodes within its limits.
+A row has `messages` (chat turns), `images` and `audio` (lists; may be missing); `layouts` reads those of other projects
+as such rows. In local data a media item is a path below the data file's folder, and rows may name no file elsewhere:
+who wrote the data set would otherwise choose which files of this machine are read. In Parquet files and on the Hub it
+may be the file itself. Nothing is decoded here: the processor decodes within its limits.
 """
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,54 +15,120 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from chorus_moe.processors.processing_media import MEDIA
+from chorus_moe.training.layouts import LayoutError, explain, is_learned, standard_row
+from chorus_moe.training.loading import is_remote
 
 # Column of a table -> the type of the parts that its items belong to.
 MEDIA_KINDS = {row.column: name for name, row in MEDIA.items()}
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FORMATS = (".jsonl", ".json", ".parquet")
+# Keys of a part whose text may be the path of a file.
+PATH_KEYS = {key for row in MEDIA.values() for key in row.keys} - {"base64", "bytes", "array"} | {
+    "image_url",
+    "audio_url",
+}
 # Enough to see a wrong format. All rows would mean to read the whole data set before the first step.
 CHECKED_ROWS = 16
 
 
 class RowDataset(Dataset):
-    """Rows of a table; relative media paths are resolved against `folder`, None for tables from the Hub."""
+    """Rows of a table in our layout. Relative media paths are resolved against `folder`; None for tables from the Hub.
 
-    def __init__(self, table: Any, folder: Path | None):
+    A row that cannot be read holds a LayoutError under `error`, which the collator raises or skips.
+
+    Args:
+        columns: our name of a column -> its name in the table.
+        markers: what `<image>` and `<audio>` in a string are, see `layouts.convert`.
+    """
+
+    def __init__(
+        self, table: Any, folder: Path | None, columns: Mapping[str, str] | None = None, markers: str = "media"
+    ):
         self.table = table
         self.folder = folder
+        self.columns = columns
+        self.markers = markers
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = dict(self.table[int(index)])
+        try:
+            row = standard_row(self.table[int(index)], self.columns, self.markers)
+        except LayoutError as error:
+            return {"messages": [], "error": LayoutError(f"row {index}, {error}")}
         for column in MEDIA_KINDS:
-            row[column] = [self._resolve(item, index, column) for item in row.get(column) or []]
+            row[column] = [self._resolve(item, f"row {index}, key {column!r}") for item in row.get(column) or []]
+        row["messages"] = [self._with_paths(turn, f"row {index}, key 'messages'") for turn in row["messages"]]
         return row
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
 
-    def _resolve(self, item: Any, index: int, column: str) -> Any:
+    def _with_paths(self, turn: Any, where: str) -> Any:
+        """A turn whose parts name media by resolved paths."""
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), list | tuple):
+            return turn
+        return {**turn, "content": [self._part_with_paths(part, where) for part in turn["content"]]}
+
+    def _part_with_paths(self, part: Any, where: str) -> Any:
+        if not isinstance(part, Mapping) or part.get("type") == "text":
+            return part
+        found = dict(part)
+        # `base64` is data in words; every other text may be a path.
+        for key, value in part.items():
+            if key in PATH_KEYS and isinstance(value, Mapping) and isinstance(value.get("url"), str):
+                found[key] = {**value, "url": self._resolve(value["url"], where)}
+            elif key in PATH_KEYS and isinstance(value, str | Mapping):
+                found[key] = self._resolve(value, where)
+        return found
+
+    def _resolve(self, item: Any, where: str) -> Any:
+        """A path below the folder in place of one in the data; anything else as it is.
+
+        Raises:
+            ValueError: a path outside the folder, or any in a table from the Hub.
+        """
         is_file = isinstance(item, Mapping) and item.get("bytes") is None and item.get("path") is not None
         path = item["path"] if is_file else item
         # Web addresses pass here and are refused by the processor, which names the sample.
         if not isinstance(path, str) or path.startswith(("data:", "http://", "https://")):
             return item
-        if self.folder is not None:
-            return str(self.folder / path)
-        # A path in a data set of the Hub would read a file of this machine, which its author may choose.
-        if not is_file:
-            raise ValueError(f"row {index}, key {column!r}: {path!r} is a path, but a Hub data set carries its files")
-        return item
+        if self.folder is None:
+            # A path in a data set of the Hub would read a file of this machine, which its author may choose.
+            if is_file:
+                return item
+            raise ValueError(f"{where}: {path!r} is a path, but a Hub data set carries its files")
+        folder = self.folder.resolve()
+        # Links are followed first: a data set may bring one that leads elsewhere.
+        found = (folder / path.removeprefix("file://")).resolve()
+        if not found.is_relative_to(folder):
+            raise ValueError(
+                f"{where}: {path!r} lies outside {str(folder)!r}; rows may name files below that folder only, which "
+                "data.media_folder sets"
+            )
+        return str(found)
 
 
-def load_rows(source: str | os.PathLike[str], split: str = "train") -> RowDataset:
-    """The rows of `source`, the first of them checked.
+def load_rows(
+    source: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    columns: Mapping[str, str] | None = None,
+    media_markers: str = "media",
+    media_folder: str | os.PathLike[str] | None = None,
+) -> RowDataset:
+    """The rows of `source`, the first of them checked. Local files are read without a network.
+
+    Says on standard error what was recognised in rows of another project's layout.
 
     Args:
         source: a .jsonl, .json or .parquet file; a folder with `{split}.jsonl` and so on, or one that
             `Dataset.save_to_disk` wrote; or the id of a data set on the Hub.
         split: which part, where `source` has several.
+        columns: our name of a column -> its name in the data, such as `{"messages": "dialogue"}`.
+        media_markers: what `<image>` and `<audio>` in a string are: the places of "media", or "text".
+        media_folder: where relative media paths begin, and the only folder whose files rows may name; that of the
+            data file if None.
 
     Raises:
         FileNotFoundError: a path that is not there, or a folder without such a split.
@@ -69,20 +137,29 @@ def load_rows(source: str | os.PathLike[str], split: str = "train") -> RowDatase
     import datasets
 
     path = Path(source)
+    folder: Path | None
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
         table, folder = datasets.load_from_disk(str(path)), path
-        table = table[split] if isinstance(table, datasets.DatasetDict) else table
+        if isinstance(table, datasets.DatasetDict):
+            if split not in table:
+                raise ValueError(f"{str(source)!r} has no split {split!r}; it has {', '.join(table)}")
+            table = table[split]
     elif path.exists():
         files = _data_files(path, split)
-        table = datasets.load_dataset(FORMATS[files[0].suffix], data_files=[str(f) for f in files], split="train")
-        folder = files[0].parent
+        # `load_dataset` would count the download of its reader, over the network.
+        read = datasets.Dataset.from_parquet if files[0].suffix == ".parquet" else datasets.Dataset.from_json
+        table, folder = read([str(f) for f in files]), files[0].parent
     # A misspelt path must not be asked for on the Hub.
-    elif path.suffix in FORMATS or path.is_absolute() or str(source).startswith("."):
+    elif path.suffix in FORMATS or not is_remote(str(source)):
         raise FileNotFoundError(f"no data at {str(source)!r}")
     else:
         table, folder = datasets.load_dataset(str(source), split=split), None
-    rows = RowDataset(_undecoded(table), folder)
+    folder = folder if media_folder is None else Path(media_folder)
+    rows = RowDataset(_undecoded(table), folder, columns, media_markers)
     check_rows(rows, str(source))
+    found = explain((rows.table[i] for i in range(min(len(rows), CHECKED_ROWS))), columns, media_markers)
+    if found:
+        print(f"{source}: {len(rows):,} rows; {found}", file=sys.stderr)
     return rows
 
 
@@ -103,7 +180,7 @@ def _undecoded(table: Any) -> Any:
     """The table with every image and audio feature as undecoded files: no ffmpeg or torchcodec is needed."""
     from datasets import Audio, Image, List
 
-    for column in set(MEDIA_KINDS) & set(table.features):
+    for column in table.features:
         feature = table.features[column]
         inner = feature.feature if isinstance(feature, List) else feature
         if isinstance(inner, Audio | Image):
@@ -128,6 +205,9 @@ def check_rows(rows: RowDataset, source: str) -> None:
 
 def find_problem(row: Mapping[str, Any]) -> str | None:
     """What is wrong with a row, in words that begin with the key; None if it can be trained on."""
+    if row.get("error") is not None:
+        # Without the number, which whoever asks knows.
+        return str(row["error"]).partition(", ")[2]
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         return f"key 'messages': expected a list of turns, found {messages!r:.60}"
@@ -141,7 +221,7 @@ def find_problem(row: Mapping[str, Any]) -> str | None:
             return f"{where}, 'content': expected a text or a list of parts, found {content!r:.60}"
         for part in content if isinstance(content, list) else []:
             kind = part.get("type") if isinstance(part, Mapping) else "text"
-            if kind not in ("text", *MEDIA_KINDS.values()):
+            if kind not in ("text", *MEDIA_KINDS.values(), "image_url", "audio_url", "input_audio"):
                 return f"{where}, 'content': unknown part {part!r:.60}; the types are text, image and audio"
             for column, medium in MEDIA_KINDS.items():
                 # Arrow fills missing keys with None, and `sampling_rate` describes data without being any.
@@ -151,6 +231,11 @@ def find_problem(row: Mapping[str, Any]) -> str | None:
                 wanted[column] += kind == medium and not has_data
     if not any(message["role"] == "assistant" for message in messages):
         return "key 'messages': no turn has the role 'assistant', so there is nothing to learn"
+    try:
+        if not any(is_learned(message) for message in messages if message["role"] == "assistant"):
+            return "key 'messages': every turn of the assistant is left out of learning"
+    except LayoutError as error:
+        return f"key 'messages': {error}"
     for column, count in wanted.items():
         items = row.get(column) or []
         if len(items) != count:

@@ -11,6 +11,7 @@ from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.answers import answer_rows
 from chorus_moe.training.collator import ChorusDataCollator, clean_messages
 from chorus_moe.training.data import RowDataset
+from chorus_moe.training.layouts import standard_row
 from chorus_moe.training.loading import ModelOrAdapter, device_of
 
 
@@ -79,6 +80,7 @@ def evaluate_rows(
 
 def split_answer(row: Mapping[str, Any], index: int) -> tuple[dict[str, Any], str]:
     """The row without its last turn, and that turn's text."""
+    row = standard_row(row)
     messages = clean_messages(row["messages"])
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"row {index}: the last turn must be the assistant's, found {messages[-1]['role']!r}")

@@ -49,6 +49,24 @@ def load_model(
     return model.eval(), load_processor(source, base)
 
 
+def is_remote(source: str) -> bool:
+    """Whether a name that is no file or folder here may be asked for on the Hub, which takes its time to say no."""
+    parts = Path(source).parts
+    # `name` or `owner/name`. Where a folder of the owner's name lies here, the name below it is misspelt.
+    is_path = os.path.isabs(source) or source.startswith((".", "~")) or source.endswith("/")
+    return bool(parts) and not is_path and len(parts) <= 2 and not (len(parts) == 2 and os.path.isdir(parts[0]))
+
+
+def check_source(source: str) -> None:
+    """Refuse a misspelt folder before it is looked up on the Hub.
+
+    Raises:
+        FileNotFoundError: nothing lies there, and it is no name of a repository.
+    """
+    if not os.path.exists(source) and not is_remote(source):
+        raise FileNotFoundError(f"no model at {source!r}: there is no such folder, and it is no name of a repository")
+
+
 def is_adapter(name_or_path: str) -> bool:
     """Whether a folder or repository holds an adapter instead of a model."""
     if os.path.isdir(name_or_path):

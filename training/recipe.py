@@ -15,6 +15,10 @@ from typing import Any, NamedTuple
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from chorus_moe.training.layouts import ALONG, LAYOUTS, MEDIA_COLUMNS
+
+COLUMNS = sorted({name for names in LAYOUTS for name in names} | {*MEDIA_COLUMNS, *ALONG})
+
 
 @dataclass
 class ModelArguments:
@@ -39,9 +43,32 @@ class DataArguments:
     eval_data: str | None = field(default=None, metadata={"help": "file, folder or Hub id; None: no evaluation"})
     train_split: str = "train"
     eval_split: str = "test"
+    columns: str | None = field(
+        default=None, metadata={"help": "our name of a column -> its name in the data, a mapping in YAML or JSON text"}
+    )
+    media_markers: str = field(
+        default="media", metadata={"help": "what <image> and <audio> in a string are: places of media, or text"}
+    )
+    media_folder: str | None = field(
+        default=None, metadata={"help": "where media paths begin, and all that rows may name; None: the data's folder"}
+    )
     max_length: int | None = field(default=None, metadata={"help": "tokens per sample at most; only text is cut"})
     on_bad_media: str = field(default="raise", metadata={"help": "raise, or skip samples that cannot be read"})
     max_bad_samples: int = field(default=100, metadata={"help": "samples that may be skipped"})
+
+    def to_options(self) -> dict[str, Any]:
+        """Keyword arguments of `load_rows`.
+
+        Raises:
+            ValueError: `columns` that are no mapping of names that rows have.
+        """
+        columns = None if self.columns is None else json.loads(self.columns)
+        if columns is not None and not isinstance(columns, dict):
+            raise ValueError(f"data.columns: expected a mapping such as {{messages: dialogue}}, found {self.columns!r}")
+        for name in columns or ():
+            if name not in COLUMNS:
+                raise ValueError(f"data.columns: no column of ours is {name!r}{nearest(name, COLUMNS)}; {COLUMNS}")
+        return {"columns": columns, "media_markers": self.media_markers, "media_folder": self.media_folder}
 
 
 @dataclass

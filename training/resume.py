@@ -4,11 +4,13 @@ Unusual here: an optimizer's state knows its parameters by number alone. A bank 
 behind it, and torch notices a wrong count at most; so the weights saved beside it are compared by name first.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from transformers import Trainer
@@ -34,6 +36,7 @@ def check_resume(trainer: Trainer, checkpoint: str | Path) -> None:
         OptimizerMisfit: naming the parameter that is missing, unexpected or of another shape, with both shapes.
     """
     folder, model = Path(checkpoint), trainer.model
+    _check_adapter(model, folder)
     _check_weights(model, folder)
     path = folder / "optimizer.pt"
     if not path.is_file():
@@ -105,3 +108,38 @@ def _check_weights(model: nn.Module, folder: Path) -> None:
     extra = sorted(saved.keys() - known)
     if extra:
         raise OptimizerMisfit(f"{folder} has {extra[0]} of shape {saved[extra[0]]}, the model does not; {CURE}")
+
+
+# Settings of an adapter that choose nothing but where it lies; what it is put on is compared by its tensors.
+NOT_COMPARED = (
+    *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type"),
+    *("target_modules", "target_parameters", "modules_to_save", "exclude_modules"),
+)
+
+
+def _check_adapter(model: Any, folder: Path) -> None:
+    """Refuse a checkpoint of another adapter: PEFT would keep what fits in name, and the rest would start anew."""
+    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    configs = getattr(model, "peft_config", None)
+    if configs is None or not path.is_file():
+        if configs is not None or path.is_file():
+            has = "an adapter" if path.is_file() else "no adapter"
+            raise OptimizerMisfit(f"{folder} holds {has}, the model {'has one' if configs else 'has none'}; {CURE}")
+        return
+    name = "default" if "default" in configs else next(iter(configs))
+    saved, ours = (
+        json.loads(path.read_text(encoding="utf-8")),
+        json.loads(json.dumps(configs[name].to_dict(), default=sorted)),
+    )
+    for key in sorted(saved.keys() & ours.keys() - set(NOT_COMPARED)):
+        if saved[key] != ours[key]:
+            raise OptimizerMisfit(f"{folder} has an adapter with {key}={saved[key]!r}, the model {ours[key]!r}; {CURE}")
+    with safe_open(weights, framework="pt") as file:
+        theirs = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    state = get_peft_model_state_dict(model, adapter_name=name)
+    now = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    for key in sorted(theirs.keys() | now.keys()):
+        if theirs.get(key) != now.get(key):
+            raise OptimizerMisfit(
+                f"{folder} has {key} of shape {theirs.get(key)}, the model's adapter has it with {now.get(key)}; {CURE}"
+            )

@@ -17,6 +17,7 @@ from chorus_moe.processors.tokenization_chorus import add_media_tokens, build_to
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import RowDataset, load_rows
 from chorus_moe.training.evaluate import text_of
+from chorus_moe.training.label_smoothing import smooth_labels
 from chorus_moe.training.loading import ModelOrAdapter, load_processor
 from chorus_moe.training.recipe import ModelArguments, Recipe, RoutingArguments
 from chorus_moe.training.resume import check_resume
@@ -45,8 +46,10 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         raise ValueError("data.train_data is missing: a file, a folder or a Hub id")
     # Before the model is built: its weights are drawn from this seed.
     set_seed(arguments.seed)
-    train_rows = load_rows(recipe.data.train_data, recipe.data.train_split)
-    eval_rows = load_rows(recipe.data.eval_data, recipe.data.eval_split) if recipe.data.eval_data else None
+    options, eval_rows = recipe.data.to_options(), None
+    train_rows = load_rows(recipe.data.train_data, recipe.data.train_split, **options)
+    if recipe.data.eval_data:
+        eval_rows = load_rows(recipe.data.eval_data, recipe.data.eval_split, **options)
     checkpoint = find_checkpoint(arguments)
     model, processor = load_or_build(recipe, train_rows, checkpoint)
     collator = ChorusDataCollator(
@@ -88,10 +91,11 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
 def new_trainer(routing: RoutingArguments, **parts: Any) -> Trainer:
     """The stock Trainer, or the one that also rewards routers."""
     if not routing.router_reward_banks:
-        return Trainer(**parts)
-    return RouterRewardTrainer(
+        return smooth_labels(Trainer(**parts))
+    trainer = RouterRewardTrainer(
         **parts, router_reward_banks=routing.router_reward_banks, router_reward_coef=routing.router_reward_coef
     )
+    return smooth_labels(trainer)
 
 
 def _publish(

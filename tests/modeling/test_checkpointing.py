@@ -143,3 +143,34 @@ def test_adapters_behind_a_frozen_decoder_get_gradients_under_checkpointing():
     model.enable_input_require_grads()
     model(**tiny_batch(model.config)).loss.backward()
     assert model.model.language_model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_reentrant_checkpointing_is_refused_where_it_would_drop_the_skip_budget():
+    off = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, "alignment_loss_coef": 0.0}
+    model = make(**off, skip_budget=0.3, skip_layers=[1])
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(RuntimeError, match=r"skip budget loss would have no gradient.*use_reentrant.*False"):
+        model(**tiny_batch(model.config))
+
+
+def test_reentrant_checkpointing_is_refused_where_frozen_routers_pass_their_loss_on():
+    """The balance loss moves what lies before a frozen router; what lies behind the last router it cannot move."""
+    model = make(alignment_loss_coef=0.0).requires_grad_(False)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    layers = model.model.language_model.layers
+    layers[2].mlp.banks["text"].experts.down_proj.requires_grad_(True)
+    model(**tiny_batch(model.config)).loss.backward()
+    assert layers[2].mlp.banks["text"].experts.down_proj.grad.abs().sum() > 0
+    layers[1].self_attn.q_proj.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"balance loss would have no gradient.*use_reentrant.*False"):
+        model(**tiny_batch(model.config))
+
+
+def test_a_loss_without_a_graph_is_no_mistake_where_nothing_before_it_saw_a_token():
+    """Experts of images, and a batch of text: no token entered them, yet they stay in the graph of what follows."""
+    model = make().requires_grad_(False)
+    model.model.language_model.layers[1].mlp.banks["image"].experts.down_proj.requires_grad_(True)
+    ids = torch.randint(5, 128, (2, 6), generator=torch.Generator().manual_seed(0))
+    for part in (ids, ids[:1]):
+        model(input_ids=part, labels=part).loss.backward()

@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
-from chorus_moe import ChorusAudioConfig, ChorusConfig, ChorusTextConfig, ChorusVisionConfig
+from chorus_moe import (
+    ChorusAudioConfig,
+    ChorusConfig,
+    ChorusForConditionalGeneration,
+    ChorusTextConfig,
+    ChorusVisionConfig,
+)
 from chorus_moe.modeling.tower_vision_probe import probe_vision_encoder
 from tests.conftest import tiny_config
 
@@ -220,3 +227,19 @@ def test_audio_tokens_round_up() -> None:
 def test_image_tokens_are_counted_after_pooling() -> None:
     config = tiny_config().vision_config
     assert (config.num_tokens, config.pool_size, config.num_image_tokens) == (16, 2, 4)
+
+
+def test_a_tied_head_is_tied_wherever_it_is_asked_for(tmp_path: Path) -> None:
+    values = tiny_config(tie_word_embeddings=True)
+    model = ChorusForConditionalGeneration(values)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    loaded = ChorusForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    # A checkpoint from before the field was read holds two tables, and both are loaded.
+    untied = ChorusForConditionalGeneration(tiny_config())
+    untied.config.text_config.tie_word_embeddings = True
+    untied.save_pretrained(tmp_path / "old")
+    old = ChorusForConditionalGeneration.from_pretrained(tmp_path / "old")
+    assert torch.equal(old.lm_head.weight, untied.lm_head.weight)
+    assert not torch.equal(old.lm_head.weight, old.get_input_embeddings().weight)

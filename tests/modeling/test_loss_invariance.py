@@ -74,7 +74,6 @@ def test_packed_sequences_have_the_balance_of_a_batch(kind: str):
         packed = model(
             input_ids=input_ids.view(1, 20),
             position_ids=torch.arange(10).repeat(2)[None],
-            use_cache=False,
             output_router_logits=True,
         )
     # float32 sums in another order, at losses of size 1.

@@ -261,3 +261,25 @@ def test_a_second_turn_with_a_new_image_reuses_the_cache(model: ChorusForConditi
     new["mm_token_type_ids"] = model.model.modality_ids(whole["input_ids"])
     reused = generate(model, new, **{CACHE: cache}, disable_compile=True)
     assert torch.equal(reused, generate(model, whole))
+
+
+@pytest.mark.parametrize("use_cache", [None, True, False])
+@pytest.mark.parametrize("text", [{}, {"sliding_window": 4, "layer_types": ["sliding_attention"] * 3}])
+def test_packed_sequences_do_not_see_each_other(use_cache: bool | None, text: dict[str, Any]):
+    torch.manual_seed(0)
+    model = ChorusForConditionalGeneration(tiny_config(**text)).eval()
+    ids = torch.randint(5, 128, (2, 10), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        apart = model(input_ids=ids).logits
+        positions = torch.arange(10).repeat(2)[None]
+        packed = model(input_ids=ids.view(1, 20), position_ids=positions, use_cache=use_cache)
+        whole = model(input_ids=ids, position_ids=torch.arange(10)[None], use_cache=True)
+    # float32 sums in another order, at logits of size 1.
+    torch.testing.assert_close(packed.logits.view(2, 10, -1), apart, rtol=0, atol=1e-5)
+    assert packed.past_key_values is None
+    assert whole.past_key_values.get_seq_length() == 10
+
+
+def test_generate_refuses_prompts_that_hold_the_answer(model: ChorusForConditionalGeneration, batch: Batch):
+    with pytest.raises(ValueError, match="the prompt holds the answer"):
+        model.generate(**batch, labels=batch["input_ids"], max_new_tokens=2)

@@ -185,8 +185,7 @@ def test_packed_sequences_have_rooms_of_their_own():
     model = capped(capacity_in_eval=True).eval()
     first, second = torch.randint(5, 128, (2, 1, 10), generator=torch.Generator().manual_seed(2))
     positions = torch.arange(10).repeat(2)[None]
-    # transformers keeps packed sequences apart in attention only without a cache.
-    packed = choices(model, input_ids=torch.cat([first, second], dim=1), position_ids=positions, use_cache=False)
+    packed = choices(model, input_ids=torch.cat([first, second], dim=1), position_ids=positions)
     apart = choices(model, input_ids=torch.cat([first, second]))
     for layer, other in zip(packed, apart, strict=True):
         for name in layer:

@@ -151,3 +151,71 @@ def test_media_parts_are_taken_out_of_messages() -> None:
     kept = without_media(make_rows(3)[2]["messages"])
     assert [part["type"] for part in kept[0]["content"]] == ["text"]
     assert kept[1] == {"role": "assistant", "content": "five"}
+
+
+def talk(*answers: dict[str, Any]) -> list[dict[str, Any]]:
+    return [turn for answer in answers for turn in ({"role": "user", "content": "hi"}, {"role": "assistant", **answer})]
+
+
+LEFT_OUT = [{"weight": 0}, {"train": False}, {"loss": False}]
+
+
+@pytest.mark.parametrize("mark", LEFT_OUT)
+def test_a_turn_that_is_not_to_be_learned_has_no_label(processor: ChorusProcessor, mark: dict[str, Any]) -> None:
+    plain = talk({"content": "three"}, {"content": "five"}, {"content": "four"})
+    marked = talk({"content": "three"}, {"content": "five", **mark}, {"content": "four", "weight": 1})
+    image = {**make_row(0), "messages": [*make_row(0)["messages"], *marked[2:]]}
+    batch = ChorusDataCollator(processor)([{"messages": marked}, {"messages": plain}, image])
+    found = [labelled(processor, batch, sample) for sample in range(3)]
+    assert found == ["three</s>four</s>", "three</s>five</s>four</s>", "three</s>four</s>"]
+    # The turn is read all the same.
+    assert torch.equal(batch["input_ids"][0], batch["input_ids"][1])
+
+
+def test_turns_are_left_out_also_where_the_text_is_cut(processor: ChorusProcessor) -> None:
+    marked = {"messages": talk({"content": "three", "weight": 0}, {"content": "five"}, {"content": "four"})}
+    length = len(ChorusDataCollator(processor)([marked])["input_ids"][0])
+    cut = ChorusDataCollator(processor, max_length=length - 9)([marked])
+    assert labelled(processor, cut, 0).startswith("five")
+    processor.tokenizer.truncation_side = "left"
+    for shorter in (9, length // 2):
+        assert "three" not in labelled(
+            processor, ChorusDataCollator(processor, max_length=length - shorter)([marked]), 0
+        )
+    processor.tokenizer.truncation_side = "right"
+
+
+def test_a_weight_between_is_an_error_of_its_sample(processor: ChorusProcessor) -> None:
+    rows = [{"messages": talk({"content": "three"})}, {"messages": talk({"content": "three", "weight": 0.5})}]
+    with pytest.raises(MediaError, match=r"sample 1: weight=0.5 of a turn"):
+        ChorusDataCollator(processor)(rows)
+
+
+def test_rows_of_other_projects_lose_no_medium(processor: ChorusProcessor) -> None:
+    ours = make_row(2)
+    theirs = {
+        "conversations": [{"from": "human", "value": "<audio><image>what is it?"}, {"from": "gpt", "value": "five"}],
+        "image": ours["images"][0],
+        "audios": ours["audio"],
+    }
+    expected, found = (ChorusDataCollator(processor)([row]) for row in (ours, theirs))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    with pytest.raises(MediaError, match=r"sample 1: key 'images': 0 items for 0 image parts and 1 <image>"):
+        ChorusDataCollator(processor)([ours, {"messages": talk({"content": "<image>"})}])
+    skipping = ChorusDataCollator(processor, on_bad_media="skip")
+    assert len(skipping([{"text": "hi"}, ours])["input_ids"]) == 1
+    assert skipping.num_bad_samples == 1
+    assert (skipping([{"text": "hi"}])["labels"] == -100).all()
+
+
+def test_prompts_end_before_the_answer_and_lie_on_the_left(processor: ChorusProcessor) -> None:
+    batch = ChorusDataCollator(processor, prompt_only=True)([make_row(0), {"messages": GOLDEN[0][0]}])
+    assert "labels" not in batch
+    assert (batch["attention_mask"][:, -1] == 1).all()
+    assert (batch["attention_mask"][1, 0] == 0).all()
+    words = processor.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    assert [text.endswith("assistant\n") for text in words] == [True, True]
+    assert "three" not in "".join(words)
+    with pytest.raises(MediaError, match="sample 0: the last turn is 'user'"):
+        ChorusDataCollator(processor, prompt_only=True)([{"messages": GOLDEN[0][0][:1]}])

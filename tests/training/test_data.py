@@ -2,6 +2,7 @@
 
 import io
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
 from chorus_moe import ChorusProcessor
@@ -19,6 +21,7 @@ MESSAGES = [
     {"role": "user", "content": [{"type": "image"}, {"type": "audio"}, {"type": "text", "text": "what is it?"}]},
     {"role": "assistant", "content": "three"},
 ]
+TURN = {"role": "assistant", "content": "three"}
 SOUND = np.sin(np.arange(2_000, dtype=np.float32))
 PLAIN = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "four"}]
 
@@ -125,3 +128,86 @@ def test_a_table_from_the_hub_may_not_name_local_files() -> None:
     rows = RowDataset([{"messages": PLAIN, "images": ["../secret.png"]}], folder=None)
     with pytest.raises(ValueError, match="row 0, key 'images': '../secret.png' is a path"):
         rows[0]
+
+
+def test_rows_may_name_files_below_the_data_folder_only(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    Image.new("L", (20, 20)).save(elsewhere / "secret.png")
+    (folder / "link.png").symlink_to(elsewhere / "secret.png")
+    for name in (str(elsewhere / "secret.png"), f"../{elsewhere.name}/secret.png", "link.png"):
+        in_part = [{"role": "user", "content": [{"type": "image", "path": name}]}, TURN]
+        in_url = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": name}}]}, TURN]
+        for row in (
+            {"messages": MESSAGES[:1] + [TURN], "images": [name], "audio": ["media/a.wav"]},
+            {"messages": in_part},
+        ):
+            path = write_jsonl(folder / "bad.jsonl", [row])
+            with pytest.raises(ValueError, match=r"row 0, key '\w+': '.*' lies outside '.*data.media_folder"):
+                load_rows(path)
+        with pytest.raises(ValueError, match=r"lies outside"):
+            RowDataset([{"messages": in_url}], folder)[0]
+    outside = [{"role": "user", "content": [{"type": "image", "path": str(elsewhere / "secret.png")}]}, TURN]
+    allowed = load_rows(write_jsonl(folder / "bad.jsonl", [{"messages": outside}]), media_folder="/")
+    assert allowed[0]["messages"][0]["content"][0]["path"] == str(elsewhere / "secret.png")
+
+
+def test_paths_in_parts_are_relative_to_the_data_file_too(folder: Path, processor: ChorusProcessor) -> None:
+    inline = [{"role": "user", "content": [{"type": "image", "path": "media/a.png"}]}, TURN]
+    rows = load_rows(write_jsonl(folder / "inline.jsonl", [{"messages": inline}]))
+    assert rows[0]["messages"][0]["content"][0]["path"] == str(folder / "media" / "a.png")
+    assert len(ChorusDataCollator(processor)([rows[0]])["pixel_values"]) == 1
+    with pytest.raises(ValueError, match="row 0, key 'messages': 'media/a.png' is a path, but a Hub data set"):
+        RowDataset([{"messages": inline}], None)[0]
+
+
+def test_rows_of_another_project_are_read_and_a_line_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llava = {
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "<image>hi"}, {"from": "gpt", "value": "yo"}],
+    }
+    path = write_jsonl(folder / "llava.json", [llava])
+    rows = load_rows(path, media_folder=folder / "media")
+    assert rows[0]["images"] == [str(folder / "media" / "a.png")]
+    assert rows[0]["messages"][0]["content"] == [{"type": "image"}, {"type": "text", "text": "hi"}]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "1 rows; ShareGPT conversations; column 'image' is 'images'" in err
+
+
+def test_a_row_that_cannot_be_read_is_named_and_can_be_skipped(folder: Path, processor: ChorusProcessor) -> None:
+    good = {"messages": PLAIN}
+    rows = [good] * 17 + [{"messages": [{"role": "user", "content": "<image>"}, TURN]}]
+    data = load_rows(write_jsonl(folder / "late.jsonl", rows))
+    with pytest.raises(ValueError, match=r"sample 1: row 17, key 'images': 0 items"):
+        ChorusDataCollator(processor)([data[0], data[17]])
+    skipping = ChorusDataCollator(processor, on_bad_media="skip")
+    assert len(skipping([data[0], data[17]])["input_ids"]) == 1
+    with pytest.raises(ValueError, match=r"bad.jsonl, row 0, key 'images': 0 items"):
+        load_rows(write_jsonl(folder / "bad.jsonl", rows[17:]))
+
+
+def test_a_table_in_numpy_format_is_read(folder: Path, processor: ChorusProcessor) -> None:
+    picture = np.arange(300, dtype=np.uint8).reshape(10, 10, 3)
+    parts = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "hi"}]}]
+    parts.append({"role": "assistant", "content": [{"type": "text", "text": "three"}]})
+    table = datasets.Dataset.from_dict({"messages": [parts], "images": [[Image.fromarray(picture)]]})
+    expected = ChorusDataCollator(processor)([{"messages": parts, "images": [picture]}])
+    found = ChorusDataCollator(processor)([table.with_format("numpy")[0]])
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_local_files_are_read_without_a_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    assert len(load_rows(folder)) == 2
+    (folder / "runs").mkdir()
+    monkeypatch.chdir(folder)
+    for name in ("./none", "runs/none", str(folder / "none"), "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="no data at"):
+            load_rows(name)
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([{"messages": PLAIN}])}).save_to_disk(folder / "saved")
+    with pytest.raises(ValueError, match="has no split 'dev'; it has train"):
+        load_rows(folder / "saved", "dev")

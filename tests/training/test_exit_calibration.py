@@ -166,7 +166,7 @@ def test_calibration_needs_rows_and_labels():
     with pytest.raises(ValueError, match="no rows"):
         calibrate_exits(model, [])
     batch = {name: value for name, value in tiny_batch(model.config).items() if name != "labels"}
-    with pytest.raises(ValueError, match="without labels"):
+    with pytest.raises(ValueError, match="has no labels"):
         calibrate_exits(model, [batch])
 
 

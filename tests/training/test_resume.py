@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import PreTrainedTokenizerFast
 
 from chorus_moe import ChorusProcessor
 from chorus_moe.surgery import add_experts, freeze, unfreeze
+from chorus_moe.training.lora import lora_config
 from chorus_moe.training.recipe import read_recipe
 from chorus_moe.training.resume import OptimizerMisfit, check_optimizer_state, check_resume
 from chorus_moe.training.train import run_training
@@ -61,7 +63,7 @@ def test_an_adapter_is_compared_by_its_optimizer(
     folder = checkpoint("adapter", tokenizer, processor, tmp_path)
     trainer = new_trainer(new_model(tokenizer, "adapter"), processor, tmp_path, make_rows(4), max_steps=2)
     check_resume(trainer, folder)
-    refused(new_model(tokenizer, "full"), processor, folder, "parameters in group 0|where .* has")
+    refused(new_model(tokenizer, "full"), processor, folder, "holds an adapter, the model has none")
 
 
 def test_a_state_is_compared_parameter_by_parameter():
@@ -94,3 +96,24 @@ def test_a_run_is_not_resumed_with_a_grown_model(
     with pytest.raises(OptimizerMisfit, match=r"checkpoint-1 has no .*banks.text_2.*; start a new run from these"):
         run_training(read_recipe(None, words))
     assert not (run / "checkpoint-2").exists()
+
+
+OTHER_LORA = [
+    ({"lora_alpha": 7}, r"adapter with lora_alpha=16, the model 7"),
+    ({"use_rslora": True}, r"adapter with use_rslora=False, the model True"),
+    ({"banks": ["text", "common"]}, r"banks\.\w+\.experts\.\S+ of shape .*, the model's adapter has it with"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OTHER_LORA)
+def test_another_lora_is_refused_by_what_differs(
+    change: dict[str, Any],
+    message: str,
+    tokenizer: PreTrainedTokenizerFast,
+    processor: ChorusProcessor,
+    tmp_path: Path,
+):
+    folder = checkpoint("adapter", tokenizer, processor, tmp_path)
+    options = {"banks": ["image", "common"], "cross_modal": True, "router": "train", **change}
+    base = make_model(tokenizer, attention_dropout=0.1)
+    refused(get_peft_model(base, lora_config(base, **options)), processor, folder, message)
