@@ -1,10 +1,5 @@
 """Attention: the ordinary kind, and cross-modal attention on a shared query projection.
 
-Unusual here:
-- in a cross-modal layer every modality has its own key and value projection and all share one query projection, so
-  text queries meet image keys (and the reverse) through the same W_q, in one softmax over all that a token may see;
-- keys and values are computed when a token enters: the KV cache, masks and attention backends are the ordinary ones.
-
 Shape suffixes: B batch, S sequence, T tokens (B * S), H heads, G key-value heads, C head size, D hidden size.
 """
 
@@ -36,6 +31,8 @@ def rotate(states_BHSC: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary positions (arXiv 2104.09864) as `x * cos + (x, halves exchanged) * signed sin`: three operations."""
     cos_B1SC, sin_B1SC = tables
     exchanged = states_BHSC.roll(states_BHSC.shape[-1] // 2, dims=-1)
+    # Llama negates and concatenates halves of every query and key; here the sign is in the table, made once a forward.
+    # In place on the fresh product, which autograd does not need: a product's gradient reads its factors alone.
     return (states_BHSC * cos_B1SC).addcmul_(exchanged, sin_B1SC)
 
 
@@ -45,7 +42,7 @@ def project(layer: nn.Module, hidden_states: Tensor, plan: ModalityPlan) -> Tens
 
 
 class ModalityProjection(nn.ModuleDict):
-    """One projection a modality; each token goes through that of its own modality (arXiv 2411.04996)."""
+    """One projection per modality; each token goes through that of its own modality (arXiv 2411.04996)."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, modalities: Collection[str] = tuple(MODALITY_IDS)
@@ -58,6 +55,7 @@ class ModalityProjection(nn.ModuleDict):
         # Adapters may want whole sequences: one adapter a sample, or what stands before a certain token.
         if plan.is_static or any(hasattr(layer, "base_layer") for layer in self.values()):
             return self._project_all(hidden_states, plan)
+        # In training the other projections run too, on no rows: all ranks must have gradients for the same parameters.
         if plan.rows["text"] is None and not torch.is_grad_enabled():
             return self["text"](hidden_states)
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -66,6 +64,7 @@ class ModalityProjection(nn.ModuleDict):
             for r in (plan.rows[name] for name in self)
         ]
         states = [layer(hidden_TD.index_select(0, r)) for layer, r in zip(self.values(), rows, strict=True)]
+        # One gather by the inverse permutation brings the rows back into order, for all modalities at once.
         order = torch.cat(rows)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
@@ -76,6 +75,7 @@ class ModalityProjection(nn.ModuleDict):
         return f"# an adapter goes on one of its layers, as in k_proj.{next(iter(self))}"
 
     def _project_all(self, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
+        # A graph has no shapes that depend on data: every projection sees every token, and one result is kept.
         modality_BS1 = plan.modality_T.view(*hidden_states.shape[:-1], 1)
         output = self["text"](hidden_states)
         for name, layer in self.items():
@@ -87,7 +87,8 @@ class ModalityProjection(nn.ModuleDict):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions (arXiv 2305.13245, 2104.09864)."""
 
-    keeps_no_queries = True  # nobody asks for its queries, so that they need not be there all at once
+    # Its queries are not returned, so a long prefill may compute them in chunks.
+    keeps_no_queries = True
 
     def __init__(self, config: ChorusTextConfig, layer_idx: int):
         super().__init__()
@@ -100,6 +101,8 @@ class Attention(nn.Module):
         self.is_causal = config.is_causal
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         self.global_tokens = None
+        # Nothing in front of a causal sequence could read it, so global tokens are keys and values here; no projection
+        # makes them. A layer with full attention needs none.
         if self.sliding_window is not None and config.is_causal and config.num_global_tokens:
             self.global_tokens = GlobalKeyValues(config.num_global_tokens, config.num_key_value_heads, config.head_dim)
         query_size = config.num_attention_heads * config.head_dim
@@ -108,12 +111,14 @@ class Attention(nn.Module):
         self.k_proj = self._key_value_projection(config.hidden_size, key_size, config.attention_bias)
         self.v_proj = self._key_value_projection(config.hidden_size, key_size, config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        # Qwen3 norms each head, OLMo 2 the whole projection before it is split into heads.
         by_head = config.qk_norm_scope == "head"
         self.query_norm_size = config.head_dim if by_head else query_size
         self.key_norm_size = config.head_dim if by_head else key_size
         norm = RMSNorm if config.use_qk_norm else nn.Identity
         self.q_norm = norm(self.query_norm_size, config.rms_norm_eps)
         self.k_norm = norm(self.key_norm_size, config.rms_norm_eps)
+        # SmolLM3's name and convention: 1 in `no_rope_layers` is a layer WITH rotary positions.
         self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
 
     def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
@@ -141,12 +146,17 @@ class Attention(nn.Module):
         key = self._rotated(self._by_head(key), position_embeddings)
         value = self._by_head(project(self.v_proj, hidden_states, plan))
         new_key = key
+        # Keys are cached rotated, as in transformers. The new ones alone are returned: the alignment loss compares new
+        # queries with new keys.
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        # After the cache and not in it: a sliding cache would drop them first.
         if self.global_tokens is not None:
             key, value = self.global_tokens(key, value)
         states = (hidden_states, position_embeddings, plan, key, value)
 
+        # Fresh memory as long as the sequence costs more than the work done on it, since its pages are cleared at each
+        # call. So only keys, values and output are that long. With gradients all chunks would be kept anyway.
         size = CHUNK if hidden_states.device.type == "cpu" else CHUNK * GPU_CHUNKS
         is_long = hidden_states.shape[1] > size and self.keeps_no_queries and not torch.is_grad_enabled()
         if is_long and isinstance(attention_mask, LocalMask) and attention_mask.is_causal:
@@ -171,6 +181,7 @@ class Attention(nn.Module):
         """The output of some states over keys and values, the attention map if there is one, and rotated queries."""
         query = self.q_norm(project(self.q_proj, hidden_states, plan).unflatten(-1, (-1, self.query_norm_size)))
         query = self._rotated(self._by_head(query), position_embeddings)
+        # A rule is no tensor: the block implementation alone reads it, whichever one the model was set to.
         name = BLOCK_LOCAL if isinstance(attention_mask, LocalMask) else self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         output, weights = attend(
@@ -181,6 +192,7 @@ class Attention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            # Flash attention has no mask and reads the window here.
             sliding_window=self.sliding_window,
             **kwargs,
         )
@@ -198,15 +210,12 @@ class Attention(nn.Module):
         size: int,
         **kwargs: Any,
     ) -> Tensor:
-        """The output of a long causal prefill with windows.
-
-        Nothing as long as the sequence is made but keys, values and output: fresh memory of that size costs more than
-        the work that is done on it.
-        """
+        """The output `(B, S, D)` of a long causal prefill with windows."""
         output = torch.empty_like(hidden_states)
         length, num_keys = hidden_states.shape[1], key.shape[2]
         for start in range(0, length, size):
             stop = min(start + size, length)
+            # Causal: keys behind the chunk's last query are cut off, global ones in front stay.
             seen = num_keys - (length - stop)
             tables = (position_embeddings[0][:, :, start:stop], position_embeddings[1][:, :, start:stop])
             part, rule = hidden_states[:, start:stop], mask.of_first(seen)
@@ -217,11 +226,17 @@ class Attention(nn.Module):
 
 
 class CrossModalAttention(Attention):
-    """Attention whose keys and values are projected by modality and whose queries share one projection."""
+    """Attention whose keys and values are projected by modality and whose queries share one projection.
 
+    Text queries meet image keys (and the reverse) through the same W_q, in one softmax over all that a token may see.
+    """
+
+    # The alignment loss reads its queries. Keys and values are projected when a token enters, so that cache, masks and
+    # attention backends are the ordinary ones.
     keeps_no_queries = False
 
     def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        # Untied, it is the attention of Mixture-of-Transformers (arXiv 2411.04996).
         if self.config.share_cross_modal_query:
             return nn.Linear(in_features, out_features, bias=bias)
         return ModalityProjection(in_features, out_features, bias, self.config.modalities)

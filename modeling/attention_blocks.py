@@ -1,14 +1,7 @@
 """Sliding-window attention in blocks, registered with transformers as the attention implementation `block_local`.
 
-Each block of queries meets the keys that its window reaches (its own block, what lies before it and, if nothing is
-causal, behind it) and the global tokens, many blocks in one call of `scaled_dot_product_attention`: the cost is
-O(S * window), where a dense mask makes a window slower than no window at all.
-
-Unusual here:
-- every call whose mask is a [`LocalMask`] comes here, also under the name `sdpa`; any other mask goes on to `sdpa`;
-- windows are overlapping views of the keys, copied only to stand behind the global tokens;
-- the query heads that share a key head stand as rows of one product: nothing is repeated;
-- on the CPU some hundred rows are worked on at a time, so that the copies stay in cache.
+Each block of queries meets the keys that its window reaches and the global tokens, many blocks in one call of
+`scaled_dot_product_attention`: O(S * window), where a dense mask makes a window slower than no window at all.
 
 Shape suffixes: B batch, S queries, K keys, H heads, G key-value heads, R query heads of a key head, C head size,
 N blocks, Q queries of a block, W keys of its window, E the same and the global ones.
@@ -26,7 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_masks import BLOCK_LOCAL, LocalMask
 
-# Rows of queries in one call on the CPU; a training step gains nothing from small ones.
+# Rows of queries in one call on the CPU: with few, copies of windows stay in cache. A training step keeps them all in
+# memory for the backward and gains nothing from small calls.
 INFERENCE_ROWS, TRAINING_ROWS = 512, 4096
 
 
@@ -46,6 +40,7 @@ class _Blocks:
     def __init__(self, mask: LocalMask, num_queries: int, num_keys: int, device: torch.device):
         self.size = block_size(mask.window)
         self.count = -(-num_queries // self.size)
+        # A causal window counts the query's own key; the other kind reaches `window` keys on either side besides it.
         before, behind = (mask.window - 1, 0) if mask.is_causal else (mask.window, mask.window)
         self.width = before + self.size + behind
         # Zeros around the keys; a negative margin cuts off keys that no window reaches.
@@ -53,6 +48,7 @@ class _Blocks:
         query_Q1 = torch.arange(self.size, device=device)[:, None]
         distance_QW = query_Q1 + before - torch.arange(self.width, device=device)
         self.reached_QW = (distance_QW <= before) & (distance_QW >= -behind)
+        # Padding of the sequence and the zeros around it are hidden by the same table.
         real_BK = torch.ones(1, num_keys, dtype=torch.bool, device=device)
         if mask.real_BK is not None:
             real_BK = mask.real_BK[:, mask.num_global_tokens :]
@@ -62,6 +58,7 @@ class _Blocks:
         """Queries of each call `(B, N, Q, H, C)`, zeros behind the last query."""
         for part_BSHC in query_BSHC.split(per_call * self.size, dim=1):
             missing = -part_BSHC.shape[1] % self.size
+            # The last block is filled up with zeros, whose outputs are cut off at the end.
             if missing:
                 part_BSHC = F.pad(part_BSHC, (0, 0, 0, 0, 0, missing))
             yield part_BSHC.unflatten(1, (-1, self.size))
@@ -77,6 +74,7 @@ class _Blocks:
             part_BGKC = local_BGKC[:, :, max(start, 0) : stop]
             if start < 0 or stop > count:
                 part_BGKC = F.pad(part_BGKC, (0, 0, max(-start, 0), max(stop - count, 0)))
+            # Overlapping views: only standing behind the global tokens takes a copy.
             window = part_BGKC.unfold(2, self.width, self.size).permute(0, 2, 1, 4, 3)
             if num_global:
                 window = torch.cat((global_BNGEC.expand(-1, window.shape[1], -1, -1, -1), window), dim=3)
@@ -87,6 +85,7 @@ class _Blocks:
         `(B or 1, N, Q, E)` where they do not."""
         reached_11QW = self.reached_QW[None, None]
         inside = _bias(reached_11QW, num_global, dtype)
+        # `all()` would wait for the device. A GPU takes all blocks in one call anyway, so its one bias is made unseen.
         if self.real_BNW.device.type != "cpu":
             return [_bias(reached_11QW & self.real_BNW[:, :, None], num_global, dtype)]
         return [
@@ -112,6 +111,7 @@ def attend_in_blocks(
     """Attention under a rule, `(B, S, H, C)`, with gradients; equal to a dense mask at all real queries."""
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
     num_global = mask.num_global_tokens
+    # Bidirectional: the first queries are those of global tokens, which see everything and so fit no block.
     if num_global and not mask.is_causal:
         first, rest = query_BHSC.split((num_global, query_BHSC.shape[2] - num_global), dim=2)
         of_global = _see_everything(first, key_BGKC, value_BGKC, mask.real_BK, options)
@@ -125,6 +125,7 @@ def _see_everything(
 ) -> Tensor:
     """Queries of global tokens over all real keys, `(B, S, H, C)`."""
     count, groups = query_BHSC.shape[2], key_BGKC.shape[1]
+    # Query heads that share a key head become rows of one product, here as in `_call`: no key is repeated.
     rows = query_BHSC.unflatten(1, (groups, -1)).flatten(2, 3)
     seen = None if real_BK is None else real_BK[:, None, None]
     attended = F.scaled_dot_product_attention(rows, key_BGKC, value_BGKC, attn_mask=seen, **options)
@@ -158,8 +159,10 @@ def _call(
     groups = key_BNGEC.shape[2]
     shared = heads // groups
     rows = query_BNQHC.reshape(batch * blocks, size, groups, shared, width).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    # A bias that all blocks share is broadcast; only blocks at the edges of real keys have their own.
     if bias_BNQE.shape[1] > 1 or len(bias_BNQE) > 1:
         bias_BNQE = bias_BNQE.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
+    # The query heads of a key head are neighbouring rows, so each row of the bias stands beside its copies.
     bias = bias_BNQE.repeat_interleave(shared, dim=2) if shared > 1 else bias_BNQE
     attended = F.scaled_dot_product_attention(
         rows,
@@ -182,10 +185,12 @@ def block_local_attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: `(B, S, H, C)`, and no attention map."""
+    # A model set to `sdpa` comes here with a rule too (see `Attention`); without a rule this is plain `sdpa`.
     if isinstance(attention_mask, LocalMask):
         return attend_in_blocks(query, key, value, attention_mask, dropout, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 ALL_ATTENTION_FUNCTIONS.register(BLOCK_LOCAL, block_local_attention_forward)
+# transformers makes masks by the implementation's name. Where there is no rule, the mask is that of `sdpa`.
 ALL_MASK_ATTENTION_FUNCTIONS.register(BLOCK_LOCAL, sdpa_mask)

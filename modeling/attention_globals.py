@@ -1,11 +1,9 @@
 """Global tokens: what every window of a sliding-window model sees.
 
-- Bidirectional (Longformer, arXiv 2004.05150; ETC, arXiv 2004.08483): learned tokens in front of the sequence. They
-  read and are read by every position and pass through the layers like text; whatever the decoder returns leaves them
-  out, routing included. They all stand at position 0, and the sequence keeps the positions it has without them.
+- Bidirectional (Longformer, arXiv 2004.05150; ETC, arXiv 2004.08483): learned tokens in front of the sequence, which
+  read and are read by every position and pass through the layers like text.
 - Causal (persistent memory, arXiv 1907.01470): nothing in front may read what follows, so each sliding layer has
-  learned keys and values, put in front of its keys once the cache has taken those of the tokens. They stand at
-  position 0 too: they are not rotated.
+  learned keys and values instead, put in front of those of the tokens.
 
 Shape suffixes: B batch, S sequence, M global tokens, G key-value heads, K keys, C head size, D hidden size, T tokens.
 """
@@ -57,8 +55,10 @@ class GlobalTokens(nn.Module):
             "input_ids": None,
             "inputs_embeds": torch.cat((self.weight.to(embeds_BSD.dtype).expand(batch, -1, -1), embeds_BSD), dim=1),
             "attention_mask": None if mask is None else F.pad(mask, (count, 0), value=1),
+            # All at position 0: one after the other they would shift the positions that the sequence was trained with.
             "position_ids": F.pad(positions, (count, 0)),
             "mm_token_type_ids": None if modality_BS is None else F.pad(modality_BS, (count, 0)),
+            # NaN: a caller cannot know their complexity, so the router's entropy decides.
             "complexity_scores": None if scores is None else F.pad(scores, (count, 0), value=torch.nan),
             "use_cache": False,
         }
@@ -82,6 +82,7 @@ class GlobalKeyValues(nn.Module):
         return self._in_front(self.key, key_BGKC), self._in_front(self.value, value_BGKC)
 
     def _in_front(self, learned: Tensor, states_BGKC: Tensor) -> Tensor:
+        # In the dtype of the cache. Not rotated: a rotation at position 0 changes nothing.
         learned_GMC = learned.to(states_BGKC.dtype).unflatten(1, (-1, self.head_dim))
         return torch.cat((learned_GMC.expand(len(states_BGKC), -1, -1, -1), states_BGKC), dim=2)
 
@@ -99,6 +100,7 @@ def with_global_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:
         input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if (input_ids is None) == (embeds is None):
             return forward(self, **kwargs)  # which says what is wrong
+        # Outputs are cut by name, which a tuple has not.
         as_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
         inputs = self.global_tokens.in_front_of(self.embed_tokens(input_ids) if embeds is None else embeds, kwargs)
         outputs = forward(self, **inputs, return_dict=True)
@@ -115,6 +117,7 @@ def _leave_out(outputs: Any, count: int) -> None:
         outputs.hidden_states = tuple(None if h is None else h[:, count:] for h in outputs.hidden_states)
     if outputs.attentions is not None:
         outputs.attentions = tuple(None if a is None else a[:, :, count:, count:] for a in outputs.attentions)
+    # So losses, statistics and heads need not know that there were tokens in front.
     if outputs.skip_logits is not None:
         outputs.skip_logits = tuple(logits_BS[:, count:] for logits_BS in outputs.skip_logits)
     if outputs.cross_modal_states is not None:
@@ -135,6 +138,7 @@ def _routing_of_sequence(routing: BankRouting, batch: int, length: int, count: i
     else:
         keep_R = (rows % length >= count).nonzero().squeeze(1)
         rows = rows[keep_R]
+        # A token's own sample and every sample before it lost `count` tokens.
         rows = rows - count * (rows // length + 1)
     of_rows = ("router_logits", "routing_weights", "selected_experts", "token_mask", "bank_weights", "log_probs")
     values = {name: getattr(routing, name) for name in of_rows}

@@ -1,10 +1,4 @@
-"""Who sees whom: one mask a layer type, built once a forward; for long prefills a rule instead of a matrix.
-
-Unusual here:
-- a sliding layer's mask may be a [`LocalMask`], which `block_attention` works with: the dense mask of a long prefill
-  costs more than the attention that it spares;
-- global tokens are seen from everywhere. In a bidirectional model they are the first tokens of the sequence; in a
-  causal one they are keys in front of all others, and the masks of the sliding layers get columns for them.
+"""Who sees whom: one mask per layer type, built once per forward; for long prefills a rule instead of a matrix.
 
 Shape suffixes: B batch, Q queries, K keys.
 """
@@ -31,7 +25,7 @@ from .modeling_outputs import CACHE, takes_cache
 BLOCK_LOCAL = "block_local"
 # What a decoder is given: padding `(B, past + S)`, a mask of its own form by layer type, or nothing.
 Masks = Tensor | dict[str, Any] | None
-# With `sdpa`, prefills longer than so many windows are worked on in blocks: below, nothing is gained.
+# With `sdpa`, prefills longer than this many windows are worked on in blocks: below, nothing is gained.
 WINDOWS_THAT_PAY = 2
 # Attention implementations whose masks can show global tokens to every query.
 WITH_GLOBAL_TOKENS = ("eager", "sdpa", "flex_attention", BLOCK_LOCAL)
@@ -42,9 +36,9 @@ class LocalMask:
     """The mask of a sliding layer as a rule. The last keys are those of the queries, the first the global ones.
 
     Args:
-        window: a causal query sees so many keys, its own included; another sees so many on either side.
-        num_global_tokens: so many keys in front are seen by every query. If nothing is causal the first queries are
-            theirs and see every key.
+        window: keys that a causal query sees, its own included; other queries see this many on either side.
+        num_global_tokens: keys in front that every query sees. If nothing is causal the first queries are theirs and
+            see every key.
         real_BK: True for real keys; None for all.
     """
 
@@ -88,6 +82,7 @@ def build_masks(
     Raises:
         ValueError: global tokens with an attention implementation that cannot show them to every query.
     """
+    # Made before, by `create_masks_for_generate` for caches that can be compiled.
     if isinstance(attention_mask, dict):
         return attention_mask
     num_global, name = config.num_global_tokens, config._attn_implementation
@@ -107,6 +102,7 @@ def build_masks(
         create = create_causal_mask if config.is_causal else create_bidirectional_mask
         masks["full_attention"] = create(**inputs)
     if "sliding_attention" in config.layer_types:
+        # A rule where there is one: a long prefill's dense mask costs more than the attention that its window spares.
         masks["sliding_attention"] = local_mask(**inputs) or _dense_sliding_mask(num_global, inputs)
     return masks
 
@@ -116,6 +112,7 @@ def _dense_sliding_mask(num_global: int, inputs: dict[str, Any]) -> Any:
         return create_bidirectional_sliding_window_mask(
             **inputs, or_mask_function=_sees_global_tokens(num_global) if num_global else None
         )
+    # A mask that is skipped (None) could not get columns for the global keys.
     mask = create_sliding_window_causal_mask(**inputs, allow_is_causal_skip=not num_global)
     return _with_global_keys(mask, num_global) if num_global else mask
 
@@ -134,6 +131,7 @@ def _with_global_keys(mask: Any, num_global: int) -> Any:
         return F.pad(mask, (num_global, 0), value=is_seen)
     inner, (batch, _, queries, keys) = mask.mask_mod, mask.shape
 
+    # Both sides are computed for every key, so the inner rule is asked about global keys, too: at index 0, not below.
     def shifted(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key < num_global) | inner(batch, head, query, (key - num_global).clamp(min=0))
 
@@ -153,6 +151,7 @@ def local_mask(
     cache with room behind the last token, a graph being compiled) or where it would not pay."""
     count, window, num_global = inputs_embeds.shape[1], config.sliding_window, config.num_global_tokens
     assert window is not None  # a configuration with sliding layers has one
+    # Asked for by name, blocks serve every prefill; under `sdpa` only where they are faster.
     shortest = {BLOCK_LOCAL: 2, "sdpa": WINDOWS_THAT_PAY * window + 1}.get(config._attn_implementation)
     if shortest is None or count < shortest or torch.compiler.is_compiling():
         return None
@@ -163,12 +162,15 @@ def local_mask(
         held, first = past_key_values.get_mask_sizes(count, layer)
     elif is_packed(attention_mask, position_ids):
         return None
+    # A static cache holds room behind the last token, which a rule would count as keys.
     expected = (len(inputs_embeds), seen + count)
     if first + held != expected[1] or (attention_mask is not None and attention_mask.shape != expected):
         return None
     real_BK = None if attention_mask is None else attention_mask[:, first:].bool()
+    # Without padding the inner blocks share one bias, and nothing has to be looked up.
     if real_BK is None or bool(real_BK.all()):
         return LocalMask(window, config.is_causal, num_global)
     if config.is_causal:
+        # Learned keys are not in the caller's mask. In a bidirectional model the mask has them already.
         real_BK = F.pad(real_BK, (num_global, 0), value=True)
     return LocalMask(window, config.is_causal, num_global, real_BK)

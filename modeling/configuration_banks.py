@@ -11,6 +11,7 @@ BALANCES = ("switch", "cv2", "variance", "bias", "none")
 OVERFLOWS = ("reroute", "drop")
 PRESETS = ("uniform", "specific_then_common")
 GATES = ("softmax", "own")
+# Far above any real model: a configuration from the Hub must not make us allocate without limit.
 MAX_EXPERTS, MAX_EXPERT_WIDTH = 65_536, 1_048_576
 # Router -> what keeps its load even unless a bank says otherwise. A configuration is read and checked where no model
 # code has been loaded, so these two facts stand here; the class of that name in `moe_routers` states all others.
@@ -23,7 +24,7 @@ ROUTERS: dict[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertBankConfig:
-    """One named bank of the gate over banks.
+    """One named expert bank.
 
     Args:
         name: how the bank is addressed everywhere (parameters, LoRA, statistics).
@@ -43,14 +44,14 @@ class ExpertBankConfig:
         balance: what keeps the load even, one of `BALANCES`; what `ROUTERS` says of the router if None.
         bias_update_rate: step of the correction bias at each optimizer step, with `balance="bias"`.
         expert_capacity: tokens of one sequence that an expert takes at most: a number, or a factor (float) on the even
-            share of the sequence so far, see `expert_capacity.py`; unlimited if None.
+            share of the sequence so far, see `moe_selection.py`; unlimited if None.
         capacity_overflow: a choice that finds its expert full goes to the token's next best expert (`reroute`) or is
             dropped (`drop`).
         capacity_in_eval: whether capacity holds outside training as well.
         adaptive_experts: visit between 1 and `num_experts_per_tok` experts, by the complexity of the token.
-        gate: what the bank is weighed by: `softmax` shares a token among the banks of the layer, so a bank that is
-            added takes from the others; `own` is a sigmoid of the bank's own beside that softmax and takes nothing.
-        closed: the bank is passed by as if it were not there; see `closed_banks` of [`ChorusTextModel`].
+        gate: the bank gate that weighs it: `softmax` is shared by the banks of the layer, so a bank that is added
+            takes weight from the others; `own` is a sigmoid of this bank beside that softmax and takes nothing.
+        closed: the bank is skipped as if it were not there; see `closed_banks` of [`ChorusTextModel`].
     """
 
     name: str
@@ -133,6 +134,7 @@ class ExpertBankConfig:
             raise ValueError(f"{where}: `modalities` is empty; choose from {list(MODALITY_IDS)}")
         for modality in self.modalities:
             check_name(where, "modality", modality, MODALITY_IDS)
+        # One in common is enough: a bank may come from a model with more modalities than this one.
         if not set(self.modalities) & set(of_model):
             raise ValueError(
                 f"{where}: it takes {self.modalities} but the model has {list(of_model)}; leave the bank out, or name "
@@ -148,6 +150,7 @@ class ExpertBankConfig:
             if layer not in sparse_layers:
                 raise ValueError(f"{where}: layer {layer} is not a sparse layer; the sparse layers are {sparse_layers}")
         if not isinstance(self.num_experts, list):
+            # The same number in all layers: the rules of a layer are checked once.
             LayerBankConfig(**vars(self)).validate_layer(where)
             return
         layers = self.layers_among(sparse_layers)
@@ -172,10 +175,12 @@ class LayerBankConfig(ExpertBankConfig):
         self._validate_routing(where)
 
     def _validate_sizes(self, where: str) -> None:
+        # In Python True is the integer 1.
         if isinstance(self.num_experts, bool) or not isinstance(self.num_experts, int):
             raise ValueError(f"{where}: num_experts={self.num_experts!r} must be a whole number")
         if not 1 <= self.num_experts <= MAX_EXPERTS:
             raise ValueError(f"{where}: num_experts={self.num_experts} is outside 1..{MAX_EXPERTS}")
+        # A lone expert whose bank has its own gate still leaves a choice: how much of it is added.
         if self.num_experts == 1 and not self.has_own_gate:
             raise ValueError(
                 f"{where}: num_experts=1 leaves a router nothing to choose from; a feed-forward that sees every token "
@@ -203,6 +208,7 @@ class LayerBankConfig(ExpertBankConfig):
                 raise ValueError(
                     f"{where}: topk_groups={self.topk_groups} must be between 1 and num_groups={self.num_groups}"
                 )
+            # A token that may not fill its K slots would be routed to closed experts.
             open_experts = self.topk_groups * self.num_experts // self.num_groups
             if open_experts < self.num_experts_per_tok:
                 raise ValueError(
@@ -249,23 +255,23 @@ def preset_banks(
         raise ValueError(
             f"ChorusTextConfig: expert_banks={preset!r} needs at least 2 sparse layers, found {len(sparse_layers)}"
         )
+    # Early layers see modalities apart, late ones see what they have in common.
     half = len(sparse_layers) // 2
     banks: dict[str, dict[str, Any]] = {name: {"layers": sparse_layers[:half]} for name in modalities}
     return banks | {"common": {"layers": sparse_layers[half:]}}
 
 
 def read_expert_banks(banks: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[ExpertBankConfig]:
-    """Turn `config.expert_banks` into bank configurations; missing sizes come from `defaults`, and so do the modalities
-    of a bank that is not named after one.
-
-    Banks come in the order of their names. That order is the order of the gate's columns, and a `config.json` is
-    written with sorted keys: any other order would be lost, and the columns exchanged, by saving and loading.
+    """Turn `config.expert_banks` into bank configurations, in the order of their names; missing sizes come from
+    `defaults`, and so do the modalities of a bank that is not named after one.
 
     Raises:
         ValueError: a bank has a key that does not exist (a misspelt key would otherwise be ignored in silence).
     """
     known = {f.name for f in fields(ExpertBankConfig)} - {"name"}
     result = []
+    # The columns of the bank gate follow this order, and `config.json` is written with sorted keys: any other order
+    # would be lost, and the columns exchanged, by saving and loading.
     for name, values in sorted(banks.items()):
         for key in values:
             if key not in known:

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+# Limits far above real models, so that a mistyped size is an error and not an allocation that kills the machine.
 MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 4_096, 1_048_576, 16_777_216, 1_073_741_824
 
 # Keys that `PreTrainedConfig` itself accepts besides its fields.
@@ -29,9 +30,11 @@ _TRANSFORMERS_KEYS = {
 
 
 def refuse_unknown_keys(config: PreTrainedConfig, keys: dict[str, Any]) -> None:
+    # transformers moves generation settings that stand in a model's configuration to a file of their own.
     generation_keys = GenerationConfig._get_default_generation_params()
     known = {name for name in config.__dataclass_fields__ if not name.startswith("_")}
     for key in keys:
+        # A leading underscore marks what transformers keeps for itself, such as `_commit_hash`.
         if key.startswith("_") or key in _TRANSFORMERS_KEYS or key in generation_keys or key in known:
             continue
         hint = get_close_matches(key, known, n=1)

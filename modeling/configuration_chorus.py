@@ -1,9 +1,4 @@
-"""The configuration of a whole model.
-
-Unusual here:
-- a misspelt key is an error (transformers stores it in silence);
-- sizes are checked before anything is allocated, and every error names both numbers.
-"""
+"""The configuration of a whole model; every error names the field and both numbers."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +37,7 @@ class ChorusConfig(PreTrainedConfig):
         "vision_config": SubConfigSpec(config_class=ChorusVisionConfig, optional=True),
         "audio_config": SubConfigSpec(config_class=ChorusAudioConfig, optional=True),
     }
+    # What is not named here the Trainer gathers from every evaluation batch, and holds for the whole data set.
     keys_to_ignore_at_inference = [
         "past_key_values",
         "cache",
@@ -74,6 +70,7 @@ class ChorusConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # First: transformers would store a misspelt key as an attribute, in silence.
         refuse_unknown_keys(self, kwargs)
         text: Any = {} if self.text_config is None else self.text_config
         # What is saved has a version of transformers, what is written by hand has none. Saved without modalities it is
@@ -113,6 +110,7 @@ class ChorusConfig(PreTrainedConfig):
                 raise ValueError(f"ChorusConfig: {name} is None but the model has a {row.name} tower")
             if value is not None and not 0 <= value < vocab_size:
                 raise ValueError(f"ChorusConfig: {name}={value} is outside the vocabulary of {vocab_size} tokens")
+            # Two modalities with one placeholder could not be told apart in `input_ids`.
             if value is not None and owners.setdefault(value, name) != name:
                 raise ValueError(f"ChorusConfig: {owners[value]} and {name} are both {value}")
         if not 1 <= self.projection_dim <= MAX_WIDTH:
@@ -127,6 +125,7 @@ class ChorusConfig(PreTrainedConfig):
             raise ValueError(
                 f"ChorusConfig: {len(self.exit_thresholds)} exit_thresholds for {len(exits)} exit_layers {exits}"
             )
+        # Thresholds are shallow first, whatever order the configuration names the exits in.
         for layers, threshold in zip(sorted(exits), self.exit_thresholds, strict=True):
             if not 0 <= threshold <= 1:
                 raise ValueError(f"ChorusConfig: exit_thresholds: {threshold} after {layers} layers is outside 0..1")

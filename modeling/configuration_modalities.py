@@ -1,7 +1,6 @@
 """The modalities, one row each: what the model calls their parts. A new modality begins here.
 
-Unusual here: all tables of the model, of surgery and of training that are keyed by modality are made from these rows;
-what processors call them stands in `processors/processing_media.py`, since the two folders ship without each other.
+All tables of the model, of surgery and of training that are keyed by modality are made from these rows.
 """
 
 from collections.abc import Collection
@@ -39,8 +38,10 @@ class EncodedModality(Modality):
     inputs: tuple[str, ...]
 
 
+# What processors call modalities stands in `processing_media`: that folder imports nothing from this one.
 TEXT = Modality(name="text", type_id=0)
-# In this order encoders run, on every rank. transformers' values are 0 text, 1 image, 2 video, 3 audio.
+# In this order encoders run, on every rank: ranks that gather shards in different orders deadlock. The values are those
+# of transformers (0 text, 1 image, 2 video, 3 audio), whose processors and `generate` write `mm_token_type_ids`.
 ENCODED = (
     EncodedModality(
         name="image",

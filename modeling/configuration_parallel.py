@@ -1,10 +1,4 @@
-"""Tensor- and expert-parallel plans of the decoder.
-
-Unusual here:
-- transformers replaces nothing but layer numbers by `*` when it looks a parameter up, so banks and modalities are spelt
-  out, and a plan belongs to one configuration instead of a class;
-- `k_proj` is a linear layer in one layer and a dictionary of linear layers in the next, under the same rule.
-"""
+"""Tensor- and expert-parallel plans of the decoder, computed from its configuration."""
 
 from typing import Any
 
@@ -16,8 +10,9 @@ from transformers.distributed.tensor_parallel import ColwiseParallel
 
 
 class ColwiseLinear(ColwiseParallel):
-    """Column-wise for linear layers; a projection by modality is left alone, its parts have rules of their own."""
+    """Column-wise for linear layers. A projection per modality is left alone: its parts have rules of their own."""
 
+    # `k_proj` is a linear layer in one layer and a dictionary of linear layers in the next, under the same rule.
     def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         return super().install_forward(module, mesh) if isinstance(module, nn.Linear) else module
 
@@ -49,6 +44,7 @@ def tensor_parallel_plan(config: PreTrainedConfig) -> dict[str, str]:
 
 def _attention_plan(config: PreTrainedConfig) -> dict[str, str]:
     """Heads over the ranks; whole attention on each where a norm covers all heads."""
+    # The norm's mean runs over all heads, and a rank would have only its own.
     if config.use_qk_norm and config.qk_norm_scope == "projection":
         return {}
     plan = {"layers.*.self_attn.o_proj": "rowwise"}
@@ -58,8 +54,10 @@ def _attention_plan(config: PreTrainedConfig) -> dict[str, str]:
         if is_shared or num_cross_modal < config.num_hidden_layers:
             plan[f"layers.*.self_attn.{name}"] = "chorus_colwise"
         if num_cross_modal and not is_shared:
+            # Spelt out: transformers puts `*` for layer numbers alone, so a wildcard over modalities matches nothing.
             plan |= {f"layers.*.self_attn.{name}.{modality}": "colwise" for modality in config.modalities}
     if config.num_global_tokens and config.is_causal:
+        # No linear layer: its forward concatenates, and runs on the rank's own rows as if they were all.
         learned = "layers.*.self_attn.global_tokens"
         plan |= {learned: "local_params", f"{learned}.key": "colwise", f"{learned}.value": "colwise"}
     return plan
@@ -72,7 +70,9 @@ def expert_parallel_plan(config: PreTrainedConfig) -> dict[str, str]:
 
 def _experts_plan(config: Any, styles: dict[str, str]) -> dict[str, str]:
     """Rules for stacked experts; experts of linear layers are whole on every rank."""
+    # A rule for each linear layer of each expert would gather and scatter once per expert.
     if config.experts_layout == "linear":
         return {}
+    # Without a matching rule every expert would stay on every rank, in silence.
     banks = {bank.name for layer in config.sparse_layers for bank in config.banks_of_layer(layer)}
     return {f"layers.*.mlp.banks.{bank}.{name}": style for bank in sorted(banks) for name, style in styles.items()}

@@ -59,15 +59,15 @@ class ChorusTextConfig(PreTrainedConfig):
             accumulation steps and ranks.
         router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906) while training.
         alignment_loss_coef: weight of the alignment of the two directions of cross-modal attention while training.
-        chunk_size_feed_forward: feed-forwards take so many tokens at a time, also in training, where each chunk is then
-            computed again in the backward. 0 leaves it to the model: chunks for long inputs, at inference only.
+        chunk_size_feed_forward: feed-forwards take this many tokens at a time, also in training, where each chunk is
+            then computed again in the backward. 0 leaves it to the model: chunks for long inputs, at inference only.
         exit_layers: numbers of layers after which an exit stands, fewer than all. In a classifier each has a head; in a
             generative model they share the final norm and the head (LayerSkip, arXiv 2404.16710).
         exit_loss_coef: weight, while training, of the mean loss of the exits. A classifier wants 1. It makes exits that
             draft well in `generate(assistant_early_exit=...)`.
-        skip_layers: layers with a gate that lets tokens pass the feed-forward by; all but the first if None and there
-            is a `skip_budget`.
-        skip_budget: the share of the tokens of these layers that training lets pass, between 0 and 1.
+        skip_layers: layers with a skip gate, by which tokens skip the feed-forward; all but the first if None and
+            there is a `skip_budget`.
+        skip_budget: the share of tokens that training lets skip these layers' feed-forwards, between 0 and 1.
         skip_loss_coef: weight of the squared distance from the budget while training.
         is_causal: False for a bidirectional model (classification, embedding).
 
@@ -143,6 +143,7 @@ class ChorusTextConfig(PreTrainedConfig):
         refuse_unknown_keys(self, kwargs)
         # Not text alone: configurations saved before this field existed built parts for all three.
         self.modalities = self._read_modalities(list(UNNAMED) if self.modalities is None else self.modalities)
+        # Now and not in `validate_sizes`: the defaults below make lists of this length and divide by this number.
         check_range(self, {"num_hidden_layers": (1, MAX_LAYERS), "num_attention_heads": (1, MAX_WIDTH)})
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -152,8 +153,10 @@ class ChorusTextConfig(PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         if self.mlp_layer_types is None:
+            # As in DeepSeekMoE (arXiv 2401.06066): the load of the first layer's experts evens out last.
             self.mlp_layer_types = ["dense"] + ["sparse"] * (self.num_hidden_layers - 1)
         if self.cross_modal_layers is None:
+            # Beside windows, only full attention reaches a picture far back in the sequence.
             full = [i for i, kind in enumerate(self.layer_types) if kind == "full_attention"]
             mixed = len(full) < self.num_hidden_layers
             self.cross_modal_layers = full if mixed else [self.num_hidden_layers - 1]
@@ -161,6 +164,7 @@ class ChorusTextConfig(PreTrainedConfig):
             self.skip_layers = list(range(1, self.num_hidden_layers))
         if self.expert_banks is None or isinstance(self.expert_banks, str):
             self.expert_banks = preset_banks(self.expert_banks or "uniform", self.sparse_layers, self.modalities)
+        # Saved with every field, so that a later change of a default leaves saved models as they are.
         self.expert_banks = {bank.name: bank.to_dict() for bank in self.banks}
         super().__post_init__(**kwargs)
 
@@ -172,6 +176,7 @@ class ChorusTextConfig(PreTrainedConfig):
             raise ValueError(f"ChorusTextConfig: modalities={names} lacks 'text', which every model has")
         return in_order(names)
 
+    # Class attributes in transformers; which rules match depends on the banks and modalities of this configuration.
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
         return tensor_parallel_plan(self)
@@ -192,7 +197,7 @@ class ChorusTextConfig(PreTrainedConfig):
 
     @property
     def banks(self) -> list[ExpertBankConfig]:
-        """The expert banks by name; those without a gate of their own are the gate's columns in this order."""
+        """The expert banks by name; those without a gate of their own are the bank gate's columns in this order."""
         return read_expert_banks(self.expert_banks or {}, self.bank_defaults)
 
     @property

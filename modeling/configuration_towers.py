@@ -1,8 +1,4 @@
-"""The configurations of the vision tower and of the audio tower.
-
-What the vision encoder yields (width, layout, tokens) is probed once and saved with the configuration, so the number of
-placeholders cannot disagree with the number of features.
-"""
+"""The configurations of the vision tower and of the audio tower."""
 
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -62,12 +58,15 @@ class ChorusVisionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)
+        # Before the probe, which would build an encoder for any size.
         check_range(self, {"image_size": (1, 16_384), "num_channels": (1, 64), "pool_size": (1, 1_024)})
         if isinstance(self.backbone_config, dict):
             spec = self.sub_configs_defaults["backbone_config"]
             self.backbone_config, _ = spec.create_subconfig("encoder", self.backbone_config)
         if self.backbone_config is not None:
             self.architecture = None
+        # Probed once and saved: processor and model read the same numbers, so placeholders cannot disagree with
+        # features.
         if self.hidden_size is None or self.num_tokens is None:
             probe = (
                 probe_backbone(self.backbone_config, self.image_size, self.num_channels)
@@ -84,6 +83,7 @@ class ChorusVisionConfig(PreTrainedConfig):
         """Placeholder tokens of one image, after the connector's pooling."""
         if self.grid_size is None:
             return ceil(self.num_tokens / self.pool_size**2)
+        # As the connector pools: groups at the border may be smaller.
         rows, columns = self.grid_size
         return ceil(rows / self.pool_size) * ceil(columns / self.pool_size)
 
@@ -167,6 +167,7 @@ class ChorusAudioConfig(PreTrainedConfig):
     def num_audio_tokens(self, num_frames: int) -> int:
         """Placeholder tokens of a window of `num_frames` feature frames."""
         for kernel, stride in self.convolutions:
+            # At least one: a clip too short for the kernels is followed by silence, see `WaveformEncoder`.
             num_frames = max((num_frames - kernel) // stride + 1, 1)
         return ceil(num_frames / self.frames_per_token)
 
@@ -207,8 +208,10 @@ class ChorusAudioConfig(PreTrainedConfig):
             },
         )
         check_divides(self, "hidden_size", "num_attention_heads")
+        # The front end halves the frames, convolution by convolution.
         if self.subsampling & (self.subsampling - 1):
             raise ValueError(f"ChorusAudioConfig: subsampling={self.subsampling} must be a power of two")
+        # An even kernel has no middle: the convolution could not keep the number of frames.
         if self.conv_kernel_size % 2 == 0:
             raise ValueError(f"ChorusAudioConfig: conv_kernel_size={self.conv_kernel_size} must be odd")
         if self.max_seconds <= 0:

@@ -1,9 +1,8 @@
 """What a forward spends on each sample: layers, visits to experts, floating-point operations.
 
-Counted are the matrix products of the decoder's layers on real tokens, two operations for a product and a sum:
-projections, scores and sums of attention over the keys that a token sees, gates, and of the feed-forwards that a token
-did not pass by their routers and the experts that were really visited. Not counted are padding (also where it is
-computed and thrown away), what is done number by number (norms, activations, softmax, rotations), embeddings, encoders,
+Counted are the matrix products of the decoder's layers on real tokens, two operations for each product with its sum:
+projections, attention over the keys that a token sees, gates, and the feed-forwards that it did not skip, with the
+experts that it visited. Not counted: padding (also where it is computed), elementwise operations, embeddings, encoders,
 connectors and output heads.
 
 Shape suffixes: B batch, R samples still there, S new tokens, K keys, T tokens (R * S).
@@ -30,22 +29,25 @@ def visible_keys(text: ChorusTextConfig, kind: str, real_BK: Tensor, num_queries
 
     Args:
         text: the decoder's configuration.
-        num_in_front: the first keys are so many global tokens, which see and are seen by all.
+        num_in_front: how many of the first keys are global tokens, which see and are seen by all.
     """
     keys = torch.arange(real_BK.shape[1], device=real_BK.device)
     distance_SK = keys[-num_queries:, None] - keys
     sees_SK = distance_SK >= 0 if text.is_causal else torch.ones_like(distance_SK, dtype=torch.bool)
     if kind == "sliding_attention":
         assert text.sliding_window is not None
+        # A causal window counts the token itself; the other kind has its size on either side, see `LocalMask`.
         near_SK = distance_SK.abs() < text.sliding_window + (not text.is_causal)
         sees_SK = sees_SK & near_SK | (keys < num_in_front) | (keys[-num_queries:, None] < num_in_front)
     seen_BS = (sees_SK & real_BK[:, None]).sum(dim=-1)
+    # Learned keys of a causal layer are no tokens: they are in no mask.
     has_global_keys = kind == "sliding_attention" and text.is_causal
     return seen_BS + (text.num_global_tokens if has_global_keys else 0)
 
 
 def projection_flops(text: ChorusTextConfig) -> int:
     """Of queries, keys, values and output, for one token of one layer."""
+    # Queries and output are H heads wide, keys and values G.
     return 4 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
 
 
@@ -65,12 +67,14 @@ def feed_forward_flops(text: ChorusTextConfig, layer: int) -> int:
     if text.mlp_layer_types[layer] != "sparse":
         return gated_flops(text, text.intermediate_size)
     num_columns = sum(not bank.has_own_gate for bank in text.banks_of_layer(layer))
+    # A single column is open or not: the bank gate computes nothing.
     gate = 2 * text.hidden_size * num_columns if num_columns > 1 else 0
     return gate + gated_flops(text, text.shared_expert_intermediate_size)
 
 
 def bank_rows(routing: BankRouting, real_T: Tensor) -> tuple[Tensor, Tensor]:
     """Real tokens that a bank took, as indices, and how many experts each of them visited."""
+    # Sentinels are no visits.
     visits_T = (routing.selected_experts < routing.router_logits.shape[-1]).sum(dim=-1)
     rows = torch.arange(len(real_T), device=real_T.device) if routing.rows is None else routing.rows
     counts = real_T[rows] if routing.token_mask is None else real_T[rows] & routing.token_mask
@@ -101,13 +105,16 @@ def computation(
     experts_B, flops_B = torch.zeros_like(layers_B), torch.zeros_like(layers_B)
     decisions, openings = iter(routing), iter(fed)
     for layer in range(int(layers_B.max())):
+        # Samples that left have no rows in the routing of later layers.
         there = (layers_B > layer).nonzero().squeeze(1)
         fed_RS = real_RS = real_BS[there]
         of_token = projection_flops(text)
         if layer in (text.skip_layers or ()):
+            # The skip gate itself reads every token.
             fed_RS, of_token = real_RS & next(openings), of_token + 2 * text.hidden_size
         flops_B[there] += real_RS.sum(dim=1) * of_token + fed_RS.sum(dim=1) * feed_forward_flops(text, layer)
         heads = text.num_attention_heads * text.head_dim
+        # Scores and weighted sums of values, all query heads.
         flops_B[there] += 4 * heads * attention_B[text.layer_types[layer]][there]
         if text.mlp_layer_types[layer] != "sparse":
             continue
@@ -138,6 +145,7 @@ def counts_computation(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, **kwargs)  # which says what is missing
         cache = kwargs.get("past_key_values")
         num_in_front, positions = self.config.num_tokens_in_front, kwargs.get("position_ids")
+        # Global tokens all stand at position 0, which would look like packed sequences.
         if positions is not None:
             positions = positions[:, num_in_front:]
         real_BK = _real_keys(tokens, kwargs.get("attention_mask"), cache, positions)
@@ -145,12 +153,13 @@ def counts_computation(forward: Callable[..., Any]) -> Callable[..., Any]:
         if keep_routing is None:
             keep_routing = self.config.output_router_logits
         as_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
+        # Experts and skipped tokens are counted from what was really decided, not from the configuration.
         needed = {"output_routing": True, "output_skip_logits": bool(self.config.skip_layers)}
         outputs = forward(self, **kwargs | needed | {"return_dict": True})
         exits, batch = kwargs.get("exits"), len(tokens)
         num_layers = kwargs.get("exit_layer") or len(self.layers)
         layers_B = torch.full((batch,), num_layers) if exits is None else exits.left_after.clone()
-        # In training every token is fed forward, and the decision multiplies what comes out.
+        # In training every token is fed forward, and the skip gate's decision multiplies what comes out.
         open_above = -math.inf if self.training else threshold_logit(kwargs.get("skip_threshold"))
         outputs.compute = computation(
             self.config,

@@ -1,24 +1,10 @@
-"""Exits: heads after some layers, by which a classifier answers easy samples early and leaves them out of what follows.
+"""Exits after some layers: a classifier answers easy samples early, and `generate` drafts with the first layers.
 
-As in BranchyNet (arXiv 1709.01686) and DeeBERT (arXiv 2004.12993): a head after each of the `exit_layers`, all trained
-together; at inference a sample leaves at the first exit that is sure enough. Sure is the largest softmax probability
-(arXiv 1610.02136), which needs no second number to be explained: 0 lets all leave, 1 none.
-
-Unusual here:
-- samples that leave are taken out of the batch, so that the time is really saved: without that, a batch takes as long
-  as its hardest sample;
-- a sample gets the logits of the exit it leaves by, bit for bit; nothing is averaged over exits.
+A classifier has a head after each of the `exit_layers`, all trained together, and a sample leaves at the first one that
+is sure enough (BranchyNet, arXiv 1709.01686; DeeBERT, arXiv 2004.12993). In `generate` the first layers draft and all
+layers verify (LayerSkip, arXiv 2404.16710).
 
 Shape suffixes: B batch, R samples still there, S sequence, D hidden size, L labels.
-
-Early exit in `generate`: the first layers draft, all layers verify.
-
-Unusual here:
-- transformers' own early exit runs a second `generate` for each draft, with a prefill and a cache of its own. Here a
-  draft continues the cache that verification uses: the first layers append their keys and values and give them back,
-  so nothing is computed twice and a draft step costs what its layers cost (LayerSkip, arXiv 2404.16710);
-
-Verification, acceptance and sampling are those of transformers' assisted decoding.
 """
 
 from collections.abc import Sequence
@@ -45,6 +31,7 @@ def pool_tokens(hidden_BSD: Tensor, attention_mask: Tensor | None, is_causal: bo
         attention_mask = hidden_BSD.new_ones(hidden_BSD.shape[:2])
     mask_BS = attention_mask.to(hidden_BSD.device).bool()
     if is_causal:
+        # The last real token, whichever side the padding is on.
         positions = torch.arange(mask_BS.shape[1], device=mask_BS.device)
         last_B = (positions * mask_BS).argmax(dim=-1)
         return hidden_BSD[torch.arange(len(hidden_BSD), device=hidden_BSD.device), last_B]
@@ -54,6 +41,7 @@ def pool_tokens(hidden_BSD: Tensor, attention_mask: Tensor | None, is_causal: bo
 
 def confidence(logits: Tensor) -> Tensor:
     """The largest softmax probability of each row, float32."""
+    # As in arXiv 1610.02136. Unlike an entropy it needs no second number to be explained: at 0 all leave, at 1 none.
     return logits.float().softmax(dim=-1).amax(dim=-1)
 
 
@@ -99,6 +87,7 @@ class SequenceInputs:
         batch = len(self.modality_BS)
 
         def take(value: Any) -> Any:
+            # Positions `(1, S)` are those of every sample.
             return value if value is None or len(value) != batch else value.index_select(0, rows.to(value.device))
 
         return SequenceInputs(*(take(getattr(self, field.name)) for field in fields(self)))
@@ -151,12 +140,13 @@ class ExitRun:
         self.thresholds = None if thresholds is None else dict(zip(exits.layers, thresholds, strict=True))
         self.attention_mask, self.is_causal, self.num_in_front = attention_mask, is_causal, num_in_front
         self.logits: dict[int, Tensor] = {}
+        # On the CPU, which must know how many samples go on before the next layer can start.
         self.left_after = torch.full((batch,), num_layers)
         self.stayed = torch.arange(batch)
         self.answers: list[tuple[Tensor, Tensor]] = []
 
     def passes(self, layers: int, hidden_BSD: Tensor) -> Tensor | None:
-        """Answer after so many layers.
+        """Answer after this many layers.
 
         Args:
             hidden_BSD: states of the samples still there, with the global tokens in front.
@@ -173,6 +163,7 @@ class ExitRun:
         self.logits[layers] = logits_RL
         if self.thresholds is None:
             return None
+        # Those who leave are cut from the batch by the decoder: left in, a batch takes as long as its hardest sample.
         leaves_R = confidence(logits_RL) > self.thresholds[layers]
         leaving = leaves_R.nonzero().squeeze(1)
         if len(leaving) == 0:
@@ -186,6 +177,7 @@ class ExitRun:
 
     def gather(self, last_RL: Tensor) -> Tensor:
         """Logits `(B, L)`: each sample's from where it left; `last_RL` are those of the samples that stayed."""
+        # Each sample gets its exit's logits bit for bit; nothing is averaged over exits.
         rows, logits = zip(*self.answers, (self.stayed, last_RL), strict=True)
         order = torch.cat(rows).argsort().to(last_RL.device)
         return torch.cat([part.to(last_RL.device) for part in logits]).index_select(0, order)
@@ -244,12 +236,13 @@ def check_drafts(generation_config: GenerationConfig, num_hidden_layers: int) ->
         raise ValueError(
             f"num_assistant_tokens={generation_config.num_assistant_tokens} drafts nothing; it must be at least 1"
         )
+    # transformers would warn and decode without drafts.
     if generation_config.num_beams > 1:
         raise ValueError(f"assistant_early_exit={exit_layer} drafts one text, num_beams={generation_config.num_beams}")
 
 
 class EarlyExitDrafts(CandidateGenerator):
-    """Draft tokens of the first layers of the model itself.
+    """Draft tokens of the first layers of the model itself; transformers' assisted decoding verifies and accepts them.
 
     `generation_config` carries everything: `assistant_early_exit` (after how many layers a draft leaves),
     `num_assistant_tokens` (the longest draft), `assistant_confidence_threshold` (a draft ends with the first token that
@@ -276,6 +269,7 @@ class EarlyExitDrafts(CandidateGenerator):
     ) -> tuple[Tensor, Tensor | None]:
         """The text `(1, S)` with a draft at its end, and the draft's scores `(1, tokens, vocabulary)`. The prefill,
         which all layers compute, has no draft."""
+        # A check yields one token more than the draft that it accepts.
         room = self.config.max_length - input_ids.shape[1] - 1
         if is_first_iteration or room < 1:
             return input_ids, None
@@ -287,6 +281,8 @@ class EarlyExitDrafts(CandidateGenerator):
             text = torch.cat((text, token.to(text.device)), dim=-1)
             if probability < (self.config.assistant_confidence_threshold or 0.0) or self._ends(token):
                 break
+        # transformers' own early exit runs a `generate` per draft, with its own prefill and cache. Here a draft appends
+        # to the cache of the verification and takes its keys back: nothing is computed twice.
         for layer in model_kwargs[CACHE].layers[: self.exit_layer]:
             layer.crop(-len(scores))
         return text, torch.stack(scores, dim=1)
@@ -296,11 +292,14 @@ class EarlyExitDrafts(CandidateGenerator):
         inputs = self.model.prepare_inputs_for_generation(text, next_sequence_length=1, **kwargs)
         outputs = self.model(**inputs, exit_layer=self.exit_layer)
         self.model._update_model_kwargs_for_generation(outputs, kwargs)
+        # A copy, as in transformers: processors may write in place, and a view would keep all logits alive.
         return self.logits_processor(text, outputs.logits[:, -1].to(text.device, torch.float32, copy=True))
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, float]:
         """A token `(1, 1)` and its probability."""
         probabilities = scores.softmax(dim=-1)
+        # Drawn from the very scores that are returned, or accepting drafts would change the distribution (arXiv
+        # 2211.17192).
         token = torch.multinomial(probabilities, 1) if self.config.do_sample else scores.argmax(dim=-1, keepdim=True)
         return token, probabilities.gather(1, token).item()
 
@@ -312,5 +311,6 @@ class EarlyExitDrafts(CandidateGenerator):
         """Longer drafts after a draft that was taken whole, shorter ones after any other."""
         if not self.config.num_assistant_tokens_schedule.startswith("heuristic"):
             return
+        # Steps of transformers' own heuristic; its scores hold one position more than the draft.
         num_drafted = scores.shape[1] - 1
         self.num_tokens = self.num_tokens + 2 if num_matches == num_drafted else max(1, self.num_tokens - 1)

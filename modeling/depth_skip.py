@@ -1,12 +1,6 @@
-"""Layer skipping: a gate lets a token pass a layer's feed-forward by. Attention and cache are always complete.
+"""Layer skipping: a skip gate lets a token skip a layer's feed-forward. Attention and cache are always complete.
 
-Unusual here:
-- the gate reads one token and ranks none against others (as the top-k of Mixture-of-Depths, arXiv 2404.02258, does), so
-  a token's output depends neither on later tokens nor on its batch mates, and a cached step equals an uncached one;
-- at inference the rows that pass by are left out of the feed-forward: nothing of it is computed for them. In training
-  all rows go in and the decision multiplies what comes out, so that the gate learns what passing by would have cost.
-
-Shape suffixes: B batch, S sequence, T tokens (B * S), R rows whose gate is open, D hidden size.
+Shape suffixes: B batch, S sequence, T tokens (B * S), R rows whose skip gate is open, D hidden size.
 """
 
 import math
@@ -22,7 +16,7 @@ from .moe_plan import ModalityPlan
 
 
 def threshold_logit(skip_threshold: float | None) -> float:
-    """The logit above which a gate is open: 0, or that of a probability.
+    """The logit above which a skip gate is open: 0, or that of a probability.
 
     Raises:
         ValueError: a threshold outside 0..1.
@@ -37,7 +31,7 @@ def threshold_logit(skip_threshold: float | None) -> float:
 
 
 def straight_through(logits: Tensor, open_above: float = 0.0) -> Tensor:
-    """1 where the gate is open and 0 elsewhere, exactly, with the gradient of the sigmoid (arXiv 1308.3432)."""
+    """1 where the skip gate is open and 0 elsewhere, exactly, with the gradient of the sigmoid (arXiv 1308.3432)."""
     probability = logits.sigmoid()
     return (logits > open_above).to(logits.dtype) + (probability - probability.detach())
 
@@ -52,31 +46,37 @@ class SkipGate(nn.Module):
 
     def start_weights(self, std: float) -> None:
         init.zeros_(self.weight)
+        # Open, yet not saturated: the sigmoid still has a gradient, and a model with new skip gates starts as without.
         init.ones_(self.bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        # Each token by itself. A top-k over the sequence (Mixture-of-Depths, arXiv 2404.02258) lets later tokens and
+        # batch mates decide, and a cached step would differ. In float32, since a rounding near the threshold flips a
+        # decision.
         with without_autocast(hidden_states):
             return F.linear(hidden_states.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
 def feed_open_tokens(feed_forward: nn.Module, hidden_states: Tensor, plan: ModalityPlan, logits_BS: Tensor) -> Tensor:
-    """Output `(B, S, D)` of a feed-forward, zero for tokens whose gate is closed."""
+    """Output `(B, S, D)` of a feed-forward, zero for tokens whose skip gate is closed."""
     if feed_forward.training or torch.compiler.is_compiling():
+        # All rows go in, so that the skip gate learns what skipping would have cost; a graph has no other choice.
         decision_BS1 = straight_through(logits_BS, plan.open_above).unsqueeze(-1)
         return feed_forward(hidden_states, plan)[0] * decision_BS1.to(hidden_states.dtype)
     rows = (logits_BS.reshape(-1) > plan.open_above).nonzero().squeeze(1)
     if len(rows) == logits_BS.numel():
         return feed_forward(hidden_states, plan)[0]
     hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+    # Nothing is computed for the other rows. Banks see those that are left as a batch of their own.
     fed_RD = feed_forward(hidden_TD.index_select(0, rows).unsqueeze(0), plan.at(rows))[0].squeeze(0)
     return torch.zeros_like(hidden_TD).index_copy(0, rows, fed_RD).view_as(hidden_states)
 
 
 def open_share(layers: Sequence[Tensor], real_BS: Tensor | None) -> Tensor:
-    """Mean over real tokens and layers of the open gates, straight through.
+    """Mean over real tokens and layers of the open skip gates, straight through.
 
     Args:
-        layers: logits `(B, S)` of each layer with a gate.
+        layers: logits `(B, S)` of each layer with a skip gate.
         real_BS: 1 for real tokens; None when there is no padding.
     """
     open_LBS = torch.stack([straight_through(logits.to(layers[0].device)) for logits in layers])

@@ -1,10 +1,6 @@
-"""Root mean square normalisation in few operations: on the CPU, `torch.rms_norm` takes twice the time on one token.
+"""What the layers are made of: RMS norm, feed-forwards in chunks of the sequence, products in float32.
 
-Feed-forwards in chunks of the sequence: exact, for every token is fed forward alone, and far smaller in memory.
-
-At inference long sequences are cut by themselves. With `chunk_size_feed_forward` set they are cut to that size, in
-training too: there each chunk is computed a second time in the backward, and nothing between its input and its output
-is kept.
+Shape suffixes: T tokens, D hidden size, E rows of a weight.
 """
 
 from collections.abc import Callable
@@ -24,22 +20,23 @@ from .configuration_text import ChorusTextConfig
 def without_autocast(states: Tensor) -> AbstractContextManager:
     """A context in which autocast is off. Where it is off already, the context costs nothing."""
     kind = states.device.type
+    # Entering autocast takes microseconds, which count at one token.
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+# Matrix libraries sum rows that are left over after blocks of four in another order. With rows filled up, no bit of an
+# expert's score depends on how many others there are, so pruning experts that are never chosen changes no output.
 ROW_BLOCK = 4
 
 
 class _NarrowProduct(torch.autograd.Function):
-    """`x @ W.T` in float32 of states and weights that are stored in fewer bits, on a GPU.
-
-    Products of two such numbers are exact in float32, and so are the sums' additions carried out: it is what widening
-    both first gives, in another order and without the copies. The gradients are computed in float32.
-    """
+    """`x @ W.T` in float32 of states and weights that are stored in fewer bits, on a GPU; gradients in float32."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(hidden_TD, weight_ED)
+        # Products of two such numbers are exact in float32, and it sums in float32: this is what widening both gives,
+        # in another order and without the copies (131 us instead of 1,114 at 64k tokens and 128 experts).
         return torch.mm(hidden_TD, weight_ED.t(), out_dtype=torch.float32)
 
     @staticmethod
@@ -61,11 +58,7 @@ def float32_product(hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
 
 
 def filled_rows(weight_ED: Tensor) -> Tensor:
-    """The rows of a router, filled up with zeros to a multiple of `ROW_BLOCK`.
-
-    Matrix libraries sum the rows that are left over after blocks of four in another order. So filled, no bit of an
-    expert's score depends on how many others there are, and experts that nobody chooses can be taken away unseen.
-    """
+    """The rows of a router, filled up with zeros to a multiple of `ROW_BLOCK`."""
     missing = -len(weight_ED) % ROW_BLOCK
     return F.pad(weight_ED, (0, 0, 0, missing)) if missing else weight_ED
 
@@ -78,21 +71,23 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        # Few operations: on the CPU `torch.rms_norm` takes twice the time on one token.
         norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=dtype)
         scale = torch.addcmul(norm.new_full((), self.eps), norm, norm, value=1 / hidden_states.shape[-1]).rsqrt()
         normed = (hidden_states * scale).to(hidden_states.dtype)
         if torch.is_grad_enabled() or normed.dtype != self.weight.dtype:
             return normed * self.weight
+        # In place: a long prefill spares a tensor as long as the sequence.
         return normed.mul_(self.weight)
 
 
-# Tokens of a chunk where nothing else is asked for: on the CPU, whose caches hold them; a GPU wants so many times more.
+# Tokens of a chunk unless another size is asked for. A CPU's caches hold this many; a GPU needs more to be busy.
 CHUNK = 1024
 GPU_CHUNKS = 16
 
 
 def in_chunks(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], size: int, automatic: int = CHUNK) -> Tensor:
-    """`function(*inputs)`, on so many rows at a time.
+    """`function(*inputs)`, on a chunk of rows at a time: exact, since every token is fed forward alone.
 
     Args:
         function: from tensors `(T, ...)` to one tensor `(T, D)`, each row by itself.
@@ -106,8 +101,10 @@ def in_chunks(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], size:
         return function(*inputs)
     parts = zip(*(states.split(size) for states in inputs), strict=True)
     if is_training:
+        # Between input and output of a chunk nothing is kept: the backward computes each chunk a second time.
         return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
     output = None
+    # Written in place, not concatenated: that would hold all chunks twice.
     for start, part in zip(range(0, count, size), parts, strict=True):
         result = function(*part)
         output = result.new_empty(count, *result.shape[1:]) if output is None else output

@@ -1,11 +1,5 @@
 """Losses of the router and of cross-modal attention: pure functions.
 
-Unusual here:
-- a balance loss is taken over one bank of one layer and then averaged, so banks and layers cannot cancel;
-- it reads the choices actually made, over real tokens allowed to use the bank; unused slots are no choices;
-- the load that `cv2` and `variance` measure is that of the choices. Choices have no gradient, so it comes from the mean
-  probabilities P: `load = f + P - stopgrad(P)` has the value of f and the gradient of P (straight through).
-
 Shape suffixes: T tokens, E experts, K experts per token, B batch, H heads, Q query tokens, P tokens of the partner.
 """
 
@@ -30,6 +24,7 @@ def counted_logits(routing: BankRouting) -> Tensor:
 def _load(routing: BankRouting, router: type[Router]) -> tuple[Tensor, Tensor]:
     """`f_E`, the share of the choices that fell on each expert, and `P_E`, its mean probability; at least one row."""
     logits_TE = counted_logits(routing)
+    # The choices really made, sampled, rerouted or limited; padding, other modalities and unused slots are none.
     count_E = count_choices(routing)
     share_E = count_E.to(logits_TE.dtype) / count_E.sum().clamp(min=1)
     return share_E, router.probabilities(logits_TE).mean(dim=0)
@@ -43,13 +38,14 @@ def switch_loss(routing: BankRouting, router: type[Router] = Router) -> Tensor:
     """
     logits_TE = counted_logits(routing)
     if len(logits_TE) == 0:
+        # Zero, but in the graph: all ranks of a distributed run must have gradients for the same parameters.
         return logits_TE.sum()
     share_E, mean_E = _load(routing, router)
     return logits_TE.shape[-1] * (share_E * mean_E).sum()
 
 
 def variance_loss(routing: BankRouting, router: type[Router] = Router) -> Tensor:
-    """Sum over experts of the squared deviation of the load from its mean 1 / E, straight through (see above).
+    """Sum over experts of the squared deviation of the load from its mean 1 / E, straight through.
 
     0 at perfect balance, `1 / K - 1 / E` when all tokens choose the same K experts. A bank without tokens gives 0.
     """
@@ -57,13 +53,14 @@ def variance_loss(routing: BankRouting, router: type[Router] = Router) -> Tensor
     if len(logits_TE) == 0:
         return logits_TE.sum()
     share_E, mean_E = _load(routing, router)
+    # Choices have no gradient: this has the value of the load f and the gradient of the mean probabilities P.
     load_E = share_E + mean_E - mean_E.detach()
     return (load_E - 1 / logits_TE.shape[-1]).square().sum()
 
 
 def cv2_loss(routing: BankRouting, router: type[Router] = Router) -> Tensor:
     """Squared coefficient of variation of the load: its variance over the square of its mean (arXiv 1701.06538,
-    equation 7), straight through (see above).
+    equation 7), straight through.
 
     0 at perfect balance, `E / K - 1` when all tokens choose the same K experts: E times `variance`, so that the same
     coefficient serves banks of any size. A bank without tokens gives 0.
@@ -88,6 +85,7 @@ def z_loss(routing: BankRouting) -> Tensor:
 
 def balance_loss(layers: Iterable[RoutingOfLayer], banks: Mapping[str, ExpertBankConfig]) -> Tensor | None:
     """Each bank's own balance loss, averaged over banks and layers that have one; None if none has."""
+    # Per bank and layer, then averaged: taken over all at once, banks and layers that lean opposite ways would cancel.
     balanced = [{name: routing for name, routing in layer.items() if banks[name].has_balance_loss} for layer in layers]
 
     def loss(name: str, routing: BankRouting) -> Tensor:
@@ -124,6 +122,7 @@ def _jensen_shannon(p: Tensor, q: Tensor, mask: Tensor) -> Tensor:
     middle = 0.5 * (p + q)
 
     def divergence(x: Tensor) -> Tensor:
+        # `x log x` is 0 at 0, where the logarithm alone is not finite.
         ratio = x.clamp_min(1e-12).log() - middle.clamp_min(1e-12).log()
         return (x * ratio).masked_fill(~mask, 0.0).sum(dim=-1)
 
@@ -159,6 +158,8 @@ def alignment_loss(
             other = (real_S & (modality_S == value)).nonzero().squeeze(1)
             if name == "text" or len(other) == 0:
                 continue
+            # In a causal model text sees only what stands before it; the reverse map, which no layer computes there, is
+            # made for the same pairs.
             mask_QP = (other[None, :] < text[:, None]) if is_causal else text.new_ones(len(text), len(other)).bool()
             seen = mask_QP.any(dim=-1)
             if not seen.any():
@@ -166,9 +167,11 @@ def alignment_loss(
             text_seen, mask_QP = text[seen], mask_QP[seen]
             there_HQP = (query[sample][:, text_seen] @ key[sample][:, other].transpose(1, 2)).float() * scaling
             back_HPQ = (query[sample][:, other] @ key[sample][:, text_seen].transpose(1, 2)).float() * scaling
+            # Not minus infinity: a column that sees nothing would be NaN, also in the gradient.
             low = torch.finfo(torch.float32).min
             p_HQP = there_HQP.masked_fill(~mask_QP, low).softmax(dim=-1)
             back_HPQ = back_HPQ.masked_fill(~mask_QP.T, low).softmax(dim=-1)
+            # The image's attention to one text token, as a distribution over the image: comparable with the text's own.
             q_HQP = back_HPQ.transpose(1, 2).masked_fill(~mask_QP, 0.0)
             q_HQP = q_HQP / q_HQP.sum(dim=-1, keepdim=True).clamp_min(1e-12)
             divergence_HQ = _jensen_shannon(p_HQP, q_HQP, mask_QP)

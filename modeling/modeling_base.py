@@ -1,10 +1,4 @@
-"""The base class of every Chorus model: what transformers needs to know, how weights start, and what may be loaded.
-
-Whether a checkpoint fits the model that is loaded from it: transformers only reports what does not.
-
-Unusual here: a checkpoint saved by the same class must hold exactly its tensors. One saved by another class (another
-head, or no head) may differ in the head, and in nothing else.
-"""
+"""The base class of every Chorus model: what transformers needs to know, how weights start, and what may be loaded."""
 
 import os
 import re
@@ -74,6 +68,7 @@ class ChorusPreTrainedModel(PreTrainedModel):
         loaded: Any = super().from_pretrained(*args, **kwargs)
         reports = bool(kwargs.get("output_loading_info"))
         misfit = vars(loaded[0] if reports else loaded).pop("_misfit", None)
+        # transformers only reports what does not fit; a model whose head was lost would go on with a random one.
         if misfit and not reports and kwargs.get("state_dict") != {}:
             raise CheckpointError(misfit)
         return loaded
@@ -142,6 +137,8 @@ def describe_misfit(
     same_class = type(model).__name__ in (model.config.architectures or [])
     prefix, base = f"{model.base_model_prefix}.", model.base_model
 
+    # Saved by this class, it must hold exactly our tensors. Saved by another (another head, or none), it may differ in
+    # the head, and in nothing else: exchanging heads works, and a lost `lm_head` is still seen.
     def matters(name: str) -> bool:
         return same_class or name.startswith(prefix) or hasattr(base, name.partition(".")[0])
 
@@ -151,6 +148,7 @@ def describe_misfit(
     ]
     if not faults:
         return None
+    # A configuration alone that asks for exits or skip gates finds no tensors: say which function adds them.
     operations = [] if has_too_much else _operations_that_add(lacks)
     advice = f"Load it with its own configuration and call {' and '.join(operations)}. " if operations else ""
     return (
@@ -176,11 +174,9 @@ def _counted(kind: str, names: list[str], separator: str) -> str:
 
 
 def align_parameters(model: nn.Module) -> None:
-    """Copy parameters that lie in a mapped file, at any multiple of eight bytes, to memory as torch allocates it.
-
-    Some processors sum in another order where operands are not aligned: a loaded model would differ from the saved one
-    in the last bit of what it computes. And a mapped file must not change while the model lives.
-    """
+    """Copy parameters that lie in a mapped file, at any multiple of eight bytes, to memory as torch allocates it."""
+    # Some processors sum in another order where operands are not aligned: a loaded model would differ from the saved
+    # one in the last bit. And a mapped file must not change while the model lives. One by one, to need little memory.
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and type(parameter.data) is Tensor and parameter.data_ptr() % ALIGNMENT:
             parameter.data = parameter.data.clone()

@@ -1,10 +1,4 @@
-"""Chorus: text, image and audio tokens in one sequence through a decoder of expert banks.
-
-Unusual here:
-- in training every encoder runs exactly once a forward, on the smallest legal input and with weight zero when the batch
-  has none of its modality, so data-parallel ranks never wait for each other;
-- placeholders are counted against features sample by sample, and a mismatch names the sample and both numbers.
-"""
+"""Chorus: text, image and audio tokens in one sequence through a decoder of expert banks."""
 
 from typing import Any
 
@@ -41,6 +35,8 @@ def check_placeholders(found: list[int], sizes: list[int], modality: str) -> Non
     """
     next_piece = 0
     for sample, count in enumerate(found):
+        # Pieces belong to samples by order alone, so each sample takes whole ones until its placeholders are used up. A
+        # count over the batch would let one sample's surplus hide what another lacks.
         expected = 0
         while expected < count and next_piece < len(sizes):
             expected += sizes[next_piece]
@@ -155,6 +151,7 @@ class ChorusModel(ChorusPreTrainedModel):
             if inputs_embeds is None:
                 found = given == token_id
             else:
+                # As transformers' multimodal models find placeholders in embeddings.
                 found = (inputs_embeds == self.language_model.embed_tokens.weight[token_id]).all(dim=-1)
             modality_BS = modality_BS.masked_fill(found, MODALITY_IDS[name])
         return modality_BS
@@ -204,6 +201,7 @@ class ChorusModel(ChorusPreTrainedModel):
             embeds = self.get_input_embeddings()(self._text_ids(input_ids))
         embeds = self._merge(embeds, input_ids, mm_token_type_ids, features)
         for zero in idle:
+            # Adds nothing but an edge of the graph from the loss to the idle encoder.
             embeds = embeds + zero.to(embeds)
 
         outputs = self.language_model(
@@ -234,11 +232,10 @@ class ChorusModel(ChorusPreTrainedModel):
         encoded: dict[str, BaseModelOutputWithPooling],
     ) -> tuple[dict[str, Any], list[Tensor]]:
         """Image and audio tokens by modality, each a tensor or list whose entries are the tokens of one input, and
-        zeros that connect the encoders which the batch did not use to the graph.
-
-        Images come before sound on every rank, idle or not: ranks that gather their shards in another order wait for
-        each other for ever.
-        """
+        zeros that connect the encoders which the batch did not use to the graph."""
+        # In training every encoder runs exactly once, on the smallest input times zero where the batch has none of its
+        # modality: a rank without pictures would send no gradients for their encoder, and the others wait for ever.
+        # Images come first on every rank, idle or not: ranks that gather shards in different orders deadlock, too.
         for name, raw in (("image", pixel_values), ("audio", input_features)):
             if raw is not None and encoded.get(name) is not None:
                 raise ValueError(f"got raw {name} inputs and mm_encoder_outputs for {name}; give one of them")
@@ -267,10 +264,12 @@ class ChorusModel(ChorusPreTrainedModel):
             pieces = features.get(name)
             if not torch.compiler.is_compiling() and (pieces is not None or input_ids is not None):
                 sizes = [len(piece) for piece in pieces] if pieces is not None else []
+                # Reading the counts waits for the device, and a graph cannot.
                 check_placeholders(mask_BS.sum(dim=-1).tolist(), sizes, name)
             if pieces is not None:
                 tokens = pieces.flatten(0, 1) if isinstance(pieces, Tensor) else torch.cat(list(pieces))
                 tokens = tokens.to(embeds.device, embeds.dtype)
+                # Fills the places in the order of samples, which is that of the pieces.
                 embeds = embeds.masked_scatter(mask_BS.unsqueeze(-1).to(embeds.device), tokens)
                 features[name] = pieces if isinstance(pieces, Tensor) else tokens
         return embeds

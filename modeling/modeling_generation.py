@@ -47,7 +47,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         self.generation_config._from_model_config = False
         media = [i for i in (config.image_token_id, config.audio_token_id) if i is not None]
         if media and self.generation_config.suppress_tokens is None:
-            # A generated placeholder would stand for an image or a clip that nobody gave.
+            # A generated placeholder would stand for an image or a clip that does not exist.
             self.generation_config.suppress_tokens = media
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -70,6 +70,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
 
     def unreached_banks(self) -> tuple[int, list[str]]:
         """The last layer, and its banks that have trained experts (or a LoRA on them) but take no text."""
+        # Attention of a later layer carries what image experts add to text; behind the last layer there is none.
         layer = self.config.text_config.num_hidden_layers - 1
         banks = getattr(self.model.language_model.layers[layer].mlp, "banks", {})
         return layer, [
@@ -121,6 +122,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         train_exits = self.training and labels is not None and self.config.text_config.exit_loss_coef > 0
         keep_hidden_states = kwargs.get("output_hidden_states", self.config.text_config.output_hidden_states)
         if train_exits:
+            # Exits read the states between layers; the caller gets them only if asked for.
             kwargs["output_hidden_states"] = True
         outputs, terms = self._run(
             output_router_logits,
@@ -169,6 +171,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         """Mean of the language losses at the exits, through the final norm and the head (LayerSkip, arXiv
         2404.16710)."""
         states = [hidden_states[layers] for layers in self.config.text_config.exit_layers or ()]
+        # The shared norm and head, as at the end: drafts are made by them, too.
         norm = self.model.language_model.norm
         losses = [self._language_loss(self.lm_head(norm(state)), labels, counted, **kwargs) for state in states]
         return torch.stack(losses).mean()
@@ -208,6 +211,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             )
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         check_drafts(generation_config, self.config.text_config.num_hidden_layers)
+        # transformers keeps unknown settings in the file but passes none of them to the model.
         skip_threshold = getattr(generation_config, "skip_threshold", None)
         if skip_threshold is not None:
             model_kwargs["skip_threshold"] = skip_threshold
@@ -277,6 +281,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         if audio is None or input_ids is None or input_ids.numel() == 0:
             return mm_encoder_output
         pieces = list(audio.pooler_output)
+        # The only record of whose clips are whose: placeholders of a sample and lengths of clips, summed in order.
         ends = list(accumulate(len(piece) for piece in pieces))
         is_placeholder: Any = input_ids == self.config.audio_token_id
         wanted = accumulate(is_placeholder.sum(dim=-1).tolist())

@@ -1,8 +1,4 @@
-"""Every head in one table: who registers, exports, freezes or lists heads reads it here.
-
-Unusual here: two classes may share an Auto class, as the contrastive model shares `AutoModel` with the model without a
-head (transformers does so with CLIP, too). The architecture that a configuration names then decides.
-"""
+"""Every head in one table: who registers, exports, freezes or lists heads reads it here."""
 
 from typing import NamedTuple
 
@@ -35,6 +31,8 @@ HEADS: list[Head] = [
         ("lm_head",),
     ),
     Head(ChorusForSequenceClassification, ("AutoModelForSequenceClassification",), ("score", "exits")),
+    # Shares `AutoModel` with the model without a head, as CLIP does in transformers: the architecture that the
+    # configuration names decides.
     Head(ChorusForContrastive, ("AutoModel",), ("projections", "logit_scale")),
 ]
 

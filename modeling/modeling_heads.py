@@ -1,10 +1,6 @@
-"""What all heads share: the inner model and its auxiliary losses.
+"""What all heads share (the inner model and its auxiliary losses), the classifier and the contrastive model.
 
-Unusual here: the loss terms of the router and of cross-modal attention are added in training only, are scaled by the
-micro-batch's share of the step, and are returned one by one.
-
-Sequence classification: one label for a text with its images and clips, also from a layer in the middle.
-Contrastive embeddings: text, image and sound of one sample are pulled together in one space.
+Shape suffixes: B batch, S sequence, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -72,7 +68,7 @@ class ChorusHead(ChorusPreTrainedModel):
             text.router_z_loss_coef > 0
             or (text.router_aux_loss_coef > 0 and any(bank.has_balance_loss for bank in banks.values()))
         )
-        # Whoever samples wants the probabilities.
+        # Sampling is done for the log-probabilities, which are in the routing.
         keep_routing = bool(output_router_logits or inputs.get("sample_experts") or self._counts_choices())
         align = self.training and text.alignment_loss_coef > 0
         budget = text.skip_budget if self.training and text.skip_loss_coef > 0 else None
@@ -89,6 +85,7 @@ class ChorusHead(ChorusPreTrainedModel):
         )
         terms: dict[str, Tensor | None] = dict.fromkeys(("aux_loss", "z_loss", "alignment_loss", "skip_loss"))
         if output_router_logits or train_router:
+            # With reentrant checkpointing routers would stop balancing in silence.
             if train_router:
                 logits = [bank.router_logits for layer in outputs.routing for bank in layer.values()]
                 self._check_graph("balance", logits, (".router.",))
@@ -107,26 +104,29 @@ class ChorusHead(ChorusPreTrainedModel):
             self._check_graph("skip budget", outputs.skip_logits, (".skip_gate.",))
             real_BS = two_dimensional(inputs.get("attention_mask"))
             terms["skip_loss"] = skip_budget_loss(outputs.skip_logits, real_BS, budget)
+        # Recorded for the losses alone.
         if not keep_routing:
             outputs.routing = None
         return outputs, terms
 
     def _counts_choices(self) -> bool:
-        """Whether whoever moves a balance bias must see the choices of this forward, whatever was asked for."""
+        """Whether the routing is needed to move a balance bias, whatever was asked for."""
         names = [name for name, bank in self.model.language_model.banks.items() if bank.balance == "bias"]
         if not (self.training and names):
             return False
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._nobody_counts():
+        # Without gradients nothing is trained, so nothing has to be counted.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._lacks_observer():
             logger.warning_once(
-                f"expert banks {names} are balanced by a bias that moves only when somebody counts their choices and "
-                "calls `update_balance_bias` once an optimizer step. `RoutingCallback` does it for a Trainer "
+                f"expert banks {names} are balanced by a bias that moves only if code that counts their choices "
+                "calls `update_balance_bias` once per optimizer step. `RoutingCallback` does it for a Trainer "
                 "(`chorus-moe train` adds it); nothing seems to do it here"
             )
         return True
 
-    def _nobody_counts(self) -> bool:
+    def _lacks_observer(self) -> bool:
         """Whether routers learn while no observer is attached to the decoder."""
         decoder = self.model.language_model
+        # Observers hook the decoder, which runs once where checkpointed layers run twice.
         return not decoder._forward_hooks and any(
             parameter.requires_grad for name, parameter in decoder.named_parameters() if ".router." in name
         )
@@ -178,6 +178,7 @@ class ChorusHead(ChorusPreTrainedModel):
 
     def _weighted_sum(self, terms: dict[str, Tensor | None], share: Tensor | float) -> Tensor | float:
         """What training adds to the loss of the head; nothing in evaluation."""
+        # transformers adds its balance loss whenever router logits are asked for, also in evaluation.
         if not self.training:
             return 0.0
         weights = {name: getattr(self.config.text_config, LOSS_WEIGHTS[name]) for name in terms}
@@ -245,6 +246,7 @@ class ChorusForSequenceClassification(ChorusHead):
             loss, exit_loss = self._losses(logits, exit_logits, labels)
             share: Tensor | float = 1.0
             if num_items_in_batch is not None:
+                # The Trainer sums micro-batches, so each counts by its samples.
                 share = len(labels) / num_items_in_batch
                 loss = loss * share
             loss = loss + self._weighted_sum(terms, share)
@@ -283,6 +285,7 @@ class ChorusForSequenceClassification(ChorusHead):
         if thresholds is not None:
             asked = kwargs | {"output_router_logits": output_router_logits}
             check_early_exit(self.config, attention_mask, asked)
+            # Later layers would cache nothing of the samples that left.
             kwargs["use_cache"] = False
         tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
         text = self.config.text_config
@@ -322,6 +325,7 @@ class ChorusForContrastive(ChorusHead):
         self.projections = nn.ModuleDict(
             {name: nn.Linear(hidden_size, config.projection_dim, bias=False) for name in config.modalities}
         )
+        # log(1 / 0.07), where CLIP starts.
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))
         self.post_init()
 
@@ -411,6 +415,7 @@ class ChorusForContrastive(ChorusHead):
 
         logits, losses = {}, []
         for left, right in combinations(embeds, 2):
+            # CLIP clips the temperature at 100, which keeps training stable.
             scores = embeds[left] @ embeds[right].T * self.logit_scale.exp().clamp(max=100.0)
             logits[f"{left}-{right}"] = scores
             target = torch.arange(len(scores), device=scores.device)

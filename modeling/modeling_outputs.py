@@ -16,6 +16,7 @@ CACHE = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).paramet
 
 def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     """For a method with an argument `past_key_values`: it takes it under the name [`CACHE`], too."""
+    # Inside, one name serves every version of transformers.
     if CACHE == "past_key_values":
         return forward
 
@@ -78,7 +79,7 @@ class Computation(NamedTuple):
     Args:
         layers: layers that the sample ran through.
         experts: visits of its tokens to routed experts, over all layers; shared experts are not among them.
-        flops: floating-point operations, see above.
+        flops: floating-point operations, see `depth_cost.py`.
     """
 
     layers: Tensor
@@ -97,7 +98,7 @@ class ChorusModelOutput(BaseModelOutputWithPast):
         attentions: attention map of every layer, on request, with `attn_implementation="eager"`.
         routing: for each sparse layer, bank name -> [`BankRouting`], with `output_router_logits=True`.
         cross_modal_states: rotated queries and keys of each cross-modal layer, on request.
-        skip_logits: `(B, S)` of each of the `skip_layers`, on request; a token passes by where it is not above 0.
+        skip_logits: `(B, S)` of each of the `skip_layers`, on request; a token skips where it is not above 0.
         image_hidden_states: image tokens after the connector, `(images, tokens, D)`.
         audio_hidden_states: audio tokens after the connector, one `(tokens, D)` a window, concatenated.
         compute: what the decoder spent on each sample, with `output_compute=True`.
@@ -123,7 +124,7 @@ class ChorusLossOutput(CausalLMOutputWithPast):
         aux_loss: each bank's own balance loss averaged over the banks and layers that have one, not weighted.
         z_loss: router z-loss, not weighted.
         alignment_loss: alignment of the two directions of cross-modal attention, not weighted.
-        skip_loss: squared distance of the share of open gates from `1 - skip_budget`, not weighted.
+        skip_loss: squared distance of the share of open skip gates from `1 - skip_budget`, not weighted.
         exit_loss: mean of the losses at the `exit_layers`, counted as the head's own, not weighted.
         exit_logits: logits of every exit, shallow first, of a classifier, with `output_exit_logits=True`.
         left_after: `(B,)` int64, after how many layers each sample left, where samples may leave.

@@ -38,8 +38,8 @@ class DenseFeedForward(GatedMLP):
 
 
 class ChorusDecoderLayer(GradientCheckpointingLayer):
-    """norm -> attention -> residual -> norm -> feed-forward -> residual, or with the norms after what they now precede
-    (`norm_placement="post"`)."""
+    """norm -> attention -> residual -> norm -> feed-forward -> residual; with `norm_placement="post"` each norm stands
+    behind attention or feed-forward, before the residual."""
 
     def __init__(self, config: ChorusTextConfig, layer_idx: int):
         super().__init__()
@@ -48,6 +48,7 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = (CrossModalAttention if is_cross_modal else Attention)(config, layer_idx)
         self.mlp = MixtureOfBanks(config, layer_idx) if is_sparse else DenseFeedForward(config)
         self.skip_gate = SkipGate(config.hidden_size) if layer_idx in (config.skip_layers or ()) else None
+        # Identities have no parameters, so either placement has the tensors of its family's checkpoints alone.
         before, after = (RMSNorm, nn.Identity) if config.norm_placement == "pre" else (nn.Identity, RMSNorm)
         self.input_layernorm = before(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = before(config.hidden_size, config.rms_norm_eps)
@@ -103,16 +104,19 @@ class ChorusTextModel(ChorusPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([ChorusDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # Under Llama's name and class, so that every `rope_parameters` of transformers works.
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         in_front = config.num_tokens_in_front
         self.global_tokens = GlobalTokens(in_front, config.hidden_size) if in_front else None
         self.banks = {bank.name: bank for bank in config.banks}
         if any(bank.balance == "bias" for bank in self.banks.values()):
+            # Steps of 0.001 would be lost in bfloat16, and loading casts what is not named here.
             self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
         self.gradient_checkpointing = False
         self.post_init()
 
     @takes_cache
+    # From the outside in: defaults, tokens in front, then counting, which counts them, around recorded outputs.
     @merge_with_config_defaults
     @with_global_tokens
     @counts_computation
@@ -178,6 +182,8 @@ class ChorusTextModel(ChorusPreTrainedModel):
             )
             staying = None if exits is None else exits.passes(number, hidden_states)
             if staying is not None:
+                # Early exit saves time only if later layers see fewer samples; plan, masks and positions are made anew
+                # for them.
                 hidden_states, tokens = hidden_states.index_select(0, staying), tokens.at(staying)
                 if len(staying) == 0:
                     break

@@ -1,10 +1,6 @@
 """Expert banks: a router and its experts, open to some modalities.
 
-Unusual here:
-- a bank is addressed by name everywhere (config, LoRA, losses, statistics);
-- tokens are found once per forward, by the model, never by a bank;
-- a bank without tokens stays in the graph, with zero gradients; where no gradient is wanted it is passed by;
-- a bank may have a gate of its own beside the softmax over the others, so that it can be added and takes nothing.
+A bank is addressed by name everywhere (config, LoRA, losses, statistics).
 
 Shape suffixes: T tokens, D hidden size, N banks of the layer, E experts in the bank, K experts per token, I expert
 width.
@@ -28,7 +24,7 @@ from .modeling_outputs import BankRouting
 from .moe_plan import ModalityPlan, add_rows, take_rows
 from .moe_routers import ROUTER_CLASSES
 
-# Chunks of a long sequence give an expert so many rows on average, or more.
+# Chunks of a long sequence give an expert this many rows on average, or more.
 ROWS_OF_AN_EXPERT = 128
 
 
@@ -36,8 +32,7 @@ ROWS_OF_AN_EXPERT = 128
 class ChorusExperts(nn.Module):
     """The experts of one bank, stacked: `gate_up_proj (E, 2I, D)` and `down_proj (E, D, I)`.
 
-    This forward is the reference (`experts_implementation="eager"`); the others come from transformers'
-    experts interface and from `experts_cpu`.
+    This forward is the reference (`experts_implementation="eager"`); the others are registered with transformers.
     """
 
     def __init__(self, config: ChorusTextConfig, bank: LayerBankConfig):
@@ -72,7 +67,7 @@ class ChorusExperts(nn.Module):
 
 
 class OwnGate(nn.Module):
-    """The weight of a bank that stands beside the softmax over the others: `sigmoid(w x + b)`, in float32."""
+    """The bank gate of a bank that stands beside the softmax over the others: `sigmoid(w x + b)`, in float32."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -148,23 +143,23 @@ class ExpertBank(nn.Module):
         return in_chunks(self.experts, inputs, self.chunk_size, self.automatic_chunk)
 
     def _visitable(self, index_RK: Tensor) -> Tensor:
-        """Choices with sentinels, as the experts can take them.
-
-        transformers' functions skip an id of E or more, and mask its gradient, only where a flag is set. Of experts
-        spread over ranks each rank has fewer than E, and the exchange of tokens between them knows no id of nobody:
-        there, an unused slot visits expert 0 with weight 0.
-        """
+        """Choices with sentinels, as the experts can take them."""
         if isinstance(self.experts, LinearExperts):
             return index_RK
         experts: Any = self._stacked_experts()
+        # transformers' functions skip an id of E or more, and mask its gradient, only where this flag is set.
         if not experts._is_expert_parallel:
             experts._is_expert_parallel = True
+        # Experts spread over ranks: each rank has fewer than E, and the exchange of tokens has no sentinel id. There an
+        # unused slot visits expert 0 with weight 0.
         return index_RK if experts.num_experts == self.num_experts else index_RK.remainder(self.num_experts)
 
     def forward(
         self, output_TD: Tensor | None, hidden_TD: Tensor, gate_T: Tensor | None, plan: ModalityPlan
     ) -> tuple[Tensor | None, BankRouting]:
+        # The model has found them once for all layers: looking per bank would wait for the device each time.
         rows = plan.rows_of_bank(self.name, self.modalities)
+        # In training it runs on no rows and stays in the graph, so that all ranks have gradients for it.
         if rows is not None and len(rows) == 0 and not torch.is_grad_enabled():
             return output_TD, self.router.no_rows(hidden_TD)
         hidden_RD = take_rows(hidden_TD, rows)
@@ -186,6 +181,7 @@ class ExpertBank(nn.Module):
         visited_RK = index_RK
         if self.may_skip_slots or (options is not None and options.budget_R is not None):
             visited_RK = self._visitable(index_RK)
+        # The bank's weight is multiplied into those of its choices: one product of T x K numbers, not of T x D.
         states_RD = self._feed(hidden_RD, visited_RK, states_weights_RK.to(hidden_RD.dtype))
         output_TD = add_rows(output_TD, rows, states_RD, hidden_TD)
         rows = plan.in_batch(rows)
@@ -193,7 +189,7 @@ class ExpertBank(nn.Module):
 
 
 class BankGate(nn.Module):
-    """First level of the gate: a softmax over the banks open to a token's modality, in float32.
+    """The shared bank gate: a softmax over the banks open to a token's modality, in float32.
 
     A token that no bank is open to gets zeros. One bank needs no weights: it gets ones where it is open. Banks with a
     gate of their own are none of its columns.
@@ -203,6 +199,7 @@ class BankGate(nn.Module):
         super().__init__()
         self.banks = banks
         self.weight = nn.Parameter(torch.empty(len(banks), hidden_size)) if len(banks) > 1 else None
+        # Made of the configuration, so not saved: it could only disagree with it.
         self.is_open = nn.Buffer(self.open_table(), persistent=False)
 
     def start_weights(self, std: float) -> None:
@@ -221,6 +218,7 @@ class BankGate(nn.Module):
     def forward(self, hidden_TD: Tensor, modality_T: Tensor, closed_banks: Collection[str] = ()) -> Tensor:
         open_TN = self.is_open[modality_T]
         for column, bank in enumerate(self.banks):
+            # Before the softmax, so that the open banks share the whole weight, as if this one were not there.
             if bank.name in closed_banks:
                 open_TN[:, column] = False
         if self.weight is None:
@@ -228,11 +226,13 @@ class BankGate(nn.Module):
         with without_autocast(hidden_TD):
             logits_TN = float32_product(hidden_TD, self.weight)
             logits_TN = logits_TN.masked_fill(~open_TN, torch.finfo(torch.float32).min)
+            # The lowest number, not minus infinity: a token without any open bank would be NaN. Its uniform softmax is
+            # made zero by the product.
             return logits_TN.softmax(dim=-1) * open_TN
 
 
 class MixtureOfBanks(nn.Module):
-    """Gate over expert banks, the feed-forward of a sparse layer.
+    """Expert banks under a bank gate, the feed-forward of a sparse layer.
 
     1. the always-on shared experts see every token;
     2. the bank gate weighs the banks open to the token's modality, those with a gate of their own apart;
@@ -247,6 +247,7 @@ class MixtureOfBanks(nn.Module):
         banks = config.banks_of_layer(layer_idx)
         shared_size = config.shared_expert_intermediate_size
         self.shared_experts = GatedMLP(config, shared_size) if shared_size else None
+        # Banks with a bank gate of their own are none of its columns: adding one moves no weight of the others.
         self.bank_gate = BankGate(config.hidden_size, [bank for bank in banks if not bank.has_own_gate])
         self.banks = nn.ModuleDict({bank.name: ExpertBank(config, bank) for bank in banks})
 

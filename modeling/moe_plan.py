@@ -1,20 +1,6 @@
-"""Where the tokens of each modality are: found once per forward, used by every layer.
+"""Where the tokens of each modality are, and what a call asks of the routers: found once per forward, for all layers.
 
-Unusual here:
-- rows are index tensors, never boolean masks: a mask per layer would wait for the device each time;
-- `None` means "every row", so a batch of text alone, or a bank open to all modalities, gathers nothing;
-- under `torch.compile` there are no data-dependent shapes: every bank sees every row and the gate is zero where closed.
-
-Shape suffixes: B batch, S sequence, T tokens (B * S), R rows of a modality, D hidden size.
-
-What a caller may ask of the routers in one call, and what each bank's rows make of it.
-
-Unusual here:
-- options travel in the modality plan, so layers need no further arguments and nothing is stored in a module;
-- they are worked out once a forward for each set of modalities, not once a layer;
-- without any option there is no object at all, and the plain path costs nothing.
-
-Shape suffixes: B batch, S sequence, T tokens (B * S), R rows of a bank.
+Shape suffixes: B batch, S sequence, T tokens (B * S), R rows of a modality or a bank, D hidden size.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -80,7 +66,7 @@ class RoutingOptions:
         sampled_banks: names of the banks whose experts are drawn.
         sequence_T: the sequence of each token, where some bank limits its capacity.
         limited_banks: names of the banks that do.
-        closed_banks: names of the banks that are passed by.
+        closed_banks: names of the banks that are skipped.
     """
 
     complexity_T: Tensor | None
@@ -122,6 +108,8 @@ class RoutingOptions:
 NO_OPTIONS = RowOptions()
 
 
+# Indices, never boolean masks: counting a mask's rows would wait for the device in every layer. None is every row, so a
+# batch of text alone, or a bank open to all modalities, gathers nothing.
 Rows = Tensor | None
 
 
@@ -135,7 +123,7 @@ class ModalityPlan:
         rows: modality -> indices of its tokens, padding included; None for all tokens. Empty under compilation.
         real_rows: the same without padding.
         options: what the caller asked of the routers; None for nothing.
-        open_above: the logit above which the gates of skipped layers are open.
+        open_above: the logit above which skip gates are open.
         origin: where the tokens are in the flattened batch; None when they are all of it.
         modalities: those of the model.
     """
@@ -145,6 +133,7 @@ class ModalityPlan:
     rows: dict[str, Rows] = field(default_factory=dict)
     real_rows: dict[str, Rows] = field(default_factory=dict)
     is_static: bool = False
+    # Options travel in here: layers need no further arguments, and nothing is stored in a module.
     options: RoutingOptions | None = None
     options_of_banks: dict[str, RowOptions | None] = field(default_factory=dict)
     open_above: float = 0.0
@@ -176,9 +165,11 @@ class ModalityPlan:
         real_T = None
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             real_T = attention_mask[:, -modality_BS.shape[1] :].reshape(-1).bool()
-        # Of text without padding the rows are known, so that a compiled step leaves out what takes no text.
+        # Of text without padding the rows are known, so that a compiled step leaves out what takes no text. Elsewhere a
+        # graph can have no shapes that depend on data: every bank sees every row, its bank gate zero where closed.
         if torch.compiler.is_compiling() and not (is_text and real_T is None):
             return cls(modality_T, real_T, is_static=True, options=options, modalities=modalities)
+        # A mask of ones is what most callers give: without padding nothing has to be masked later.
         if real_T is not None and bool(real_T.all()):
             real_T = None
         rows: dict[str, Rows]
@@ -254,6 +245,7 @@ class ModalityPlan:
         """What the caller asked of one bank, for its rows; worked out for the first layer that holds it."""
         if self.options is None:
             return None
+        # Layers that hold the same bank show it the same rows.
         if bank not in self.options_of_banks:
             found = self.options.of_rows(bank, modalities, self.modality_T, rows, token_mask)
             self.options_of_banks[bank] = found
@@ -317,6 +309,7 @@ def read_routing_options(
         ValueError: naming the argument, the bank or modality, and the numbers.
     """
     limited = frozenset(name for name, bank in banks.items() if bank.limits_capacity(is_training))
+    # Asked only where it matters: on a GPU the answer of a static cache waits for the device.
     num_cached = int(cache.get_seq_length()) if limited and cache is not None else 0
     if num_cached:
         raise ValueError(
@@ -328,6 +321,7 @@ def read_routing_options(
     budget = _read_budget(expert_budget or {})
     closed = _read_closed(banks, closed_banks or ())
     sampled = _read_sampled(banks, limited, closed, sample_experts or ())
+    # No object at all: the plain path costs nothing.
     if not (limited or budget or sampled or closed) and complexity_T is None:
         return None
     sequence_T = _sequences(modality_BS, position_ids) if limited else None
@@ -400,5 +394,6 @@ def _sequences(modality_BS: Tensor, position_ids: Tensor | None) -> Tensor:
     """`(T,)`: a number for each sequence, packed ones apart, each in one piece."""
     batch, length = modality_BS.shape
     packed = None if position_ids is None else find_packed_sequence_indices(position_ids.expand(batch, length))
+    # Rows of the batch are further apart than packed sequences are many, so no two share a number.
     row_B1 = torch.arange(batch, device=modality_BS.device)[:, None] * (length + 1)
     return (row_B1.expand(batch, length) if packed is None else row_B1 + packed).reshape(-1)

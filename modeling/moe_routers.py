@@ -1,22 +1,8 @@
-"""Routers: which experts of a bank a token visits, and with what weight.
+"""Routers: which experts of a bank a token visits, with what weight, and the bias that balances them without a loss.
 
-Unusual here:
-- all arithmetic is float32, also under autocast, so that precision never changes a choice;
-- a router differs from another in how it scores; what follows is shared, in `moe_selection`;
-- a router's class states all that depends on its kind (`Router`), so no other file asks for a router by name;
-- a router returns its logits, weights and choices; losses and statistics read the choices actually made.
+Routers differ in how they score; what follows is shared, in `moe_selection`.
 
 Shape suffixes: T tokens, D hidden size, E experts in the bank, K experts per token.
-
-Balance without a loss: a correction bias that moves by a fixed step (arXiv 2408.15664; DeepSeek-V3, 2412.19437).
-
-Unusual here:
-- nothing moves by itself: whoever owns the optimizer step counts choices over micro-batches and ranks, then calls
-  `update_balance_bias` once; so evaluation and accumulation cannot move it;
-- counts are integers, so that any order of summation gives the same step;
-- the bias is recentred to mean zero: a constant in it changes no choice, and would grow without bound.
-
-Shape suffixes: E experts.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -69,6 +55,7 @@ class Router(nn.Module):
 
     rows_of_experts: ClassVar[tuple[str, ...]] = ()
 
+    # A class states all that depends on its kind, so no other file asks for a router by name.
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if name is not None:
@@ -84,6 +71,7 @@ class Router(nn.Module):
         self.e_score_correction_bias: Tensor | None
         self.register_buffer("e_score_correction_bias", bias)
         self.limits_groups = bank.topk_groups not in (None, bank.num_groups)
+        # Most banks ask for nothing but the best K: known once, so that one token does not pay for every option.
         self.is_plain = not (self.limits_groups or bank.adaptive_experts or bank.routed_scaling_factor != 1.0)
         self.is_plain = self.is_plain and bias is None
 
@@ -130,6 +118,7 @@ class Router(nn.Module):
         return logits_TE.softmax(dim=-1)
 
     def forward(self, hidden_TD: Tensor, options: RowOptions | None = None) -> RouterChoice:
+        # All of it in float32: a score rounded to 16 bits would send tokens to other experts.
         with without_autocast(hidden_TD):
             noise = self.bank.router_jitter_noise
             if noise and self.training:
@@ -148,6 +137,7 @@ class Router(nn.Module):
         log_weights_TE = self.log_weights(logits_TE)
         is_unused_TK = self._unused(log_weights_TE, options)
         if options.is_sampled:
+            # Drawn from the weights and not from biased scores: the log-probability must be that of the draw.
             log_weights_TE = self.open_log_weights(logits_TE)
             scores_TE = perturbed(log_weights_TE)
         else:
@@ -163,6 +153,7 @@ class Router(nn.Module):
         capacity_L = options.places.capacity(bank.expert_capacity, self.top_k, bank.num_experts)
         served = serve(scores_TE, index_TK, options.places, capacity_L, bank.capacity_overflow)
         is_lost_TK = served.selected_experts >= bank.num_experts
+        # Who is served elsewhere is weighed by what it gets; who is dropped keeps the weights of the others.
         if bank.capacity_overflow == "reroute":
             best_TK, is_unused_TK = served.selected_experts.clamp(max=bank.num_experts - 1), is_lost_TK
         weights_TK = self._weigh(log_weights_TE, best_TK, is_unused_TK).masked_fill(is_lost_TK, 0.0)
@@ -179,6 +170,7 @@ class Router(nn.Module):
         """What ranks the experts; `CLOSED` for those that a token may not choose."""
         if self.e_score_correction_bias is None and not self.limits_groups:
             return logits_TE
+        # Ranks choose and never weigh, hence without gradients (DeepSeek-V3, equation 16).
         scores_TE = self.choice_scores(logits_TE.detach())
         if self.e_score_correction_bias is not None:
             scores_TE = scores_TE + self.e_score_correction_bias
@@ -191,6 +183,7 @@ class Router(nn.Module):
         """`(T, K)`: the slots that a token does not use; None where it uses all."""
         limit_T = options.budget_R
         if self.bank.adaptive_experts:
+            # A token that its router is certain of needs few experts; detached, or routers would learn to look certain.
             wanted_T = normalised_entropy(log_weights_TE.detach(), self.top_k)
             if options.complexity_R is not None:
                 is_given_T = ~options.complexity_R.isnan()
@@ -213,6 +206,7 @@ class Router(nn.Module):
         return BankRouting(logits_0E, weights_0K, index_0K, None, weights_0K.new_empty(0), index_0K.new_empty(0))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # `model.bfloat16()` casts buffers, too.
         before = self.e_score_correction_bias
         super()._apply(fn, recurse)
         after = self.e_score_correction_bias
@@ -233,6 +227,7 @@ class SoftmaxRouter(Router, name="softmax"):
 
     def score(self, hidden_TD: Tensor) -> Tensor:
         count = self.weight.shape[0]
+        # Filled up, see `ROW_BLOCK`: a score must not depend on how many others there are.
         rows_ED = self.weight if count % ROW_BLOCK == 0 else filled_rows(self.weight)
         logits_TE = float32_product(hidden_TD, rows_ED)
         return logits_TE if count % ROW_BLOCK == 0 else logits_TE[:, :count]
@@ -291,6 +286,7 @@ class AttentionRouter(Router, name="attention"):
 
     def score(self, hidden_TD: Tensor) -> Tensor:
         hidden_TD = hidden_TD.float()
+        # Keys serve twice: to attend, and to be compared with at the end.
         keys_EM = self.expert_keys.float()
         query_TM = F.linear(_norm(hidden_TD), self.query.float())
         heads = (self.NUM_HEADS, self.HEAD_DIM)
@@ -330,6 +326,7 @@ def balance_counts(routing: Iterable[RoutingOfLayer], sparse_layers: Sequence[in
     layers = list(routing)
     if not layers or len(layers) % len(sparse_layers):
         raise ValueError(f"found the routing of {len(layers)} layers for {len(sparse_layers)} sparse layers")
+    # Integers: any order of summation over micro-batches and ranks gives the same step.
     counts: dict[int, dict[str, Tensor]] = {index: {} for index in sparse_layers}
     for place, layer in enumerate(layers):
         found = counts[sparse_layers[place % len(sparse_layers)]]
@@ -347,6 +344,7 @@ def biased_routers(model: nn.Module) -> dict[int, dict[str, Router]]:
     found: dict[int, dict[str, Router]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Router) and module.e_score_correction_bias is not None:
+            # An adapter puts its own names around `layers.N`, so the number is what stands before `.mlp.banks.`.
             layer = int(name.split(".mlp.banks.")[0].rsplit(".", 1)[1])
             routers = found.setdefault(layer, {})
             if module.bank.name not in routers or any(parameter.requires_grad for parameter in module.parameters()):
@@ -356,7 +354,8 @@ def biased_routers(model: nn.Module) -> dict[int, dict[str, Router]]:
 
 @torch.no_grad()
 def update_balance_bias(router: Router, count_E: Tensor) -> None:
-    """Move the bias of every expert by one step, up where fewer than the mean chose it, down where more did.
+    """Move the bias of every expert by one step, up where fewer than the mean chose it, down where more did (arXiv
+    2408.15664).
 
     A frozen router (none of its parameters is trained) and a bank that no token used keep theirs.
 
@@ -367,6 +366,7 @@ def update_balance_bias(router: Router, count_E: Tensor) -> None:
         ValueError: the router has no bias, or another number of experts.
     """
     bank, bias_E = router.bank, router.e_score_correction_bias
+    # Called by the owner of the optimizer step, never by a forward: evaluation and accumulation cannot move a bias.
     if bias_E is None:
         raise ValueError(f"expert bank {bank.name!r} has balance={bank.balance!r}, so its router has no bias to update")
     if count_E.shape != bias_E.shape:
@@ -375,5 +375,7 @@ def update_balance_bias(router: Router, count_E: Tensor) -> None:
         return
     count_E = count_E.to(bias_E.device)
     total = count_E.sum()
+    # Compared as whole numbers, `count < total / E`, so that no rounding decides.
     moved_E = bias_E + bank.bias_update_rate * (total - bank.num_experts * count_E).sign()
+    # Recentred: a constant in it changes no choice, and would grow without bound.
     bias_E.copy_(torch.where(total > 0, moved_E - moved_E.mean(), bias_E))

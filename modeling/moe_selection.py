@@ -1,32 +1,20 @@
 """From scores to experts: pure functions that every router shares.
 
-scores (+ correction bias) -> group limit -> best K -> adaptive K and budgets -> capacity (`expert_capacity`) -> weights
+scores (+ correction bias) -> group limit -> best K -> adaptive K and budgets -> capacity -> weights
 
-Unusual here:
-- ties go to the expert with the lower index, whatever the number of tokens, the backend or the compiler;
-- a slot that a token does not use holds the **sentinel**, the id E, and weight 0: it costs no compute;
-- experts can be sampled without replacement, with the log-probability of the draw.
+A router's *log-weights* are the logarithms of what it weighs its experts with, up to a constant for each token. A slot
+that a token does not use holds the **sentinel**, the id E, and weight 0.
 
-A router's *log-weights* are the logarithms of what it weighs its experts with, up to a constant for each token.
-
-Shape suffixes: T tokens, E experts in the bank, K experts per token, G groups, M experts in a group.
-
-Capacity: how many tokens of one sequence an expert takes, and where a choice goes that finds its expert full.
-
-Tokens of a sequence are served in the order of their positions, each with all its choices, before the next one. So what
-happens to a token depends on the tokens before it in its own sequence and on nothing else: not on later tokens, not on
-batch mates, not on padding, which takes no room. An expert takes `expert_capacity` tokens of a sequence; a factor
-(float) counts against the even share *so far*: the n-th token of the sequence in the bank finds an expert full that
-holds `ceil(factor * n * K / E)` tokens. (A share of the whole sequence would let later tokens change earlier ones.)
+Capacity: tokens of a sequence are served in the order of their positions, each with all its choices, before the next.
+So what happens to a token depends on the tokens before it in its own sequence and on nothing else: not on later tokens,
+batch mates or padding. An expert takes `expert_capacity` tokens of a sequence; with a factor (float), the n-th token
+finds an expert full that holds `ceil(factor * n * K / E)` tokens.
 
 - `drop`: a choice whose expert is full is lost, with its weight; the others keep theirs (GShard, arXiv 2006.16668);
 - `reroute`: the token gets its best experts *with room*, as many as it wanted, with the weights of those it gets.
 
-A loop over tokens would be slow. All tokens ask at once, each expert serves the first that ask and turns the rest away,
-who ask their next best, until nobody is turned away. Experts rank tokens alike, so this deferred acceptance ends in the
-same places as the loop.
-
-Shape suffixes: R rows of the bank, E experts, K experts per token, B sequences, L longest sequence in the bank.
+Shape suffixes: T tokens, E experts in the bank, K experts per token, G groups, M experts in a group; for capacity
+R rows of the bank, B sequences, L longest sequence in the bank.
 """
 
 import math
@@ -39,7 +27,7 @@ from torch import Tensor
 from .modeling_outputs import BankRouting
 
 CLOSED = -torch.inf  # the score of an expert that a token may not choose
-# Up to so many tokens, and from so many choices on, one sort is faster than a maximum a choice.
+# Up to FEW tokens, and from MANY choices on, one sort is faster than a maximum per choice (docs/log.md).
 FEW_TOKENS, FEW_GPU_TOKENS, MANY_CHOICES = 64, 16384, 8
 
 
@@ -49,6 +37,7 @@ def limit_groups(scores_TE: Tensor, num_groups: int, topk_groups: int) -> Tensor
     DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): a token then talks to at most `topk_groups` devices.
     """
     scores_TGM = scores_TE.view(-1, num_groups, scores_TE.shape[-1] // num_groups)
+    # The value alone counts here, so `topk`, which leaves the order of equals open, may find it.
     value_TG = scores_TGM.topk(min(2, scores_TGM.shape[-1]), dim=-1).values.sum(dim=-1)
     closed_TGM = best_experts(value_TG, num_groups)[:, topk_groups:, None].expand(-1, -1, scores_TGM.shape[-1])
     return scores_TGM.scatter(1, closed_TGM, CLOSED).view_as(scores_TE)
@@ -68,6 +57,8 @@ def best_experts(scores_TE: Tensor, top_k: int) -> Tensor:
             chosen.append(left_TE.argmax(dim=-1, keepdim=True))
         return torch.cat(chosen, dim=1)
     is_few = len(scores_TE) <= (FEW_GPU_TOKENS if scores_TE.is_cuda else FEW_TOKENS) and top_k > 1
+    # Not `topk`, which leaves ties open: experts copied from one parent tie for certain, and a token must choose alike
+    # alone, in a batch and on every device.
     if is_few or top_k > MANY_CHOICES:
         return torch.sort(scores_TE, dim=-1, descending=True, stable=True)[1][:, :top_k]
     chosen = [scores_TE.argmax(dim=-1, keepdim=True)]
@@ -95,6 +86,7 @@ def unused_slots(limit_T: Tensor, top_k: int) -> Tensor:
 
 def uses_all_slots(limit_T: Tensor, top_k: int) -> bool:
     """Whether `unused_slots` is False everywhere; also False where looking would wait for a device or break a graph."""
+    # Reading limits of a CPU costs less than masking slots that are all used.
     is_readable = limit_T.device.type == "cpu" and not torch.compiler.is_compiling()
     return is_readable and max(1, min(limit_T.tolist(), default=0)) > top_k - 1
 
@@ -102,6 +94,7 @@ def uses_all_slots(limit_T: Tensor, top_k: int) -> bool:
 def perturbed(log_weights_TE: Tensor) -> Tensor:
     """Log-weights plus Gumbel noise: the best K of them are a draw of K experts without replacement
     (Gumbel top-k, arXiv 1903.06059), one after the other with probability proportional to their weight."""
+    # Minus the logarithm of an exponential variable is Gumbel noise, in two kernels.
     return log_weights_TE.detach() - torch.empty_like(log_weights_TE).exponential_().log_()
 
 
@@ -109,8 +102,8 @@ def draw_log_probability(log_weights_TE: Tensor, index_TK: Tensor, is_unused_TK:
     """Log-probability `(T,)` of drawing just these experts in this order (Plackett-Luce).
 
     Each draw is a softmax over the experts that are left; differentiable with respect to the log-weights. What is left
-    is summed from the last draw to the first: what nobody drew, then one drawn expert more each time. Unused slots are
-    no draws; they, and no others, hold the sentinel.
+    is summed from the last draw to the first: what was never drawn, then one drawn expert more each time. Unused slots
+    are no draws; they, and no others, hold the sentinel.
     """
     num_experts, low = log_weights_TE.shape[-1], torch.finfo(log_weights_TE.dtype).min
     if is_unused_TK is not None:  # the sentinel gets a column that weighs nothing
@@ -118,6 +111,7 @@ def draw_log_probability(log_weights_TE: Tensor, index_TK: Tensor, is_unused_TK:
     last_first_TK = index_TK.flip(1)
     chosen_TK = log_weights_TE.gather(1, last_first_TK)
     left_TE = log_weights_TE.scatter(1, last_first_TK, low)
+    # Sums grow from small to large: taking the drawn away from the whole would cancel where one expert has nearly all.
     drawn_TK = chosen_TK - torch.cat((left_TE, chosen_TK), dim=1).logcumsumexp(dim=1)[:, num_experts:]
     return (drawn_TK if is_unused_TK is None else drawn_TK.masked_fill(is_unused_TK.flip(1), 0.0)).sum(dim=1)
 
@@ -131,6 +125,7 @@ def choice_weights(
     """
     chosen_TK = log_weights_TE.gather(1, index_TK)
     if is_unused_TK is not None:
+        # Finite, so that gradients of unused slots are zeros and not NaN.
         chosen_TK = chosen_TK.masked_fill(is_unused_TK, torch.finfo(chosen_TK.dtype).min)
     return chosen_TK.softmax(dim=-1) if is_normalised else chosen_TK.exp()
 
@@ -180,6 +175,8 @@ class Places(NamedTuple):
 
     def capacity(self, expert_capacity: int | float, top_k: int, num_experts: int) -> Tensor:
         """`(L,)`: tokens that an expert may hold once the row of that rank is served."""
+        # The share so far: a share of the whole sequence would let a later token make room for an earlier one, and a
+        # prefix would route differently from the whole.
         ranks_L = torch.arange(1, self.shape[1] + 1, device=self.rank_R.device)
         if isinstance(expert_capacity, int):
             return torch.full_like(ranks_L, expert_capacity)
@@ -207,6 +204,7 @@ def serve(scores_RE: Tensor, index_RK: Tensor, places: Places, capacity_L: Tenso
     num_experts, top_k = scores_RE.shape[-1], index_RK.shape[1]
     if not len(index_RK):
         return Served(index_RK, index_RK.sum(), index_RK.sum())
+    # Padding takes no room.
     index_RK = index_RK.masked_fill(~places.is_counted_R[:, None], num_experts)
     wanted_R = (index_RK < num_experts).sum(dim=-1)
     chosen_RE = _expert_mask(index_RK, num_experts)
@@ -216,6 +214,9 @@ def serve(scores_RE: Tensor, index_RK: Tensor, places: Places, capacity_L: Tenso
         lost_RK = refused_RE.gather(1, index_RK.clamp(max=num_experts - 1))
         num_dropped = refused_RE.sum()
         return Served(index_RK.masked_fill(lost_RK, num_experts), torch.zeros_like(num_dropped), num_dropped)
+    # A loop over tokens would be slow. All ask at once, an expert serves the first that ask and turns the rest away,
+    # who ask their next best, until no token is turned away. As all experts rank tokens alike, this deferred acceptance
+    # ends where the loop ends.
     order_RE = scores_RE.detach().sort(dim=-1, descending=True, stable=True).indices
     closed_RE = scores_RE == CLOSED
     while True:
@@ -226,6 +227,7 @@ def serve(scores_RE: Tensor, index_RK: Tensor, places: Places, capacity_L: Tenso
         asking_RE[rows] = _ask(order_RE[rows], closed_RE[rows], wanted_R[rows])
         refused_RE = asking_RE & ~_accepted(asking_RE, places, capacity_L)
     num_dropped = wanted_R.sum() - asking_RE.sum()
+    # Best first again: a stable sort of booleans in the order of scores keeps that order among those served.
     place_RK = asking_RE.gather(1, order_RE).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     index_RK = order_RE.gather(1, place_RK)
     index_RK = index_RK.masked_fill(~asking_RE.gather(1, index_RK), num_experts)
@@ -256,6 +258,7 @@ def _accepted(asking_RE: Tensor, places: Places, capacity_L: Tensor) -> Tensor:
     asking_BLE = asking_RE.new_zeros(num_sequences * length, asking_RE.shape[1], dtype=torch.int32)
     # Padding shares the place of the next row and asks for nothing, hence a sum.
     asking_BLE = asking_BLE.index_add_(0, place_R, asking_RE.int()).unflatten(0, places.shape)
+    # int32: counts of a sequence fit, and half the memory of the largest tensors here is saved.
     spare_BLE = capacity_L.int()[:, None] - asking_BLE.cumsum(dim=1, dtype=torch.int32)
     spare_BLE = spare_BLE.masked_fill(asking_BLE == 0, 0).clamp(max=0)
     lowest_BLE = spare_BLE.cummin(dim=1).values

@@ -1,13 +1,7 @@
 """The audio tower: features to audio tokens, by a Conformer on torchaudio's parts, by a Whisper encoder, or by an
-encoder of samples (`waveform_encoders`).
+encoder of samples (`tower_audio_waveform`).
 
-Unusual here:
-- padding never changes a clip's features, in evaluation and in training: padded frames are zeroed before every
-  convolution, so they act as the zero padding beyond the end of a lone clip, and nothing is normalised over frames or
-  clips. torchaudio's own `Conformer` leaks padding through its convolutions and couples clips through its batch norm,
-  so its convolution module is replaced; its feed-forward and attention modules are used as they are;
-- a clip of `n` frames always yields exactly `ceil(n / subsampling)` tokens; a waveform as many as the convolutions of
-  its encoder say.
+Padding never changes a clip's features, in evaluation and in training.
 
 Shape suffixes: N clips, T frames or tokens, F mel bins, C channels, D hidden size.
 """
@@ -40,7 +34,7 @@ class ChorusAudioOutput(ModelOutput):
 
 
 class ChorusAudioModel(ChorusPreTrainedModel):
-    """Windows of sound to tokens (ARCHITECTURE 2.2).
+    """Windows of sound to tokens.
 
     Raises:
         ImportError: torchaudio is missing or made for another torch.
@@ -76,6 +70,7 @@ class ChorusAudioModel(ChorusPreTrainedModel):
         mask_NT = self._check_clips(input_features, input_features_mask)
         features_NTF = input_features.to(self.dtype)
         if self.config.feature_type != "whisper":
+            # Whisper was trained on what its extractor puts behind a clip, so there padding stays as it is.
             features_NTF = features_NTF.masked_fill(~mask_NT[..., None], 0.0)
         hidden_NTD, token_mask_NT = self.encoder(features_NTF, mask_NT)
         return ChorusAudioOutput(hidden_NTD.masked_fill(~token_mask_NT[..., None], 0.0), token_mask_NT)
@@ -86,6 +81,7 @@ class ChorusAudioModel(ChorusPreTrainedModel):
         """One silent clip, as short as may be, for a forward whose result is multiplied by zero."""
         frames = self.encoder.window if self.config.feature_type == "whisper" else 1
         shape = (1, frames, self.config.num_mel_bins)
+        # Zeros and not noise: their forward must be finite, since NaN times zero is NaN.
         return torch.zeros(shape, device=device or self.device, dtype=dtype or self.dtype)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -157,7 +153,9 @@ class ConvolutionalFrontEnd(nn.Module):
     def forward(self, features_NTF: torch.Tensor, mask_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         maps_NCTF = features_NTF[:, None]
         for convolution in self.convolutions:
+            # Zeroed before every convolution, padding acts as the zeros beyond the end of a clip that is alone.
             maps_NCTF = nn.functional.silu(convolution(maps_NCTF.masked_fill(~mask_NT[:, None, :, None], 0.0)))
+            # A stride of two rounds up, and so does this: `n` frames give exactly `ceil(n / subsampling)` tokens.
             mask_NT = mask_NT[:, ::2]
         return self.norm(self.projection(maps_NCTF.transpose(1, 2).flatten(2))), mask_NT
 
@@ -179,11 +177,13 @@ class ConformerBlock(GradientCheckpointingLayer):
         self.self_attn_layer_norm = parts.self_attn_layer_norm
         self.self_attn = parts.self_attn
         self.self_attn_dropout = parts.self_attn_dropout
+        # torchaudio's own leaks padding through its convolutions and couples clips through its batch norm.
         self.conv_module = MaskedConvolution(config)
         self.ffn2 = parts.ffn2
         self.final_layer_norm = parts.final_layer_norm
 
     def forward(self, hidden_NTD: torch.Tensor, mask_NT: torch.Tensor) -> torch.Tensor:
+        # Half steps around attention and convolution, as in Macaron (arXiv 2005.08100, section 2.4).
         hidden_NTD = hidden_NTD + 0.5 * self.ffn1(hidden_NTD)
         hidden_NTD = hidden_NTD + self._attend(self.self_attn_layer_norm(hidden_NTD), mask_NT)
         hidden_NTD = hidden_NTD + self.conv_module(hidden_NTD, mask_NT)
@@ -209,6 +209,7 @@ class MaskedConvolution(nn.Module):
         self.layer_norm = nn.LayerNorm(width)
         self.pointwise_in = nn.Linear(width, 2 * width)
         self.depthwise = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        # Per frame: a batch or group norm would take its mean over padding and other clips.
         self.depthwise_norm = nn.LayerNorm(width)
         self.pointwise_out = nn.Linear(width, width)
         self.dropout = nn.Dropout(config.dropout)
@@ -256,10 +257,12 @@ class WhisperWindowEncoder(nn.Module):
         if not self.hears_padding:
             features_NTF = self._fill_window(features_NTF, mask_NT)
         hidden_NTD = self.front_end(features_NTF.transpose(1, 2)).last_hidden_state
+        # The rest of the window was heard, but is no part of the clip.
         return hidden_NTD[:, : (frames + 1) // 2], mask_NT[:, ::2]
 
     def _fill_window(self, features_NTF: torch.Tensor, mask_NT: torch.Tensor) -> torch.Tensor:
         clips, frames, bins = features_NTF.shape
+        # Silence in log-mel features is the lowest value, not zero.
         lowest_N = features_NTF.masked_fill(~mask_NT[..., None], torch.inf).amin(dim=(1, 2))
         lowest_N = lowest_N.masked_fill(~mask_NT.any(dim=1), 0.0)
         window_NTF = lowest_N[:, None, None].expand(clips, self.window - frames, bins)

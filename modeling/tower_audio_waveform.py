@@ -1,12 +1,6 @@
 """wav2vec 2.0, HuBERT and WavLM as audio encoders: samples to tokens, on transformers' or torchaudio's modules.
 
-Unusual here:
-- padding never changes a clip, whatever the parent does: convolutions see the end of a clip as they see it alone, a
-  group norm over time takes its mean over real frames only, and padded tokens are masked in every layer;
-- a clip gives as many tokens as the convolutions' length formula says; one shorter than a single token is heard with
-  silence after it, and gives one;
-- what the parents do in their own training only (SpecAugment, dropped layers) is left out: it would leave parameters
-  without gradient.
+Padding never changes a clip, whatever the parent does.
 
 Shape suffixes: N clips, T samples, L frames or tokens, C channels, D hidden size.
 """
@@ -22,7 +16,8 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from .configuration_towers import ChorusAudioConfig
 
 WAVEFORM_TYPES = ("wav2vec2", "hubert", "wavlm")
-# Settings that only the parents' own training reads, each with the value that switches it off.
+# Settings that only the parents' own training reads, each with the value that switches it off: a masked feature or a
+# dropped layer would leave parameters without gradient.
 TRAINING_ONLY = {"layerdrop": 0.0, "mask_time_prob": 0.0, "mask_feature_prob": 0.0, "apply_spec_augment": False}
 # Settings that change what is computed in a way that is not written here.
 REFUSED = {"add_adapter": False, "conv_pos_batch_norm": False}
@@ -123,6 +118,7 @@ class WaveformEncoder(nn.Module):
 
     def forward(self, features_NTF: torch.Tensor, mask_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes samples `(N, T, 1)`, zero where the mask is False; returns tokens `(N, L, D)` and which are real."""
+        # A clip shorter than one token is heard with silence after it, and gives one.
         missing = max(self.shortest - mask_NT.shape[1], 0)
         samples_NT = nn.functional.pad(features_NTF[..., 0], (0, missing))
         lengths_N = mask_NT.sum(dim=1)
@@ -135,6 +131,7 @@ class WaveformEncoder(nn.Module):
         maps_NCL = samples_NT[:, None]
         for layer, (kernel, stride) in zip(self.backbone.feature_extractor.conv_layers, self.convolutions, strict=True):
             lengths_N = (lengths_N - kernel) // stride + 1
+            # A norm over time: the parent's would take its mean over padding, too.
             if isinstance(getattr(layer, "layer_norm", None), nn.GroupNorm):
                 maps_NCL = nn.functional.gelu(masked_instance_norm(layer.conv(maps_NCL), lengths_N, layer.layer_norm))
             elif self.is_torchaudio:
@@ -158,6 +155,8 @@ class WaveformEncoder(nn.Module):
         mask = None
         if not self.is_wavlm:
             tokens = real_NL.shape[1]
+            # torchaudio's WavLM masks by `key_padding_mask` and refuses this argument; its other encoders read this
+            # alone.
             mask = real_NL[:, None, None].expand(-1, 1, tokens, tokens)
         for layer in encoder.transformer.layers:
             hidden_NLD, bias = layer(hidden_NLD, mask, position_bias=bias, key_padding_mask=~real_NL)
@@ -176,6 +175,7 @@ def masked_instance_norm(maps_NCL: torch.Tensor, lengths_N: torch.Tensor, norm: 
     count_N11 = lengths_N[:, None, None]
     mean_NC1 = maps.masked_fill(~real_N1L, 0.0).sum(dim=2, keepdim=True) / count_N11
     centred = maps - mean_NC1
+    # From centred values: the mean of squares less the squared mean would cancel.
     variance_NC1 = centred.masked_fill(~real_N1L, 0.0).square().sum(dim=2, keepdim=True) / count_N11
     scaled = centred * torch.rsqrt(variance_NC1 + norm.eps)
     return (scaled * norm.weight.float()[:, None] + norm.bias.float()[:, None]).to(maps_NCL.dtype)

@@ -1,8 +1,5 @@
 """Connectors: neighbouring encoder tokens become one, and move to the width of the decoder.
 
-Unusual here: ragged ends are exact. A group at the border of a grid or at the end of a clip is the mean of the real
-tokens in it, so a clip gives the same features alone and in any batch.
-
 Shape suffixes: N images or clips, L encoder tokens, P tokens after pooling, D width.
 """
 
@@ -46,6 +43,7 @@ class VisionConnector(nn.Module):
             mask_NL = torch.ones(hidden_NLD.shape[:2], dtype=torch.bool, device=hidden_NLD.device)
             return masked_mean_pool(hidden_NLD, mask_NL, self.pool_size**2)[0]
         grid = hidden_NLD.transpose(1, 2).unflatten(2, self.grid_size)
+        # A group at the border is the mean of the real tokens in it.
         grid = nn.functional.avg_pool2d(grid, self.pool_size, ceil_mode=True, count_include_pad=False)
         return grid.flatten(2).transpose(1, 2)
 
@@ -69,6 +67,7 @@ class AudioConnector(nn.Module):
             features `(clips, ceil(tokens / pool_size), hidden_size)`, zero where padded, and their bool mask.
         """
         pooled_NPD, mask_NP = masked_mean_pool(hidden_NLD, mask_NL, self.pool_size)
+        # The projector has biases, so zeros do not stay zeros.
         return self.projector(pooled_NPD).masked_fill(~mask_NP[..., None], 0.0), mask_NP
 
 
@@ -84,4 +83,5 @@ def masked_mean_pool(
     hidden_NLD = hidden_NLD.masked_fill(~mask_NL[..., None], 0.0)
     groups = nn.functional.pad(hidden_NLD, (0, 0, 0, missing)).unflatten(1, (-1, pool_size))
     count_NP = nn.functional.pad(mask_NL, (0, missing)).unflatten(1, (-1, pool_size)).sum(dim=2)
+    # The mean of the real tokens, also at the end of a clip: it gives the same features alone and in any batch.
     return groups.sum(dim=2) / count_NP.clamp(min=1)[..., None], count_NP > 0

@@ -1,11 +1,4 @@
-"""The vision tower: any timm architecture, or any Hugging Face vision model, as a sequence of image tokens.
-
-Unusual here:
-- weights come with the checkpoint only: timm is always asked for `pretrained=False`, so loading needs no network;
-- timm's initialisation is kept. `from_pretrained` builds on the meta device, which loses buffers that are not saved and
-  leaves missing keys uninitialised: `_init_weights` rebuilds the former and copies the latter from a fresh timm model;
-- in training the pooled output, times zero, joins the tokens: no parameter of the encoder is ever unused.
-"""
+"""The vision tower: any timm architecture, or any Hugging Face vision model, as a sequence of image tokens."""
 
 from typing import Any
 
@@ -24,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 
 class ChorusVisionModel(ChorusPreTrainedModel):
-    """Images to tokens (ARCHITECTURE 2.2), around `timm_model` or, for a `backbone_config`, around `backbone`.
+    """Images to tokens, around `timm_model` or, for a `backbone_config`, around `backbone`.
 
     Raises:
         ImportError: timm is missing.
@@ -71,6 +64,7 @@ class ChorusVisionModel(ChorusPreTrainedModel):
         features, pooled = self._encode(pixel_values.to(self.dtype))
         tokens = self._image_tokens(features)
         if pooled is not None:
+            # A pooling head's parameters are never unused: data-parallel training waits for every gradient.
             tokens = tokens + (pooled * 0.0).sum()
         return BaseModelOutput(last_hidden_state=tokens)
 
@@ -78,6 +72,7 @@ class ChorusVisionModel(ChorusPreTrainedModel):
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """Blank images for a forward whose result is multiplied by zero: one, or two where batch norm needs them."""
+        # A batch norm has no variance over one value per channel.
         images = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()) else 1
         config = self.config
         shape = (images, config.num_channels, config.image_size, config.image_size)
@@ -92,6 +87,7 @@ class ChorusVisionModel(ChorusPreTrainedModel):
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and mode:
+                # A norm without parameters goes by the whole tower.
                 own = list(module.parameters()) or list(self.parameters())
                 module.training = any(parameter.requires_grad for parameter in own)
         return self
@@ -108,6 +104,7 @@ class ChorusVisionModel(ChorusPreTrainedModel):
             return
         try:
             self.timm_model.set_grad_checkpointing(enable)
+        # timm's models that cannot do it refuse by assertion, or lack the method.
         except (AssertionError, AttributeError):
             if enable:
                 logger.warning_once(f"timm has no activation checkpointing for {self.config.architecture!r}")
@@ -154,6 +151,8 @@ class ChorusVisionModel(ChorusPreTrainedModel):
     def _init_weights(self, module: Any) -> None:
         if self.timm_model is None:
             return
+        # `from_pretrained` builds on the meta device, which loses buffers that are not saved and leaves missing tensors
+        # uninitialised. The former are made again, the latter copied from a fresh model: timm's initialisation is kept.
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
         if not self._built_on_meta:
@@ -175,6 +174,7 @@ class ChorusVisionModel(ChorusPreTrainedModel):
 
 
 def _create_timm(config: ChorusVisionConfig) -> nn.Module:
+    # Without pretrained weights: they come with the checkpoint alone, and loading needs no network.
     return create_timm_encoder(config.architecture, config.model_args, config.image_size, config.num_channels)
 
 

@@ -1,9 +1,6 @@
 """What a vision encoder yields: width, layout, prefix tokens, grid and number of tokens.
 
-Unusual here:
-- an encoder is probed once, when a configuration is composed, by a forward on the meta device: nothing is allocated;
-- names and arguments are checked first, so a foreign configuration can neither reach the network nor name a file;
-- arguments travel through JSON, so the probed encoder is the one that a saved configuration rebuilds.
+An encoder is probed once, when a configuration is composed.
 """
 
 import json
@@ -107,8 +104,10 @@ def load_timm_encoder(
 def _create_timm(architecture: str | None, model_args: dict[str, Any] | None, image_size: int, **options: Any) -> Any:
     timm = _import_timm()
     _check_architecture(architecture, timm)
+    # Through JSON, so that the probed encoder is the one that a saved configuration rebuilds.
     arguments = json.loads(_dump_model_args(architecture, model_args))
     try:
+        # Others take any size, and some of them refuse the argument.
         if getattr(timm.get_pretrained_cfg(architecture), "fixed_input_size", False):
             arguments.setdefault("img_size", image_size)
         return timm.create_model(architecture, **options, **arguments)
@@ -173,6 +172,7 @@ def _probe_timm(architecture: str, model_args: str, image_size: int, num_channel
         raise ValueError(f"{architecture!r} yields neither tokens nor one feature map; choose another architecture")
     num_prefix_tokens = getattr(model, "num_prefix_tokens", None)
     if num_prefix_tokens is None and features.ndim == 3:
+        # Without a word from timm: one token more than a square is a class token.
         odd_one = not _is_square(features.shape[1]) and _is_square(features.shape[1] - 1)
         num_prefix_tokens = int(hasattr(model, "cls_token") or odd_one)
     return _describe(architecture, features, _map_layout(model, features), num_prefix_tokens or 0)
@@ -188,6 +188,7 @@ def _encode_zeros(
     """Encodes one blank image on the meta device, or on the CPU if the model reads values; keeps the random state."""
     shape = (1, num_channels, image_size, image_size)
     failure: Exception | None = None
+    # On the meta device nothing is allocated. Building draws weights, which must not move the caller's random state.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for device in ("meta", "cpu"):
             try:
@@ -200,6 +201,7 @@ def _encode_zeros(
 
 
 def _map_layout(model: nn.Module, features: torch.Tensor) -> str:
+    # A square image gives a square map: the axis that differs is the channels. timm's word counts where all agree.
     if features.ndim == 4 and features.shape[1] == features.shape[2] != features.shape[3]:
         return "NHWC"
     if features.ndim == 4 and features.shape[2] == features.shape[3] != features.shape[1]:
@@ -232,6 +234,7 @@ def _import_timm() -> Any:
 
 
 def _check_architecture(architecture: str | None, timm: Any) -> None:
+    # Checked first: a foreign configuration can neither reach the network nor name a file.
     if not isinstance(architecture, str) or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?", architecture):
         raise ValueError(
             f"architecture={architecture!r} is not a plain timm name such as 'vit_tiny_patch16_224'; "
