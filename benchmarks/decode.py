@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -174,7 +175,7 @@ def write_gguf(model: Qwen3MoeForCausalLM, path: Path) -> None:
 
 def llama_cpp(model: Qwen3MoeForCausalLM, input_ids: Tensor, longest: int) -> Callable[[int], list[int]]:
     """Greedy text of llama.cpp on the same weights, as a function of the number of tokens."""
-    from llama_cpp import Llama
+    import llama_cpp as library
 
     threads, prompt = torch.get_num_threads(), input_ids[0].tolist()
     with tempfile.TemporaryDirectory() as folder:
@@ -182,15 +183,19 @@ def llama_cpp(model: Qwen3MoeForCausalLM, input_ids: Tensor, longest: int) -> Ca
         write_gguf(model, path)
         # Read whole into memory: the file goes with the folder.
         options = {"n_ctx": len(prompt) + longest, "n_threads": threads, "n_threads_batch": threads}
-        llama = Llama(str(path), use_mmap=False, verbose=False, logits_all=False, **options)
+        llama = library.Llama(str(path), use_mmap=False, verbose=False, **options)
+
+    def next_token() -> int:
+        logits = library.llama_get_logits_ith(llama.ctx, -1)
+        return int(np.ctypeslib.as_array(logits, shape=(model.config.vocab_size,)).argmax())
 
     def run(count: int) -> list[int]:
         llama.reset()
         llama.eval(prompt)
-        found = [int(llama.scores[llama.n_tokens - 1].argmax())]
+        found = [next_token()]
         while len(found) < count:
             llama.eval(found[-1:])
-            found.append(int(llama.scores[llama.n_tokens - 1].argmax()))
+            found.append(next_token())
         return found
 
     return run
