@@ -30,7 +30,7 @@ from chorus_moe.modeling.losses import balance_loss
 from chorus_moe.modeling.modeling_outputs import RoutingOfLayer
 from chorus_moe.modeling.moe_banks import MixtureOfBanks
 from chorus_moe.modeling.moe_plan import ModalityPlan, read_routing_options
-from chorus_moe.modeling.moe_routers import balance_counts, update_balance_bias
+from chorus_moe.training.routing.balance import balance_counts, update_balance_bias
 
 BANK = "common"
 TOKENS = (1, 16, 256, 8192)

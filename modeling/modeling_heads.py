@@ -118,8 +118,8 @@ class ChorusHead(ChorusPreTrainedModel):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._lacks_observer():
             logger.warning_once(
                 f"expert banks {names} are balanced by a bias that moves only if code that counts their choices "
-                "calls `update_balance_bias` once per optimizer step. `RoutingCallback` does it for a Trainer "
-                "(`chorus-moe train` adds it); nothing seems to do it here"
+                "calls `update_balance_bias` once per optimizer step. `RoutingCallback` of chorus_moe.training.routing "
+                "does it for a Trainer (`chorus-moe train` adds it); nothing seems to do it here"
             )
         return True
 

@@ -5,7 +5,7 @@ Routers differ in how they score; what follows is shared, in `moe_selection`.
 Shape suffixes: T tokens, D hidden size, E experts in the bank, K experts per token.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -15,13 +15,12 @@ from transformers import initialization as init
 
 from .configuration_banks import ROUTERS, LayerBankConfig, check_name
 from .layers import ROW_BLOCK, filled_rows, float32_product, without_autocast
-from .modeling_outputs import BankRouting, RouterChoice, RoutingOfLayer
+from .modeling_outputs import BankRouting, RouterChoice
 from .moe_plan import NO_OPTIONS, RowOptions
 from .moe_selection import (
     CLOSED,
     best_experts,
     choice_weights,
-    count_choices,
     draw_log_probability,
     limit_groups,
     normalised_entropy,
@@ -310,72 +309,3 @@ class AttentionRouter(Router, name="attention"):
 
 def _norm(states: Tensor) -> Tensor:
     return F.rms_norm(states, states.shape[-1:])
-
-
-def balance_counts(routing: Iterable[RoutingOfLayer], sparse_layers: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-    """Layer -> bank -> `(E,)` int64: how often real tokens chose each expert in one forward.
-
-    Args:
-        routing: the output of that name: one entry for each sparse layer, once for every run of the decoder (the
-            contrastive head runs it once a modality).
-        sparse_layers: `config.text_config.sparse_layers`.
-
-    Raises:
-        ValueError: no entry, or not whole runs.
-    """
-    layers = list(routing)
-    if not layers or len(layers) % len(sparse_layers):
-        raise ValueError(f"found the routing of {len(layers)} layers for {len(sparse_layers)} sparse layers")
-    # Integers: any order of summation over micro-batches and ranks gives the same step.
-    counts: dict[int, dict[str, Tensor]] = {index: {} for index in sparse_layers}
-    for place, layer in enumerate(layers):
-        found = counts[sparse_layers[place % len(sparse_layers)]]
-        for name, of_bank in layer.items():
-            count_E = count_choices(of_bank)
-            found[name] = found[name] + count_E if name in found else count_E
-    return counts
-
-
-def biased_routers(model: nn.Module) -> dict[int, dict[str, Router]]:
-    """Layer -> bank -> router, for the routers that have a correction bias; the keys are those of `balance_counts`.
-
-    An adapter trains a copy of a router, and several adapters have one each: the one that is trained is found.
-    """
-    found: dict[int, dict[str, Router]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Router) and module.e_score_correction_bias is not None:
-            # An adapter puts its own names around `layers.N`, so the number is what stands before `.mlp.banks.`.
-            layer = int(name.split(".mlp.banks.")[0].rsplit(".", 1)[1])
-            routers = found.setdefault(layer, {})
-            if module.bank.name not in routers or any(parameter.requires_grad for parameter in module.parameters()):
-                routers[module.bank.name] = module
-    return found
-
-
-@torch.no_grad()
-def update_balance_bias(router: Router, count_E: Tensor) -> None:
-    """Move the bias of every expert by one step, up where fewer than the mean chose it, down where more did (arXiv
-    2408.15664).
-
-    A frozen router (none of its parameters is trained) and a bank that no token used keep theirs.
-
-    Args:
-        count_E: int64, choices since the last step, summed over micro-batches and ranks by the caller.
-
-    Raises:
-        ValueError: the router has no bias, or another number of experts.
-    """
-    bank, bias_E = router.bank, router.e_score_correction_bias
-    # Called by the owner of the optimizer step, never by a forward: evaluation and accumulation cannot move a bias.
-    if bias_E is None:
-        raise ValueError(f"expert bank {bank.name!r} has balance={bank.balance!r}, so its router has no bias to update")
-    if count_E.shape != bias_E.shape:
-        raise ValueError(f"expert bank {bank.name!r}: {tuple(count_E.shape)} counts for {bank.num_experts} experts")
-    if not any(parameter.requires_grad for parameter in router.parameters()):
-        return
-    count_E = count_E.to(bias_E.device)
-    total = count_E.sum()
-    # Compared as whole numbers, `count < total / E`, so that no rounding decides.
-    moved_E = bias_E + bank.bias_update_rate * (total - bank.num_experts * count_E).sign()
-    # Recentred: a constant in it changes no choice, and would grow without bound.
-    bias_E.copy_(torch.where(total > 0, moved_E - moved_E.mean(), bias_E))

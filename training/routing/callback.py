@@ -13,8 +13,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from chorus_moe.modeling.moe_routers import biased_routers, update_balance_bias
 from chorus_moe.training.loading import base_model
+from chorus_moe.training.routing.balance import biased_routers, update_balance_bias
 from chorus_moe.training.routing.counters import RoutingCounters, sum_over_ranks
 from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.routing.statistics import routing_metrics, summarise

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForMultimodalLM, TrainerCallback
 
 from chorus_moe import ChorusForContrastive
-from chorus_moe.modeling.moe_routers import biased_routers
 from chorus_moe.training.lora import lora_config
 from chorus_moe.training.recipe import read_recipe
+from chorus_moe.training.routing.balance import biased_routers
 from chorus_moe.training.routing.callback import RoutingCallback
 from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.train import run_training

@@ -9,7 +9,8 @@ import torch
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusForContrastive, ChorusTextConfig
 from chorus_moe.modeling import modeling_heads as modeling_head
-from chorus_moe.modeling.moe_routers import SigmoidRouter, balance_counts, biased_routers, update_balance_bias
+from chorus_moe.modeling.moe_routers import SigmoidRouter
+from chorus_moe.training.routing.balance import balance_counts, biased_routers, update_balance_bias
 from tests.conftest import tiny_batch, tiny_config
 
 
