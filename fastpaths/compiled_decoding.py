@@ -1,14 +1,7 @@
 """Decoding by compiling the model's own modules: `compile_decoding(model)`, then `model.generate(...)` as ever.
 
-The prefill runs as without it. Steps of one text token for each of a few samples run as one graph:
-
-1. a static cache whose length is a power of two, so that one graph serves every step of every text of that size;
-2. experts that index inside the product: Inductor fuses gather, product and sum into one loop, which reads the chosen
-   experts once and copies nothing;
-3. every matrix product with few rows as products and sums, for the same reason: a matrix library packs the weights
-   that it will use once.
-
-The modules stay the only description of the model. What cannot be compiled runs through them, and a line says why.
+The prefill runs as without it. Steps of one text token for each of a few samples run as one graph. The modules stay the
+only description of the model: what cannot be compiled runs through them, and a line says why.
 
 Shape suffixes: B batch, T tokens, K choices of a token, P = T * K choices, E experts, D hidden size, I expert width,
 H = 2I.
@@ -63,6 +56,8 @@ def gathered_experts(self: StackedExperts, hidden_states: Tensor, top_k_index: T
     """
     last = self.gate_up_proj.shape[0] - 1
     weights_TK = top_k_weights.masked_fill(top_k_index > last, 0.0)
+    # Indexed inside the product: Inductor fuses gather, product and sum into one loop, which reads the chosen experts
+    # once and copies nothing. Token by token, since rows of different experts share no loop.
     output = []
     for hidden_D, index_K, weights_K in zip(
         hidden_states.unbind(), top_k_index.clamp(max=last).unbind(), weights_TK.unbind(), strict=True
@@ -84,6 +79,7 @@ ExpertsInterface.register(GATHERED, gathered_experts)
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right` of few rows; the sums of all rows share one loop, which reads the weights once."""
+    # A matrix library packs the weight for each product, which pays for many rows only. A GPU's own products are best.
     if left.shape[0] > GATHERED_TOKENS or left.device.type != "cpu":
         return NotImplemented
     parts = right.t().tensor_split(STREAMS if len(left) == 1 else 1)
@@ -96,12 +92,13 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
 
 
 def _backend(options: dict[str, Any]) -> Callable[..., Any]:
-    """Inductor with products of few rows as sums. A table of its own, handed over, would keep the graphs out of
-    Inductor's cache on disk, so that the common one is changed while one is made, and the cache's key says so."""
+    """Inductor with products of few rows as sums."""
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
     def run(graph: Any, inputs: Any) -> Any:
+        # A table of its own, handed over, would keep graphs out of Inductor's cache on disk. So the common one is
+        # changed while a graph is made, and the cache's key says so.
         few_rows = patch.dict(select_decomp_table(), {aten.mm.default: _mm, aten.addmm.default: _addmm})
         with few_rows, torch.compiler.config.patch(cache_key_tag=GATHERED):  # type: ignore[attr-defined]
             return compile_fx(graph, inputs, config_patches=options)
@@ -110,8 +107,9 @@ def _backend(options: dict[str, Any]) -> Callable[..., Any]:
 
 
 def _guards(entries: Any) -> list[bool]:
-    """Which guards are looked at before each token: not those on modules, which took 1 ms, since `_signature` looks at
-    them once a text; nor those on code, which would see that `_regions` is over."""
+    """Which guards are looked at before each token."""
+    # Not those on modules, which took 1 ms: `_signature` looks at them once per text. Nor those on code, which would
+    # see that `_regions` is over.
     of_modules = torch.compiler.skip_guard_on_all_nn_modules_unsafe(entries)
     of_globals = torch.compiler.skip_guard_on_globals_unsafe(entries)
     return [keep and also for keep, also in zip(of_modules, of_globals, strict=True)]
@@ -128,8 +126,8 @@ def _compiled(config: CompileConfig) -> Callable[..., Tensor]:
 
 
 def _regions() -> Any:
-    """Inductor writes and compiles a decoder layer once for all layers alike, where it met each anew: 14 seconds of
-    its work instead of 38 for eight layers."""
+    """While it holds, Inductor compiles a decoder layer once for all layers alike."""
+    # Otherwise it meets each layer anew: 38 seconds of its work instead of 14 for eight layers.
     return patch.object(ChorusDecoderLayer, "forward", torch.compiler.nested_compile_region(ChorusDecoderLayer.forward))
 
 
@@ -157,6 +155,7 @@ class CompiledDecoding:
         return CompiledDecoding(memo[id(self.model)])
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # Graphs cannot be pickled; the copy makes its own.
         return CompiledDecoding, (self.model,)
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
@@ -172,15 +171,17 @@ class CompiledDecoding:
             if config.compile_config is None:
                 mode = "default" if self.model.device.type == "cpu" else "reduce-overhead"
                 config.compile_config = CompileConfig(mode=mode)
+            # transformers compiles on GPUs alone unless told.
             config.compile_config._compile_all_devices = True
         return config, model_kwargs
 
     def _prepare_static_cache(self, cache_implementation: str, max_cache_len: int, **kwargs: Any) -> StaticCache:
-        """A cache with room for a power of two of tokens, in the layers with windows too: those of transformers count
-        in Python numbers, for each of which a step would be compiled anew."""
+        """A cache with room for a power of two of tokens, also in layers with windows."""
+        # One graph serves every step of every text of that size.
         length = max(SHORTEST_CACHE, 1 << (max_cache_len - 1).bit_length())
         text = self.model.config.get_text_config(decoder=True)
         cache = StaticCache(config=text, max_cache_len=length, offloading="offloaded" in cache_implementation)
+        # transformers' sliding layers count tokens in Python numbers, for each of which a step would be compiled anew.
         cache.layers = [StaticLayer(length) if layer.is_sliding else layer for layer in cache.layers]
         return cache
 
@@ -195,6 +196,7 @@ class CompiledDecoding:
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
         """What `generate` calls for each step."""
         signature = _signature(self.model)
+        # Once per text, not per token. Steps of modules, adapters or hooks that changed since are compiled anew.
         if signature != self.signature:
             self.graphs.clear()
             self.signature, self.failure = signature, _obstacle(self.model)
@@ -222,6 +224,7 @@ class CompiledDecoding:
             with _regions() if is_first else nullcontext():
                 logits = self.graphs[key](self.model, **step)
         except Exception as error:
+            # A graph that worked once and fails now is a fault that must be seen, not one to work around.
             if not is_first:
                 raise
             self.failure = f"the step cannot be compiled ({type(error).__name__}: {_first_lines(error)})"
@@ -231,10 +234,12 @@ class CompiledDecoding:
 
     def _key(self, config: CompileConfig, step: dict[str, Any]) -> tuple[Any, ...]:
         """What a graph is made for."""
+        # Tensors are inputs of a graph; numbers and names are built into it.
         options = {name: value for name, value in step.items() if name in OPTIONS and not isinstance(value, Tensor)}
         cache = step[CACHE]
         return (
             str(config.to_dict()),
+            # Each in words that a log or a warning can show.
             f"batch {len(step['input_ids'])}",
             f"cache {cache.layers[0].max_cache_len}",
             "padding" if step["attention_mask"] is not None else "no padding",

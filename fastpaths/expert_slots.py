@@ -67,6 +67,7 @@ class SlotPlan(NamedTuple):
 @cache
 def treats_operands_alike() -> bool:
     """Whether products take equally long with the weight on either side, as on AMD's processors."""
+    # By name and not by a measurement at start: the same input must give the same bits in the next process.
     return "AMD" in str(torch.cpu.get_capabilities().get("cpu_name", ""))
 
 
@@ -78,6 +79,7 @@ def few_rows(gate_up_EHD: Tensor, is_training: bool) -> float:
     """
     if treats_operands_alike():
         return ALIKE_TRAINING_ROWS if is_training else ALIKE_ROWS
+    # Thresholds from docs/log.md; bfloat16 and several threads keep the old limit, for want of a measure.
     is_wide = gate_up_EHD.dtype == torch.float32
     if is_training:
         return FEW_TRAINING_ROWS if is_wide else 0
@@ -91,9 +93,11 @@ def make_slot_plan(top_k_index: Tensor, num_experts: int, few_rows: float) -> Sl
     choices = top_k_index.reshape(-1)
     counts = torch.bincount(choices, minlength=num_experts).tolist()[:num_experts]
     num_pairs = sum(counts)
+    # Stable, so that an expert's rows stand in the order of tokens. Sentinels sort to the end and are cut off.
     order = choices.argsort(stable=True)[:num_pairs]
     slot = torch.arange(num_pairs)
     is_sparse = num_pairs < few_rows * sum(count > 0 for count in counts)
+    # Where a library packs the right operand, features lie together so that the weight can stand on the left.
     by_row = treats_operands_alike()
     units, shifts, num_slots = ([], [], num_pairs) if is_sparse else _make_units(counts, is_padded=not by_row)
     token_P = order // top_k_index.shape[1]
@@ -110,11 +114,13 @@ def _make_units(counts: list[int], is_padded: bool) -> tuple[list[Unit], list[in
     units: list[Unit] = []
     shifts = [0] * len(counts)
     first, start, sorted_start = 0, 0, 0
+    # With several threads, one product less is worth some padding.
     slack = 1.2 if torch.get_num_threads() > 1 else 1.0
     while first < len(counts):
         last, rows, total = first + 1, counts[first], _tiled(counts[first])
         while is_padded and last < len(counts) and last - first < PADDED_EXPERTS and rows and counts[last]:
             widest, cost = max(rows, counts[last]), total + _tiled(counts[last])
+            # The next expert joins only if rows padded to the widest cost no more than products of their own.
             if widest > PADDED_ROWS or _tiled(widest) * (last + 1 - first) > slack * cost:
                 break
             last, rows, total = last + 1, widest, cost

@@ -1,18 +1,8 @@
 """Expert feed-forwards on the CPU, registered with transformers as the experts implementation `cpu_mm`.
 
-Unusual here:
-- the expert weight stands on the **left** of the products: matrix libraries re-pack the right operand at each call, so
-  `x @ W.T` copies a whole expert for a handful of rows (below about five rows that no longer pays);
-- rows are sorted once into slots. Experts with many rows are cut into chunks that stay in cache, adjacent experts with
-  few rows are padded to a common number of rows and share one batched product. Nothing is ever dropped;
-- training is one `autograd.Function`: it keeps the pre-activations, recomputes the rest, and writes weight gradients
-  straight into `(E, ...)` tensors (indexing one expert of a stacked parameter back-propagates through all of them);
-- a processor without bfloat16 matrix instructions multiplies bfloat16 four times slower than float32: there, experts
-  are widened one unit at a time and the products run in float32;
-- an expert id of E or more is a sentinel: the pair costs nothing, adds nothing and receives a zero gradient.
-
-The name may stand in a config on any device: off the CPU `experts_gpu` takes over, and under `torch.compile`
-transformers' functions do.
+Rows are sorted once into slots, see `expert_slots`; nothing is ever dropped. An expert id of E or more is a sentinel:
+the pair costs nothing, adds nothing and receives a zero gradient. The name may stand in a config on any device: off
+the CPU `experts_gpu` takes over, and under `torch.compile` transformers' functions do.
 
 Shape suffixes: T tokens, K experts per token, E experts, D hidden size, I expert width, P slots; inside one product,
 R experts, C rows per expert, H = 2I.
@@ -46,7 +36,7 @@ from chorus_moe.modeling.layers import without_autocast
 CPU_EXPERTS = "cpu_mm"
 
 
-class _Gate(NamedTuple):
+class _Activation(NamedTuple):
     """The gated activation between the two products, on `(R, H, C)`, and its derivative."""
 
     experts: Any
@@ -54,6 +44,7 @@ class _Gate(NamedTuple):
 
     def forward(self, hidden_RHC: Tensor, out_RIC: Tensor) -> Tensor:
         if not self.is_silu:
+            # Experts of other models bring their own activation, which wants features last.
             return out_RIC.copy_(self.experts._apply_gate(hidden_RHC.transpose(1, 2)).transpose(1, 2))
         gate_RIC, up_RIC = hidden_RHC.chunk(2, dim=1)
         return torch.ops.aten.silu.out(gate_RIC, out=out_RIC).mul_(up_RIC)
@@ -65,6 +56,7 @@ class _Gate(NamedTuple):
                 output = self.experts._apply_gate(leaf.transpose(1, 2)).transpose(1, 2)
                 return out_RHC.copy_(torch.autograd.grad(output, leaf, grad_RIC)[0])
         (gate_RIC, up_RIC), (gate_out, up_out) = hidden_RHC.chunk(2, dim=1), out_RHC.chunk(2, dim=1)
+        # Straight into the halves of the output: `chunk` views share its memory, so nothing is concatenated.
         torch.ops.aten.silu.out(gate_RIC, out=up_out).mul_(grad_RIC)
         torch.ops.aten.silu_backward.grad_input(grad_RIC * up_RIC, gate_RIC, grad_input=gate_out)
         return out_RHC
@@ -127,7 +119,12 @@ def _kept_features(kept: Tensor, plan: SlotPlan, unit: Unit, width: int) -> Tens
 
 
 def _run_units(
-    hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan, kept: Tensor | None
+    hidden_TD: Tensor,
+    gate_up_EHD: Tensor,
+    down_EDI: Tensor,
+    activation: _Activation,
+    plan: SlotPlan,
+    kept: Tensor | None,
 ) -> Tensor:
     """Unweighted outputs `(P, D)` in slot order; pre-activations go to `kept` `(P * H,)` if given."""
     dtype, width = hidden_TD.dtype, hidden_TD.shape[1]
@@ -143,9 +140,12 @@ def _run_units(
             hidden_RHC = space.take_features("hidden", (group, double, rows), double)
         else:
             hidden_RHC = _kept_features(kept, plan, unit, double)
+        # The weight on the LEFT: a library packs the right operand anew at each call, so `x @ W.T` copies a whole
+        # expert.
         _product(space.widen("gate_up", gate_up_EHD[first:last]), rows_RCD.transpose(1, 2), hidden_RHC)
-        active_RIC = gate.forward(hidden_RHC, space.take_features("active", (group, single, rows), single))
+        active_RIC = activation.forward(hidden_RHC, space.take_features("active", (group, single, rows), single))
         down_RDI, out_RCD = space.widen("down", down_EDI[first:last]), output_PD[slots].view(group, rows, width)
+        # Many rows are worth packing the weight, and the output comes out in order. With few, it is copied transposed.
         if rows > PADDED_ROWS or plan.by_row:
             _product(active_RIC.transpose(1, 2), down_RDI.transpose(1, 2), out_RCD)
         else:
@@ -159,6 +159,7 @@ def _combine(output_PD: Tensor, plan: SlotPlan, weight_TK: Tensor | None) -> Ten
     if not plan.token_P.shape[0]:
         return output_PD.new_zeros(plan.slot_TK.shape[0], output_PD.shape[1])
     if weight_TK is None and plan.sentinel_TK is not None:
+        # Sentinels stand at slot 0, whose row must be weighed with zero.
         weight_TK = torch.ones_like(plan.slot_TK, dtype=output_PD.dtype)
     if weight_TK is not None:
         weight_TK = weight_TK.to(output_PD.dtype)
@@ -170,6 +171,9 @@ def _combine(output_PD: Tensor, plan: SlotPlan, weight_TK: Tensor | None) -> Ten
 class _Experts(torch.autograd.Function):
     """All experts of one call. Saves its inputs, the slots and the pre-activations; the activation is recomputed."""
 
+    # One function for all experts: indexing one expert of a stacked parameter back-propagates through all of them, a
+    # gradient of the size of the stack for each expert.
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -177,20 +181,20 @@ class _Experts(torch.autograd.Function):
         weight_TK: Tensor,
         gate_up_EHD: Tensor,
         down_EDI: Tensor,
-        gate: _Gate,
+        activation: _Activation,
         plan: SlotPlan,
     ) -> Tensor:
         kept = hidden_TD.new_empty(plan.token_P.shape[0] * gate_up_EHD.shape[1])
-        output_PD = _run_units(hidden_TD, gate_up_EHD, down_EDI, gate, plan, kept)
+        output_PD = _run_units(hidden_TD, gate_up_EHD, down_EDI, activation, plan, kept)
         ctx.save_for_backward(hidden_TD, weight_TK, gate_up_EHD, down_EDI, kept)
-        ctx.gate, ctx.plan = gate, plan
+        ctx.activation, ctx.plan = activation, plan
         return _combine(output_PD, plan, weight_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_TK, gate_up_EHD, down_EDI, kept = ctx.saved_tensors
-        gate, plan = ctx.gate, ctx.plan
+        activation, plan = ctx.activation, ctx.plan
         need_hidden, need_weight, need_gate_up, need_down = ctx.needs_input_grad[:4]
         dtype, width = hidden_TD.dtype, hidden_TD.shape[1]
         double, single = gate_up_EHD.shape[1], down_EDI.shape[2]
@@ -199,6 +203,7 @@ class _Experts(torch.autograd.Function):
         weight_P = plan.to_slots(weight_TK.to(dtype))
         grad_hidden_PD = hidden_TD.new_empty(num_slots, width) if need_hidden else None
         grad_weight_P = hidden_TD.new_empty(num_slots) if need_weight else None
+        # Not zeros, which would be written before the products: only experts without rows are cleared, below.
         grad_gate_up = torch.empty_like(gate_up_EHD, memory_format=torch.contiguous_format) if need_gate_up else None
         grad_down = torch.empty_like(down_EDI, memory_format=torch.contiguous_format) if need_down else None
         for grad in (grad_gate_up, grad_down):
@@ -213,7 +218,7 @@ class _Experts(torch.autograd.Function):
             weight_R1C = weight_P[slots].view(group, 1, rows)
             grad_RCD = space.take("grad", (group, rows, width), width)
             torch.index_select(grad_TD, 0, plan.token_P[slots], out=grad_RCD.view(-1, width))
-            active_RIC = gate.forward(hidden_RHC, space.take_features("active", (group, single, rows), single))
+            active_RIC = activation.forward(hidden_RHC, space.take_features("active", (group, single, rows), single))
             grad_RIC = space.take_features("grad_active", (group, single, rows), single)
             down_RDI = space.widen("down", down_EDI[experts])
             if rows > PADDED_ROWS or plan.by_row:
@@ -222,13 +227,15 @@ class _Experts(torch.autograd.Function):
                 buffer = space.take("grad_double", (group, rows, single), double)
                 _transpose(_product(grad_RCD, down_RDI, buffer), grad_RIC)
             if grad_weight_P is not None:
+                # Before `active` is weighted in place: the gradient of a weight is the product with the unweighted
+                # activation.
                 torch.sum(grad_RIC * active_RIC, dim=1, out=grad_weight_P[slots].view(group, rows))
             if grad_down is not None:
                 _accumulate(grad_RCD.transpose(1, 2), active_RIC.mul_(weight_R1C).transpose(1, 2), grad_down, unit)
             if not (need_hidden or need_gate_up):
                 continue
             buffer = space.take_features("grad_double", (group, double, rows), double)
-            grad_RHC = gate.backward(hidden_RHC, grad_RIC.mul_(weight_R1C), buffer)
+            grad_RHC = activation.backward(hidden_RHC, grad_RIC.mul_(weight_R1C), buffer)
             if grad_gate_up is not None:
                 rows_RCD = space.take("rows", (group, rows, width), width)
                 torch.index_select(hidden_TD, 0, plan.token_P[slots], out=rows_RCD.view(-1, width))
@@ -245,15 +252,19 @@ def _accumulate(left: Tensor, right: Tensor, total: Tensor, unit: Unit) -> None:
     """Write `left @ right` into the unit's experts of `total (E, ...)`, or add it if an earlier chunk has written."""
     target = total[unit.first : unit.last]
     if target.dtype != left.dtype:
+        # The products run in float32 although the weight is narrower, see `_is_emulated`.
         product = torch.bmm(left, right)
         target.copy_(product) if unit.opens else target.add_(product)
     elif unit.opens:
         _product(left, right, target)
     else:
+        # Later chunks exist only of units with one expert.
         target[0].addmm_(left[0], right[0])
 
 
-def _run_rows(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan) -> Tensor:
+def _run_rows(
+    hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, activation: _Activation, plan: SlotPlan
+) -> Tensor:
     """Unweighted outputs `(P, D)`, expert by expert, weights on the right; a handful of rows streams its weights."""
     rows_PD = hidden_TD.index_select(0, plan.token_P)
     output_PD = torch.empty_like(rows_PD)
@@ -261,12 +272,13 @@ def _run_rows(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _G
     few = [count if can_stream(widest, count) else 0 for count in plan.counts]
     if any(few):
         is_few_P = (torch.tensor(few) > 0).repeat_interleave(torch.tensor(plan.counts))
+        # Reading the weight once is all that a handful of rows costs, see `row_products`.
         output_PD[is_few_P] = _stream(rows_PD[is_few_P], gate_up_EHD, down_EDI, few)
     ends = accumulate(plan.counts)
     for expert, (count, stop) in enumerate(zip(plan.counts, ends, strict=True)):
         if count and not few[expert]:
             slots = slice(stop - count, stop)
-            active_RI = gate.experts._apply_gate(torch.mm(rows_PD[slots], gate_up_EHD[expert].t()))
+            active_RI = activation.experts._apply_gate(torch.mm(rows_PD[slots], gate_up_EHD[expert].t()))
             torch.mm(active_RI, down_EDI[expert].t(), out=output_PD[slots])
     return output_PD
 
@@ -278,18 +290,21 @@ def _stream(rows_PD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, counts: list
     return multiply_stacked(down_EDI, active_PI, counts).t()
 
 
-def _run_grouped(hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, gate: _Gate, plan: SlotPlan) -> Tensor:
+def _run_grouped(
+    hidden_TD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, activation: _Activation, plan: SlotPlan
+) -> Tensor:
     """Unweighted outputs `(P, D)` through two grouped products, weights on the right. Differentiable by itself."""
     ends_E = torch.tensor(list(accumulate(plan.counts)), dtype=torch.int32)
     rows_PD = hidden_TD.index_select(0, plan.token_P)
     hidden_PH = F.grouped_mm(rows_PD, gate_up_EHD.transpose(1, 2), offs=ends_E)
-    active_PI = gate.experts._apply_gate(hidden_PH)
+    active_PI = activation.experts._apply_gate(hidden_PH)
     return F.grouped_mm(active_PI, down_EDI.transpose(1, 2), offs=ends_E)
 
 
 @cache
 def _is_emulated(dtype: torch.dtype) -> bool:
     """Whether this processor lacks matrix instructions for the dtype."""
+    # Without them bfloat16 multiplies four times slower than float32, so experts are widened one unit at a time.
     names = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}.get(dtype, ())
     capabilities = torch.cpu.get_capabilities()
     return bool(names) and capabilities["architecture"] == "x86_64" and not any(capabilities[name] for name in names)
@@ -315,7 +330,7 @@ def cpu_mm_experts_forward(
         `(T, D)` in the dtype of `hidden_states`. Products run in the dtype of the weights, or of autocast.
     """
     gate_up, down = self.gate_up_proj, self.down_proj
-    # Whoever compiles decoding registers it: one graph that reads the chosen experts and copies nothing.
+    # Registered by `compiled_decoding`: one graph that reads the chosen experts and copies nothing.
     if torch.compiler.is_compiling() and is_few_to_gather(top_k_index) and GATHERED in ALL_EXPERTS_FUNCTIONS:
         return ALL_EXPERTS_FUNCTIONS[GATHERED](self, hidden_states, top_k_index, top_k_weights)
     if hidden_states.device.type != "cpu":
@@ -325,13 +340,14 @@ def cpu_mm_experts_forward(
     dtype = gate_up.dtype
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
-    gate = _Gate(self, is_silu(self))
+    activation = _Activation(self, is_silu(self))
     is_training = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (hidden_states, top_k_weights, gate_up, down)
     )
+    # The dtype is chosen; inside, autocast would cast the weights of every product again.
     with without_autocast(hidden_states):
         hidden_TD = hidden_states.to(dtype)
-        if not is_training and gate.is_silu and hidden_TD.shape[0] == 1:
+        if not is_training and activation.is_silu and hidden_TD.shape[0] == 1:
             choice = top_k_index.tolist()[0], top_k_weights.tolist()[0]
             return run_one_token(hidden_TD, *choice, gate_up, down).to(hidden_states.dtype)
         num_few = few_rows(gate_up, is_training) if can_group(hidden_TD, gate_up, down) else 0
@@ -340,15 +356,15 @@ def cpu_mm_experts_forward(
         plan = make_slot_plan(top_k_index, len(gate_up), num_few)
         if plan.is_sparse:
             mean_rows = sum(plan.counts) / max(1, sum(count > 0 for count in plan.counts))
-            streams = gate.is_silu and not is_training and mean_rows <= MOST_ROWS and can_stream(gate_up)
-            output_PD = (_run_rows if streams else _run_grouped)(hidden_TD, gate_up, down, gate, plan)
+            streams = activation.is_silu and not is_training and mean_rows <= MOST_ROWS and can_stream(gate_up)
+            output_PD = (_run_rows if streams else _run_grouped)(hidden_TD, gate_up, down, activation, plan)
             return _combine(output_PD, plan, top_k_weights).to(hidden_states.dtype)
         if _is_emulated(dtype):
             hidden_TD = hidden_states.float()
         if is_training:
-            output_TD = _Experts.apply(hidden_TD, top_k_weights, gate_up, down, gate, plan)
+            output_TD = _Experts.apply(hidden_TD, top_k_weights, gate_up, down, activation, plan)
         else:
-            output_PD = _run_units(hidden_TD, gate_up, down, gate, plan, None)
+            output_PD = _run_units(hidden_TD, gate_up, down, activation, plan, None)
             output_TD = _combine(output_PD, plan, top_k_weights)
         return output_TD.to(hidden_states.dtype)
 

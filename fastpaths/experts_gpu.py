@@ -1,15 +1,9 @@
 """Expert feed-forwards on the GPU, registered with transformers as the experts implementation `gpu_mm`.
 
-The matrix products are torch's grouped ones, as in transformers' `grouped_mm`. What lies between them is not:
-
-- the weight of a choice is applied to the activation, in the same pass, and not to the (longer) output;
-- the outputs of a token are summed where they lie, not sorted back first;
-- training is one `autograd.Function`: it keeps the pre-activations alone, gathers the rows and computes the activation
-  again, and writes weight gradients in the layout of the weights;
-- nothing waits for the device, and every sum has a fixed order;
-- an expert id of E or more is a sentinel: the pair costs no product, adds nothing and receives a zero gradient.
-
-The name may stand in a config on any device: where this file cannot serve, transformers' functions take over.
+The matrix products are torch's grouped ones, as in transformers' `grouped_mm`; what lies between them takes one pass
+over memory each. Nothing waits for the device, and every sum has a fixed order. An expert id of E or more is a
+sentinel: the pair costs no product, adds nothing and receives a zero gradient. The name may stand in a config on any
+device: where this file cannot serve, transformers' functions take over.
 
 Shape suffixes: T tokens, K experts per token, E experts, D hidden size, I expert width, P slots (T * K), H = 2I.
 """
@@ -51,6 +45,7 @@ class _Slots(NamedTuple):
         kind = torch.uint8 if num_experts < 255 else torch.int16 if num_experts < 32767 else torch.int32
         expert_P, choice_P = index_TK.reshape(-1).clamp(max=num_experts).to(kind).sort(stable=True)
         experts_E = torch.arange(num_experts, device=index_TK.device, dtype=kind)
+        # `bincount` would wait for the device.
         ends_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
         place_P = torch.arange(len(choice_P), device=index_TK.device)
         slot_P = torch.empty_like(choice_P)
@@ -70,7 +65,9 @@ def _run(
     from chorus_moe.fastpaths.triton_kernels import combine, swiglu
 
     hidden_PH = _product(hidden_TD.index_select(0, slots.token_P), gate_up_EHD, slots.ends_E)
+    # The weight of a choice is applied here, in the same pass, and not to the output, which is longer.
     active_PI = swiglu(hidden_PH, weight_TK.reshape(-1)[slots.choice_P])
+    # Summed where they lie: sorting rows back first would be one more pass over them.
     return combine(_product(active_PI, down_EDI, slots.ends_E), slots.slot_TK), hidden_PH
 
 
@@ -82,6 +79,8 @@ class _Experts(torch.autograd.Function):
         ctx: Any, hidden_TD: Tensor, weight_TK: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, slots: _Slots
     ) -> Tensor:
         output_TD, hidden_PH = _run(hidden_TD, weight_TK, gate_up_EHD, down_EDI, slots)
+        # The pre-activations alone: rows are gathered and activations computed again, which costs less than keeping
+        # them.
         ctx.save_for_backward(hidden_TD, weight_TK, gate_up_EHD, down_EDI, hidden_PH, *slots)
         return output_TD
 
@@ -95,14 +94,17 @@ class _Experts(torch.autograd.Function):
         need_hidden, need_weight, need_gate_up, need_down = ctx.needs_input_grad[:4]
         grad_hidden = grad_weight = grad_gate_up = grad_down = None
         grad_PD = grad_TD.index_select(0, slots.token_P)
+        # Unweighted; the kernel applies the weight, and needs this for the weight's own gradient.
         grad_PI = F.grouped_mm(grad_PD, down_EDI, offs=slots.ends_E)
         weight_P = weight_TK.reshape(-1)[slots.choice_P]
         grad_PH, grad_P, active_PI = swiglu_backward(hidden_PH, weight_P, grad_PI)
         if need_weight:
             grad_TK = grad_P[slots.slot_TK.clamp(min=0)]
             grad_weight = grad_TK.masked_fill_(slots.slot_TK < 0, 0.0).to(weight_TK.dtype)
+        # In the layout of the weights, along with which an optimizer reads it.
         if need_down:
             grad_down = F.grouped_mm(grad_PD.t(), active_PI, offs=slots.ends_E)
+        # The next gathered rows take their place.
         del grad_PD, grad_PI, active_PI
         if need_gate_up:
             rows_PD = hidden_TD.index_select(0, slots.token_P)

@@ -1,8 +1,5 @@
 """SwiGLU experts for a single token on the CPU: two matrix-vector products each, nothing gathered.
 
-Unusual here: the activation is one pair of operations for all experts of the token, and buffers are used again. Beside
-six megabytes of weights the products take most of the time, and each small operation a tenth of one.
-
 Shape suffixes: K experts per token, D hidden size, I expert width, H = 2I.
 """
 
@@ -24,7 +21,7 @@ class OneTokenExperts:
     """Buffers for at most K experts of width I."""
 
     def __init__(self, top_k: int, width: int, dtype: torch.dtype):
-        # Whoever is in inference mode must not leave buffers that cannot be written outside of it.
+        # Buffers made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             hidden_KH = torch.empty(top_k, 2 * width, dtype=dtype)
             gate_KI, up_KI = hidden_KH.chunk(2, dim=1)
@@ -37,6 +34,8 @@ class OneTokenExperts:
         for (gate_up_HD, _, _), hidden_H in zip(experts, self.hidden, strict=False):
             multiply(gate_up_HD, token_D, hidden_H)
         gate_RI, up_RI = self.halves[len(experts)]
+        # One pair of operations for all experts: beside six megabytes of weights, each small one takes a tenth of a
+        # product.
         F.silu(gate_RI, inplace=True).mul_(up_RI)
         for (_, down_DI, weight), active_I in zip(experts, self.active, strict=False):
             add_product(output_D, down_DI, active_I, weight, beta)
@@ -50,7 +49,8 @@ def add_experts(
     size: tuple[int, int, torch.dtype],
     beta: int = 1,
 ) -> None:
-    """As `OneTokenExperts.add`, in free buffers of the size `(K, I, dtype)`: those of the last layer, still cached."""
+    """As `OneTokenExperts.add`, in free buffers of the size `(K, I, dtype)`."""
+    # Used again: those of the last layer are still cached, fresh ones are not.
     free = _free.setdefault(size, [])
     buffers = free.pop() if free else OneTokenExperts(*size)
     buffers.add(output_D, token_D, experts, beta)
@@ -76,6 +76,7 @@ def run_one_token(
     ]
     if not experts:
         return torch.zeros_like(hidden_1D)
+    # Under autocast: only the chosen experts are cast, where casting the stack would copy all.
     if down_EDI.dtype != dtype:
         experts = [
             (weight_operand(gate_up_HD.tensor.to(dtype)), weight_operand(down_DI.tensor.to(dtype)), weight)

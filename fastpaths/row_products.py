@@ -1,9 +1,9 @@
 """A matrix times one row, or a handful of rows, on the CPU: the matrix is read once, in one stream.
 
-Unusual here: the products of matrix libraries read several rows of the matrix side by side, each a stream too short for
-the processor to fetch ahead: rows of 2 KB come out of memory at 7 to 9 GB/s on EPYC processors that can read 22.
-`numpy.vecdot` takes one row of the matrix after the other, at 17 to 21 GB/s, and further rows of the input find it in
-the first cache. It runs on one thread, and knows neither bfloat16 nor float16: where those count, torch's product runs.
+The products of matrix libraries read several rows of the matrix side by side, each a stream too short for the processor
+to fetch ahead: 7 to 9 GB/s on EPYC processors that can read 22 (rows of 2 KB). `numpy.vecdot` takes one row after the
+other, at 17 to 21 GB/s, and further rows of the input find it in the first cache. It runs on one thread, and knows
+neither bfloat16 nor float16: there torch's product runs.
 
 Shape suffixes: R rows, D columns of the matrix, H its rows.
 """
@@ -60,15 +60,15 @@ def multiply(weight_HD: Operand, states_D: Operand, out_H: Operand) -> Tensor:
 
 
 def multiply_plainly(weight_HD: Tensor, states_D: Tensor, out_H: Tensor) -> Tensor:
-    """The same by torch. In half precision AMD's processors are up to 1.6 times as fast at a matrix with one column."""
+    """The same by torch."""
+    # In half precision AMD's processors are up to 1.6 times as fast at a matrix with one column.
     if weight_HD.dtype in STREAMED_DTYPES or not treats_operands_alike():
         return torch.mv(weight_HD, states_D, out=out_H)
     return torch.mm(weight_HD, states_D.unsqueeze(1), out=out_H.unsqueeze(1)).squeeze(1)
 
 
 def add_product(output_D: Operand, weight_DI: Operand, states_I: Operand, scale: float = 1.0, beta: int = 1) -> None:
-    """`output = beta * output + scale * weight @ states`; beta 0 ignores what `output` held. In bfloat16, `addmv_` is
-    slower than a product and a sum."""
+    """`output = beta * output + scale * weight @ states`; beta 0 ignores what `output` held."""
     output, weight = output_D.tensor, weight_DI.tensor
     if weight_DI.array is not None:
         product = output_D.array if not beta else None
@@ -82,6 +82,7 @@ def add_product(output_D: Operand, weight_DI: Operand, states_I: Operand, scale:
     elif not beta:
         multiply_plainly(weight, states_I.tensor, output).mul_(scale)
     else:
+        # In bfloat16 `addmv_` is slower than a product and a sum.
         output.add_(multiply_plainly(weight, states_I.tensor, torch.empty_like(output)), alpha=scale)
 
 

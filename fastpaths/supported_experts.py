@@ -29,6 +29,7 @@ class StackedExperts(Protocol):
 
 def is_silu(experts: StackedExperts) -> bool:
     """Whether the experts are SwiGLU: `silu(gate) * up`."""
+    # By identity: a model that overrides it multiplies in its own way.
     return type(experts)._apply_gate is _default_apply_gate and isinstance(experts.act_fn, SILU)
 
 
@@ -36,6 +37,7 @@ def has_plain_layout(experts: StackedExperts) -> bool:
     """Gate and up projection stacked in one plain tensor, no bias, no norm; nothing is being compiled."""
     return (
         not torch.compiler.is_compiling()
+        # Exactly these types: quantised and sharded tensors are subclasses.
         and type(experts.gate_up_proj) in (Tensor, nn.Parameter)
         and getattr(experts, "has_gate", True)
         and getattr(experts, "is_concatenated", True)

@@ -25,6 +25,7 @@ BLOCK = 1024  # most columns that a program works on at a time
 
 @triton.jit
 def _swiglu(hidden, weight, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    # 64 bits: slots times width may pass 2**31.
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -42,6 +43,7 @@ def _swiglu_backward(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(weight + row).to(tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
+    # One program has the whole row, so the weight's gradient is summed in a fixed order, without atomics.
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < width
@@ -53,6 +55,7 @@ def _swiglu_backward(  # type: ignore[no-untyped-def]
         total += grad_active * silu * up
         tl.store(active_out + row * width + columns, (silu * up * scale).to(active_out.dtype.element_ty), mask=inside)
         grad_active *= scale
+        # The derivative of silu is s + silu * (1 - s), with s the sigmoid.
         grad_gate = grad_active * up * (share + silu * (1.0 - share))
         kind = grad_hidden.dtype.element_ty
         tl.store(grad_hidden + row * 2 * width + columns, grad_gate.to(kind), mask=inside)
@@ -68,6 +71,7 @@ def _combine(states, slots, out, width, K: tl.constexpr, BLOCK: tl.constexpr):  
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for k in range(K):
         slot = tl.load(slots + token * K + k)
+        # A sentinel's slot holds memory that no product wrote, so it is masked and not multiplied by zero.
         total += tl.load(states + slot * width + columns, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=inside)
 

@@ -22,7 +22,7 @@ from .moe_plan import ModalityPlan
 
 
 def rotary_tables(cos_BSC: Tensor, sin_BSC: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines `(B, 1, S, C)` for [`rotate`], from those of a rotary embedding; once a forward."""
+    """Cosines and signed sines `(B, 1, S, C)` for [`rotate`], from those of a rotary embedding; once per forward."""
     first, second = sin_BSC.chunk(2, dim=-1)
     return cos_BSC.unsqueeze(1), torch.cat((-first, second), dim=-1).unsqueeze(1)
 
@@ -31,8 +31,9 @@ def rotate(states_BHSC: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary positions (arXiv 2104.09864) as `x * cos + (x, halves exchanged) * signed sin`: three operations."""
     cos_B1SC, sin_B1SC = tables
     exchanged = states_BHSC.roll(states_BHSC.shape[-1] // 2, dims=-1)
-    # Llama negates and concatenates halves of every query and key; here the sign is in the table, made once a forward.
-    # In place on the fresh product, which autograd does not need: a product's gradient reads its factors alone.
+    # Llama negates and concatenates halves of every query and key; here the sign is in the table, made once per
+    # forward. In place on the fresh product, which autograd does not need: a product's gradient reads its factors
+    # alone.
     return (states_BHSC * cos_B1SC).addcmul_(exchanged, sin_B1SC)
 
 

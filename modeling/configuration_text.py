@@ -172,6 +172,7 @@ class ChorusTextConfig(PreTrainedConfig):
     def _read_modalities(names: list[str]) -> list[str]:
         for name in names:
             check_name("ChorusTextConfig", "modality", name, MODALITY_IDS)
+        # Placeholders, prompts and global tokens are text, whatever else the model takes.
         if TEXT.name not in names:
             raise ValueError(f"ChorusTextConfig: modalities={names} lacks 'text', which every model has")
         return in_order(names)
@@ -279,6 +280,7 @@ class ChorusTextConfig(PreTrainedConfig):
             check_exit("ChorusTextConfig: exit_layers", layers, self.num_hidden_layers)
         if len(set(exits)) != len(exits):
             raise ValueError(f"ChorusTextConfig: exit_layers={exits} names an exit twice")
+        # Here and below: one setting without its other half would do nothing, in silence.
         if self.exit_loss_coef > 0 and not exits:
             raise ValueError(f"ChorusTextConfig: exit_loss_coef={self.exit_loss_coef} without exit_layers")
         if self.skip_layers and self.skip_budget is None:

@@ -180,7 +180,7 @@ def alignment_loss(
 
 
 def skip_budget_loss(layers: Sequence[Tensor], real_BS: Tensor | None, budget: float) -> Tensor:
-    """Squared distance of the share of open gates, over real tokens and layers, from `1 - budget`; see `open_share`."""
+    """Squared distance of the share of open skip gates, see `open_share`, from `1 - budget`."""
     return (open_share(layers, real_BS) - (1 - budget)).square()
 
 

@@ -305,6 +305,7 @@ def with_own_losses(fused_forward: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, fused_lm_head: bool = False, output_router_logits: bool | None = None, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return fused_forward(self, output_router_logits=output_router_logits, **kwargs)
+        # False: TRL would compute Mixtral's balance loss, which cannot read the routing of banks.
         kwargs |= {"fused_lm_head": True, "output_router_logits": False}
         if not (self.training and torch.is_grad_enabled()):
             outputs = fused_forward(self, **kwargs)
@@ -324,10 +325,12 @@ def with_own_losses(fused_forward: Callable[..., Any]) -> Callable[..., Any]:
             return outputs
 
         asked, labels = output_router_logits, kwargs["labels"]
+        # What TRL's forward reads of a model, with our run in the place of the model without a head.
         stand_in = SimpleNamespace(base_model=run, get_output_embeddings=self.get_output_embeddings)
         outputs = fused_forward(stand_in, **kwargs)
         if asked and text.router_aux_loss_coef > 0:
             total = outputs.log_probs.new_zeros(()) + self._weighted_sum(terms, 1.0)
+            # TRL multiplies by this coefficient again.
             outputs.aux_loss = total / text.router_aux_loss_coef
             return outputs
         outputs.aux_loss = terms["aux_loss"] if asked else None

@@ -279,6 +279,7 @@ class ChorusForSequenceClassification(ChorusHead):
         """What this forward does at the exits; None if nothing."""
         if output_exit_logits and not self.exits:
             raise ValueError("output_exit_logits=True, but the model has no exits: add_exits adds them")
+        # In training every exit answers every sample, so that all are trained on all.
         thresholds = None if self.training or output_exit_logits else self.config.exit_thresholds
         if not self.exits or (thresholds is None and not (self.training or output_exit_logits)):
             return None
@@ -345,6 +346,7 @@ class ChorusForContrastive(ChorusHead):
         return self._embed(name, decoded.last_hidden_state, mask_BS), decoded.routing or ()
 
     def _decode_tokens(self, name: str, tokens_BSD: Tensor, mask_BS: Tensor, **kwargs: Any) -> tuple[Tensor, Routing]:
+        # Features stand without placeholders, so there are no token ids to tell the modality from.
         modality_BS = torch.full(tokens_BSD.shape[:2], MODALITY_IDS[name], device=tokens_BSD.device)
         return self._decode(name, mask_BS, inputs_embeds=tokens_BSD, mm_token_type_ids=modality_BS, **kwargs)
 
@@ -418,6 +420,7 @@ class ChorusForContrastive(ChorusHead):
             # CLIP clips the temperature at 100, which keeps training stable.
             scores = embeds[left] @ embeds[right].T * self.logit_scale.exp().clamp(max=100.0)
             logits[f"{left}-{right}"] = scores
+            # Every other row of the batch is a negative, in both directions.
             target = torch.arange(len(scores), device=scores.device)
             losses.append((F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2)
         loss = torch.stack(losses).mean() if losses and return_loss else None

@@ -114,7 +114,7 @@ EXPERT_CLASSES: dict[str, type[ChorusExperts] | type[LinearExperts]] = {"fused":
 
 
 class ExpertBank(nn.Module):
-    """A router and its experts. Adds `gate * bank(x)` to the output at the rows that may enter."""
+    """A router and its experts. Adds `bank gate * bank(x)` to the output at the rows that may enter."""
 
     def __init__(self, config: ChorusTextConfig, bank: LayerBankConfig):
         super().__init__()
@@ -191,8 +191,8 @@ class ExpertBank(nn.Module):
 class BankGate(nn.Module):
     """The shared bank gate: a softmax over the banks open to a token's modality, in float32.
 
-    A token that no bank is open to gets zeros. One bank needs no weights: it gets ones where it is open. Banks with a
-    gate of their own are none of its columns.
+    A token that no bank is open to gets zeros. One bank needs no weights: it gets ones where it is open. Banks with
+    a bank gate of their own are none of its columns.
     """
 
     def __init__(self, hidden_size: int, banks: list[LayerBankConfig]):

@@ -28,7 +28,7 @@ class DecoderKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg] 
         sample_experts: names of banks that draw their experts from the router's distribution; their routing then
             carries the log-probability of the draw.
         closed_banks: names of banks that this call skips, at no cost, as if they were not there: the output is that of
-            the model without them, bit for bit where the bank has a gate of its own.
+            the model without them, bit for bit where the bank has its own bank gate.
         skip_threshold: tokens skip the feed-forward of `skip_layers` where the skip gate's probability is not above it;
             0.5 if None. `generate` also reads it from `generation_config`.
     """
@@ -92,6 +92,7 @@ class RoutingOptions:
 
         budget_R = None
         if any(name in self.budget for name in modalities):
+            # Looked up at once for all rows; a modality without a budget has a limit that no token reaches.
             table = modality_T.new_full((max(MODALITY_IDS.values()) + 1,), torch.iinfo(torch.int64).max)
             for name, count in self.budget.items():
                 table[MODALITY_IDS[name]] = count
@@ -214,6 +215,7 @@ class ModalityPlan:
         if self.is_static or set(self.modalities) <= set(modalities):
             return None
         key = "+".join(sorted(modalities))
+        # Banks open to the same modalities share their rows, in every layer.
         if key not in self.real_rows:
             parts = [self.real_rows[name] for name in modalities if name in self.real_rows]
             whole = any(part is None for part in parts)
@@ -264,6 +266,7 @@ class ModalityPlan:
         moved = {f.name: move(getattr(self, f.name)) for f in fields(self)}
         if self.options is not None:
             options = {f.name: move(getattr(self.options, f.name)) for f in fields(self.options)}
+            # Options per bank are worked out again there: they hold tensors of the old device.
             moved |= {"options": replace(self.options, **options), "options_of_banks": {}}
         return replace(self, **moved)
 
@@ -356,6 +359,7 @@ def _read_budget(expert_budget: Mapping[str, int]) -> dict[str, int]:
 
 
 def _check_banks(argument: str, banks: Mapping[str, ExpertBankConfig], names: Collection[str]) -> None:
+    # A string is a collection of letters, each of which would be an unknown bank.
     if isinstance(names, str):
         raise ValueError(f"{argument}={names!r} is a string; give the names of banks, as in ('text',)")
     for name in names:
