@@ -283,6 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parse("Greedy generate: prefill and tokens per second.", arguments, *options)
     sizes, width = (QUICK, 16) if parsed.quick else (BILLION if parsed.size == "billion" else SIZES, WIDTH)
     prompt, new_tokens = (4, 3) if parsed.quick else (parsed.prompt, parsed.new_tokens)
+    batches = [1] if parsed.quick else parsed.batch
     dtype = getattr(torch, parsed.dtype)
     report = Report(f"decode, {parsed.size}, {parsed.dtype}", parsed)
     models: dict[str, PreTrainedModel] = {}
@@ -301,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
             compile_decoding(model)
     if not parsed.options and parsed.size == "base":
         models["lora"] = with_lora(ours)
-    for batch in parsed.batch:
+    for batch in batches:
         vocabulary = models[OURS].get_input_embeddings().num_embeddings
         input_ids = torch.randint(1, vocabulary, (batch, prompt))
         case = f"batch {batch} prompt {prompt}"

@@ -8,9 +8,9 @@ H = 2I.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import is_dataclass
 from functools import partial
+from threading import Lock
 from typing import Any, TypeVar
 from unittest.mock import patch
 
@@ -39,6 +39,7 @@ SHORTEST_CACHE = 128
 STREAMS = 4
 # Graphs of one model: one for each batch size, length of the cache and set of options.
 MOST_GRAPHS = 16
+COMPILING = Lock()
 # Experts functions that a graph can hold.
 TRACEABLE = (CPU_EXPERTS, "grouped_mm", "batched_mm", GATHERED)
 # Arguments that a step may have beside tokens, positions, masks and the cache.
@@ -216,21 +217,30 @@ class CompiledDecoding:
         if key not in self.graphs and len(self.graphs) >= MOST_GRAPHS:
             self._say(f"{MOST_GRAPHS} graphs are compiled, none of them for {key[1:]}")
             return self.model(**inputs, return_dict=return_dict)
-        is_first = key not in self.graphs
-        if is_first:
-            logger.info(f"compiled decoding: graph {len(self.graphs) + 1}, for {key[1:]}")
-            self.graphs[key] = _compiled(compile_config)
-        try:
-            with _regions() if is_first else nullcontext():
-                logits = self.graphs[key](self.model, **step)
-        except Exception as error:
+        logits: Tensor | None
+        if key in self.graphs:
             # A graph that worked once and fails now is a fault that must be seen, not one to work around.
-            if not is_first:
-                raise
-            self.failure = f"the step cannot be compiled ({type(error).__name__}: {_first_lines(error)})"
-            self._say(self.failure)
+            logits = self.graphs[key](self.model, **step)
+        else:
+            logits = self._first_step(key, compile_config, step)
+        if logits is None:
             return self.model(**inputs, return_dict=return_dict)
         return ChorusLossOutput(logits=logits, **{CACHE: inputs[CACHE]})
+
+    def _first_step(self, key: tuple[Any, ...], config: CompileConfig, step: dict[str, Any]) -> Tensor | None:
+        """The logits of a step whose graph is compiled for it; None if that fails."""
+        # One thread compiles, since it changes what tracing and Inductor read; others wait for it.
+        with COMPILING, _regions():
+            graph = self.graphs.get(key) or _compiled(config)
+            logger.info(f"compiled decoding: graph {len(self.graphs) + 1}, for {key[1:]}")
+            try:
+                logits = graph(self.model, **step)
+            except Exception as error:
+                self.failure = f"the step cannot be compiled ({type(error).__name__}: {_first_lines(error)})"
+                self._say(self.failure)
+                return None
+            self.graphs[key] = graph
+            return logits
 
     def _key(self, config: CompileConfig, step: dict[str, Any]) -> tuple[Any, ...]:
         """What a graph is made for."""

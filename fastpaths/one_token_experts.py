@@ -52,7 +52,10 @@ def add_experts(
     """As `OneTokenExperts.add`, in free buffers of the size `(K, I, dtype)`."""
     # Used again: those of the last layer are still cached, fresh ones are not.
     free = _free.setdefault(size, [])
-    buffers = free.pop() if free else OneTokenExperts(*size)
+    try:  # looking first and taking then would be two steps, and another thread may come between
+        buffers = free.pop()
+    except IndexError:
+        buffers = OneTokenExperts(*size)
     buffers.add(output_D, token_D, experts, beta)
     free.append(buffers)
 

@@ -4,6 +4,7 @@ Most cases trace the whole step in one graph and run it operation by operation (
 graph and takes a second. What Inductor makes of it is compiled once.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from typing import Any
 
@@ -147,6 +148,18 @@ def test_a_bank_closed_between_texts():
     check(model, text())
     close_bank(model, "common")
     check(model, text())
+
+
+def test_two_threads_get_their_own_texts():
+    model = compile_decoding(make())
+    prompts = [text(length=length) for length in (7, 9)]
+    expected = [generate(model, prompt, disable_compile=True)[0] for prompt in prompts]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):  # the first round compiles
+            found = list(pool.map(lambda prompt: generate(model, prompt)[0], prompts))
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    decoding = model.get_compiled_call.__self__
+    assert len(decoding.graphs) == 1 and not decoding.failure
 
 
 def test_a_copy_compiles_for_itself():
