@@ -57,7 +57,7 @@ def load(module: str) -> ModuleType:
         module: dotted name below transformers' `tests` folder, e.g. `test_modeling_common`.
     """
     try:
-        _install(tests_folder())
+        _install(tests_folder("transformers"))
     except SuiteUnavailable as reason:
         pytest.skip(f"transformers' own tests: {reason}", allow_module_level=True)
     return importlib.import_module(f"{PACKAGE}.{module}")
@@ -71,11 +71,11 @@ def load_peft(module: str) -> ModuleType:
         except SuiteUnavailable as reason:
             pytest.skip(f"PEFT's own tests: {reason}", allow_module_level=True)
         # Imported at the top for tests of another library.
-        vars(_module("diffusers")).setdefault("StableDiffusionPipeline", None)
+        vars(_module("diffusers"))["StableDiffusionPipeline"] = type("StableDiffusionPipeline", (), {})
     return importlib.import_module(f"peft_tests.{module}")
 
 
-def tests_folder(project: str = "transformers") -> Path:
+def tests_folder(project: str) -> Path:
     """The unpacked `tests` folder of the installed version, from the cache or the package index.
 
     Raises:
@@ -93,7 +93,9 @@ def tests_folder(project: str = "transformers") -> Path:
     if not (folder / landmark).is_file():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            unpacked = _unpack(_download(project, Path(scratch)), Path(scratch) / "unpacked", f"{name}/tests/", landmark)
+            unpacked = _unpack(
+                _download(project, Path(scratch)), Path(scratch) / "unpacked", f"{name}/tests/", landmark
+            )
             folder.parent.mkdir(exist_ok=True)
             if not folder.exists():  # another process may have been faster
                 unpacked.rename(folder)

@@ -247,9 +247,7 @@ def test_a_second_turn_with_a_new_image_reuses_the_cache(model: ChorusForConditi
 
     first, second = sample_inputs(model, 1, [9], seed=5), sample_inputs(model, 1, [14], seed=6)
     cache = StaticCache(model.config, max_cache_len=96) if static else DynamicCache(config=model.config)
-    turn = model.generate(
-        **collate([first]), max_new_tokens=4, do_sample=False, **{CACHE: cache}, disable_compile=True
-    )
+    turn = model.generate(**collate([first]), max_new_tokens=4, do_sample=False, **{CACHE: cache}, disable_compile=True)
     conversation = turn[0].tolist() + second["input_ids"]
     whole = collate([{key: first[key] + second[key] for key in first} | {"input_ids": conversation}])
     new = collate([second]) | {"input_ids": whole["input_ids"], "attention_mask": whole["attention_mask"]}

@@ -114,8 +114,8 @@ def test_virtual_tokens_stand_before_a_text_with_media(name: str, given: bool):
     # The third sample has padding in front, which is no position in `generate`: a prefix is as far as positions say.
     torch.testing.assert_close(found.logits[0][:2], forward[:2], rtol=0, atol=1e-4)
     assert found.sequences.shape == (3, batch["input_ids"].shape[1] + 3)
-    without_cache = adapted.generate(**batch, **options | {"use_cache": False})
     if name != "prefix tuning":  # which is a cache
+        without_cache = adapted.generate(**batch, **options | {"use_cache": False})
         assert torch.equal(found.sequences, without_cache.sequences)
 
 
