@@ -276,7 +276,7 @@ class ChorusModel(ChorusPreTrainedModel):
 
 
 def with_virtual_tokens(modality_BS: Tensor, inputs_embeds: Tensor | None) -> Tensor:
-    """`mm_token_type_ids` of embeddings with tokens of no vocabulary in front, as PEFT adds them: they are text."""
+    """`mm_token_type_ids` of embeddings with virtual tokens in front, as PEFT puts them there: they are text."""
     missing = 0 if inputs_embeds is None else inputs_embeds.shape[1] - modality_BS.shape[1]
     return nn.functional.pad(modality_BS, (missing, 0)) if missing > 0 else modality_BS
 

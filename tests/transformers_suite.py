@@ -1,4 +1,4 @@
-"""transformers' own test mixins, taken from the source distribution of the installed version.
+"""transformers' own test mixins, and PEFT's, taken from the source distributions of the installed versions.
 
 Unusual here:
 - the sdist is fetched with pip into a cache outside the repository, nothing of it is copied into the project;
@@ -21,6 +21,7 @@ import tarfile
 import tempfile
 import unittest
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,10 +30,9 @@ import pytest
 import transformers
 
 PACKAGE = "transformers_tests"
-CHECKOUT_VARIABLE = "CHORUS_TRANSFORMERS_TESTS"
 DOWNLOAD_SECONDS = 120
-# A file that every sdist with tests has; its presence marks the folder as complete.
-LANDMARK = "test_modeling_common.py"
+# Project -> a file that every sdist with tests has; its presence marks the folder as complete.
+LANDMARKS = {"transformers": "test_modeling_common.py", "peft": "testing_common.py"}
 
 
 # Marks that transformers puts on its tests; ours are in pyproject.toml.
@@ -57,66 +57,81 @@ def load(module: str) -> ModuleType:
         module: dotted name below transformers' `tests` folder, e.g. `test_modeling_common`.
     """
     try:
-        _install(tests_folder())
+        _install(tests_folder("transformers"))
     except SuiteUnavailable as reason:
         pytest.skip(f"transformers' own tests: {reason}", allow_module_level=True)
     return importlib.import_module(f"{PACKAGE}.{module}")
 
 
-def tests_folder() -> Path:
-    """The unpacked `tests` folder of the installed transformers version, from the cache or the package index.
+def load_peft(module: str) -> ModuleType:
+    """Import one module of PEFT's tests, which become the package `peft_tests`, as `load` does."""
+    if "peft_tests" not in sys.modules:
+        try:
+            _module("peft_tests", path=tests_folder("peft"))
+        except SuiteUnavailable as reason:
+            pytest.skip(f"PEFT's own tests: {reason}", allow_module_level=True)
+        # Imported at the top for tests of another library.
+        vars(_module("diffusers"))["StableDiffusionPipeline"] = type("StableDiffusionPipeline", (), {})
+    return importlib.import_module(f"peft_tests.{module}")
+
+
+def tests_folder(project: str) -> Path:
+    """The unpacked `tests` folder of the installed version, from the cache or the package index.
 
     Raises:
         SuiteUnavailable: there is no network, no source distribution, or it holds another version.
     """
-    checkout = os.environ.get(CHECKOUT_VARIABLE)
+    variable, landmark = f"CHORUS_{project.upper()}_TESTS", LANDMARKS[project]
+    name = f"{project}-{version(project)}"
+    checkout = os.environ.get(variable)
     if checkout:
-        if not (Path(checkout) / LANDMARK).is_file():
-            raise SuiteUnavailable(f"{CHECKOUT_VARIABLE}={checkout} holds no {LANDMARK}")
+        if not (Path(checkout) / landmark).is_file():
+            raise SuiteUnavailable(f"{variable}={checkout} holds no {landmark}")
         return Path(checkout)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chorus-moe"
-    folder = cache / f"transformers-{transformers.__version__}" / "tests"
-    if not (folder / LANDMARK).is_file():
+    folder = cache / name / "tests"
+    if not (folder / landmark).is_file():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            unpacked = _unpack(_download(Path(scratch)), Path(scratch) / "unpacked")
+            unpacked = _unpack(
+                _download(project, Path(scratch)), Path(scratch) / "unpacked", f"{name}/tests/", landmark
+            )
             folder.parent.mkdir(exist_ok=True)
             if not folder.exists():  # another process may have been faster
                 unpacked.rename(folder)
     return folder
 
 
-def _download(folder: Path) -> Path:
+def _download(project: str, folder: Path) -> Path:
     """Fetch the sdist through pip, which checks it against the hash of the index."""
-    version = transformers.__version__
+    wanted = version(project)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--no-build-isolation", "--no-binary", "transformers", "--dest", str(folder)]
+    command += ["--no-deps", "--no-build-isolation", "--no-binary", project, "--dest", str(folder)]
     try:
         done = subprocess.run(
-            [*command, f"transformers=={version}"],
+            [*command, f"{project}=={wanted}"],
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
             timeout=DOWNLOAD_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        raise SuiteUnavailable(f"downloading the sdist of {version} took over {DOWNLOAD_SECONDS} seconds") from None
-    archives = list(folder.glob("transformers-*.tar.gz"))
+        raise SuiteUnavailable(f"downloading the sdist of {wanted} took over {DOWNLOAD_SECONDS} seconds") from None
+    archives = list(folder.glob(f"{project}-*.tar.gz"))
     if done.returncode or len(archives) != 1:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise SuiteUnavailable(f"no sdist of {version}: {last}")
+        raise SuiteUnavailable(f"no sdist of {wanted}: {last}")
     return archives[0]
 
 
-def _unpack(archive: Path, folder: Path) -> Path:
+def _unpack(archive: Path, folder: Path, inside: str, landmark: str) -> Path:
     """Unpack the tests only; the `data` filter refuses links and paths that lead outside."""
-    root = f"transformers-{transformers.__version__}"
     with tarfile.open(archive) as content:
-        members = [member for member in content.getmembers() if member.name.startswith(f"{root}/tests/")]
-        if f"{root}/tests/{LANDMARK}" not in {member.name for member in members}:
-            raise SuiteUnavailable(f"{archive.name} does not hold {root}/tests/{LANDMARK}")
+        members = [member for member in content.getmembers() if member.name.startswith(inside)]
+        if f"{inside}{landmark}" not in {member.name for member in members}:
+            raise SuiteUnavailable(f"{archive.name} does not hold {inside}{landmark}")
         content.extractall(folder, members=members, filter="data")
-    tests = folder / root / "tests"
+    tests = folder / inside
     (tests / "__init__.py").touch()  # test_configuration_common loads it by path
     return tests
 
