@@ -3,7 +3,11 @@
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from math import isfinite
 from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.dataclasses import type_validator
+from torch import nn
 
 from .configuration_modalities import MODALITY_IDS
 
@@ -11,6 +15,8 @@ BALANCES = ("switch", "cv2", "variance", "bias", "none")
 OVERFLOWS = ("reroute", "drop")
 PRESETS = ("uniform", "specific_then_common")
 GATES = ("softmax", "own")
+# PEFT finds its own tensors by these words in a parameter's name, so a bank of that name is saved and loaded wrongly.
+PEFT_NAMES = ("router", "base_layer", "modules_to_save", "original_module")
 # Far above any real model: a configuration from the Hub must not make us allocate without limit.
 MAX_EXPERTS, MAX_EXPERT_WIDTH = 65_536, 1_048_576
 # Router -> what keeps its load even unless a bank says otherwise. A configuration is read and checked where no model
@@ -62,15 +68,15 @@ class ExpertBankConfig:
     layers: list[int] | None = None
     router: str = "softmax"
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-    router_jitter_noise: float = 0.0
+    routed_scaling_factor: int | float = 1.0
+    router_jitter_noise: int | float = 0.0
     num_groups: int = 1
     topk_groups: int | None = None
     if TYPE_CHECKING:  # what it is once `__post_init__` has asked the router
         balance: str = ""
     else:
         balance: str | None = None
-    bias_update_rate: float = 1e-3
+    bias_update_rate: int | float = 1e-3
     expert_capacity: int | float | None = None
     capacity_overflow: str = "reroute"
     capacity_in_eval: bool = False
@@ -79,6 +85,14 @@ class ExpertBankConfig:
     closed: bool = False
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value, kind = getattr(self, item.name), item.type.__name__ if type(item.type) is type else item.type
+            try:
+                type_validator(item.name, value, item.type)
+            except TypeError as error:
+                raise ValueError(f"expert bank {self.name!r}: {item.name}={value!r} must be of type {kind}") from error
+            if isinstance(value, float) and not isfinite(value):
+                raise ValueError(f"expert bank {self.name!r}: {item.name}={value} must be finite")
         if self.balance is None:  # an unknown router is named by `validate`
             object.__setattr__(self, "balance", ROUTERS.get(self.router, "switch"))
 
@@ -130,6 +144,8 @@ class ExpertBankConfig:
         where = f"expert bank {self.name!r}"
         if not self.name.isidentifier():
             raise ValueError(f"{where}: a bank's name must be a Python identifier, since parameters carry it")
+        if hasattr(nn.ModuleDict, self.name) or self.name in PEFT_NAMES or self.name.startswith("lora_"):
+            raise ValueError(f"{where}: torch or PEFT uses this name for a part of its own; give the bank another")
         if not self.modalities:
             raise ValueError(f"{where}: `modalities` is empty; choose from {list(MODALITY_IDS)}")
         for modality in self.modalities:
@@ -175,9 +191,6 @@ class LayerBankConfig(ExpertBankConfig):
         self._validate_routing(where)
 
     def _validate_sizes(self, where: str) -> None:
-        # In Python True is the integer 1.
-        if isinstance(self.num_experts, bool) or not isinstance(self.num_experts, int):
-            raise ValueError(f"{where}: num_experts={self.num_experts!r} must be a whole number")
         if not 1 <= self.num_experts <= MAX_EXPERTS:
             raise ValueError(f"{where}: num_experts={self.num_experts} is outside 1..{MAX_EXPERTS}")
         # A lone expert whose bank has its own gate still leaves a choice: how much of it is added.
@@ -216,7 +229,7 @@ class LayerBankConfig(ExpertBankConfig):
                     f"experts to choose num_experts_per_tok={self.num_experts_per_tok} from"
                 )
         capacity = self.expert_capacity
-        if capacity is not None and (isinstance(capacity, bool) or not capacity > 0):
+        if capacity is not None and not capacity > 0:
             raise ValueError(
                 f"{where}: expert_capacity={capacity} must be a positive number of tokens (int) or a positive factor "
                 "(float); leave it out for no limit"
@@ -266,7 +279,8 @@ def read_expert_banks(banks: Mapping[str, Mapping[str, Any]], defaults: Mapping[
     `defaults`, and so do the modalities of a bank that is not named after one.
 
     Raises:
-        ValueError: a bank has a key that does not exist (a misspelt key would otherwise be ignored in silence).
+        ValueError: a bank has a key that does not exist (a misspelt key would otherwise be ignored in silence), or a
+            value of another type.
     """
     known = {f.name for f in fields(ExpertBankConfig)} - {"name"}
     result = []

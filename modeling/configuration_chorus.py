@@ -107,7 +107,7 @@ class ChorusConfig(PreTrainedConfig):
         for row in ENCODED:
             name, value = row.token_id, getattr(self, row.token_id)
             if value is None and row.name in self.modalities:
-                raise ValueError(f"ChorusConfig: {name} is None but the model has a {row.name} tower")
+                raise ValueError(f"ChorusConfig: {name} is None but the model has a tower for {row.name}")
             if value is not None and not 0 <= value < vocab_size:
                 raise ValueError(f"ChorusConfig: {name}={value} is outside the vocabulary of {vocab_size} tokens")
             # Two modalities with one placeholder could not be told apart in `input_ids`.

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_banks import ExpertBankConfig, LayerBankConfig, check_name, preset_banks, read_expert_banks
 from .configuration_checks import (
@@ -241,6 +243,15 @@ class ChorusTextConfig(PreTrainedConfig):
             if getattr(self, name) < 0:
                 raise ValueError(f"ChorusTextConfig: {name}={getattr(self, name)} must not be negative")
 
+    def validate_rope(self) -> None:
+        """As in transformers, which knows no unknown `rope_type` and raises a KeyError for a key that is missing."""
+        kind = (self.rope_parameters or {}).get("rope_type", "default")
+        check_name("ChorusTextConfig", "rope_type", kind, ["default", *ROPE_INIT_FUNCTIONS])
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(f"ChorusTextConfig: {error.args[0]}") from error
+
     def validate_layers(self) -> None:
         """Part of `@strict` validation: banks fit the layers they name. transformers has checked the lists' lengths."""
         for index, kind in enumerate(self.layer_types):
@@ -248,6 +259,7 @@ class ChorusTextConfig(PreTrainedConfig):
                 raise ValueError(f"ChorusTextConfig: layer_types[{index}]={kind!r}; choose from {list(LAYER_TYPES)}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("ChorusTextConfig: layer_types asks for sliding_attention but sliding_window is None")
+        check_name("ChorusTextConfig", "hidden_act", self.hidden_act, ACT2FN)
         check_name("ChorusTextConfig", "qk_norm_scope", self.qk_norm_scope, QK_NORM_SCOPES)
         check_name("ChorusTextConfig", "norm_placement", self.norm_placement, NORM_PLACEMENTS)
         if self.no_rope_layers is not None and len(self.no_rope_layers) != self.num_hidden_layers:

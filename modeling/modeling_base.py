@@ -61,10 +61,13 @@ class ChorusPreTrainedModel(PreTrainedModel):
 
         With `output_loading_info=True` missing and unexpected tensors are returned beside the model instead; with an
         empty `state_dict` all weights are new; `ignore_mismatched_sizes=True` starts tensors of another shape anew.
+        Only safetensors files are read, unless `use_safetensors=False` says otherwise.
 
         Raises:
             CheckpointError: naming the missing, unexpected or mismatched tensors.
         """
+        # A pickle is refused by torch with the advice to load it without its guard.
+        kwargs.setdefault("use_safetensors", True)
         loaded: Any = super().from_pretrained(*args, **kwargs)
         reports = bool(kwargs.get("output_loading_info"))
         misfit = vars(loaded[0] if reports else loaded).pop("_misfit", None)

@@ -76,8 +76,9 @@ def load_bank(model: ChorusPreTrainedModel, path: str | os.PathLike[str], strict
         strict_base: refuse a bank that was trained on top of other weights; with False it is only a warning.
 
     Raises:
-        ValueError: adapters are active, `save_bank` did not write the file, a shape differs (the message names
-            both), or the base differs (the message names both hashes). The model is unchanged then.
+        ValueError: adapters are active, `save_bank` did not write the file, a tensor has another shape (the message
+            names both), holds whole numbers or a value that is not finite, or the base differs (the message names
+            both hashes). The model is unchanged then.
     """
     refuse_adapters(model, "load_bank")
     decoder, before = decoder_of(model), count_parameters(model)
@@ -190,7 +191,8 @@ def _check_fit(decoder: Any, bank: ExpertBankConfig, tensors: dict[str, Tensor])
     """Refuse a bank that does not fit this model.
 
     Raises:
-        ValueError: naming the bank's setting, a missing or unexpected tensor, or one of another shape, with both sides.
+        ValueError: naming the bank's setting, a missing or unexpected tensor, one of another shape, with both sides, or
+            one that holds no finite floating-point numbers.
     """
     config, old = decoder.config, decoder.banks.get(bank.name)
     expected: dict[str, torch.Size] = {}
@@ -222,6 +224,13 @@ def _check_fit(decoder: Any, bank: ExpertBankConfig, tensors: dict[str, Tensor])
         wanted, found = (tuple(t) if t is not None else None for t in (expected.get(name), _shape(tensors.get(name))))
         if wanted != found:
             raise ValueError(f"load_bank: {name} has shape {found} in the file, this model needs {wanted}")
+    for name, tensor in sorted(tensors.items()):
+        # Copying casts any dtype: weights below 1 would all become 0 as whole numbers, without an error.
+        if not tensor.is_floating_point():
+            raise ValueError(f"load_bank: {name} is {tensor.dtype} in the file, weights are floating-point numbers")
+        # In float32, since the CPU has no such test for the 8-bit types.
+        if bad := tensor.numel() - int(tensor.float().isfinite().sum()):
+            raise ValueError(f"load_bank: {name} holds {bad} of {tensor.numel()} values that are not finite")
 
 
 def _shape(tensor: Tensor | None) -> torch.Size | None:

@@ -155,6 +155,8 @@ def plan_composition(
             for bank in model.model.language_model.layers[layer].mlp.banks.values():
                 tie_slices(bank.router, options.expert_split)
     _carry_generation_config(parent, model)
+    # A tied head still points to the table that `_start_new` replaced, and would be counted beside it.
+    model.tie_weights()
     report = _report(parent, towers, options, model)
     return Composition(model, recipes, report, parent.checkpoint, towers["image"].parent, access)
 
@@ -357,10 +359,12 @@ def _report(parent: ParentText, towers: dict[str, Tower], options: UpcyclingOpti
         notes.append("experts and routers: the parent's in every bank")
     if text.vocab_size > parent.config.vocab_size:
         notes.append(f"vocabulary: {parent.config.vocab_size} -> {text.vocab_size}, new rows are the mean of the old")
+    # Some checkpoints store a tied head beside its table: it is no second parameter.
+    tied = {"lm_head.weight"} if parent.config.tie_word_embeddings else set()
     return OperationReport(
         operation="compose",
         subject=str(checkpoint),
-        parameters_before=sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names),
+        parameters_before=sum(torch.Size(checkpoint.shape(n)).numel() for n in checkpoint.names if n not in tied),
         parameters_after=count_parameters(model),
         experts=experts,
         notes=notes,

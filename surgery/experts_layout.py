@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.modeling.moe_banks import EXPERT_CLASSES, ExpertBank
+from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.surgery.checkpoint_writer import PlannedTensor, write_checkpoint
 from chorus_moe.surgery.parts import decoder_of
 from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
@@ -112,13 +113,20 @@ def _stacked_tensors(experts: Any) -> dict[str, Tensor]:
 
 
 def export_experts(
-    model: ChorusPreTrainedModel, folder: str | os.PathLike[str], max_shard_bytes: int = 5_000_000_000
+    model: ChorusPreTrainedModel,
+    folder: str | os.PathLike[str],
+    max_shard_bytes: int = 5_000_000_000,
+    processor: ChorusProcessor | None = None,
 ) -> list[str]:
     """Write a checkpoint with one tensor per expert, under the names that other engines use, shard by shard.
 
     Names end in `mlp.banks.{bank}.experts.{e}.gate_proj.weight`, `up_proj` and `down_proj`, as those of Qwen3-MoE
     checkpoints do below `mlp`. `from_pretrained` reads the folder as a model with `experts_layout="linear"`, of
     which `fuse_experts` makes the same as this one. Beside this model, memory holds one tensor.
+
+    Args:
+        max_shard_bytes: largest size of one file of weights.
+        processor: saved beside the model, so that the folder answers on its own.
 
     Returns:
         The names of the files that hold weights.
@@ -142,6 +150,8 @@ def export_experts(
     config.save_pretrained(path)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(path)
+    if processor is not None:
+        processor.save_pretrained(path)
     return files
 
 

@@ -78,7 +78,7 @@ def prune_experts(model: nn.Module, keep: Mapping[str, Keep], scores: ExpertScor
             score_E = read_scores(scores, layer, name, layers[layer], OPERATION)
             notes.append(_note(name, layer, score_E, index_N))
         reason = dependence(next(iter(layers.values())).router.bank)
-        if reason:
+        if reason and any(len(index_N) < layers[layer].num_experts for layer, index_N in rows.items()):
             notes.append(f"{name}: outputs change even where nothing chose what was taken away, since {reason}")
     return replace_experts(model, OPERATION, new, notes)
 
@@ -119,7 +119,10 @@ def read_scores(scores: ExpertScores, layer: int, name: str, bank: ExpertBank, o
         raise ValueError(f"{where} are missing")
     score_E = scores[layer][name].detach()
     if score_E.shape != (bank.num_experts,):
-        raise ValueError(f"{where} have shape {tuple(score_E.shape)} for {bank.num_experts} experts")
+        raise ValueError(
+            f"{where} have shape {tuple(score_E.shape)} for {bank.num_experts} experts; scores from before experts "
+            "were pruned, merged or added belong to other experts: measure them again"
+        )
     if not score_E.isfinite().all():
         raise ValueError(f"{where} are not finite")
     return score_E.double().cpu()
@@ -148,6 +151,8 @@ def _count(wanted: Any, score_E: Tensor, bank: LayerBankConfig, where: str) -> i
 
 
 def _note(name: str, layer: int, score_E: Tensor, index_N: Tensor) -> str:
+    if len(index_N) == len(score_E):
+        return f"{name}, layer {layer}: nothing was taken away, all {len(score_E)} experts stay"
     total, lost = score_E.sum().item(), (score_E.sum() - score_E[index_N].sum()).item()
     share = f"{lost / total:.1%} of the scores" if total > 0 else "no score"
     return f"{name}, layer {layer}: what was taken away had {share}"

@@ -66,7 +66,9 @@ class ParentCheckpoint:
     ):
         self.source = os.fspath(source)
         # A misspelt path would otherwise be asked for on the Hub and reported as a repository that does not exist.
-        if self.source.startswith((os.sep, ".", "~")) and not os.path.isdir(self.source):
+        # A name of one part is that of a model older than the owners of repositories, of no family that is read here.
+        is_name = "/" in self.source and not self.source.startswith((os.sep, ".", "~"))
+        if not is_name and not os.path.isdir(self.source):
             raise FileNotFoundError(f"{self.source}: no such folder (a repository of the Hub is named OWNER/NAME)")
         access: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         pinned = resolve_revision(self.source, revision, **access)

@@ -311,7 +311,7 @@ def _chorus_parent(checkpoint: ParentCheckpoint, modality: str, kind: Any) -> To
         if config is None:
             raise ValueError(f"{checkpoint}: this Chorus model has no {modality} tower")
     if config.model_type != kind.config_class.model_type:
-        raise ValueError(f"{checkpoint}: model_type={config.model_type!r} is not a {modality} tower")
+        raise ValueError(f"{checkpoint}: model_type={config.model_type!r} is no {modality} tower")
     # A tower saved alone has no prefix, one inside a model has one or two.
     mapping = {rf"^(model\.)?{modality}_tower\.": ""}
     return TowerParent(

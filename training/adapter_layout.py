@@ -18,6 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.hotswap import hotswap_adapter
+from peft.utils.save_and_load import load_peft_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -143,6 +147,32 @@ def convert_adapter(
     Path(target).mkdir(parents=True, exist_ok=True)
     (Path(target) / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(new, Path(target) / WEIGHTS, metadata={"format": "pt"})
+
+
+def swap_adapter(model: PeftModel, source: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Put another adapter in the place of one, as `peft.utils.hotswap.hotswap_adapter` does, whatever its rank.
+
+    PEFT puts a smaller tensor in front of zeros. In a LoRA on stacked experts the place of a row says whose it is, so
+    all experts but the first would get rows of others, without an error. Here these tensors take the new shape first.
+
+    Raises:
+        RuntimeError: the new adapter is on modules that the old one is not on. The model is unchanged then.
+    """
+    tensors, old = load_peft_weights(os.fspath(source), device="cpu"), []
+    for name, module in model.named_modules():
+        if not isinstance(module, ParamWrapper) or adapter_name not in module.lora_A:
+            continue
+        for part in ("lora_A", "lora_B"):
+            weight, new = getattr(module, part)[adapter_name].weight, tensors.get(f"{name}.{part}.weight")
+            if new is not None and new.shape != weight.shape:
+                old.append((weight, weight.data))
+                weight.data = weight.new_zeros(new.shape)
+    try:
+        hotswap_adapter(model, os.fspath(source), adapter_name)
+    except Exception:
+        for weight, data in old:
+            weight.data = data
+        raise
 
 
 def _stack(prefix: str, key: tuple[str, str], values: Mapping[int, Tensor], experts: int) -> Tensor:

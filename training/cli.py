@@ -6,9 +6,13 @@ Commands import what they need when they run, so that `--help` is quick.
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from chorus_moe.processors.processing_chorus import ChorusProcessor
+    from chorus_moe.training.loading import ModelOrAdapter
 
 app = typer.Typer(
     name="chorus-moe",
@@ -24,6 +28,10 @@ MODEL_HELP = "model or adapter: a folder or a Hub id"
 ModelName = Annotated[str, typer.Argument(help=MODEL_HELP)]
 ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
 BaseName = Annotated[str | None, typer.Option(help="model below an adapter, when it is not where it was trained")]
+DeviceName = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; an accelerator if there is one and none is named")
+]
+DtypeName = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -48,17 +56,17 @@ def evaluate(
     base: BaseName = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    device: DeviceName = None,
+    dtype: DtypeName = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Exact-match accuracy by generation, and loss."""
     from chorus_moe.training.data import load_rows
     from chorus_moe.training.evaluate import evaluate_rows
-    from chorus_moe.training.loading import load_model
 
     rows = load_rows(data, split)
-    result = evaluate_rows(
-        *load_model(model, base=base), rows, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=not as_json
-    )
+    loaded = load(model, base, device, dtype)
+    result = evaluate_rows(*loaded, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=not as_json)
     print_values(result.to_dict(), as_json)
 
 
@@ -70,13 +78,14 @@ def generate(
     audio: Annotated[list[Path] | None, typer.Option(help="sound file; may be repeated")] = None,
     base: BaseName = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    device: DeviceName = None,
+    dtype: DtypeName = "auto",
 ) -> None:
     """Answer one prompt of text, pictures and sound."""
     from chorus_moe.training.answers import answer_rows, user_turn
-    from chorus_moe.training.loading import load_model
 
     row = user_turn(text, [str(path) for path in image or []], [str(path) for path in audio or []])
-    print(answer_rows(*load_model(model, base=base), [row], max_new_tokens=max_new_tokens)[0])
+    print(answer_rows(*load(model, base, device, dtype), [row], max_new_tokens=max_new_tokens)[0])
 
 
 @app.command()
@@ -88,17 +97,18 @@ def routing(
     base: BaseName = None,
     limit: Annotated[int | None, typer.Option(min=1, help="use only this many rows, from the first")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    device: DeviceName = None,
+    dtype: DtypeName = "auto",
 ) -> None:
     """What the experts do: load, dead experts, overflow and modality, by layer and bank, with a heat map."""
     from chorus_moe.training.data import load_rows
-    from chorus_moe.training.loading import load_model
     from chorus_moe.training.routing.report import FIGURES, count_rows, routing_table, write_routing
     from chorus_moe.training.routing.statistics import summarise
 
     rows = load_rows(data, split)
     # By number: a RowDataset takes no slices.
     chosen = [rows[index] for index in range(min(limit or len(rows), len(rows)))]
-    counters = count_rows(*load_model(model, base=base), chosen, batch_size=batch_size, progress=True)
+    counters = count_rows(*load(model, base, device, dtype), chosen, batch_size=batch_size, progress=True)
     print(routing_table(summarise(counters)))
     picture = write_routing(out, counters)
     print(f"wrote {out / FIGURES}" + (f" and {picture}" if picture else "; install matplotlib for the heat map"))
@@ -121,8 +131,8 @@ def doctor(
     base: BaseName = None,
     check: Annotated[list[str] | None, typer.Option(help="run this check; may be repeated; all if left out")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="leave out the checks that copy the model")] = False,
-    dtype: Annotated[str | None, typer.Option(help="load as; float32 gives sharp figures for a 16-bit model")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="as in generate; float32 gives sharp figures for a 16-bit model")] = "auto",
+    device: DeviceName = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="also write the findings to this file")] = None,
 ) -> None:
     """Contract checks on a checkpoint or adapter, each with a verdict and a cure; exit status 1 if one fails."""
@@ -138,7 +148,9 @@ def doctor(
     )
 
     checks = chosen_checks(check or (), is_quick=quick)
+    check_dtype(dtype)
     patient = load_patient(model, base, dtype, device)
+    print_choice(model, patient.model)
     print(heading())
     findings = []
     for finding in examine(patient, checks):
@@ -217,13 +229,14 @@ def export(
     model: ModelName,
     folder: Annotated[Path, typer.Argument(help="where the export is written")],
     base: BaseName = None,
+    device: DeviceName = None,
+    dtype: DtypeName = "auto",
 ) -> None:
     """Save a model, merged with its adapter, with the code that loads it where this package is missing."""
     from chorus_moe.training.hub import export_for_hub
-    from chorus_moe.training.loading import load_model
     from chorus_moe.training.model_card import run_card
 
-    loaded, processor = load_model(model, base=base, merge=True)
+    loaded, processor = load(model, base, device, dtype, merge=True)
     export_for_hub(loaded, processor, folder)
     (folder / "README.md").write_text(run_card(loaded), encoding="utf-8")
 
@@ -235,6 +248,31 @@ def demo(context: typer.Context) -> None:
     from chorus_moe.training.demo.run import main as run_demo
 
     run_demo(context.args)
+
+
+def load(
+    source: str, base: str | None, device: str | None, dtype: str, **options: Any
+) -> "tuple[ModelOrAdapter, ChorusProcessor]":
+    """The model of a command and its processor; what was chosen is printed to standard error."""
+    from chorus_moe.training.loading import find_device, load_model
+
+    check_dtype(dtype)
+    model, processor = load_model(source, base=base, device=find_device(device), dtype=dtype, **options)
+    print_choice(source, model)
+    return model, processor
+
+
+def check_dtype(name: str) -> None:
+    from chorus_moe.training.loading import DTYPES
+
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name!r}; choose from {', '.join(DTYPES)}")
+
+
+def print_choice(source: str, model: "ModelOrAdapter") -> None:
+    """Where the model is and in what numbers. On standard error: standard output is the command's answer."""
+    weight = next(model.parameters())
+    print(f"{source}: on {weight.device}, in {str(weight.dtype).removeprefix('torch.')}", file=sys.stderr)
 
 
 def print_values(values: dict[str, Any], as_json: bool) -> None:
@@ -249,8 +287,36 @@ def main() -> None:
     """Entry point. An error that the user can correct is one line, without a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"chorus-moe: {type(error).__name__}: {error}")
+    except Exception as error:
+        if not is_users(error):
+            raise
+        # The check of a validated configuration is the cause of the library's error, which names a Python function.
+        while type(error).__name__.startswith("Strict") and isinstance(error.__cause__, Exception):
+            error = error.__cause__
+        sys.exit(f"chorus-moe: {type(error).__name__}: {lead(error)}{' '.join(str(error).split())}")
+
+
+def is_users(error: Exception) -> bool:
+    """Whether the input of a command explains an error, and its words do: all of its kinds that libraries raise."""
+    # Loaded by now where they were raised; `--help` needs none of them.
+    from huggingface_hub.errors import StrictDataclassError
+    from jinja2 import TemplateError
+    from safetensors import SafetensorError
+
+    return isinstance(
+        error, (ValueError, TypeError, OSError, ImportError, StrictDataclassError, TemplateError, SafetensorError)
+    )
+
+
+def lead(error: Exception) -> str:
+    """What is wrong, where a library says only how."""
+    leads = {
+        "SafetensorError": "a .safetensors file is damaged or cut short, copy it again: ",
+        "TemplateSyntaxError": "the chat template is wrong: ",
+        "TemplateError": "the chat template refuses the conversation: ",
+        "UndefinedError": "the chat template asks for what the conversation lacks: ",
+    }
+    return leads.get(type(error).__name__, "")
 
 
 if __name__ == "__main__":

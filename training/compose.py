@@ -13,8 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import yaml
-
 import chorus_moe.auto_classes  # noqa: F401  the command line has not registered them before
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.processors.processing_chorus import ChorusProcessor
@@ -24,10 +22,11 @@ from chorus_moe.surgery.parent_checkpoint import ParentCheckpoint
 from chorus_moe.surgery.parent_text import ParentText
 from chorus_moe.surgery.parent_towers import TowerParent, audio_parent, vision_parent
 from chorus_moe.surgery.report import OperationReport
+from chorus_moe.training.loading import DTYPES
 from chorus_moe.training.model_card import Parent, run_card
 from chorus_moe.training.recipe import nearest
+from chorus_moe.training.yaml_files import read_yaml
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What `chorus_moe.surgery.compose` takes beside the parts.
 EXPERT_OPTIONS = (
     "experts",
@@ -183,7 +182,7 @@ def read_experts(source: str | None) -> dict[str, Any]:
         return {"experts": source}
     if not path.is_file():
         raise FileNotFoundError(f"--experts: no file {source!r}")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = read_yaml(path)
     if not isinstance(values, Mapping):
         raise ValueError(f"{source}: expected names such as {', '.join(EXPERT_OPTIONS[:3])}, found {values!r:.60}")
     check_names(values, source)

@@ -148,7 +148,12 @@ def load_rows(
         files = _data_files(path, split)
         # `load_dataset` would count the download of its reader, over the network.
         read = datasets.Dataset.from_parquet if files[0].suffix == ".parquet" else datasets.Dataset.from_json
-        table, folder = read([str(f) for f in files]), files[0].parent
+        try:
+            table, folder = read([str(f) for f in files]), files[0].parent
+        # The reason is the cause: the error itself says only that generating the data set failed.
+        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+            names = ", ".join(map(str, files))
+            raise ValueError(f"{names}: no readable {files[0].suffix} file: {error.__cause__ or error}") from error
     # A misspelt path must not be asked for on the Hub.
     elif path.suffix in FORMATS or not is_remote(str(source)):
         raise FileNotFoundError(f"no data at {str(source)!r}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
+from transformers.utils import logging
 
 import chorus_moe.auto_classes  # noqa: F401  the command line has not registered them before
 from chorus_moe.processors.processing_chorus import ChorusProcessor
@@ -13,12 +14,20 @@ from chorus_moe.processors.processing_chorus import ChorusProcessor
 if TYPE_CHECKING:
     from peft import PeftModel
 
+logger = logging.get_logger(__name__)
+
 ModelOrAdapter: TypeAlias = "PreTrainedModel | PeftModel"
 ADAPTER_FILE = "adapter_config.json"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(
-    name_or_path: str | os.PathLike[str], *, base: str | None = None, merge: bool = False, **options: Any
+    name_or_path: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    merge: bool = False,
+    device: str | torch.device | None = None,
+    **options: Any,
 ) -> tuple[ModelOrAdapter, ChorusProcessor]:
     """A model in evaluation mode and its processor.
 
@@ -26,15 +35,17 @@ def load_model(
         name_or_path: a full model, or an adapter on one.
         base: the model below the adapter, when it is not where the adapter was trained.
         merge: fold the adapter into the weights.
+        device: where the model goes, such as what `find_device` finds; None leaves it where `options` put it.
         options: for `from_pretrained`, such as `dtype` or `attn_implementation`.
 
     Raises:
-        FileNotFoundError: the base of an adapter is a path that is not there.
+        FileNotFoundError: there is no such folder, or the base of an adapter is a path that is not there.
     """
     source = str(name_or_path)
+    check_source(source)
     if not is_adapter(source):
         model = AutoModelForMultimodalLM.from_pretrained(source, **options)
-        return model.eval(), load_processor(source)
+        return _ready(model, source, device), load_processor(source)
     from peft import PeftConfig, PeftModel
 
     base = base or PeftConfig.from_pretrained(source).base_model_name_or_path
@@ -43,10 +54,48 @@ def load_model(
     # Otherwise the path of another machine is looked up on the Hub, and the error says nothing about the adapter.
     if os.path.isabs(base) and not os.path.isdir(base):
         raise FileNotFoundError(f"the adapter {source!r} was trained on {base!r}, which is not there; pass `base`")
+    check_source(base)
     model = PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained(base, **options), source)
     model = model.merge_and_unload() if merge else model
     # An adapter's folder may lack the processor; then that of its base model is used.
-    return model.eval(), load_processor(source, base)
+    return _ready(model, source, device), load_processor(source, base)
+
+
+def _ready(model: ModelOrAdapter, source: str, device: str | torch.device | None) -> ModelOrAdapter:
+    """The model on its device, in evaluation mode; weights that are not finite are named in a warning."""
+    model = (model if device is None else model.to(device)).eval()
+    # Only a warning: the doctor must be able to load such a model too.
+    bad = [name for name, weight in model.named_parameters() if not is_finite(weight)]
+    if bad:
+        logger.warning(
+            f"{source!r}: {len(bad)} weights hold NaN or infinity, the first is {bad[0]}; its answers are void"
+        )
+    return model
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def find_device(name: str | None = None) -> torch.device:
+    """The device of this name; for None an accelerator, or the CPU where there is none.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name is None:
+        return found or torch.device("cpu")
+    here = (
+        ["cpu"] if found is None else ["cpu", *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    )
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}; choose from {here}") from error
+    if f"{device.type}:{device.index or 0}" not in here and device.type != "cpu":
+        raise ValueError(f"there is no device {name!r} here; choose from {here}")
+    return device
 
 
 def is_remote(source: str) -> bool:
@@ -63,8 +112,11 @@ def check_source(source: str) -> None:
     Raises:
         FileNotFoundError: nothing lies there, and it is no name of a repository.
     """
-    if not os.path.exists(source) and not is_remote(source):
-        raise FileNotFoundError(f"no model at {source!r}: there is no such folder, and it is no name of a repository")
+    # Only models older than the owners of repositories have a name of one part, and none of them is ours.
+    if not os.path.exists(source) and not (is_remote(source) and len(Path(source).parts) == 2):
+        raise FileNotFoundError(
+            f"no model at {source!r}: there is no such folder, and on the Hub it would be OWNER/NAME"
+        )
 
 
 def is_adapter(name_or_path: str) -> bool:
@@ -80,11 +132,20 @@ def is_adapter(name_or_path: str) -> bool:
 
 
 def load_processor(*sources: str) -> ChorusProcessor:
-    """The processor of the first source that has one."""
-    for source in sources[:-1]:
-        if not os.path.isdir(source) or (Path(source) / "processor_config.json").is_file():
-            return AutoProcessor.from_pretrained(source)
-    return AutoProcessor.from_pretrained(sources[-1])
+    """The processor of the first source that has one.
+
+    Raises:
+        OSError: a file is missing, as transformers says it.
+        ValueError: a file of the tokenizer that lacks what every tokenizer has.
+    """
+    has_one = (s for s in sources if not os.path.isdir(s) or (Path(s) / "processor_config.json").is_file())
+    source = next(has_one, sources[-1])
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except KeyError as error:
+        raise ValueError(
+            f"{source!r}: the files of its tokenizer lack {error}; copy them again from where they were"
+        ) from error
 
 
 def base_model(model: ModelOrAdapter) -> PreTrainedModel:

@@ -17,12 +17,18 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from chorus_moe.modeling.modeling_chorus import ChorusModel
 from chorus_moe.surgery.parts import CONNECTORS, EXITS, SKIP_GATES, TOWERS, below_head, in_layers, layer_parts
 
 Layers = bool | Sequence[int]
 Banks = str | Sequence[str] | Mapping[str, Layers]
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 # What the groups decide; everything else may go to `LoraConfig` as it is.
+# PEFT has these for linear layers only, and says so with an error about its own classes, or (EVA) not at all.
+LINEAR_ONLY = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out")
+EXPERT_STARTS = (True, False, "gaussian")
+# Ends of the names of modules that PEFT trains whole for these tasks, whatever the configuration says.
+TASK_TYPES, TASK_HEADS = ("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")
 RESERVED = ("target_modules", "target_parameters", "modules_to_save", "layers_to_transform", "layers_pattern", "bias")
 
 
@@ -70,13 +76,17 @@ class LoraGroup:
     def names(self) -> list[str]:
         return [*self.linears, *self.parameters, *self.saved]
 
-    def num_trainable(self, options: Mapping[str, Any]) -> int:
-        """Trainable numbers of this group under the options of a `LoraConfig`."""
+    def num_trainable(self, options: Mapping[str, Any], prefix: str = "") -> int:
+        """Trainable numbers of this group under the options of a `LoraConfig`.
+
+        Args:
+            prefix: what stands before the names in the model, which the keys of a `rank_pattern` may name.
+        """
         # DoRA adds a magnitude and `lora_bias` a bias: one number for each output.
         ranks, extra = options.get("rank_pattern") or {}, bool(options.get("use_dora")) + bool(options.get("lora_bias"))
 
         def rank(name: str) -> int:
-            return ranks.get(get_pattern_key(ranks.keys(), name), options["r"])
+            return ranks.get(get_pattern_key(ranks.keys(), prefix + name), options["r"])
 
         total = sum(
             rank(n) * (m.in_features + m.out_features) + extra * m.out_features for n, m in self.linears.items()
@@ -123,7 +133,8 @@ def lora_config(
         options: anything else that `LoraConfig` takes, such as `use_rslora` or `rank_pattern`.
 
     Raises:
-        ValueError: a group that matches nothing (naming what exists), nothing to train, or dropout with banks.
+        ValueError: a group that matches nothing (naming what exists), nothing to train, or with banks an option that
+            PEFT has for linear layers only, such as dropout or PiSSA.
         TypeError: an option that the groups decide.
     """
     reserved = [name for name in RESERVED if name in options]
@@ -134,12 +145,11 @@ def lora_config(
     )
     groups = find_groups(model, targets)
     parameters = [name for group in groups for name in group.parameters]
-    # PEFT refuses this later, with a message about its own internals.
-    if parameters and lora_dropout > 0:
-        raise ValueError(f"lora_dropout={lora_dropout} with expert banks: PEFT has no dropout for experts; set it to 0")
     options = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, **options}
+    if parameters:
+        _check_experts(options)
     if verbose:
-        print(lora_table(model, groups, options))
+        print(lora_table(model, [*groups, *_task_group(model, groups, options.get("task_type"))], options))
     linears = [name for group in groups for name in group.linears]
     return LoraConfig(
         # PEFT matches a list by suffix, which would also hit other banks and towers; a regular expression has to match
@@ -154,12 +164,34 @@ def lora_config(
 def lora_table(model: nn.Module, groups: Iterable[LoraGroup], options: Mapping[str, Any]) -> str:
     """One line per group: matched modules and parameters, trainable numbers, and their share of the model."""
     total = sum(p.numel() for p in model.parameters())
-    rows = [(group.name, len(group.names), group.num_trainable(options)) for group in groups]
+    # The full names are those below the head only where there is no head.
+    prefix = "" if isinstance(model, ChorusModel) else "model."
+    rows = [(group.name, len(group.names), group.num_trainable(options, prefix)) for group in groups]
     rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     width = max(len("group"), *(len(row[0]) for row in rows)) + 2
     lines = [f"{'group':<{width}}{'modules':>9}{'trainable':>16}{'share':>9}"]
     lines += [f"{name:<{width}}{count:>9,}{size:>16,}{size / total:>9.2%}" for name, count, size in rows]
     return "\n".join(lines)
+
+
+def _check_experts(options: Mapping[str, Any]) -> None:
+    """Refuse what PEFT has for linear layers only. Raises ValueError."""
+    cure = "leave it out, or make linear layers of the experts with unfuse_experts(model)"
+    start = options.get("init_lora_weights", True)
+    if start not in EXPERT_STARTS:
+        raise ValueError(
+            f"init_lora_weights={start!r} with expert banks: PEFT computes it from the weight of a linear layer; {cure}"
+        )
+    for name in LINEAR_ONLY:
+        if options.get(name):
+            raise ValueError(f"{name}={options[name]!r} with expert banks: PEFT has it for linear layers only; {cure}")
+
+
+def _task_group(model: nn.Module, groups: Iterable[LoraGroup], task_type: str | None) -> list[LoraGroup]:
+    """The heads, those of exits included, that PEFT itself trains whole for a task of this type."""
+    named = {name for group in groups for name in group.saved}
+    heads = {n: m for n, m in model.named_modules() if n.endswith(TASK_HEADS) and n not in named}
+    return [LoraGroup(f"heads of {task_type}", saved=heads)] if task_type in TASK_TYPES and heads else []
 
 
 def full_path_regex(names: Sequence[str]) -> str:

@@ -6,16 +6,16 @@ Unusual here: YAML values become command-line words before `HfArgumentParser` re
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from chorus_moe.training.layouts import ALONG, LAYOUTS, MEDIA_COLUMNS
+from chorus_moe.training.yaml_files import read_yaml
 
 COLUMNS = sorted({name for names in LAYOUTS for name in names} | {*MEDIA_COLUMNS, *ALONG})
 
@@ -124,6 +124,13 @@ class Recipe(NamedTuple):
     training: TrainingArguments
 
 
+class RecipeParser(HfArgumentParser):
+    """An error is one line; argparse prints some two hundred options first."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 LAYER_GROUPS = ("attention", "cross_modal", "shared_experts", "dense")
 SECTIONS: dict[str, type] = {
     "model": ModelArguments,
@@ -145,19 +152,19 @@ def read_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             overrides alone.
 
     Raises:
-        ValueError: an unknown section or name, naming the nearest one.
+        ValueError: no YAML, an unknown section or name (naming the nearest one), or a value of another type.
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = read_sections(yaml.safe_load(Path(path).read_text(encoding="utf-8")), str(path))
+        values = read_sections(read_yaml(path), str(path))
     # In rising order of weight: for argparse the last word counts.
     words = to_words(TRAINER_SETTINGS) + to_words(values) + with_underscores(overrides)
     # Abbreviations would make a misspelt option a valid one.
-    parser = HfArgumentParser(list(SECTIONS.values()), allow_abbrev=False)
+    parser = RecipeParser(list(SECTIONS.values()), allow_abbrev=False)
     return Recipe(*parser.parse_args_into_dataclasses(args=words))
 
 
-def read_sections(sections: Any, where: str) -> dict[str, Any]:
+def read_sections(sections: object, where: str) -> dict[str, Any]:
     """The names and values of all sections, checked; a `lora` section switches LoRA on."""
     if not isinstance(sections, Mapping):
         raise ValueError(f"{where}: expected the sections {', '.join(SECTIONS)}, found {sections!r:.60}")
@@ -221,7 +228,7 @@ def field_names(kind: type) -> set[str]:
     return {f.name for f in dataclasses.fields(kind) if f.init}
 
 
-def nearest(name: str, known: Any, prefix: str = "") -> str:
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     hint = get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {prefix + hint[0]!r}?" if hint else ""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForMultimodalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
@@ -18,7 +19,7 @@ from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import RowDataset, load_rows
 from chorus_moe.training.evaluate import text_of
 from chorus_moe.training.label_smoothing import smooth_labels
-from chorus_moe.training.loading import ModelOrAdapter, load_processor
+from chorus_moe.training.loading import ModelOrAdapter, check_source, load_processor
 from chorus_moe.training.recipe import ModelArguments, Recipe, RoutingArguments
 from chorus_moe.training.resume import check_resume
 from chorus_moe.training.routing.callback import RoutingCallback
@@ -46,6 +47,9 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         raise ValueError("data.train_data is missing: a file, a folder or a Hub id")
     # Before the model is built: its weights are drawn from this seed.
     set_seed(arguments.seed)
+    if recipe.model.model_name_or_path is not None:
+        check_source(recipe.model.model_name_or_path)
+    check_trackers(arguments)
     options, eval_rows = recipe.data.to_options(), None
     train_rows = load_rows(recipe.data.train_data, recipe.data.train_split, **options)
     if recipe.data.eval_data:
@@ -86,6 +90,19 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         _publish(model, processor, metrics, trainer, counters)
     return metrics
+
+
+def check_trackers(arguments: TrainingArguments) -> None:
+    """Refuse a tracker that is not installed before anything is loaded.
+
+    Raises:
+        ValueError: naming the package to install, or an unknown tracker.
+    """
+    for tracker in get_reporting_integration_callbacks(arguments.report_to):
+        try:
+            tracker()
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f"training.report_to: {error} Or leave it out: report_to none") from error
 
 
 def new_trainer(routing: RoutingArguments, **parts: Any) -> Trainer:

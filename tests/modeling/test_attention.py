@@ -5,9 +5,12 @@ import torch
 from torch import Tensor, nn
 
 from chorus_moe import ChorusForConditionalGeneration
+from chorus_moe.modeling import attention as attention_module
+from chorus_moe.modeling import attention_masks
 from chorus_moe.modeling.attention import Attention, CrossModalAttention, ModalityProjection
 from chorus_moe.modeling.moe_plan import ModalityPlan
 from tests.conftest import moved, tiny_batch, tiny_config
+from tests.modeling.conftest import windowed_model
 
 # float32 sums in another order: worst difference of logits between backends seen over four seeds is 2.1e-7.
 ATOL = 5e-6
@@ -122,6 +125,23 @@ def test_a_bidirectional_model_reads_what_follows():
     other[0, -1] = 9 if input_ids[0, -1] != 9 else 10
     with torch.no_grad():
         assert moved(model(input_ids=input_ids).logits, model(input_ids=other).logits).all()
+
+
+@pytest.mark.parametrize("num_global", [0, 3])
+def test_a_long_input_of_a_bidirectional_model_with_windows_reads_what_follows(
+    num_global: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The chunks of a long prefill cut off what stands behind them, so they are for causal models alone."""
+    monkeypatch.setattr(attention_module, "CHUNK", 10)
+    monkeypatch.setattr(attention_masks, "WINDOWS_THAT_PAY", 2)
+    input_ids = torch.randint(5, 128, (2, 37), generator=torch.Generator().manual_seed(0))
+    options = {"is_causal": False, "num_global_tokens": num_global}
+    with torch.no_grad():
+        expected, in_blocks, by_rule = (
+            windowed_model(name, **options)(input_ids=input_ids).logits for name in ("eager", "block_local", "sdpa")
+        )
+    for found in (in_blocks, by_rule):
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(

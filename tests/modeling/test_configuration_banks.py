@@ -23,10 +23,10 @@ def bank(**values: Any) -> Any:
         ({"modalities": ["imgae"]}, "unknown modality 'imgae'; did you mean 'image'"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 must be between 1 and num_experts=8"),
         ({"num_experts": 1, "num_experts_per_tok": 1}, "num_experts=1 leaves.*shared_expert_intermediate_size"),
-        ({"num_experts": 4.0}, "num_experts=4.0 must be a whole number"),
+        ({"num_experts": 4.0}, r"num_experts=4.0 must be of type int \| list\[int\]"),
         ({"num_experts": [8, 8, 4]}, r"num_experts=\[8, 8, 4\] has 3 numbers for the 4 layers \[1, 2, 3, 4\]"),
         ({"num_experts": [8], "layers": [2, 4]}, r"num_experts=\[8\] has 1 numbers for the 2 layers \[2, 4\]"),
-        ({"num_experts": [8, True], "layers": [2, 4]}, "num_experts=True must be a whole number"),
+        ({"num_experts": [8, True], "layers": [2, 4]}, r"num_experts=\[8, True\] must be of type int \| list\[int\]"),
         ({"num_experts": [8, 1], "layers": [2, 4]}, "num_experts=1 leaves"),
         (
             {"num_experts": [8, 2], "layers": [2, 4], "num_experts_per_tok": 3},
@@ -39,7 +39,18 @@ def bank(**values: Any) -> Any:
         ({"num_groups": 8, "topk_groups": 1}, "leave 1 experts to choose num_experts_per_tok=2 from"),
         ({"expert_capacity": 0}, "expert_capacity=0 must be a positive number"),
         ({"expert_capacity": -0.5}, "expert_capacity=-0.5 must be a positive number"),
-        ({"expert_capacity": True}, "expert_capacity=True must be a positive number"),
+        ({"expert_capacity": True}, r"expert_capacity=True must be of type int \| float \| None"),
+        ({"closed": "no"}, "closed='no' must be of type bool"),
+        ({"closed": 0}, "closed=0 must be of type bool"),
+        ({"num_groups": 2.0}, "num_groups=2.0 must be of type int"),
+        ({"num_experts_per_tok": True}, "num_experts_per_tok=True must be of type int"),
+        ({"intermediate_size": "64"}, "intermediate_size='64' must be of type int"),
+        ({"modalities": "text"}, r"modalities='text' must be of type list\[str\]"),
+        ({"layers": [1.0]}, r"layers=\[1.0\] must be of type list\[int\] \| None"),
+        ({"router": ["softmax"]}, r"router=\['softmax'\] must be of type str"),
+        ({"routed_scaling_factor": float("inf")}, "routed_scaling_factor=inf must be finite"),
+        ({"bias_update_rate": float("nan")}, "bias_update_rate=nan must be finite"),
+        ({"expert_capacity": float("inf")}, "expert_capacity=inf must be finite"),
         ({"capacity_in_eval": True}, "capacity_in_eval=True needs an expert_capacity"),
         ({"adaptive_experts": True, "num_experts_per_tok": 1}, "num_experts_per_tok=1 experts, which is no choice"),
         ({"routed_scaling_factor": 0.0}, "routed_scaling_factor=0.0 must be positive"),
@@ -51,6 +62,16 @@ def bank(**values: Any) -> Any:
 def test_a_bank_that_cannot_be_built_is_refused_with_the_reason(values: dict[str, Any], message: str) -> None:
     with pytest.raises(Exception, match=f"expert bank 'common'.*: .*{message}"):
         bank(**values)
+
+
+def test_a_whole_number_stands_for_a_real_one() -> None:
+    assert bank(routed_scaling_factor=2, router_jitter_noise=0, bias_update_rate=1).routed_scaling_factor == 2
+
+
+@pytest.mark.parametrize("name", ["items", "forward", "train", "router", "base_layer", "lora_A", "modules_to_save"])
+def test_a_bank_named_like_a_part_of_torch_or_peft_is_refused(name: str) -> None:
+    with pytest.raises(Exception, match=f"expert bank '{name}': torch or PEFT uses this name"):
+        ChorusTextConfig(**TEXT, expert_banks={name: {}})
 
 
 @pytest.mark.parametrize(("router", "balance"), [("softmax", "switch"), ("attention", "switch"), ("sigmoid", "bias")])

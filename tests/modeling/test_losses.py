@@ -1,5 +1,6 @@
 """The router's losses and the alignment loss as functions: analytic values, gradients, what counts."""
 
+import math
 from typing import Any
 
 import pytest
@@ -173,6 +174,67 @@ def states(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     modality = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]])
     return torch.randn(1, 2, 8, 4, generator=generator), torch.randn(1, 1, 8, 4, generator=generator), modality
+
+
+def slow_alignment(
+    query: Tensor, key: Tensor, modality: Tensor, real: Tensor, scaling: float, is_causal: bool
+) -> tuple[float, int]:
+    """The definition with one number at a time: the loss, and over how many distributions it is the mean."""
+    _, heads, length, size = query.shape
+    values = []
+
+    def softmax(scores: list[float]) -> list[float]:
+        total = sum(math.exp(score) for score in scores)
+        return [math.exp(score) / total for score in scores]
+
+    for sample in range(len(query)):
+        for other in (1, 3):
+            places = [p for p in range(length) if real[sample, p] and modality[sample, p] == other]
+            texts = [t for t in range(length) if real[sample, t] and modality[sample, t] == 0]
+            for head in range(heads):
+
+                def score(reads: int, read: int) -> float:
+                    shared = head // (heads // key.shape[1])  # noqa: B023  called within the loop
+                    pairs = (query[sample, head, reads, c] * key[sample, shared, read, c] for c in range(size))  # noqa: B023
+                    return float(sum(pairs)) * scaling
+
+                # Of each place of the medium: its attention over the words that may see it.
+                back = {}
+                for p in places:
+                    words = [t for t in texts if not is_causal or p < t]
+                    back |= {
+                        (p, t): share for t, share in zip(words, softmax([score(p, t) for t in words]), strict=True)
+                    }
+                for t in texts:
+                    seen = [p for p in places if not is_causal or p < t]
+                    if not seen:
+                        continue
+                    there = softmax([score(t, p) for p in seen])
+                    received = [back[p, t] for p in seen]
+                    here = [share / sum(received) for share in received]
+                    middle = [(a + b) / 2 for a, b in zip(there, here, strict=True)]
+                    divergences = [
+                        sum(a * math.log(a / m) for a, m in zip(shares, middle, strict=True))
+                        for shares in (there, here)
+                    ]
+                    values.append(sum(divergences) / 2)
+    return sum(values) / len(values), len(values)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scaling", [0.25, 0.5, 2.0])
+def test_the_value_of_the_alignment_is_that_of_its_definition(scaling: float, causal: bool):
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 4, 9, 4, generator=generator), torch.randn(2, 2, 9, 4, generator=generator)
+    # Words before, between and behind media of both kinds, as many words as places or more; padding on the left.
+    modality = torch.tensor([[0, 1, 1, 0, 1, 0, 0, 3, 0], [1, 0, 1, 1, 0, 3, 3, 0, 0]])
+    real = torch.ones(2, 9, dtype=torch.bool)
+    real[1, :2] = False
+    expected, count = slow_alignment(query.double(), key.double(), modality, real, scaling, causal)
+    assert count == 4 * (10 if causal else 16)
+    found = alignment_loss(query, key, modality, real, scaling, causal)
+    # float32 against float64, at a loss of 0.05 and more.
+    assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_alignment_is_zero_when_both_directions_agree():

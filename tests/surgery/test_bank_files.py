@@ -1,14 +1,15 @@
 """A bank in a file means the same on its own base, and is refused on any other."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusForSequenceClassification
 from chorus_moe.surgery import add_bank, close_bank, load_bank, save_bank
@@ -21,6 +22,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "balance bias": {"expert_banks": {"text": {"router": "sigmoid", "num_experts": [3, 5]}, "image": {}, "common": {}}},
     "one bank": {"expert_banks": {"text": {}}},
 }
+
+
+SIZES = {"num_experts": 3, "num_experts_per_tok": 1, "intermediate_size": 32}
 
 
 def make(seed: int = 0, **text: Any) -> ChorusForConditionalGeneration:
@@ -171,6 +175,8 @@ def rewrite(path: Path, **changes: Any) -> None:
         ({"config": "[1"}, "has unreadable metadata about its bank"),
         ({"config": json.dumps({"num_experts": "many"})}, "has unreadable metadata about its bank"),
         ({"config": json.dumps({"rooter": 1})}, "unknown key 'rooter'"),
+        ({"config": json.dumps(SIZES | {"closed": "no"})}, "closed='no' must be of type bool"),
+        ({"config": json.dumps(SIZES | {"num_groups": float("inf")})}, "num_groups=inf must be of type int"),
         ({"name": "a.b"}, "must be a Python identifier"),
         ({"drop": "layers.1.mlp.banks.medical.gate.bias"}, r"gate.bias has shape None in the file, .* needs \(1,\)"),
     ],
@@ -181,6 +187,38 @@ def test_a_file_that_says_something_else_is_refused(changes: dict[str, Any], mes
     rewrite(path, **changes)
     with pytest.raises(ValueError, match=message):
         load_bank(make(), path)
+
+
+@pytest.mark.parametrize(
+    ("cast", "message"),
+    [
+        (lambda t: t.to(torch.int32), "down_proj is torch.int32 in the file"),
+        (lambda t: t > 0, "down_proj is torch.bool in the file"),
+        (
+            lambda t: t.index_fill(0, torch.tensor([1]), torch.nan),
+            "holds 2048 of 6144 values that are not finite",
+        ),
+        (
+            lambda t: t.masked_fill(t == t.max(), torch.inf).half(),
+            "holds 1 of 6144 values that are not finite",
+        ),
+    ],
+)
+def test_weights_of_another_kind_or_not_finite_are_refused_by_name(
+    cast: Callable[[Tensor], Tensor], message: str, tmp_path: Path
+):
+    path, name = tmp_path / "bank.safetensors", "layers.1.mlp.banks.medical.experts.down_proj"
+    save_bank(with_medical(), "medical", path)
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors | {name: cast(tensors[name])}, path, metadata=metadata)
+    other = make()
+    before = other.state_dict()
+    with pytest.raises(ValueError, match=message):
+        load_bank(other, path)
+    after = other.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_a_broken_file_is_refused(tmp_path: Path):

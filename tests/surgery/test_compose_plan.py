@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -264,6 +264,18 @@ def test_a_tensor_that_an_encoder_lacks_is_named(encoder: EncoderParent, llama: 
     encoder.tower.state_dict = lambda: state  # type: ignore[method-assign, assignment]
     with pytest.raises(ValueError, match=f"the encoder has no tensor '{name}'"):
         compose(llama[0], encoder)
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_a_tied_head_is_counted_once(is_stored: bool, tmp_path: Path):
+    parent = save_parent(tmp_path, tie_word_embeddings=True)
+    if is_stored:
+        tensors = load_file(tmp_path / "model.safetensors")
+        head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+        save_file(tensors | head, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    plan = plan_composition(ChorusForConditionalGeneration, tmp_path, *tiny_towers(), num_experts=4)
+    assert plan.report.parameters_before == sum(parameter.numel() for parameter in parent.parameters())
+    assert plan.report.parameters_after == sum(parameter.numel() for parameter in plan.build().parameters())
 
 
 def test_the_report_says_what_became_of_the_parts(llama: tuple[Path, Any]):

@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import nn
 
-from chorus_moe import ChorusForConditionalGeneration
+from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
 from chorus_moe.modeling.moe_banks import ChorusExperts, LinearExperts
+from chorus_moe.processors.tokenization_chorus import build_tokenizer
 from chorus_moe.surgery import export_experts, fuse_experts, parameter_report, prune_experts, unfuse_experts
 from tests.conftest import tiny_batch, tiny_config
 
@@ -112,6 +113,15 @@ def test_an_exported_checkpoint_has_one_tensor_an_expert_and_comes_back_bit_for_
     fuse_experts(loaded)
     assert_same(model, loaded)
     assert model.config.text_config.experts_layout == "fused"
+
+
+def test_an_exported_checkpoint_has_its_processor(tmp_path: Path) -> None:
+    model = make()
+    processor = ChorusProcessor.from_config(model.config, build_tokenizer(["what is it?"], 280))
+    export_experts(model, tmp_path, processor=processor)
+    loaded = ChorusProcessor.from_pretrained(tmp_path)
+    assert loaded.num_image_tokens == processor.num_image_tokens
+    assert loaded.tokenizer("what is it?").input_ids == processor.tokenizer("what is it?").input_ids
 
 
 def test_a_frozen_bank_stays_frozen() -> None:

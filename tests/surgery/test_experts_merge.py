@@ -1,5 +1,6 @@
 """Experts that are merged: copies exactly, others by use."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling.moe_banks import ExpertBank
-from chorus_moe.surgery import merge_experts
-from chorus_moe.surgery.experts_merge import best_permutation, cluster, expert_neurons
+from chorus_moe.surgery import merge_experts, prune_experts
+from chorus_moe.surgery.experts_merge import aligned_cosines, best_permutation, cluster, expert_neurons
 from tests.conftest import tiny_batch, tiny_config
 
 
@@ -75,6 +76,76 @@ def test_without_alignment_permuted_copies_would_not_merge() -> None:
     neurons = expert_neurons(bank)
     assert not torch.allclose((neurons[1] + neurons[4]) / 2, neurons[1])
     assert torch.equal(neurons[4][best_permutation(neurons[4], neurons[1])], neurons[1])
+
+
+def swiglu(expert: Any, x: torch.Tensor) -> torch.Tensor:
+    """An expert by its three matrices."""
+    gate, up, down = expert
+    return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def matrices(bank: ExpertBank, expert: int) -> tuple[torch.Tensor, ...]:
+    gate, up = bank.experts.gate_up_proj.data[expert].double().chunk(2)
+    return gate, up, bank.experts.down_proj.data[expert].double()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_likeness_is_the_cosine_in_the_best_of_all_orders_whatever_the_norms(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    neurons_EIF = torch.randn(4, 4, 6, dtype=torch.float64, generator=generator)
+    neurons_EIF[1] *= scale
+    neurons_EIF[2] = neurons_EIF[0][[2, 0, 3, 1]] * scale
+    neurons_EIF[3] = 0
+    found = aligned_cosines(neurons_EIF)
+    for a, b in itertools.combinations(range(3), 2):
+        first, second = neurons_EIF[a], neurons_EIF[b]
+        every = [(first * second[list(order)]).sum().item() for order in itertools.permutations(range(4))]
+        cosine = max(every) / (first.square().sum() * second.square().sum()).sqrt().item()
+        assert found[a, b].item() == found[b, a].item() == pytest.approx(cosine, rel=1e-12)
+    assert found[0, 2].item() == pytest.approx(1.0)
+    assert found[3, :3].tolist() == [0.0, 0.0, 0.0]  # and not NaN
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.0])
+@pytest.mark.parametrize("used", [None, [1.0, 1.0, 1.0, 1.0, 3.0, 1.0], [1.0, 0.0, 0.0, 1.0, 0.0, 0.0]])
+def test_a_faint_or_empty_expert_merges_by_use_and_not_by_norm(scale: float, used: list[float] | None) -> None:
+    model = make()
+    bank = bank_of(model)
+    # Experts 1 and 4 are alike in all but their size, of both the router knows the same.
+    copy_expert(bank, 1, 4, seed=0)
+    for weight in (bank.experts.gate_up_proj, bank.experts.down_proj):
+        weight.data[4] *= scale
+    big = matrices(bank, 1)
+    usage = None if used is None else {1: {"common": torch.tensor(used)}}
+    report = merge_experts(model, "common", {1: 5}, usage, similarity="router")
+    assert report.notes == ["common, layer 1: merged 1+4"]
+    # The same neurons, each the mean of itself and itself times the scale; nothing used counts as equal use.
+    shares = (
+        (0.5, 0.5) if used is None or used[1] == 0 else (used[1] / (used[1] + used[4]), used[4] / (used[1] + used[4]))
+    )
+    mean = [weight * (shares[0] + shares[1] * scale) for weight in big]
+    x = torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    # An expert of zeros has neurons in no order, so it is the computed function that is compared.
+    torch.testing.assert_close(swiglu(matrices(bank, 1), x), swiglu(mean, x), rtol=1e-5, atol=1e-8)
+
+
+def test_a_bank_of_zeros_merges_to_zeros() -> None:
+    model = make()
+    bank = bank_of(model)
+    for weight in (bank.experts.gate_up_proj, bank.experts.down_proj, bank.router.weight):
+        weight.data.zero_()
+    merge_experts(model, "common", {1: 2})
+    assert all(not weight.any() for weight in (bank.experts.gate_up_proj, bank.experts.down_proj, bank.router.weight))
+
+
+def test_counts_from_before_experts_were_pruned_are_refused_by_name() -> None:
+    model = make()
+    counts = {layer: {"common": torch.arange(6.0)} for layer in (1, 2)}
+    prune_experts(model, {"common": 4}, counts)
+    with pytest.raises(
+        ValueError, match=r"have shape \(6,\) for 4 experts; scores from before experts were pruned, mer"
+    ):
+        merge_experts(model, "common", 3, counts)
 
 
 def test_clusters_join_the_most_alike_in_the_mean() -> None:

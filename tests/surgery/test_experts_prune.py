@@ -119,6 +119,14 @@ def test_the_report_says_which_settings_change_outputs_all_the_same(settings: di
     assert not any(words in note for note in prune_experts(make(), {"text": 12}, scores).notes)
 
 
+def test_a_bank_that_loses_nothing_says_so() -> None:
+    scores = {layer: {"text": torch.ones(14), "common": torch.arange(4.0)} for layer in (1, 2)}
+    model = make(adaptive_experts=True)
+    report = prune_experts(model, {"text": "used", "common": {1: 3}}, scores)
+    nothing = [f"text, layer {layer}: nothing was taken away, all 14 experts stay" for layer in (1, 2)]
+    assert report.notes == [*nothing, "common, layer 1: what was taken away had 0.0% of the scores"]
+
+
 def test_groups_lose_as_many_experts_each() -> None:
     model = make(num_groups=2)
     weight = router(model).weight.clone()
@@ -175,7 +183,7 @@ GOOD = {layer: {"text": torch.arange(14.0), "common": torch.arange(4.0)} for lay
         ({"text": "unused"}, GOOD, "keep='unused' is neither"),
         ({"text": {0: 3}}, GOOD, r"layer 0 does not hold bank 'text', which is in \[1, 2\]"),
         ({"text": 3}, {1: GOOD[1]}, "scores of bank 'text', layer 2 are missing"),
-        ({"text": 3}, {1: GOOD[1], 2: {"text": torch.ones(4)}}, r"layer 2 have shape \(4,\) for 14 experts"),
+        ({"text": 3}, {1: GOOD[1], 2: {"text": torch.ones(4)}}, r"layer 2 have shape \(4,\) for 14 exp.*measure"),
         ({"text": 3}, {1: GOOD[1], 2: {"text": torch.full((14,), torch.nan)}}, "layer 2 are not finite"),
         ({"common": 3, "text": 1}, GOOD, "expert bank 'text': num_experts=1 leaves"),
     ],

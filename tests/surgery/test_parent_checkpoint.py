@@ -149,7 +149,7 @@ def test_a_repository_in_the_cache_needs_no_network(on_hub, fake_hub):
     assert not fake_hub.requests
 
 
-@pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "../nowhere"])
+@pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "../nowhere", "nowhere"])
 def test_a_mistyped_folder_is_not_taken_for_a_repository(source: str):
     with pytest.raises(FileNotFoundError, match=f"{source}: no such folder"):
         ParentCheckpoint(source)

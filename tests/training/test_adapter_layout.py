@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.surgery import unfuse_experts
-from chorus_moe.training.adapter_layout import WEIGHTS, convert_adapter, fuse_adapter, unfuse_adapter
+from chorus_moe.training.adapter_layout import WEIGHTS, convert_adapter, fuse_adapter, swap_adapter, unfuse_adapter
 from chorus_moe.training.lora import lora_config
 from tests.conftest import tiny_batch, tiny_config
 
@@ -49,6 +49,35 @@ def test_the_adapter_of_linear_experts_says_the_same(tmp_path: Path) -> None:
     assert not torch.allclose(plain, before, atol=1e-2)
     # Float32 sums in another order, at logits of about 1.
     torch.testing.assert_close(logits_of(linear), before, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [{"banks": "all"}, {"banks": "all", "attention": True}, {"attention": True}])
+@pytest.mark.parametrize(("first", "second"), [(4, 2), (2, 4), (3, 3)])
+def test_an_adapter_of_another_rank_takes_the_place_of_one(
+    first: int, second: int, groups: dict[str, Any], tmp_path: Path
+) -> None:
+    expected = {}
+    for rank in {first, second}:
+        torch.manual_seed(rank)
+        config = lora_config(make(), r=rank, lora_alpha=3 * rank, verbose=False, init_lora_weights=False, **groups)
+        adapted = get_peft_model(make(), config).eval()
+        adapted.save_pretrained(tmp_path / str(rank))
+        expected[rank] = logits_of(adapted)
+    model = PeftModel.from_pretrained(make(), tmp_path / str(first)).eval()
+    swap_adapter(model, tmp_path / str(second))
+    # Zeros beside the rank change the order of float32 sums, at logits of about 1.
+    torch.testing.assert_close(logits_of(model), expected[second], rtol=0, atol=1e-5)
+
+
+def test_an_adapter_that_cannot_take_the_place_leaves_the_old_one(tmp_path: Path) -> None:
+    adapt(make(), tmp_path / "wide")
+    adapted = get_peft_model(make(), lora_config(make(), r=4, verbose=False, banks="all", init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "old")
+    model = PeftModel.from_pretrained(make(), tmp_path / "old").eval()
+    before = logits_of(model)
+    with pytest.raises(RuntimeError, match="unexpected keys found"):
+        swap_adapter(model, tmp_path / "wide")
+    assert torch.equal(logits_of(model), before)
 
 
 def test_there_and_back_is_the_same_bits_and_loads(tmp_path: Path) -> None:

@@ -1,17 +1,24 @@
 """The commands: what they print, and errors in one line."""
 
 import json
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
+import torch
+import transformers
 from PIL import Image
+from safetensors import safe_open
 from typer.testing import CliRunner
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
 from chorus_moe.training import cli
+from chorus_moe.training import train as training
 from tests.training.test_data import PLAIN, SOUND, write_jsonl
 from tests.training.test_train import recipe  # noqa: F401  a fixture
 
@@ -68,12 +75,170 @@ def test_a_command_of_the_program_knows_the_auto_classes(folder: Path) -> None:
     assert as_program(words, check) == "chorus"
 
 
-def test_an_error_of_the_users_making_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "none.json"
-    monkeypatch.setattr(sys, "argv", ["chorus-moe", "inspect", str(path)])
+def error_of(monkeypatch: pytest.MonkeyPatch, *words: object) -> str:
+    """The one line that the program ends with."""
+    monkeypatch.setattr(sys, "argv", ["chorus-moe", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
-    assert stop.value.code == f"chorus-moe: FileNotFoundError: no configuration at '{path}'"
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
+    return stop.value.code
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(1)}, folder / "pytorch_model.bin")
+
+
+# What is wrong with the folder of a model -> the error of a command that loads it.
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "activation": (lambda f: change_config(f, hidden_act="silou"), "hidden_act 'silou'; did you mean 'silu'"),
+    "rope": (
+        lambda f: change_config(f, rope_parameters={"rope_type": "yarm"}),
+        "rope_type 'yarm'; did you mean 'yarn'",
+    ),
+    "rope without a factor": (
+        lambda f: change_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+        "ChorusTextConfig: Missing required keys in `rope_parameters` for 'rope_type'='yarn': {'factor'}",
+    ),
+    "type": (lambda f: change_config(f, hidden_size="big"), "Field 'hidden_size' expected int, got str"),
+    "size": (lambda f: change_config(f, num_hidden_layers=-1), "num_hidden_layers=-1 is outside 1..4096"),
+    "bank": (
+        lambda f: change_config(f, expert_banks={"items": {}}),
+        "expert bank 'items': torch or PEFT uses this name",
+    ),
+    "weights": (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "a .safetensors file is damaged or cut short"),
+    "pickle": (pickled, "no file named model.safetensors"),
+    "template": (
+        lambda f: (f / "chat_template.jinja").write_text("{% for x in messages %}{{ x."),
+        "TemplateSyntaxError: the chat template is wrong",
+    ),
+    "template asks": (
+        lambda f: (f / "chat_template.jinja").write_text("{{ messages.a.b }}"),
+        "UndefinedError: the chat template asks for what the conversation lacks",
+    ),
+    "template refuses": (
+        lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no system turns') }}"),
+        "TemplateError: the chat template refuses the conversation: no system turns",
+    ),
+    "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "the files of its tokenizer lack 'added_tokens'"),
+    "configuration": (lambda f: (f / "config.json").write_text("{"), "is not a valid JSON file"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_model_is_one_line(case: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, message = BROKEN[case]
+    change(folder)
+    assert message in error_of(monkeypatch, "generate", "--model", folder, "--text", "what is it?")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--learning_rate", "fast"), "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        (("--optim", "adamm"), "argument --optim: invalid choice: 'adamm'"),
+        (("--report_to", "nonsense"), "nonsense is not supported, only"),
+        (("--train_data", "cut.jsonl"), "cut.jsonl: no readable .jsonl file: JSON parse error"),
+        (("--train_data", "cut.parquet"), "cut.parquet: no readable .parquet file: Parquet magic bytes"),
+        (("--model_name_or_path", "modle"), "no model at 'modle': there is no such folder"),
+    ],
+)
+def test_a_recipe_that_asks_for_what_is_not_there_is_one_line(
+    words: tuple[str, str],
+    message: str,
+    recipe: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("cut.jsonl", "cut.parquet"):
+        Path(name).write_text('{"messages": [')
+    assert message in error_of(monkeypatch, "train", "--config", recipe, "--output_dir", tmp_path / "new", *words)
+
+
+def test_a_tracker_that_is_not_installed_is_one_line_before_any_work(
+    recipe: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transformers.integrations.integration_utils, "is_wandb_available", lambda: False)
+    monkeypatch.setattr(training, "load_rows", None)
+    message = error_of(monkeypatch, "train", "--config", recipe, "--report_to", "wandb")
+    assert "WandbCallback requires wandb to be installed. Run `pip install wandb`" in message
+
+
+@pytest.mark.parametrize(
+    ("command", "source"),
+    [
+        *(("inspect", name) for name in ("modle", "tests/modle", "a/b/c", "./modle", "model.json")),
+        *((command, "modle") for command in ("generate", "doctor", "export", "evaluate", "routing", "compose")),
+    ],
+)
+def test_a_mistyped_folder_is_no_name_on_the_hub(
+    command: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    data = write_jsonl(tmp_path / "test.jsonl", [{"messages": PLAIN}])
+    words = {
+        "generate": ("--model", source, "--text", "hi"),
+        "inspect": (source,),
+        "doctor": (source,),
+        "export": (source, tmp_path / "out"),
+        "evaluate": ("--model", source, "--data", data),
+        "routing": ("--model", source, "--data", data, "--out", tmp_path / "out"),
+        "compose": ("--text", source, "--out", tmp_path / "out"),
+    }
+    monkeypatch.setattr(socket.socket, "connect", None)
+    assert "no such folder" in error_of(monkeypatch, command, *words[command])
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr("chorus_moe.training.inspect_model.inspect_model", fail)
+    monkeypatch.setattr(sys, "argv", ["chorus-moe", "inspect", "x"])
+    with pytest.raises(KeyError, match="ours"):
+        cli.main()
+
+
+def test_the_commands_say_where_the_model_is_and_in_what_numbers(folder: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "test.jsonl", [{"messages": PLAIN}])
+    choice = ["--device", "cpu", "--dtype", "bfloat16"]
+    for words in (
+        ["generate", "--model", folder, "--text", "what is it?", "--max-new-tokens", 1],
+        ["evaluate", "--model", folder, "--data", data, "--max-new-tokens", 1, "--json"],
+        ["routing", "--model", folder, "--data", data, "--out", tmp_path / "routing"],
+        ["doctor", folder, "--check", "tensors"],
+        ["export", folder, tmp_path / "export"],
+    ):
+        result = CliRunner().invoke(cli.app, [str(word) for word in [*words, *choice]], catch_exceptions=False)
+        assert f"{folder}: on cpu, in bfloat16\n" in result.stderr, words
+        assert "bfloat16" not in result.stdout, words
+    with safe_open(tmp_path / "export" / "model.safetensors", framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} <= {torch.bfloat16, torch.int64}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (("--device", "gpu"), "unknown device 'gpu'; choose from ['cpu'"),
+        (("--device", "meta"), "there is no device 'meta' here; choose from ['cpu'"),
+        (("--device", "cuda:99"), "there is no device 'cuda:99' here; choose from ['cpu'"),
+        (("--dtype", "int8"), "--dtype 'int8'; choose from auto, float32, bfloat16, float16"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "doctor"])
+def test_a_device_or_dtype_that_is_not_there_is_refused(
+    command: str, choice: tuple[str, str], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {"generate": ("--model", folder, "--text", "hi"), "doctor": (folder,)}
+    assert message in error_of(monkeypatch, command, *words[command], *choice)
 
 
 def test_inspect_prints_a_table_or_json(folder: Path, model: ChorusForConditionalGeneration) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import binom
+from scipy.optimize import minimize_scalar
+from scipy.special import xlogy
+from scipy.stats import binom, norm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from chorus_moe import ChorusForSequenceClassification
@@ -108,6 +110,25 @@ def test_the_p_value_falls_with_won_rows_and_rises_with_lost_ones():
     values = [p_value(lost, won, 2000, 0.005) for lost, won in ((0, 0), (2, 0), (4, 0), (4, 4), (6, 4), (40, 0))]
     assert values[1] < values[2] and values[3] < values[2] and values[3] < values[4]
     assert 0 < values[0] < 0.01 and values[5] > 0.999
+
+
+@pytest.mark.parametrize("drop", [0.005, 0.05, 0.3])
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (3, 0), (0, 3), (7, 4), (40, 12), (60, 60)])
+def test_the_p_value_is_that_of_a_score_test_with_a_likelihood_maximised_by_scipy(lost: int, won: int, drop: float):
+    """Rows are lost, won or neither. Under the null hypothesis the rates of the first two differ by `drop`."""
+    rows = 700
+    kept = rows - lost - won
+
+    def unlikelihood(rate: float) -> float:
+        return -(xlogy(lost, rate + drop) + xlogy(won, rate) + xlogy(kept, 1 - 2 * rate - drop))
+
+    limits = (0.0, (1 - drop) / 2)
+    rate = minimize_scalar(unlikelihood, bounds=limits, method="bounded", options={"xatol": 1e-14}).x
+    # The variance of lost - won: each row adds 1, -1 or 0.
+    rates = [rate + drop, rate, 1 - 2 * rate - drop]
+    mean, square = drop, rates[0] + rates[1]
+    found = norm.cdf(lost + 0.5 - won, loc=rows * mean, scale=math.sqrt(rows * (square - mean**2)))
+    assert p_value(lost, won, rows, drop) == pytest.approx(found, rel=1e-4)
 
 
 def test_few_rows_cannot_promise_a_small_drop():

@@ -8,8 +8,9 @@ from peft import get_peft_model
 from torch import nn
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
+from chorus_moe.training import loading
 from chorus_moe.training.collator import ChorusDataCollator
-from chorus_moe.training.loading import base_model, load_model
+from chorus_moe.training.loading import base_model, find_device, load_model
 from chorus_moe.training.lora import lora_config
 from tests.training.conftest import make_rows
 
@@ -45,3 +46,39 @@ def test_a_model_and_an_adapter_on_it_load(
         load_model(tmp_path / "adapter")
     moved, _ = load_model(tmp_path / "adapter", base=str(tmp_path / "moved"))
     assert torch.equal(logits(moved, batch), logits(adapted, batch))
+
+
+def test_a_model_goes_to_an_accelerator_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert find_device() == torch.device("cpu")
+    found = torch.device("cuda")
+    assert find_device() == found
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("cuda:1") == torch.device("cuda:1")
+    for name in ("cuda:2", "mps"):
+        with pytest.raises(
+            ValueError, match=rf"there is no device '{name}' here; choose from \['cpu', 'cuda:0', 'cuda"
+        ):
+            find_device(name)
+
+
+def test_weights_that_are_not_finite_are_named_at_load(
+    model: ChorusForConditionalGeneration,
+    processor: ChorusProcessor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(loading.logger, "warning", said.append)
+    processor.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    load_model(tmp_path)
+    assert said == []
+    model.lm_head.weight.data[0, 0] = torch.nan
+    model.model.language_model.norm.weight.data[1] = torch.inf
+    model.save_pretrained(tmp_path)
+    load_model(tmp_path)
+    assert len(said) == 1
+    assert "2 weights hold NaN or infinity, the first is model.language_model.norm.weight" in said[0]

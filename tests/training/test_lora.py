@@ -1,6 +1,7 @@
 """A LoRA group trains exactly the tensors it names, and adapters survive saving, loading and merging."""
 
 import hashlib
+from copy import deepcopy
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
@@ -129,11 +130,44 @@ def test_the_table_gives_group_modules_trainable_and_share(
     assert [line[-3] for line in lines[1:]] == ["4", "4", "8"]
 
 
-def test_a_rank_pattern_is_counted(model: ChorusForConditionalGeneration, capsys: pytest.CaptureFixture[str]) -> None:
-    pattern = {"language_model.layers.0.self_attn.q_proj": 2}
-    adapted = get_peft_model(model, lora_config(model, attention=True, r=4, rank_pattern=pattern))
+# Names of a layer's matrices as users write them: whole, below the head, their ends, and patterns.
+@pytest.mark.parametrize(
+    "key",
+    [
+        "language_model.layers.0.self_attn.q_proj",
+        "model.language_model.layers.0.self_attn.q_proj",
+        "^model.language_model.layers.0.self_attn.q_proj",
+        "model.language_model.layers.1.mlp.banks.text.experts.down_proj",
+        "language_model.layers.1.mlp.banks.text.experts.down_proj",
+        "down_proj",
+        r".*\.layers\.1\..*",
+    ],
+)
+def test_a_rank_pattern_is_counted(
+    key: str, model: ChorusForConditionalGeneration, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = []
+    for head in (model, ChorusModel(model.config)):
+        for pattern in ({}, {key: 2}):
+            adapted = get_peft_model(
+                deepcopy(head), lora_config(head, attention=True, banks="all", r=4, rank_pattern=pattern)
+            )
+            counts.append(sum(p.numel() for p in adapted.parameters() if p.requires_grad))
+            assert f"{counts[-1]:,}" in capsys.readouterr().out.splitlines()[-1]
+    # The bare model has no `model.` in front of its names, so such a key matches nothing there.
+    assert counts[1] < counts[0] and (counts[3] < counts[2]) == ("model.language" not in key.removeprefix("language_"))
+
+
+@pytest.mark.parametrize("exits", [False, True])
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", None])
+def test_the_table_has_the_heads_that_peft_trains_for_a_task(
+    exits: bool, task_type: str | None, grown: ChorusForSequenceClassification, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapted = get_peft_model(grown, lora_config(grown, attention=True, exits=exits, task_type=task_type))
+    table = capsys.readouterr().out
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    assert f"{trained:,}" in capsys.readouterr().out
+    assert f"{trained:,}" in table.splitlines()[-1]
+    assert (f"heads of {task_type}" in table) == (task_type is not None)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +184,13 @@ def test_a_rank_pattern_is_counted(model: ChorusForConditionalGeneration, capsys
         ({"dense": True, "exits": True}, "the group 'exits' matches nothing in this model"),
         ({}, "no group to put a LoRA on"),
         ({"banks": "all", "lora_dropout": 0.1}, "lora_dropout=0.1 with expert banks"),
+        ({"banks": "all", "use_dora": True}, "use_dora=True with expert banks: PEFT has it for linear layers only"),
+        ({"banks": "all", "lora_bias": True}, "lora_bias=True with expert banks"),
+        ({"banks": "all", "fan_in_fan_out": True}, "fan_in_fan_out=True with expert banks"),
+        *(
+            ({"banks": "all", "init_lora_weights": start}, f"init_lora_weights='{start}' with expert banks.*unfuse_exp")
+            for start in ("pissa", "pissa_niter_2", "olora", "orthogonal", "eva", "corda", "loftq")
+        ),
     ],
 )
 def test_a_request_that_cannot_be_met_names_what_exists(

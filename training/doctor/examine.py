@@ -20,24 +20,24 @@ from chorus_moe.training.doctor.checks import CHECKS, COPYING, Check, name_of
 from chorus_moe.training.doctor.finding import VERDICTS, Finding
 from chorus_moe.training.doctor.inputs import Patient
 from chorus_moe.training.doctor.state import left_as_found
-from chorus_moe.training.loading import base_model, load_model
+from chorus_moe.training.loading import base_model, find_device, load_model
 
 WIDTH, EXPLANATION = 120, 100
 
 
-def load_patient(source: str, base: str | None = None, dtype: str | None = None, device: str = "cpu") -> Patient:
-    """The model, its adapter if it is one, and its processor.
+def load_patient(source: str, base: str | None = None, dtype: str = "auto", device: str | None = None) -> Patient:
+    """The model, its adapter if it is one, and its processor, on an accelerator if there is one and none is named.
 
     Raises:
-        ValueError: a checkpoint that is not generative: its head would be a fresh one.
+        FileNotFoundError: there is no such model.
+        ValueError: no such device here, or a checkpoint that is not generative: its head would be a fresh one.
     """
-    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    model, processor = load_model(source, base=base, **options)
+    model, processor = load_model(source, base=base, device=find_device(device), dtype=dtype)
     saved_as, wanted = base_model(model).config.architectures or [], ChorusForConditionalGeneration.__name__
     # Configurations written by hand name no class.
     if saved_as and wanted not in saved_as:
         raise ValueError(f"{source!r} was saved as {saved_as[0]}; the doctor examines {wanted} and adapters on one")
-    return Patient(model.to(device), processor, source)
+    return Patient(model, processor, source)
 
 
 def chosen_checks(names: Collection[str] = (), is_quick: bool = False) -> list[Check]:

@@ -22,6 +22,7 @@ from chorus_moe.training.doctor.finding import Finding, compared, counted, diffe
 from chorus_moe.training.doctor.inputs import ANSWER, Batch, Patient
 from chorus_moe.training.doctor.state import nan_memory
 from chorus_moe.training.hub import export_for_hub
+from chorus_moe.training.loading import is_finite
 
 EXPORT_SECONDS = 600
 
@@ -29,7 +30,7 @@ EXPORT_SECONDS = 600
 def tensors(patient: Patient) -> Finding:
     """No NaN or infinity, no weight that is zero all over, and computed buffers as they are computed."""
     faults = [
-        f"{name} holds NaN or infinity" for name, tensor in _state(patient.model).items() if not _is_finite(tensor)
+        f"{name} holds NaN or infinity" for name, tensor in _state(patient.model).items() if not is_finite(tensor)
     ]
     for name, module in patient.decoder.named_modules():
         # Not stored in a checkpoint, so nothing but this check would notice that they were not rebuilt.
@@ -55,10 +56,6 @@ def tensors(patient: Patient) -> Finding:
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     return {**model.state_dict(), **dict(model.named_buffers())}
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def _computed_buffers(module: Any) -> dict[str, Tensor]:

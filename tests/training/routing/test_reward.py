@@ -1,5 +1,6 @@
 """Rewarded routers: the gradient is that of REINFORCE, it reaches routers alone, and it moves what no loss can."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,39 @@ def test_the_gradient_is_that_of_reinforce() -> None:
     expected = -gain_T1 * (F.one_hot(drawn_T, 4) - logits_TE.detach().softmax(dim=-1)) / 5
     # float32 arithmetic in another order; worst difference seen is 3e-8.
     torch.testing.assert_close(logits_TE.grad, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(0, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)])
+def test_a_bank_without_rows_adds_a_zero_with_a_graph(mask: Tensor) -> None:
+    """No row at all, or padding only: the mean is over the bank that had any."""
+    torch.manual_seed(0)
+
+    def routing(mask_R: Tensor) -> tuple[Tensor, BankRouting]:
+        logits = torch.randn(len(mask_R), 4, requires_grad=True)
+        index, ones = torch.zeros(len(mask_R), 1, dtype=torch.long), torch.ones(len(mask_R))
+        log_probs = logits.log_softmax(dim=-1)[:, 0]
+        rows = torch.arange(len(mask_R))
+        return logits, BankRouting(logits, ones[:, None], index, mask_R, ones, rows, log_probs=log_probs)
+
+    gain = torch.randn(1, 3)
+    (full_logits, full), (none_logits, none) = routing(torch.ones(3, dtype=torch.bool)), routing(mask)
+    expected = -(gain[0] * full.log_probs).mean()
+    loss = policy_gradient_loss([{"full": full, "none": none}], gain, ["full", "none"])
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert full_logits.grad.any() and not none_logits.grad.any() and none_logits.grad.isfinite().all()
+    alone = policy_gradient_loss([{"none": routing(mask)[1]}], gain, ["none"])
+    assert alone.item() == 0.0 and alone.requires_grad
+
+
+def test_steps_leave_no_graph_behind(tmp_path: Path) -> None:
+    """What the log sums up over steps must not hold the graph of each of them."""
+    trainer = reward_trainer(make(), tmp_path, token_rows(4))
+    trainer.create_accelerator_and_postprocess()
+    for _ in range(2):
+        gradients(trainer, stack(token_rows(4)))
+    gc.collect()
+    assert not [value for value in gc.get_objects() if issubclass(type(value), Tensor) and value.grad_fn is not None]
 
 
 def gradients(trainer: Any, batch: dict[str, Tensor], seed: int = 3) -> dict[str, Tensor]:
