@@ -1,7 +1,7 @@
 """This checkout against another one: the same benchmarks, process after process in turns, cases side by side.
 
-Run as `python -m benchmarks.against ../before --benchmarks decode sparse_layer --turns 3`. Everything after `--` goes
-to the benchmarks. A line a case gives the median over the turns of this checkout's time over the other's, for ours and
+Run as `python -m benchmarks.against ../before --benchmarks decode sparse_layer --turns 3`. Options that
+it does not know go to the benchmarks. A line a case gives the median over the turns of this checkout's time over the other's, for ours and
 for each peer that both measured: a peer's code is the same in both, so how far its figure is from 1 says how far the
 machine drifted. Above 1, this checkout takes longer.
 """
@@ -44,10 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
     measured = ["decode", "sparse_layer", "routing_options", "train_step"]
     commands.add_argument("--benchmarks", nargs="+", default=measured, help="programs of this folder")
     commands.add_argument("--turns", type=int, default=3, help="processes of each checkout (default 3)")
-    commands.add_argument("options", nargs="*", help="options of the benchmarks, after `--`")
-    parsed = commands.parse_args(arguments)
+    parsed, others = commands.parse_known_args(arguments)
     common = [f"--threads={parsed.threads}", f"--rounds={parsed.rounds}", f"--dtype={parsed.dtype}"]
-    common += ["--quick"] * parsed.quick + parsed.options
+    common += ["--quick"] * parsed.quick + others
     written: Cases = {}
     for benchmark in parsed.benchmarks:
         ratios: dict[str, dict[str, list[float]]] = {}
