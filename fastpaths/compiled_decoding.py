@@ -293,7 +293,8 @@ def _settings(value: Any) -> Any:
         return tuple((str(key), _settings(entry)) for key, entry in value.items())
     if isinstance(value, list | tuple | set | frozenset):
         return tuple(_settings(entry) for entry in value)
-    return repr(value) if is_dataclass(value) else type(value)
+    # A configuration is in `_signature` already, and slow to print.
+    return repr(value) if is_dataclass(value) and not isinstance(value, PreTrainedConfig) else type(value)
 
 
 def _obstacle(model: Any) -> str:
