@@ -142,6 +142,8 @@ def test_a_broken_model_is_one_line(case: str, folder: Path, monkeypatch: pytest
     ("words", "message"),
     [
         (("--learning_rate", "fast"), "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        (("--train_sampling_strategy", "group_by_length"), "no length before the collator makes tokens of them"),
+        (("--train_sampling_strategy", "batch_rebalance"), "train_sampling_strategy='batch_rebalance': a row is text"),
         (("--optim", "adamm"), "argument --optim: invalid choice: 'adamm'"),
         (("--report_to", "nonsense"), "nonsense is not supported, only"),
         (("--train_data", "cut.jsonl"), "cut.jsonl: no readable .jsonl file: JSON parse error"),
