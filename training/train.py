@@ -50,7 +50,7 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         raise ValueError("data.train_data is missing: a file, a folder or a Hub id")
     # Before the model is built: its weights are drawn from this seed.
     set_seed(arguments.seed)
-    if recipe.model.model_name_or_path is not None:
+    if recipe.model.model_name_or_path is not None and recipe.model.config is None:
         check_source(recipe.model.model_name_or_path)
     check_arguments(arguments)
     options, eval_rows = recipe.data.to_options(), None

@@ -141,7 +141,7 @@ def test_a_vision_tower_that_cannot_be_built_is_refused(values: dict[str, Any], 
         ({"imagetoken_id": 3}, "unknown key 'imagetoken_id'; did you mean 'image_token_id'"),
         ({"image_token_id": 128}, "image_token_id=128 is outside the vocabulary of 128 tokens"),
         ({"image_token_id": 4}, "image_token_id and audio_token_id are both 4"),
-        ({"audio_token_id": None}, "audio_token_id is None but the model has a.? audio tower"),
+        ({"audio_token_id": None}, "audio_token_id is None but the model has a tower for audio"),
         ({"projection_dim": 0}, "projection_dim=0 is outside"),
     ],
 )
