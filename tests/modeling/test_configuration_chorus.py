@@ -243,3 +243,15 @@ def test_a_tied_head_is_tied_wherever_it_is_asked_for(tmp_path: Path) -> None:
     old = ChorusForConditionalGeneration.from_pretrained(tmp_path / "old")
     assert torch.equal(old.lm_head.weight, untied.lm_head.weight)
     assert not torch.equal(old.lm_head.weight, old.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("text_config", "rms_norm_eps"), ("text_config", "router_aux_loss_coef"), ("audio_config", "dropout")],
+)
+def test_a_number_that_is_not_finite_is_named(part: str, name: str, value: float) -> None:
+    values = tiny_config().to_dict()
+    values[part][name] = value
+    with pytest.raises(Exception, match=f"{name}={value} must be finite"):
+        ChorusConfig(**values)
