@@ -58,7 +58,7 @@ class LocalMask:
         )
 
 
-def is_packed(attention_mask: Any, position_ids: Tensor | None) -> bool:
+def is_packed(attention_mask: object, position_ids: Tensor | None) -> bool:
     """Whether positions restart within a row, which then holds several sequences; a mask says otherwise."""
     return (
         attention_mask is None and position_ids is not None and find_packed_sequence_indices(position_ids) is not None

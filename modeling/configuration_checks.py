@@ -1,6 +1,7 @@
 """What every configuration checks before anything is allocated; every error names the field and both numbers."""
 
 from difflib import get_close_matches
+from math import isfinite
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
@@ -44,6 +45,10 @@ def refuse_unknown_keys(config: PreTrainedConfig, keys: dict[str, Any]) -> None:
 
 
 def check_range(config: PreTrainedConfig, limits: dict[str, tuple[int, int]]) -> None:
+    """Every number of the configuration is finite, and some lie within their limits."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"{type(config).__name__}: {name}={value} must be finite")
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:

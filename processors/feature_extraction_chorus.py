@@ -14,7 +14,7 @@ Shape suffixes: N windows, F frames, M mel bins.
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -100,7 +100,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
 
     @classmethod
-    def from_dict(cls, feature_extractor_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, feature_extractor_dict: dict[str, Any], **kwargs: Any) -> Self:
         saved = feature_extractor_dict.get("max_audio_seconds", 0)
         if isinstance(saved, int | float) and saved > MAX_AUDIO_SECONDS and "max_audio_seconds" not in kwargs:
             logger.warning(
@@ -129,7 +129,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         full, rest = divmod(frames, self.window_frames)
         return [self.window_frames] * full + [rest] * bool(rest)
 
-    def load(self, clip: Any, place: MediaPlace, sampling_rate: int | None = None) -> np.ndarray:
+    def load(self, clip: object, place: MediaPlace, sampling_rate: int | None = None) -> np.ndarray:
         """One checked mono clip (samples,) in float32 at the model's rate.
 
         Args:
@@ -225,7 +225,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         resampled = soxr.resample(samples, rate, self.sampling_rate)[:length]
         return np.pad(resampled, (0, length - len(resampled))).astype(np.float32)
 
-    def fetch_audio(self, audio_url_or_urls: Any, sampling_rate: int | None = None) -> Any:
+    def fetch_audio(self, audio_url_or_urls: object, sampling_rate: int | None = None) -> object:
         """Decode paths and bytes in a (nested) list into dicts with 'array' and 'sampling_rate'; called by pipelines.
 
         Arrays and dicts pass unchanged. Nothing is fetched from the network.
@@ -327,7 +327,7 @@ def mel_spectrogram(sampling_rate: int, n_fft: int, hop_length: int, num_mel_bin
         )  # fmt: skip
 
 
-def is_clip(item: Any) -> bool:
+def is_clip(item: object) -> bool:
     """Whether `item` is one clip, not a list of clips."""
     if isinstance(item, (list, tuple)):
         # A list of numbers is one clip, any other list is a list of clips.

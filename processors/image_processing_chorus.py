@@ -79,21 +79,20 @@ class ChorusImageProcessor(TorchvisionBackend):
         return output
 
     def load(
-        self, image: Any, place: MediaPlace, do_rescale: bool | None = None, input_data_format: Any = None
+        self, image: object, place: MediaPlace, do_rescale: bool | None = None, input_data_format: str | None = None
     ) -> ImageInput:
         """Decode one image within the limits (see `load_image`) and check that its values are a picture's."""
-        image = load_image(image, self.limits, place, input_data_format)
-        is_array = isinstance(image, (np.ndarray, torch.Tensor))
-        if is_array or image.mode[0] in "FI":
+        loaded = load_image(image, self.limits, place, input_data_format)
+        if isinstance(loaded, (np.ndarray, torch.Tensor)) or loaded.mode[0] in "FI":
             try:
                 # Values outside 0..255 are fine where the caller has rescaled already.
                 in_bytes = self.do_rescale if do_rescale is None else do_rescale
-                match_channels(image_to_tensor(image, bool(in_bytes), input_data_format), 3, bool(in_bytes))
+                match_channels(image_to_tensor(loaded, bool(in_bytes), input_data_format), 3, bool(in_bytes))
             except MediaError as cause:
                 raise place.error(str(cause)) from cause
-        return image
+        return loaded
 
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
+    def fetch_images(self, image_url_or_urls: object) -> object:
         """Decode the paths and bytes in a (nested) list; transformers' own callers use this name."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
@@ -126,7 +125,7 @@ class ChorusImageProcessor(TorchvisionBackend):
         return tensor.contiguous().to(device) if device is not None else tensor.contiguous()
 
 
-def image_to_tensor(image: Any, in_bytes: bool, layout: Any = None) -> torch.Tensor:
+def image_to_tensor(image: ImageInput, in_bytes: bool, layout: str | None = None) -> torch.Tensor:
     """A PIL image of any mode as uint8 (1, 3 or 4, H, W), modes F and I as their array; an array as `array_to_tensor`
     converts it."""
     if isinstance(image, (np.ndarray, torch.Tensor)):
@@ -149,7 +148,7 @@ def image_to_tensor(image: Any, in_bytes: bool, layout: Any = None) -> torch.Ten
     return array[None] if array.ndim == 2 else array.permute(2, 0, 1)
 
 
-def array_to_tensor(image: np.ndarray | torch.Tensor, in_bytes: bool, layout: Any = None) -> torch.Tensor:
+def array_to_tensor(image: np.ndarray | torch.Tensor, in_bytes: bool, layout: str | None = None) -> torch.Tensor:
     """An array (H, W), (H, W, C) or (C, H, W) as (C, H, W): uint8, or floats, which are in 0..255 when `in_bytes`.
 
     Raises:

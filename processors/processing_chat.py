@@ -7,6 +7,7 @@ Unusual here:
 """
 
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,6 +27,9 @@ from .processing_messages import (
 from .processing_placement import flatten_media
 from .processing_rows import label_rows, pair_tokens
 
+Tokens = torch.Tensor | Sequence[int]
+TokenRows = torch.Tensor | Sequence[Sequence[int]]
+
 
 class ChatProcessor(ProcessorMixin):
     """The conversation half of `ChorusProcessor`, over its tokenizer, media tokens and `__call__`."""
@@ -37,11 +41,11 @@ class ChatProcessor(ProcessorMixin):
 
     def apply_chat_template(  # type: ignore[override]
         self,
-        conversation: Any,
+        conversation: object,
         chat_template: str | None = None,
         *,
-        images: Any = None,
-        audio: Any = None,
+        images: object = None,
+        audio: object = None,
         return_labels: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -145,20 +149,19 @@ class ChatProcessor(ProcessorMixin):
         clips = rows["audio"] if any(rows["audio"]) else []
         return rows["image"], [[] for _ in conversations], clips, {}
 
-    def build_labels(self, input_ids: Any, assistant_masks: Any) -> list[list[int]]:
+    def build_labels(self, input_ids: TokenRows, assistant_masks: TokenRows) -> list[list[int]]:
         """Labels (B, S): the assistant's words and the token that ends its turn, -100 elsewhere.
 
         Media and pad tokens are never labelled, also inside an assistant's turn.
         """
-        if isinstance(input_ids, torch.Tensor):
-            input_ids, assistant_masks = input_ids.tolist(), torch.as_tensor(assistant_masks).tolist()
+        rows, masks = (x.tolist() if isinstance(x, torch.Tensor) else list(x) for x in (input_ids, assistant_masks))
         never = {self.image_token_id, self.audio_token_id}
         # Where eos is also the pad token it must stay labelled, or the model never learns to end a turn.
         if self.tokenizer.pad_token_id != self.tokenizer.eos_token_id:
             never.add(self.tokenizer.pad_token_id)
-        return label_rows(input_ids, assistant_masks, never)
+        return label_rows(rows, masks, never)
 
-    def explain_labels(self, input_ids: Any, labels: Any) -> str:
+    def explain_labels(self, input_ids: Tokens, labels: Tokens) -> str:
         """Print and return one line per token of one sample (S,): a mark where it is labelled, then the token."""
         ids = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else list(input_ids)
         tokens = [self.tokenizer.decode([token]) for token in ids]

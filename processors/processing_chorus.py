@@ -9,8 +9,10 @@ Unusual here:
 """
 
 import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 
@@ -134,7 +136,9 @@ class ChorusProcessor(ChatProcessor):
         return cls(ChorusImageProcessor(**image_settings), ChorusFeatureExtractor(**audio_settings), tokenizer, **own)
 
     @classmethod
-    def validate_init_kwargs(cls, processor_config: dict[str, Any], valid_kwargs: Any) -> Any:
+    def validate_init_kwargs(
+        cls, processor_config: dict[str, Any], valid_kwargs: Collection[str]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """transformers drops unknown names in silence; a misspelt one is an error here."""
         check_settings(processor_config, valid_kwargs)
         return super().validate_init_kwargs(processor_config, valid_kwargs)
@@ -185,11 +189,11 @@ class ChorusProcessor(ChatProcessor):
             counts["num_audio_tokens"] = [self.num_audio_tokens_for(length) for length in audio_lengths]
         return MultiModalData(**counts)
 
-    def replace_image_token(self, image_inputs: Any = None, image_idx: int = 0, **kwargs: Any) -> str:
+    def replace_image_token(self, image_inputs: object = None, image_idx: int = 0, **kwargs: Any) -> str:
         """The placeholders of one image."""
         return self.image_token * self.num_image_tokens_for()
 
-    def replace_audio_token(self, audio_inputs: Any, audio_idx: int = 0, **kwargs: Any) -> str:
+    def replace_audio_token(self, audio_inputs: Sequence[np.ndarray], audio_idx: int = 0, **kwargs: Any) -> str:
         """The placeholders of one clip; `audio_inputs` are loaded clips (samples,)."""
         return self.audio_token * self.num_audio_tokens_for(len(audio_inputs[audio_idx]))
 

@@ -19,14 +19,19 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from transformers.image_utils import SizeDict
 from transformers.utils import logging
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 logger = logging.get_logger(__name__)
+
+Picture: TypeAlias = "np.ndarray | torch.Tensor | Image.Image"
 
 # Pillow opens MPO (what many phones write) as JPEG.
 IMAGE_FORMATS = ("PNG", "JPEG", "JPEG2000", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
@@ -157,7 +162,7 @@ def open_source(item: str | bytes | bytearray | Path, max_bytes: int, place: Med
     return source
 
 
-def unpack_file_dict(item: Any, place: MediaPlace) -> Any:
+def unpack_file_dict(item: object, place: MediaPlace) -> object:
     """`{"bytes", "path"}` as `datasets` stores undecoded media; anything else comes back unchanged."""
     if not isinstance(item, dict) or "array" in item:
         return item
@@ -181,7 +186,7 @@ def check_image_size(width: int, height: int, limits: MediaLimits, place: MediaP
         )
 
 
-def is_channels_first(shape: tuple[int, ...], layout: Any = None) -> bool:
+def is_channels_first(shape: tuple[int, ...], layout: str | None = None) -> bool:
     """Whether an array with three axes is (C, H, W): by `layout` ("channels_first" or "channels_last"), else by which
     end has 1, 3 or 4 entries.
 
@@ -199,14 +204,14 @@ def is_channels_first(shape: tuple[int, ...], layout: Any = None) -> bool:
     return first
 
 
-def num_pixels(image: Any) -> int:
+def num_pixels(image: Picture) -> int:
     """Of what `load_image` returned."""
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         return image.width * image.height
     return math.prod(image.shape) // (1 if image.ndim == 2 else min(image.shape[0], image.shape[-1]))
 
 
-def load_image(item: Any, limits: MediaLimits, place: MediaPlace, layout: Any = None) -> Any:
+def load_image(item: object, limits: MediaLimits, place: MediaPlace, layout: str | None = None) -> Picture:
     """A decoded image within the limits: a PIL image (upright by its EXIF tag), or the array or tensor that came in.
 
     Args:
@@ -269,7 +274,7 @@ def _finish_image(image: Any, limits: MediaLimits, place: MediaPlace) -> Any:
         raise place.error(f"broken or truncated image ({cause})") from cause
 
 
-def check_rate(rate: Any, limits: MediaLimits, place: MediaPlace) -> int:
+def check_rate(rate: object, limits: MediaLimits, place: MediaPlace) -> int:
     """The sampling rate in Hz as an int, inside the allowed range."""
     # `True` is an int for Python.
     if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or float(rate) % 1 != 0:

@@ -6,7 +6,7 @@ token found in a role or a text, so that no tokenizer sees the token. It stays i
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,21 +62,25 @@ def default_chat_template(image_token: str, audio_token: str) -> str:
     return CHAT_TEMPLATE.replace("'<image>'", repr(image_token)).replace("'<audio>'", repr(audio_token))
 
 
-def split_batch(conversation: Any) -> tuple[list[list[dict]], bool]:
+def split_batch(conversation: object) -> tuple[list[list[dict]], bool]:
     """Conversations as a list, and whether the caller passed a batch."""
     # transformers' pipelines wrap conversations in an object.
     if hasattr(conversation, "messages"):
         return [conversation.messages], False
     if isinstance(conversation, dict):
         conversation = [conversation]
-    if len(conversation) == 0:
+    if not isinstance(conversation, (Sequence, np.ndarray)) or isinstance(conversation, str):
+        found = type(conversation).__name__
+        raise MediaError(f"a conversation is a list of messages, found {found}", modality="text")
+    entries: list[Any] = list(conversation)
+    if not entries:
         raise MediaError("the conversation is empty", modality="text")
-    if isinstance(conversation[0], dict):
-        return [list(conversation)], False
-    return [list(getattr(entry, "messages", entry)) for entry in conversation], True
+    if isinstance(entries[0], dict):
+        return [entries], False
+    return [list(getattr(entry, "messages", entry)) for entry in entries], True
 
 
-def break_control_tokens(value: Any, control_tokens: re.Pattern[str]) -> Any:
+def break_control_tokens(value: object, control_tokens: re.Pattern[str]) -> Any:
     """`value` with a word joiner inside every control token of all its strings, so that they are read as text."""
     if isinstance(value, str):
         return control_tokens.sub(lambda match: match.group()[0] + WORD_JOINER + match.group()[1:], value)
@@ -84,8 +88,9 @@ def break_control_tokens(value: Any, control_tokens: re.Pattern[str]) -> Any:
         return {
             break_control_tokens(k, control_tokens): break_control_tokens(v, control_tokens) for k, v in value.items()
         }
-    is_list = isinstance(value, (list, tuple, np.ndarray))
-    return [break_control_tokens(item, control_tokens) for item in value] if is_list else value
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [break_control_tokens(item, control_tokens) for item in value]
+    return value
 
 
 def check_rendered(template: str, conversations: list[list[dict]], **given: Any) -> None:

@@ -10,7 +10,7 @@ from .processing_limits import MediaError, MediaLimits
 from .processing_media import MEDIA
 
 
-def is_media_item(item: Any) -> bool:
+def is_media_item(item: object) -> bool:
     """Whether `item` is one image or clip, not a list of them. A list of numbers is a clip."""
     if isinstance(item, (list, tuple)):
         return len(item) > 0 and isinstance(item[0], (int, float, np.number))
@@ -20,7 +20,7 @@ def is_media_item(item: Any) -> bool:
     return (hasattr(item, "mode") and hasattr(item, "size")) or hasattr(item, "get_all_samples")
 
 
-def as_item_list(media: Any, modality: str) -> list[Any]:
+def as_item_list(media: object, modality: str) -> list[Any]:
     """A top-level list out of one item, a batch array of images (N, H, W, C), or a list."""
     if media is None:
         return []
@@ -37,7 +37,7 @@ def as_item_list(media: Any, modality: str) -> list[Any]:
     return list(media)
 
 
-def flatten_media(media: Any, modality: str) -> list[Any]:
+def flatten_media(media: object, modality: str) -> list[Any]:
     """All items of a flat or nested list, in order."""
     flat = []
     for entry in as_item_list(media, modality):
@@ -45,7 +45,7 @@ def flatten_media(media: Any, modality: str) -> list[Any]:
     return flat
 
 
-def nest_media(media: Any, texts: list[str], token: str, modality: str, limits: MediaLimits) -> list[list[Any]]:
+def nest_media(media: object, texts: list[str], token: str, modality: str, limits: MediaLimits) -> list[list[Any]]:
     """One list of items per sample, as many as the sample's text has placeholders.
 
     Args:

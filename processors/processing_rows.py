@@ -3,6 +3,7 @@
 A row set is a dict of equally long lists per sample, as tokenizers return it: `{"input_ids": [[...], ...], ...}`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,7 +68,9 @@ def pad_rows(
     return padded
 
 
-def label_rows(input_ids: list[list[int]], assistant_masks: list[list[int]], never: set[int]) -> list[list[int]]:
+def label_rows(
+    input_ids: Sequence[Sequence[int]], assistant_masks: Sequence[Sequence[int]], never: set[int]
+) -> list[list[int]]:
     """`input_ids` where the mask is 1 and the token is none of `never` (media, padding), else -100."""
     return [
         [token if spoken and token not in never else IGNORED_LABEL for token, spoken in zip(ids, mask, strict=True)]
@@ -75,7 +78,7 @@ def label_rows(input_ids: list[list[int]], assistant_masks: list[list[int]], nev
     ]
 
 
-def pair_tokens(tokens: list[str], labels: list[int] | torch.Tensor) -> list[tuple[str, bool]]:
+def pair_tokens(tokens: list[str], labels: Sequence[int] | torch.Tensor) -> list[tuple[str, bool]]:
     """Tokens and whether each is labelled; runs of one token with the same answer become `token x 16`."""
     pairs: list[tuple[str, bool]] = []
     runs: list[int] = []

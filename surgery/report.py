@@ -6,10 +6,12 @@ report.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def checked(operation: str, build: Callable[[], Any]) -> Any:
+def checked(operation: str, build: Callable[[], Built]) -> Built:
     """Turn an error of a configuration into a ValueError of the operation, like all its other errors."""
     try:
         return build()

@@ -48,6 +48,13 @@ MAX_LINES = 500
 # Files longer than MAX_LINES, each with the reason why it is one noun all the same.
 LONG_FILES: dict[str, str] = {}
 
+# Public functions with a bare `Any` in their signature, each with the reason. Data from outside that is checked is
+# `object`; a thing of ours or of a library has its type.
+MAY_BE_ANY: dict[str, str] = {
+    "ChatProcessor.apply_chat_template": "transformers': text, tokens or model inputs, by the arguments",
+    "break_control_tokens": "returns what it was given, of any kind",
+}
+
 # What remote code may ask for (transformers brings safetensors); all else is optional and imported in a `try`.
 HUB_REQUIREMENTS = {
     "huggingface_hub",
@@ -221,6 +228,35 @@ def test_what_ships_is_small_and_shows_its_rooms() -> None:
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
     assert len(paths) <= MAX_SHIPPED_FILES and lines <= MAX_SHIPPED_LINES, (len(paths), lines)
     assert not [name_of(path) for path in paths if not path.stem.startswith(ROOMS)]
+
+
+def test_public_signatures_have_types() -> None:
+    found = {name: place for path in sources(*FOLDERS) for name, place in bare_any(parse(path).body, name_of(path))}
+    wrong = {name: place for name, place in found.items() if name not in MAY_BE_ANY}
+    assert not wrong, f"give them their type, or `object` where the input is checked: {wrong}"
+    stale = sorted(set(MAY_BE_ANY) - set(found))
+    assert not stale, f"have types now, remove from MAY_BE_ANY: {stale}"
+
+
+def bare_any(body: list[ast.stmt], file: str, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(name, `file:line: arguments`) of public functions that take or return a bare `Any`; `->` is what is returned."""
+    for node in body:
+        name = prefix + getattr(node, "name", "_")
+        if is_private(name):
+            continue
+        if isinstance(node, ast.ClassDef):
+            yield from bare_any(node.body, file, f"{name}.")
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            pairs = [*((argument.arg, argument.annotation) for argument in given), ("->", node.returns)]
+            bad = [word for word, kind in pairs if isinstance(kind, ast.Name) and kind.id == "Any"]
+            if bad:
+                yield name, f"{file}:{node.lineno}: {', '.join(bad)}"
+
+
+def is_private(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return last.startswith("_") and last != "__init__"
 
 
 def test_every_folder_of_the_package_is_in_the_wheel() -> None:

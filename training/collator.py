@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_limits import MediaError
 from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.training.layouts import LEARNED_KEYS, LayoutError, is_learned, standard_row
@@ -44,7 +45,7 @@ class ChorusDataCollator:
 
     def __init__(
         self,
-        processor: Any,
+        processor: ChorusProcessor,
         *,
         max_length: int | None = None,
         on_bad_media: str = "raise",
@@ -92,7 +93,9 @@ class ChorusDataCollator:
 
     def _encode(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         rows = [self._standard(row, sample) for sample, row in enumerate(rows)]
-        media = {medium.column: [list(row.get(medium.column) or []) for row in rows] for medium in MEDIA.values()}
+        media: dict[str, Any] = {
+            medium.column: [list(row.get(medium.column) or []) for row in rows] for medium in MEDIA.values()
+        }
         messages = [clean_messages(row["messages"]) for row in rows]
         learned = [self._learned(turns, sample) for sample, turns in enumerate(messages)]
         messages = [[{k: v for k, v in turn.items() if k not in LEARNED_KEYS} for turn in turns] for turns in messages]

@@ -10,13 +10,16 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
 from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.training.layouts import LayoutError, explain, is_learned, standard_row
 from chorus_moe.training.loading import is_remote
+
+if TYPE_CHECKING:
+    import datasets
 
 # Column of a table -> the type of the parts that its items belong to.
 MEDIA_KINDS = {row.column: name for name, row in MEDIA.items()}
@@ -41,7 +44,11 @@ class RowDataset(Dataset):
     """
 
     def __init__(
-        self, table: Any, folder: Path | None, columns: Mapping[str, str] | None = None, markers: str = "media"
+        self,
+        table: "datasets.Dataset",
+        folder: Path | None,
+        columns: Mapping[str, str] | None = None,
+        markers: str = "media",
     ):
         self.table = table
         self.folder = folder

@@ -11,20 +11,20 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_head_table import HEADS, classes_of_auto_classes
-from chorus_moe.training.loading import base_model
+from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.training.loading import ModelOrAdapter, base_model
 from chorus_moe.training.model_card import run_card
 
 PROCESSOR_PARTS = {"image_processor": "AutoImageProcessor", "feature_extractor": "AutoFeatureExtractor"}
 
 
-def export_for_hub(model: Any, processor: Any, folder: str | os.PathLike[str]) -> Path:
+def export_for_hub(model: ModelOrAdapter, processor: ChorusProcessor | None, folder: str | os.PathLike[str]) -> Path:
     """Save model, processor and their code; the folder loads with `trust_remote_code` where the package is missing.
 
     Where the package is installed and imported, its own classes are used and no remote code runs.
@@ -68,7 +68,7 @@ def class_reference(kind: type) -> str:
     return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
 
 
-def copy_code(folder: Path, processor: Any = None) -> list[Path]:
+def copy_code(folder: Path, processor: ChorusProcessor | None = None) -> list[Path]:
     """Copy the files of all classes, and every sibling they import, into a flat folder."""
     parts = [] if processor is None else [type(processor), *(type(getattr(processor, p)) for p in PROCESSOR_PARTS)]
     entries = {
@@ -79,7 +79,7 @@ def copy_code(folder: Path, processor: Any = None) -> list[Path]:
 
 
 @contextmanager
-def attribute_set(thing: Any, name: str, value: Any) -> Iterator[None]:
+def attribute_set(thing: object, name: str, value: object) -> Iterator[None]:
     """Set an attribute for the duration of the block."""
     # None may be the attribute's value.
     missing = object()
@@ -95,8 +95,8 @@ def attribute_set(thing: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def push_to_hub(
-    model: Any,
-    processor: Any,
+    model: ModelOrAdapter,
+    processor: ChorusProcessor | None,
     repo_id: str,
     *,
     card: str | None = None,

@@ -205,7 +205,7 @@ def _media(values: Mapping[str, Any], column: str, notes: list[str]) -> list[Any
     return list(items) if isinstance(items, list | tuple) else [items]
 
 
-def len_of(value: Any) -> int:
+def len_of(value: object) -> int:
     """Items of a column that may hold a single one."""
     return len(value) if isinstance(value, list | tuple) else 1
 

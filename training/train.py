@@ -28,6 +28,9 @@ from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.routing.report import write_routing
 from chorus_moe.training.routing.reward import RouterRewardTrainer
 
+# Ways to order rows that read the number of tokens of each before the first step.
+BY_LENGTH = ("group_by_length", "batch_rebalance")
+
 
 def run_training(recipe: Recipe) -> dict[str, Any]:
     """Train, save and, if asked, evaluate and push; the output folder loads with the Auto classes.
@@ -47,9 +50,9 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         raise ValueError("data.train_data is missing: a file, a folder or a Hub id")
     # Before the model is built: its weights are drawn from this seed.
     set_seed(arguments.seed)
-    if recipe.model.model_name_or_path is not None:
+    if recipe.model.model_name_or_path is not None and recipe.model.config is None:
         check_source(recipe.model.model_name_or_path)
-    check_trackers(arguments)
+    check_arguments(arguments)
     options, eval_rows = recipe.data.to_options(), None
     train_rows = load_rows(recipe.data.train_data, recipe.data.train_split, **options)
     if recipe.data.eval_data:
@@ -92,12 +95,17 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
     return metrics
 
 
-def check_trackers(arguments: TrainingArguments) -> None:
-    """Refuse a tracker that is not installed before anything is loaded.
+def check_arguments(arguments: TrainingArguments) -> None:
+    """Refuse what the Trainer finds out only after the model is loaded.
 
     Raises:
-        ValueError: naming the package to install, or an unknown tracker.
+        ValueError: a tracker that is unknown or not installed, or an order by the length of rows.
     """
+    if arguments.train_sampling_strategy in BY_LENGTH:
+        raise ValueError(
+            f"training.train_sampling_strategy={arguments.train_sampling_strategy!r}: a row is text and undecoded "
+            "media, which have no length before the collator makes tokens of them; leave it out"
+        )
     for tracker in get_reporting_integration_callbacks(arguments.report_to):
         try:
             tracker()

@@ -141,7 +141,7 @@ def test_a_vision_tower_that_cannot_be_built_is_refused(values: dict[str, Any], 
         ({"imagetoken_id": 3}, "unknown key 'imagetoken_id'; did you mean 'image_token_id'"),
         ({"image_token_id": 128}, "image_token_id=128 is outside the vocabulary of 128 tokens"),
         ({"image_token_id": 4}, "image_token_id and audio_token_id are both 4"),
-        ({"audio_token_id": None}, "audio_token_id is None but the model has a.? audio tower"),
+        ({"audio_token_id": None}, "audio_token_id is None but the model has a tower for audio"),
         ({"projection_dim": 0}, "projection_dim=0 is outside"),
     ],
 )
@@ -243,3 +243,15 @@ def test_a_tied_head_is_tied_wherever_it_is_asked_for(tmp_path: Path) -> None:
     old = ChorusForConditionalGeneration.from_pretrained(tmp_path / "old")
     assert torch.equal(old.lm_head.weight, untied.lm_head.weight)
     assert not torch.equal(old.lm_head.weight, old.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("text_config", "rms_norm_eps"), ("text_config", "router_aux_loss_coef"), ("audio_config", "dropout")],
+)
+def test_a_number_that_is_not_finite_is_named(part: str, name: str, value: float) -> None:
+    values = tiny_config().to_dict()
+    values[part][name] = value
+    with pytest.raises(Exception, match=f"{name}={value} must be finite"):
+        ChorusConfig(**values)

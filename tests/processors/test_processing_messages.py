@@ -132,3 +132,9 @@ def test_a_template_without_an_end_is_stopped_and_a_long_one_is_not():
         text = ImmutableSandboxedEnvironment().from_string(PLAIN).render(messages=[{"content": "x"}] * 50_000)
     assert text == "x" * 50_000
     assert sys.gettrace() is None
+
+
+@pytest.mark.parametrize("given", ["what is it?", 5, None])
+def test_what_is_no_list_of_messages_is_refused_by_its_type(given):
+    with pytest.raises(MediaError, match=f"a conversation is a list of messages, found {type(given).__name__}"):
+        split_batch(given)

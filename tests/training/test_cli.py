@@ -142,11 +142,12 @@ def test_a_broken_model_is_one_line(case: str, folder: Path, monkeypatch: pytest
     ("words", "message"),
     [
         (("--learning_rate", "fast"), "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        (("--train_sampling_strategy", "group_by_length"), "no length before the collator makes tokens of them"),
+        (("--train_sampling_strategy", "batch_rebalance"), "train_sampling_strategy='batch_rebalance': a row is text"),
         (("--optim", "adamm"), "argument --optim: invalid choice: 'adamm'"),
         (("--report_to", "nonsense"), "nonsense is not supported, only"),
         (("--train_data", "cut.jsonl"), "cut.jsonl: no readable .jsonl file: JSON parse error"),
         (("--train_data", "cut.parquet"), "cut.parquet: no readable .parquet file: Parquet magic bytes"),
-        (("--model_name_or_path", "modle"), "no model at 'modle': there is no such folder"),
     ],
 )
 def test_a_recipe_that_asks_for_what_is_not_there_is_one_line(
@@ -176,7 +177,10 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_any_work(
     ("command", "source"),
     [
         *(("inspect", name) for name in ("modle", "tests/modle", "a/b/c", "./modle", "model.json")),
-        *((command, "modle") for command in ("generate", "doctor", "export", "evaluate", "routing", "compose")),
+        *(
+            (command, "modle")
+            for command in ("generate", "doctor", "export", "evaluate", "routing", "compose", "train")
+        ),
     ],
 )
 def test_a_mistyped_folder_is_no_name_on_the_hub(
@@ -192,6 +196,7 @@ def test_a_mistyped_folder_is_no_name_on_the_hub(
         "evaluate": ("--model", source, "--data", data),
         "routing": ("--model", source, "--data", data, "--out", tmp_path / "out"),
         "compose": ("--text", source, "--out", tmp_path / "out"),
+        "train": ("--model_name_or_path", source, "--train_data", data, "--output_dir", tmp_path / "out"),
     }
     monkeypatch.setattr(socket.socket, "connect", None)
     assert "no such folder" in error_of(monkeypatch, command, *words[command])

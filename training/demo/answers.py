@@ -8,10 +8,10 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import soundfile
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
@@ -56,7 +56,7 @@ def answer(
     processor: ChorusProcessor,
     samples: Sequence[Sample],
     batch_size: int = 64,
-    progress: Any = None,
+    progress: tqdm | None = None,
 ) -> list[str]:
     """Greedy answers, one per sample, in order."""
     model.eval()

@@ -15,7 +15,7 @@ PACKAGE = "chorus_moe"
 class Refuse:
     """Finds nothing below the package, whatever is installed."""
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name.partition(".")[0] == PACKAGE:
             raise ModuleNotFoundError(f"{name} is hidden")
 

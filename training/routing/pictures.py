@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def pyplot_without_display() -> Any:
+def pyplot_without_display() -> ModuleType:
     import matplotlib
 
     # Before pyplot is loaded: servers have no display.

@@ -185,7 +185,7 @@ class RouterRewardTrainer(Trainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Any]:
         # Evaluation reports the language loss alone.
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
