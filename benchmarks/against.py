@@ -1,9 +1,9 @@
 """This checkout against another one: the same benchmarks, process after process in turns, cases side by side.
 
-Run as `python -m benchmarks.against ../before --benchmarks decode sparse_layer --turns 3`. Options that
-it does not know go to the benchmarks. A line a case gives the median over the turns of this checkout's time over the other's, for ours and
-for each peer that both measured: a peer's code is the same in both, so how far its figure is from 1 says how far the
-machine drifted. Above 1, this checkout takes longer.
+Run as `python -m benchmarks.against ../before --benchmarks decode sparse_layer --turns 3`. Options that it does not
+know go to the benchmarks. A line a case gives the median over the turns of this checkout's time over the other's, for
+ours and for each peer that both measured: a peer's code is the same in both, so how far its figure is from 1 says how
+far the machine drifted. Above 1, this checkout takes longer.
 """
 
 import json

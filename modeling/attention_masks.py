@@ -16,7 +16,6 @@ from transformers.masking_utils import (
     create_bidirectional_sliding_window_mask,
     create_causal_mask,
     create_sliding_window_causal_mask,
-    find_packed_sequence_indices,
 )
 
 from .configuration_text import ChorusTextConfig
@@ -58,11 +57,12 @@ class LocalMask:
         )
 
 
-def is_packed(attention_mask: object, position_ids: Tensor | None) -> bool:
+def is_packed(attention_mask: Masks, position_ids: Tensor | None) -> bool:
     """Whether positions restart within a row, which then holds several sequences; a mask says otherwise."""
-    return (
-        attention_mask is None and position_ids is not None and find_packed_sequence_indices(position_ids) is not None
-    )
+    # Positions with gaps are one sequence. A graph cannot look at them, so it takes every row for one.
+    if attention_mask is not None or position_ids is None or torch.compiler.is_compiling():
+        return False
+    return bool((position_ids.diff(dim=-1) < 1).any())
 
 
 def build_masks(

@@ -1,6 +1,6 @@
 """The configuration of a whole model; every error names the field and both numbers."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -32,6 +32,8 @@ class ChorusConfig(PreTrainedConfig):
     """
 
     model_type = "chorus"
+    # TRL reads it of every model whose class is not in transformers. Of the class, it is not saved.
+    auto_map: ClassVar[dict[str, str]] = {}
     sub_configs_defaults = {
         "text_config": ChorusTextConfig,
         "vision_config": SubConfigSpec(config_class=ChorusVisionConfig, optional=True),
@@ -83,8 +85,6 @@ class ChorusConfig(PreTrainedConfig):
         self.tie_word_embeddings |= by_hand and self.text_config.tie_word_embeddings
         # An Auto class of several models looks for its own among these names, and fails on None.
         self.architectures: list[str] = getattr(self, "architectures", None) or []
-        # TRL reads it of every model whose class is not in transformers.
-        self.auto_map: dict[str, str] = getattr(self, "auto_map", None) or {}
 
     @property
     def modalities(self) -> list[str]:

@@ -81,9 +81,10 @@ def copy_code(folder: Path, processor: ChorusProcessor | None = None) -> list[Pa
 @contextmanager
 def attribute_set(thing: object, name: str, value: object) -> Iterator[None]:
     """Set an attribute for the duration of the block."""
-    # None may be the attribute's value.
+    # Of the object itself: what its class has must not become its own, which would be saved with it.
+    own = vars(thing)
     missing = object()
-    before = getattr(thing, name, missing)
+    before = own.get(name, missing)
     setattr(thing, name, value)
     try:
         yield
