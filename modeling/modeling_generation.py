@@ -210,11 +210,11 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             kept = model_kwargs.keys() - {"mm_token_type_ids", "mm_encoder_outputs"}
             model_kwargs = {name: model_kwargs[name] for name in kept}
         elif assistant is not None and model_kwargs.get("mm_encoder_outputs"):
-            theirs, ours = (model.get_input_embeddings().weight.shape[1] for model in (assistant, self))
+            theirs, ours = (model.config.get_text_config().hidden_size for model in (assistant, self))
             if theirs != ours:
                 raise ValueError(
-                    f"assistant_model has hidden_size={theirs} and this model {ours}: images and sound are encoded once "
-                    "for both. Choose one of the same width, or draft with assistant_early_exit"
+                    f"assistant_model has hidden_size={theirs} and this model {ours}: images and sound are encoded "
+                    "once for both. Choose one of the same width, or draft with assistant_early_exit"
                 )
         return super()._get_candidate_generator(
             generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, **kwargs

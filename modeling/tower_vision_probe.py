@@ -115,6 +115,29 @@ def _create_timm(architecture: str | None, model_args: dict[str, Any] | None, im
         raise ValueError(f"timm cannot build {architecture!r} with model_args={arguments}: {error}") from error
 
 
+def check_backbone(config: dict[str, Any] | PreTrainedConfig | None) -> None:
+    """Hold what transformers builds of timm, also inside of another model, to the rules of `architecture`.
+
+    Raises:
+        ValueError: a source in the place of an architecture's name, a reserved or oversized argument, or a model of the
+            Hub named as a part, whose configuration transformers would fetch.
+    """
+    values = config if isinstance(config, dict) else {} if config is None else config.to_dict()
+    name, model_type = values.get("backbone"), values.get("model_type")
+    if model_type == "timm_wrapper" or (model_type == "timm_backbone" and name is not None):
+        architecture = name if model_type == "timm_backbone" else values.get("architecture")
+        _check_architecture(architecture, _import_timm())
+        _dump_model_args(architecture, values.get("model_args"))
+    elif name is not None:
+        raise ValueError(
+            f"backbone_config of type {model_type!r}: backbone={name!r} is looked up on the Hub; leave it out"
+        )
+    for part in values.values():
+        for inner in part if isinstance(part, list | tuple) else [part]:
+            if isinstance(inner, dict | PreTrainedConfig):
+                check_backbone(inner)
+
+
 def probe_vision_encoder(
     architecture: str | None, model_args: dict[str, Any] | None, image_size: int, num_channels: int
 ) -> VisionProbe:

@@ -69,6 +69,13 @@ BANK: dict[str, Any] = {"num_experts": 4}
         ({"expert_banks": {"x": {"layers": [0]}}}, r"layer 0 is not a sparse layer; the sparse layers are \[1, 2\]"),
         ({"expert_banks": {"x.y": {}}}, "must be a Python identifier"),
         ({"expert_banks": {"x": {"intermediate_size": 0}}}, "intermediate_size=0 is outside 1"),
+        ({"expert_banks": {f"bank{i}": {} for i in range(1_025)}}, "1025 expert_banks, at most 1024"),
+        ({"num_labels": 10**9}, r"num_labels=1000000000 is outside 1\.\.1048576"),
+        ({"num_labels": 0}, "num_labels=0 is outside 1"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan is not a finite number"),
+        ({"router_aux_loss_coef": float("nan")}, "router_aux_loss_coef=nan is not a finite number"),
+        ({"initializer_range": float("inf")}, "initializer_range=inf is not a finite number"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, r"rope_parameters\['rope_theta'\]=nan is not a finite"),
     ],
 )
 def test_a_decoder_that_cannot_be_built_is_refused(values: dict[str, Any], message: str) -> None:
@@ -141,7 +148,7 @@ def test_a_vision_tower_that_cannot_be_built_is_refused(values: dict[str, Any], 
         ({"imagetoken_id": 3}, "unknown key 'imagetoken_id'; did you mean 'image_token_id'"),
         ({"image_token_id": 128}, "image_token_id=128 is outside the vocabulary of 128 tokens"),
         ({"image_token_id": 4}, "image_token_id and audio_token_id are both 4"),
-        ({"audio_token_id": None}, "audio_token_id is None but the model has a.? audio tower"),
+        ({"audio_token_id": None}, "audio_token_id is None but the model has a tower for audio"),
         ({"projection_dim": 0}, "projection_dim=0 is outside"),
     ],
 )
@@ -243,3 +250,36 @@ def test_a_tied_head_is_tied_wherever_it_is_asked_for(tmp_path: Path) -> None:
     old = ChorusForConditionalGeneration.from_pretrained(tmp_path / "old")
     assert torch.equal(old.lm_head.weight, untied.lm_head.weight)
     assert not torch.equal(old.lm_head.weight, old.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config", "audio_config", None])
+def test_labels_without_end_are_refused_in_every_part(part: str | None) -> None:
+    """A `config.json` of some bytes would fill the memory with names."""
+    values = tiny_config().to_dict()
+    (values if part is None else values[part])["num_labels"] = 10**9
+    with pytest.raises(ValueError, match="num_labels=1000000000 is outside"):
+        ChorusConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("vision_config", "initializer_range", float("nan")),
+        ("vision_config", "model_args", {"drop_rate": float("nan")}),
+        ("audio_config", "max_seconds", float("nan")),
+        ("audio_config", "dropout", float("inf")),
+    ],
+)
+def test_numbers_that_are_none_are_refused_in_every_part(part: str, key: str, value: Any) -> None:
+    values = tiny_config().to_dict()
+    values[part][key] = value
+    with pytest.raises(ValueError, match=rf"{key}.*=(nan|inf) is not a finite number"):
+        ChorusConfig(**values)
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_tokens", 10**12), ("hidden_size", 10**9), ("num_tokens", 0)])
+def test_a_saved_probe_has_limits(key: str, value: int) -> None:
+    values = tiny_config().to_dict()
+    values["vision_config"][key] = value
+    with pytest.raises(ValueError, match=rf"{key}={value} is outside 1"):
+        ChorusConfig(**values)
