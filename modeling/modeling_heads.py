@@ -413,8 +413,8 @@ class ChorusForContrastive(ChorusHead):
             if not torch.compiler.is_compiling() and modality_BS.any():
                 sample = int(modality_BS.any(dim=1).int().argmax())
                 raise ValueError(
-                    f"sample {sample}: {int(modality_BS[sample].count_nonzero())} tokens of its text stand for an image "
-                    "or a clip; here each modality is embedded alone, so the text goes without placeholders"
+                    f"sample {sample}: {int(modality_BS[sample].count_nonzero())} tokens of its text stand for an "
+                    "image or a clip; here each modality is embedded alone, so the text goes without placeholders"
                 )
             decoded["text"] = self._decode("text", attention_mask, input_ids=input_ids, **kwargs)
         if pixel_values is not None:
