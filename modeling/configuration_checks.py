@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 # Limits far above real models, so that a mistyped size is an error and not an allocation that kills the machine.
 MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 4_096, 1_048_576, 16_777_216, 1_073_741_824
+MAX_BANKS = 1_024
 
 # Keys that `PreTrainedConfig` itself accepts besides its fields.
 _TRANSFORMERS_KEYS = {
@@ -31,6 +32,14 @@ _TRANSFORMERS_KEYS = {
 
 
 def refuse_unknown_keys(config: PreTrainedConfig, keys: dict[str, Any]) -> None:
+    """Also numbers that are none, and more labels than any model has.
+
+    Args:
+        keys: what was given beside the fields of the configuration.
+
+    Raises:
+        ValueError: naming the key or the field.
+    """
     # transformers moves generation settings that stand in a model's configuration to a file of their own.
     generation_keys = GenerationConfig._get_default_generation_params()
     known = {name for name in config.__dataclass_fields__ if not name.startswith("_")}
@@ -42,13 +51,25 @@ def refuse_unknown_keys(config: PreTrainedConfig, keys: dict[str, Any]) -> None:
         raise ValueError(
             f"{type(config).__name__}: unknown key {key!r}" + (f"; did you mean {hint[0]!r}?" if hint else "")
         )
+    # Of these transformers makes a table of names, which nothing else limits.
+    num_labels = keys.get("num_labels")
+    if num_labels is not None and not 1 <= num_labels <= MAX_WIDTH:
+        raise ValueError(f"{type(config).__name__}: num_labels={num_labels} is outside 1..{MAX_WIDTH}")
+    for name, value in vars(config).items():
+        if name not in ("backbone_config", "expert_banks"):  # which check their own
+            _check_finite(f"{type(config).__name__}: {name}", value)
+
+
+def _check_finite(name: str, value: Any) -> None:
+    """A NaN is neither too small nor too large, so that no range refuses it."""
+    if isinstance(value, float) and not isfinite(value):
+        raise ValueError(f"{name}={value} is not a finite number")
+    if isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_finite(f"{name}[{key!r}]", item)
 
 
 def check_range(config: PreTrainedConfig, limits: dict[str, tuple[int, int]]) -> None:
-    """Every number of the configuration is finite, and some lie within their limits."""
-    for name, value in vars(config).items():
-        if isinstance(value, float) and not isfinite(value):
-            raise ValueError(f"{type(config).__name__}: {name}={value} must be finite")
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:

@@ -9,6 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_banks import ExpertBankConfig, LayerBankConfig, check_name, preset_banks, read_expert_banks
 from .configuration_checks import (
+    MAX_BANKS,
     MAX_LAYERS,
     MAX_POSITIONS,
     MAX_VOCABULARY,
@@ -167,6 +168,8 @@ class ChorusTextConfig(PreTrainedConfig):
         if self.expert_banks is None or isinstance(self.expert_banks, str):
             self.expert_banks = preset_banks(self.expert_banks or "uniform", self.sparse_layers, self.modalities)
         # Saved with every field, so that a later change of a default leaves saved models as they are.
+        if len(self.expert_banks) > MAX_BANKS:
+            raise ValueError(f"ChorusTextConfig: {len(self.expert_banks)} expert_banks, at most {MAX_BANKS}")
         self.expert_banks = {bank.name: bank.to_dict() for bank in self.banks}
         super().__post_init__(**kwargs)
 

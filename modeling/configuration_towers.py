@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_checks import MAX_LAYERS, MAX_WIDTH, check_divides, check_range, refuse_unknown_keys
-from .tower_vision_probe import probe_backbone, probe_vision_encoder
+from .tower_vision_probe import check_backbone, probe_backbone, probe_vision_encoder
 
 FEATURE_TYPES = ("log_mel", "whisper", "waveform")
 
@@ -60,6 +60,8 @@ class ChorusVisionConfig(PreTrainedConfig):
         refuse_unknown_keys(self, kwargs)
         # Before the probe, which would build an encoder for any size.
         check_range(self, {"image_size": (1, 16_384), "num_channels": (1, 64), "pool_size": (1, 1_024)})
+        check_range(self, {name: (1, MAX_WIDTH) for name in ("hidden_size", "num_tokens")})
+        check_backbone(self.backbone_config)
         if isinstance(self.backbone_config, dict):
             spec = self.sub_configs_defaults["backbone_config"]
             self.backbone_config, _ = spec.create_subconfig("encoder", self.backbone_config)
@@ -146,6 +148,7 @@ class ChorusAudioConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)
+        check_backbone(self.backbone_config)
         if isinstance(self.backbone_config, dict):
             spec = self.sub_configs_defaults["backbone_config"]
             self.backbone_config, _ = spec.create_subconfig("encoder", self.backbone_config)

@@ -105,7 +105,7 @@ class ChorusModel(ChorusPreTrainedModel):
         """
         if self.vision_tower is None:
             raise ValueError(f"got {len(pixel_values)} images but this model has no vision tower")
-        with no_graph_if_frozen(self.vision_tower, pixel_values):
+        with no_graph_if_frozen(self.vision_tower, pixel_values), all_loaded(self.vision_tower):
             tokens = self.vision_tower(pixel_values=pixel_values.to(self.vision_tower.dtype)).last_hidden_state
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=self.vision_connector(tokens))
 
@@ -128,7 +128,7 @@ class ChorusModel(ChorusPreTrainedModel):
         """
         if self.audio_tower is None:
             raise ValueError(f"got {len(input_features)} clips but this model has no audio tower")
-        with no_graph_if_frozen(self.audio_tower, input_features):
+        with no_graph_if_frozen(self.audio_tower, input_features), all_loaded(self.audio_tower):
             encoded = self.audio_tower(
                 input_features=input_features.to(self.audio_tower.dtype), input_features_mask=input_features_mask
             )
@@ -285,6 +285,23 @@ def no_graph_if_frozen(tower: nn.Module, inputs: Tensor) -> torch.set_grad_enabl
     """A frozen encoder keeps no activations, also where checkpointing makes its first layer want gradients."""
     is_trained = inputs.requires_grad or any(parameter.requires_grad for parameter in tower.parameters())
     return torch.set_grad_enabled(torch.is_grad_enabled() and is_trained)
+
+
+class all_loaded:
+    """Holds all weights of a tower that accelerate has offloaded. Each module's are loaded when it is called, but timm
+    and torch read some of a module that nobody calls, such as the output projection of attention."""
+
+    def __init__(self, tower: nn.Module):
+        hooks = ((module, getattr(module, "_hf_hook", None)) for module in tower.modules())
+        self.hooks = [(module, hook) for module, hook in hooks if hook is not None]
+
+    def __enter__(self) -> None:
+        for module, hook in self.hooks:
+            hook.pre_forward(module)
+
+    def __exit__(self, *exception: object) -> None:
+        for module, hook in self.hooks:
+            hook.post_forward(module, None)
 
 
 class frozen_batch_norm:

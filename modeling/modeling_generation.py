@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import copy
 from functools import wraps
+from inspect import signature
 from itertools import accumulate
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .attention_masks import Masks, build_masks
 from .configuration_chorus import ChorusConfig
+from .configuration_modalities import MODALITY_IDS
 from .depth_exits import EarlyExitDrafts, check_drafts
 from .losses import share_of_batch
 from .modeling_heads import LOSS_WEIGHTS, ChorusHead
@@ -196,9 +198,24 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         """transformers' early exit writes the number of layers into the composite configuration, where nothing reads
-        it."""
+        it. An assistant of another kind is given words alone; one of ours takes the media as this model encoded them.
+
+        Raises:
+            ValueError: an assistant of another width, with media.
+        """
         if generation_config.assistant_early_exit is not None:
             return EarlyExitDrafts(self, generation_config, logits_processor)
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and "mm_encoder_outputs" not in signature(assistant.forward).parameters:
+            kept = model_kwargs.keys() - {"mm_token_type_ids", "mm_encoder_outputs"}
+            model_kwargs = {name: model_kwargs[name] for name in kept}
+        elif assistant is not None and model_kwargs.get("mm_encoder_outputs"):
+            theirs, ours = (model.config.get_text_config().hidden_size for model in (assistant, self))
+            if theirs != ours:
+                raise ValueError(
+                    f"assistant_model has hidden_size={theirs} and this model {ours}: images and sound are encoded "
+                    "once for both. Choose one of the same width, or draft with assistant_early_exit"
+                )
         return super()._get_candidate_generator(
             generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, **kwargs
         )
@@ -223,10 +240,18 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in known})
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Complexity scores of the tokens that this step feeds: the prompt's own, and NaN for what was generated.
         Drafts are text, also where the prompt before them ends with an image."""
+        kwargs["inputs_embeds"] = inputs_embeds
+        # An assistant's prefill is no first iteration to transformers, which would leave its media out.
+        if next_sequence_length != 1 and kwargs.get("mm_encoder_outputs") and kwargs.get(CACHE) is not None:
+            kwargs["is_first_iteration"] = kwargs.get("is_first_iteration") or kwargs[CACHE].get_seq_length() == 0
         scores = kwargs.pop("complexity_scores", None)
         modality_BS = kwargs.get("mm_token_type_ids")
         if modality_BS is not None and modality_BS.shape[1] < input_ids.shape[1]:
@@ -278,12 +303,13 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         """Repeat each sample's clips for its beams: the clips of a sample stay together, `[a, b]` -> `[a, b, a, b]`."""
         mm_encoder_output = super()._expand_multimodal_outputs(input_ids, mm_encoder_output, expand_size, **kwargs)
         audio = mm_encoder_output.get("audio")
-        if audio is None or input_ids is None or input_ids.numel() == 0:
+        if audio is None:
             return mm_encoder_output
         pieces = list(audio.pooler_output)
         # The only record of whose clips are whose: placeholders of a sample and lengths of clips, summed in order.
         ends = list(accumulate(len(piece) for piece in pieces))
-        is_placeholder: Any = input_ids == self.config.audio_token_id
+        ids = input_ids if input_ids is not None and input_ids.numel() else None
+        is_placeholder: Any = self.model.modality_ids(ids, kwargs.get("inputs_embeds")) == MODALITY_IDS["audio"]
         wanted = accumulate(is_placeholder.sum(dim=-1).tolist())
         stops = [ends.index(total) + 1 if total else 0 for total in wanted]
         starts = [0, *stops[:-1]]

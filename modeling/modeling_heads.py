@@ -207,6 +207,8 @@ class ChorusForSequenceClassification(ChorusHead):
         input_features: torch.FloatTensor | None = None,
         input_features_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         output_router_logits: bool | None = None,
         output_exit_logits: bool = False,
         num_items_in_batch: Tensor | int | None = None,
@@ -221,6 +223,7 @@ class ChorusForSequenceClassification(ChorusHead):
         Raises:
             ValueError: something was asked for that makes no sense while samples leave, see [`check_early_exit`].
         """
+        kwargs |= {"inputs_embeds": inputs_embeds, "position_ids": position_ids}
         exits = self._exit_run(input_ids, attention_mask, output_exit_logits, output_router_logits, kwargs)
         outputs, terms = self._run(
             output_router_logits,
@@ -384,6 +387,7 @@ class ChorusForContrastive(ChorusHead):
         pixel_values: torch.FloatTensor | None = None,
         input_features: torch.FloatTensor | None = None,
         input_features_mask: Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
         return_loss: bool = True,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Unpack[DecoderKwargs],
@@ -394,9 +398,10 @@ class ChorusForContrastive(ChorusHead):
             input_ids, attention_mask: `(B, S)`, texts without placeholders.
             pixel_values: `(B, C, H, W)`, one image a sample.
             input_features, input_features_mask: `(B, frames, mel bins)` and `(B, frames)`, one clip a sample.
+            mm_token_type_ids: `(B, S)`, as the processor makes them: all 0.
 
         Raises:
-            ValueError: the modalities given have different numbers of rows.
+            ValueError: the modalities given have different numbers of rows, or a text has a placeholder.
         """
         if kwargs.pop("output_compute", False):
             raise ValueError("output_compute=True is for models that run once a forward; this one runs once a modality")
@@ -404,6 +409,13 @@ class ChorusForContrastive(ChorusHead):
             kwargs["output_router_logits"] = True
         decoded: dict[str, tuple[Tensor, Routing]] = {}
         if input_ids is not None:
+            modality_BS = self.model.modality_ids(input_ids) if mm_token_type_ids is None else mm_token_type_ids
+            if not torch.compiler.is_compiling() and modality_BS.any():
+                sample = int(modality_BS.any(dim=1).int().argmax())
+                raise ValueError(
+                    f"sample {sample}: {int(modality_BS[sample].count_nonzero())} tokens of its text stand for an "
+                    "image or a clip; here each modality is embedded alone, so the text goes without placeholders"
+                )
             decoded["text"] = self._decode("text", attention_mask, input_ids=input_ids, **kwargs)
         if pixel_values is not None:
             decoded["image"] = self._decode_images(pixel_values, **kwargs)

@@ -71,37 +71,13 @@ def create_timm_encoder(
         ImportError: timm is missing.
         ValueError: an unknown name, a reserved or oversized argument, or a model that timm refuses to build.
     """
-    return _create_timm(architecture, model_args, image_size, pretrained=False, num_classes=0, in_chans=num_channels)
+    return timm_model(architecture, model_args, image_size, pretrained=False, num_classes=0, in_chans=num_channels)
 
 
-def load_timm_encoder(
-    architecture: str | None,
-    model_args: dict[str, Any] | None,
-    image_size: int,
-    num_channels: int,
-    state_dict: dict[str, torch.Tensor],
-    num_classes: int,
+def timm_model(
+    architecture: str | None, model_args: dict[str, Any] | None, image_size: int, **options: Any
 ) -> nn.Module:
-    """`create_timm_encoder` with the weights of a checkpoint, converted as timm converts its own.
-
-    Args:
-        num_classes: of the checkpoint's classifier, 0 for none. It is loaded as well, so that timm counts the tensors
-            strictly, and then dropped.
-
-    Raises:
-        ImportError: timm is missing.
-        ValueError: as above, or tensors that are missing or of another shape.
-    """
-    overlay = {"state_dict": dict(state_dict), "num_classes": num_classes}
-    model = _create_timm(
-        architecture, model_args, image_size,
-        pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, in_chans=num_channels,
-    )  # fmt: skip
-    model.reset_classifier(0)
-    return model
-
-
-def _create_timm(architecture: str | None, model_args: dict[str, Any] | None, image_size: int, **options: Any) -> Any:
+    """A timm model by the rules of `create_timm_encoder`; `options` are those of `timm.create_model`."""
     timm = _import_timm()
     _check_architecture(architecture, timm)
     # Through JSON, so that the probed encoder is the one that a saved configuration rebuilds.
@@ -113,6 +89,29 @@ def _create_timm(architecture: str | None, model_args: dict[str, Any] | None, im
         return timm.create_model(architecture, **options, **arguments)
     except Exception as error:
         raise ValueError(f"timm cannot build {architecture!r} with model_args={arguments}: {error}") from error
+
+
+def check_backbone(config: dict[str, Any] | PreTrainedConfig | None) -> None:
+    """Hold what transformers builds of timm, also inside of another model, to the rules of `architecture`.
+
+    Raises:
+        ValueError: a source in the place of an architecture's name, a reserved or oversized argument, or a model of the
+            Hub named as a part, whose configuration transformers would fetch.
+    """
+    values = config if isinstance(config, dict) else {} if config is None else config.to_dict()
+    name, model_type = values.get("backbone"), values.get("model_type")
+    if model_type == "timm_wrapper" or (model_type == "timm_backbone" and name is not None):
+        architecture = name if model_type == "timm_backbone" else values.get("architecture")
+        _check_architecture(architecture, _import_timm())
+        _dump_model_args(architecture, values.get("model_args"))
+    elif name is not None:
+        raise ValueError(
+            f"backbone_config of type {model_type!r}: backbone={name!r} is looked up on the Hub; leave it out"
+        )
+    for part in values.values():
+        for inner in part if isinstance(part, list | tuple) else [part]:
+            if isinstance(inner, dict | PreTrainedConfig):
+                check_backbone(inner)
 
 
 def probe_vision_encoder(

@@ -22,7 +22,7 @@ from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVi
 from chorus_moe.modeling.tower_audio import ChorusAudioModel
 from chorus_moe.modeling.tower_audio_waveform import WAVEFORM_TYPES, convert_backbone, prepare_backbone_config
 from chorus_moe.modeling.tower_vision import ChorusVisionModel
-from chorus_moe.modeling.tower_vision_probe import ANY_SIZE_TYPES, RESERVED_MODEL_ARGS, load_timm_encoder
+from chorus_moe.modeling.tower_vision_probe import ANY_SIZE_TYPES, RESERVED_MODEL_ARGS, timm_model
 from chorus_moe.surgery.parent_checkpoint import CURE, ParentCheckpoint
 
 Source = str | os.PathLike[str]
@@ -348,4 +348,31 @@ def _load(kind: Any, checkpoint: ParentCheckpoint, config: Any, key_mapping: dic
             f"{checkpoint}: {len(wrong)} tensors of {type(model).__name__} are missing or of another shape, such as "
             f"{wrong[0]!r}"
         )
+    return model
+
+
+def load_timm_encoder(
+    architecture: str | None,
+    model_args: dict[str, Any] | None,
+    image_size: int,
+    num_channels: int,
+    state_dict: dict[str, Tensor],
+    num_classes: int,
+) -> nn.Module:
+    """`create_timm_encoder` with the weights of a checkpoint, converted as timm converts its own.
+
+    Args:
+        num_classes: of the checkpoint's classifier, 0 for none. It is loaded as well, so that timm counts the tensors
+            strictly, and then dropped.
+
+    Raises:
+        ImportError: timm is missing.
+        ValueError: as above, or tensors that are missing or of another shape.
+    """
+    overlay = {"state_dict": dict(state_dict), "num_classes": num_classes}
+    model: Any = timm_model(
+        architecture, model_args, image_size,
+        pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, in_chans=num_channels,
+    )  # fmt: skip
+    model.reset_classifier(0)
     return model

@@ -69,6 +69,13 @@ BANK: dict[str, Any] = {"num_experts": 4}
         ({"expert_banks": {"x": {"layers": [0]}}}, r"layer 0 is not a sparse layer; the sparse layers are \[1, 2\]"),
         ({"expert_banks": {"x.y": {}}}, "must be a Python identifier"),
         ({"expert_banks": {"x": {"intermediate_size": 0}}}, "intermediate_size=0 is outside 1"),
+        ({"expert_banks": {f"bank{i}": {} for i in range(1_025)}}, "1025 expert_banks, at most 1024"),
+        ({"num_labels": 10**9}, r"num_labels=1000000000 is outside 1\.\.1048576"),
+        ({"num_labels": 0}, "num_labels=0 is outside 1"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan is not a finite number"),
+        ({"router_aux_loss_coef": float("nan")}, "router_aux_loss_coef=nan is not a finite number"),
+        ({"initializer_range": float("inf")}, "initializer_range=inf is not a finite number"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, r"rope_parameters\['rope_theta'\]=nan is not a finite"),
     ],
 )
 def test_a_decoder_that_cannot_be_built_is_refused(values: dict[str, Any], message: str) -> None:
@@ -245,13 +252,36 @@ def test_a_tied_head_is_tied_wherever_it_is_asked_for(tmp_path: Path) -> None:
     assert not torch.equal(old.lm_head.weight, old.get_input_embeddings().weight)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize(
-    ("part", "name"),
-    [("text_config", "rms_norm_eps"), ("text_config", "router_aux_loss_coef"), ("audio_config", "dropout")],
-)
-def test_a_number_that_is_not_finite_is_named(part: str, name: str, value: float) -> None:
+@pytest.mark.parametrize("part", ["text_config", "vision_config", "audio_config", None])
+def test_labels_without_end_are_refused_in_every_part(part: str | None) -> None:
+    """A `config.json` of some bytes would fill the memory with names."""
     values = tiny_config().to_dict()
-    values[part][name] = value
-    with pytest.raises(Exception, match=f"{name}={value} must be finite"):
+    (values if part is None else values[part])["num_labels"] = 10**9
+    with pytest.raises(ValueError, match="num_labels=1000000000 is outside"):
+        ChorusConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("text_config", "rms_norm_eps", float("nan")),
+        ("text_config", "router_aux_loss_coef", -float("inf")),
+        ("vision_config", "initializer_range", float("nan")),
+        ("vision_config", "model_args", {"drop_rate": float("nan")}),
+        ("audio_config", "max_seconds", float("nan")),
+        ("audio_config", "dropout", float("inf")),
+    ],
+)
+def test_numbers_that_are_none_are_refused_in_every_part(part: str, key: str, value: Any) -> None:
+    values = tiny_config().to_dict()
+    values[part][key] = value
+    with pytest.raises(ValueError, match=rf"{key}.*=(nan|inf) is not a finite number"):
+        ChorusConfig(**values)
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_tokens", 10**12), ("hidden_size", 10**9), ("num_tokens", 0)])
+def test_a_saved_probe_has_limits(key: str, value: int) -> None:
+    values = tiny_config().to_dict()
+    values["vision_config"][key] = value
+    with pytest.raises(ValueError, match=rf"{key}={value} is outside 1"):
         ChorusConfig(**values)

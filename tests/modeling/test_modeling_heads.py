@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chorus_moe import ChorusForContrastive, ChorusForSequenceClassification
-from tests.conftest import tiny_batch, tiny_config
+from tests.conftest import IMAGE_TOKEN, tiny_batch, tiny_config
 
 # float32 sums in another order: padding and batch mates, at values of size 1.
 ATOL = 1e-5
@@ -131,3 +131,34 @@ def test_modalities_with_different_numbers_of_rows_are_an_error():
     batch["pixel_values"] = batch["pixel_values"][:2]
     with pytest.raises(ValueError, match="'text': 3, 'image': 2"):
         contrastive()(**batch)
+
+
+def test_the_contrastive_model_takes_what_the_processor_returns():
+    model, batch = contrastive(), triples()
+    with torch.no_grad():
+        found = model(**batch, mm_token_type_ids=torch.zeros_like(batch["input_ids"]))
+        assert torch.equal(found.loss, model(**batch).loss)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["modalities given", "modalities found"])
+def test_a_placeholder_in_a_contrastive_text_is_refused(given: bool):
+    batch = triples()
+    batch["input_ids"][1, 2:5] = IMAGE_TOKEN
+    if given:
+        batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE_TOKEN).long()
+    with pytest.raises(ValueError, match="sample 1: 3 tokens of its text stand for an image"):
+        contrastive()(**batch)
+
+
+def test_the_classifier_takes_embeddings_and_positions():
+    model = classifier()
+    batch = tiny_batch(model.config)
+    del batch["labels"]
+    positions = torch.arange(24).expand(3, -1)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        assert torch.equal(model(**batch, position_ids=positions).logits, expected)
+        # Rotary positions tell how far apart words are: at half the distance they say something else.
+        assert not torch.allclose(model(**batch, position_ids=positions // 2).logits, expected, atol=1e-6)
+        embeddings = model.get_input_embeddings()(batch.pop("input_ids"))
+        assert torch.equal(model(**batch, inputs_embeds=embeddings).logits, expected)

@@ -1,11 +1,13 @@
 """What an encoder yields is found before anything is allocated, and odd names go nowhere."""
 
 import builtins
+from typing import Any
 
 import pytest
 import torch
 from transformers import CLIPVisionConfig, ConvNextConfig
 
+from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from chorus_moe.modeling.tower_vision_probe import VisionProbe, probe_backbone, probe_vision_encoder
 
 
@@ -100,3 +102,51 @@ def test_a_hugging_face_backbone_is_probed():
 def test_a_backbone_for_other_images_is_refused():
     with pytest.raises(ValueError, match="image_size=224 but the vision config has image_size=32"):
         probe_backbone(CLIPVisionConfig(), 32, 3)
+
+
+SIZES = {"hidden_size": 512, "num_tokens": 49, "layout": "NLC"}  # as a saved configuration has them: nothing is probed
+
+
+@pytest.mark.parametrize("saved", [{}, SIZES], ids=["new", "saved"])
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ({"model_type": "timm_wrapper", "architecture": "hf-hub:someone/model"}, "not a plain timm name"),
+        ({"model_type": "timm_wrapper", "architecture": "local-dir:models"}, "not a plain timm name"),
+        ({"model_type": "timm_wrapper", "architecture": "resnet17"}, "timm has no architecture 'resnet17'"),
+        (
+            {"model_type": "timm_wrapper", "architecture": "resnet18", "model_args": {"checkpoint_path": "x.pth"}},
+            "may not hold 'checkpoint_path'",
+        ),
+        (
+            {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224", "model_args": {"depth": 10**9}},
+            "is larger than 1024",
+        ),
+        ({"model_type": "timm_backbone", "backbone": "hf-hub:someone/model"}, "not a plain timm name"),
+        ({"model_type": "timm_backbone", "backbone": "local-dir:models"}, "not a plain timm name"),
+        ({"model_type": "detr", "backbone": "someone/model", "use_timm_backbone": False}, "looked up on the Hub"),
+        (
+            {"model_type": "upernet", "backbone_config": {"model_type": "timm_backbone", "backbone": "hf-hub:a/b"}},
+            "not a plain timm name",
+        ),
+    ],
+)
+def test_timm_inside_of_transformers_follows_the_same_rules(
+    backbone: dict[str, Any], message: str, saved: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    def no_network(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a configuration opened a connection")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    with pytest.raises(ValueError, match=message):
+        ChorusVisionConfig(backbone_config=backbone, **saved)
+    with pytest.raises(ValueError, match=message):
+        ChorusAudioConfig(backbone_config=backbone)
+
+
+def test_timm_inside_of_transformers_is_built_from_its_name():
+    config = ChorusVisionConfig(
+        backbone_config={"model_type": "timm_wrapper", "architecture": "resnet18", "do_pooling": False}, image_size=64
+    )
+    assert (config.hidden_size, config.layout, config.grid_size) == (512, "NCHW", [2, 2])
+    assert ChorusVisionConfig(**config.to_dict()).backbone_config.architecture == "resnet18"
