@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -76,6 +77,13 @@ class ChorusPreTrainedModel(PreTrainedModel):
             raise CheckpointError(misfit)
         return loaded
 
+    def save_pretrained(self, save_directory: PathOrName, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; whoever may read the configuration may read the weights."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        # One process writes; the probes of several would meet.
+        for path in Path(save_directory).glob("*.safetensors") if kwargs.get("is_main_process", True) else ():
+            make_readable(path)
+
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         """Notes what does not fit for `from_pretrained`, which alone knows whether the caller wants it as a report, and
@@ -99,6 +107,15 @@ class ChorusPreTrainedModel(PreTrainedModel):
         start_weights = getattr(module, "start_weights", None)
         if start_weights is not None:
             start_weights(self.config.get_text_config().initializer_range)
+
+
+def make_readable(path: Path) -> None:
+    """Give a file the rights of a new file in its folder: the writer of safetensors leaves it to its owner alone."""
+    probe = path.with_name(f".{path.name}.rights")
+    probe.touch()
+    if probe.stat().st_mode != path.stat().st_mode:
+        path.chmod(probe.stat().st_mode & 0o777)
+    probe.unlink()
 
 
 MAX_NAMES = 5

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from chorus_moe.modeling.configuration_banks import ExpertBankConfig, check_name, read_expert_banks
-from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
+from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel, make_readable
 from chorus_moe.modeling.moe_banks import BankGate, ExpertBank
 from chorus_moe.surgery.banks import place_bank
 from chorus_moe.surgery.parts import bank_tensor, decoder_of
@@ -59,6 +59,7 @@ def save_bank(model: ChorusPreTrainedModel, name: str, path: str | os.PathLike[s
         "base_sha256": found,
     }
     save_file(tensors, path, metadata=metadata)
+    make_readable(Path(path))
     size = sum(tensor.numel() for tensor in tensors.values())
     return OperationReport(
         operation="save_bank",

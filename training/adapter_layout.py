@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from chorus_moe.modeling.modeling_base import make_readable
 from chorus_moe.surgery.parts import decoder_of
 from chorus_moe.training.lora import full_path_regex
 
@@ -147,6 +148,7 @@ def convert_adapter(
     Path(target).mkdir(parents=True, exist_ok=True)
     (Path(target) / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(new, Path(target) / WEIGHTS, metadata={"format": "pt"})
+    make_readable(Path(target) / WEIGHTS)
 
 
 def swap_adapter(model: PeftModel, source: str | os.PathLike[str], adapter_name: str = "default") -> None:

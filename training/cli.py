@@ -237,8 +237,7 @@ def export(
     from chorus_moe.training.model_card import run_card
 
     loaded, processor = load(model, base, device, dtype, merge=True)
-    export_for_hub(loaded, processor, folder)
-    (folder / "README.md").write_text(run_card(loaded), encoding="utf-8")
+    export_for_hub(loaded, processor, folder, card=run_card(loaded))
 
 
 # `--help` is passed on as well, since the demo lists its own options.

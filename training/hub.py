@@ -20,11 +20,14 @@ from chorus_moe.modeling.modeling_head_table import HEADS, classes_of_auto_class
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.loading import ModelOrAdapter, base_model
 from chorus_moe.training.model_card import run_card
+from chorus_moe.training.saving import CARD, saved_whole
 
 PROCESSOR_PARTS = {"image_processor": "AutoImageProcessor", "feature_extractor": "AutoFeatureExtractor"}
 
 
-def export_for_hub(model: ModelOrAdapter, processor: ChorusProcessor | None, folder: str | os.PathLike[str]) -> Path:
+def export_for_hub(
+    model: ModelOrAdapter, processor: ChorusProcessor | None, folder: str | os.PathLike[str], card: str | None = None
+) -> Path:
     """Save model, processor and their code; the folder loads with `trust_remote_code` where the package is missing.
 
     Where the package is installed and imported, its own classes are used and no remote code runs.
@@ -32,6 +35,8 @@ def export_for_hub(model: ModelOrAdapter, processor: ChorusProcessor | None, fol
     Args:
         model: any Chorus model without an adapter; merge an adapter first (`merge_and_unload`).
         processor: a ChorusProcessor, or None.
+        folder: what it holds stays as it is until the export is written.
+        card: text of the README; None leaves the folder's.
 
     Raises:
         ValueError: a model with an adapter.
@@ -39,8 +44,14 @@ def export_for_hub(model: ModelOrAdapter, processor: ChorusProcessor | None, fol
     # The saved code loads a whole model; PEFT has its own way to load an adapter.
     if base_model(model) is not model:
         raise ValueError("a model with an adapter carries no code of its own: export model.merge_and_unload()")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with saved_whole(folder) as aside:
+        _write_export(model, processor, aside)
+        if card is not None:
+            (aside / CARD).write_text(card, encoding="utf-8")
+    return Path(folder)
+
+
+def _write_export(model: ModelOrAdapter, processor: ChorusProcessor | None, folder: Path) -> None:
     models = {"AutoConfig": ChorusConfig, **auto_map_classes(type(model))}
     with attribute_set(model.config, "auto_map", {auto: class_reference(kind) for auto, kind in models.items()}):
         model.save_pretrained(folder)
@@ -54,7 +65,6 @@ def export_for_hub(model: ModelOrAdapter, processor: ChorusProcessor | None, fol
                 stack.enter_context(attribute_set(part, "auto_map", {auto: class_reference(type(part))}))
             processor.save_pretrained(folder)
     copy_code(folder, processor)
-    return folder
 
 
 def auto_map_classes(kind: type) -> dict[str, type]:

@@ -116,12 +116,21 @@ class RoutingArguments:
     router_reward_coef: float = field(default=0.1, metadata={"help": "weight of the policy-gradient loss"})
 
 
+@dataclass
+class RunArguments(TrainingArguments):
+    """transformers' `TrainingArguments`, and whether the run may take the place of another."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "replace the model or adapter in output_dir, and its checkpoints"}
+    )
+
+
 class Recipe(NamedTuple):
     model: ModelArguments
     data: DataArguments
     lora: LoraArguments
     routing: RoutingArguments
-    training: TrainingArguments
+    training: RunArguments
 
 
 class RecipeParser(HfArgumentParser):
@@ -137,7 +146,7 @@ SECTIONS: dict[str, type] = {
     "data": DataArguments,
     "lora": LoraArguments,
     "routing": RoutingArguments,
-    "training": TrainingArguments,
+    "training": RunArguments,
 }
 # What the stock Trainer needs with this model: raw columns reach the collator, labels have their name under any
 # wrapper, and evaluation keeps no logits.

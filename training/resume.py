@@ -1,4 +1,4 @@
-"""Whether a saved optimizer state still belongs to a model: after an operation on its banks it may not.
+"""Whether a checkpoint still belongs to a run: to its model, which an operation may have changed, and its arguments.
 
 Unusual here: an optimizer's state knows its parameters by number alone. A bank more or a frozen part moves all numbers
 behind it, and torch notices a wrong count at most; so the weights saved beside it are compared by name first.
@@ -13,7 +13,9 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+
+from chorus_moe.training.checkpoints import fixed_arguments, saved_arguments
 
 # States with the shape of their parameter, by the names that torch's and transformers' optimizers give them.
 LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "z")
@@ -28,14 +30,17 @@ class OptimizerMisfit(ValueError):
 
 
 def check_resume(trainer: Trainer, checkpoint: str | Path) -> None:
-    """Refuse, before any work, a checkpoint whose weights or optimizer state do not fit the trainer's model.
+    """Refuse, before any work, a checkpoint whose weights or optimizer state do not fit the trainer's model, or whose
+    run had arguments that it cannot change on the way.
 
     Checkpoints of adapters are compared by their optimizer state alone, those without one by their weights alone.
 
     Raises:
         OptimizerMisfit: naming the parameter that is missing, unexpected or of another shape, with both shapes.
+        ValueError: naming the argument, with both values.
     """
     folder, model = Path(checkpoint), trainer.model
+    _check_arguments(trainer.args, folder)
     _check_adapter(model, folder)
     _check_weights(model, folder)
     path = folder / "optimizer.pt"
@@ -49,6 +54,24 @@ def check_resume(trainer: Trainer, checkpoint: str | Path) -> None:
         check_optimizer_state(model, trainer.create_optimizer(), state, source=str(folder))
     finally:
         trainer.optimizer = kept
+
+
+def _check_arguments(arguments: TrainingArguments, folder: Path) -> None:
+    """Refuse what would have no effect, or would show rows twice and others never. Learning rate, weight decay, betas,
+    epsilon, warmup and numbers of steps may change: `WholeCheckpoints` applies them."""
+    saved, now = saved_arguments(folder), fixed_arguments(arguments)
+    names = {"optim": "start a new run from these weights"}
+    # Others are functions of the step; these have a state, which brings their old settings back.
+    if {saved.get("lr_scheduler_type"), now["lr_scheduler_type"]} & {"reduce_lr_on_plateau", "greedy"}:
+        names |= dict.fromkeys(("lr_scheduler_type", "lr_scheduler_kwargs"), names["optim"])
+    if not arguments.ignore_data_skip:
+        names |= dict.fromkeys(
+            ("seed", "data_seed", "rows_per_step"),
+            "the order of the rows would change in the middle of an epoch; --ignore_data_skip true begins a new one",
+        )
+    for name, cure in names.items():
+        if name in saved and saved[name] != now[name]:
+            raise ValueError(f"{folder} was trained with {name}={saved[name]!r}, now it is {now[name]!r}: {cure}")
 
 
 def check_optimizer_state(

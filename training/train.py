@@ -1,13 +1,14 @@
-"""A training run from a recipe, on the stock `transformers.Trainer`."""
+"""A training run from a recipe, on `transformers.Trainer` with whole checkpoints."""
 
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForMultimodalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.configuration_modalities import ENCODED
@@ -15,11 +16,12 @@ from chorus_moe.modeling.modeling_generation import ChorusForConditionalGenerati
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.processors.tokenization_chorus import add_media_tokens, build_tokenizer
+from chorus_moe.training.checkpoints import WholeCheckpoints, fault_of, newest_whole, numbered_checkpoints
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import RowDataset, load_rows
 from chorus_moe.training.evaluate import text_of
 from chorus_moe.training.label_smoothing import smooth_labels
-from chorus_moe.training.loading import ModelOrAdapter, check_source, load_processor
+from chorus_moe.training.loading import ModelOrAdapter, base_model, check_source, load_processor
 from chorus_moe.training.recipe import ModelArguments, Recipe, RoutingArguments
 from chorus_moe.training.resume import check_resume
 from chorus_moe.training.routing.callback import RoutingCallback
@@ -27,6 +29,7 @@ from chorus_moe.training.routing.counters import RoutingCounters
 from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.routing.report import write_routing
 from chorus_moe.training.routing.reward import RouterRewardTrainer
+from chorus_moe.training.saving import held_model
 
 # Ways to order rows that read the number of tokens of each before the first step.
 BY_LENGTH = ("group_by_length", "batch_rebalance")
@@ -36,14 +39,14 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
     """Train, save and, if asked, evaluate and push; the output folder loads with the Auto classes.
 
     Every checkpoint holds the processor as well. With `resume_from_checkpoint: auto` an interrupted run continues from
-    its last complete checkpoint.
+    its newest whole checkpoint, with the learning rate and the other settings of the recipe.
 
     Returns:
         The metrics of the run.
 
     Raises:
-        ValueError: the recipe does not say what to train, the output folder holds another run, or the checkpoint
-            belongs to a model with other parameters.
+        ValueError: the recipe does not say what to train, the output folder holds another run or model, no checkpoint
+            is whole, or it belongs to a model with other parameters or a run with another order of rows.
     """
     arguments = recipe.training
     if recipe.data.train_data is None:
@@ -57,7 +60,8 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
     train_rows = load_rows(recipe.data.train_data, recipe.data.train_split, **options)
     if recipe.data.eval_data:
         eval_rows = load_rows(recipe.data.eval_data, recipe.data.eval_split, **options)
-    checkpoint = find_checkpoint(arguments)
+    checkpoint = find_checkpoint(arguments, recipe.model.model_name_or_path)
+    is_new = arguments.overwrite_output_dir and checkpoint is None
     model, processor = load_or_build(recipe, train_rows, checkpoint)
     collator = ChorusDataCollator(
         processor,
@@ -79,6 +83,10 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
     if checkpoint is not None:
         # The Trainer would load an optimizer state on the wrong parameters without a word.
         check_resume(trainer, checkpoint)
+    if is_new and trainer.is_local_process_zero():
+        # A later `auto` would take the steps of the earlier run for those of this one.
+        for earlier in numbered_checkpoints(Path(arguments.output_dir)):
+            shutil.rmtree(earlier)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     counters = callback.last
     if eval_rows is not None:
@@ -90,6 +98,8 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("all", metrics)
+    if is_new and trainer.is_local_process_zero():
+        _remove_earlier(Path(arguments.output_dir), is_adapter=base_model(model) is not model)
     if trainer.is_world_process_zero():
         _publish(model, processor, metrics, trainer, counters)
     return metrics
@@ -114,9 +124,9 @@ def check_arguments(arguments: TrainingArguments) -> None:
 
 
 def new_trainer(routing: RoutingArguments, **parts: Any) -> Trainer:
-    """The stock Trainer, or the one that also rewards routers."""
+    """The Trainer with whole checkpoints, or the one that also rewards routers."""
     if not routing.router_reward_banks:
-        return smooth_labels(Trainer(**parts))
+        return smooth_labels(WholeCheckpoints(**parts))
     trainer = RouterRewardTrainer(
         **parts, router_reward_banks=routing.router_reward_banks, router_reward_coef=routing.router_reward_coef
     )
@@ -227,36 +237,61 @@ def texts_of(rows: RowDataset) -> Iterator[str]:
             yield text_of(message)
 
 
-def find_checkpoint(arguments: TrainingArguments) -> str | None:
-    """The checkpoint to continue from: `resume_from_checkpoint`, or for "auto" the last complete one, if any.
+def find_checkpoint(arguments: TrainingArguments, start: str | None = None) -> str | None:
+    """The checkpoint to continue from: `resume_from_checkpoint`, or for "auto" the newest whole one, if any.
+
+    Args:
+        start: the model that the run starts from.
 
     Raises:
-        ValueError: the output folder holds checkpoints and the recipe does not say what to do with them.
+        ValueError: the checkpoint is not whole, or none is; or the output folder holds checkpoints, another model or
+            the one to start from, and the recipe does not say what to do with them.
     """
     # Taken out of the arguments: the Trainer would take "auto" for a path.
     asked, arguments.resume_from_checkpoint = arguments.resume_from_checkpoint, None
+    folder = Path(arguments.output_dir)
     if asked not in (None, "auto"):
-        return asked
-    complete = complete_checkpoints(Path(arguments.output_dir))
-    if complete and asked is None:
+        fault = fault_of(Path(asked))
+        if fault is not None:
+            raise ValueError(
+                f"resume_from_checkpoint: {asked} {fault}; give a whole checkpoint, or auto for the newest"
+            )
+        if Path(asked).resolve().parent != folder.resolve():
+            _check_output(folder, start, arguments)
+        return str(asked)
+    checkpoint, faults = newest_whole(folder) if asked == "auto" else (None, [])
+    if checkpoint is not None:
+        if arguments.process_index == 0:
+            passed = f"; not whole: {', '.join(faults)}" if faults else ""
+            print(f"the run continues from {checkpoint.name}{passed}", file=sys.stderr)
+        return str(checkpoint)
+    if faults:
+        raise ValueError(f"{folder}: no checkpoint is whole: {', '.join(faults)}; choose another --output_dir")
+    _check_output(folder, start, arguments)
+    return None
+
+
+def _check_output(folder: Path, start: str | None, arguments: TrainingArguments) -> None:
+    """Refuse to begin where another run or model lies."""
+    cure = "choose another --output_dir, or replace it with --overwrite_output_dir true"
+    checkpoints, held = numbered_checkpoints(folder), held_model(folder)
+    # An adapter needs the model below it, and a failed run its start.
+    if start is not None and Path(start).resolve() in {path.resolve() for path in (folder, *checkpoints)}:
+        raise ValueError(f"--output_dir {folder} holds the model that the run starts from; choose another folder")
+    if getattr(arguments, "overwrite_output_dir", False):
+        return
+    if checkpoints:
         raise ValueError(
-            f"{arguments.output_dir!r} holds {complete[-1].name} of an earlier run; continue it with "
-            "--resume_from_checkpoint auto, or choose another --output_dir"
+            f"{str(folder)!r} holds {checkpoints[-1].name} of an earlier run; continue it with "
+            f"--resume_from_checkpoint auto, {cure}"
         )
-    return str(complete[-1]) if complete else None
+    if held:
+        raise ValueError(f"{str(folder)!r} holds a model ({', '.join(held[:3])}); {cure}")
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in order of their steps, without incomplete ones: the Trainer's state is written last."""
-    found = []
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.rpartition("-")[2]
-        try:
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        # Cut short while it was written.
-        except (OSError, ValueError):
-            continue
-        # A folder that was renamed or copied by hand holds another step than its name says.
-        if step.isdecimal() and state.get("global_step") == int(step):
-            found.append((int(step), path))
-    return [path for _, path in sorted(found)]
+def _remove_earlier(folder: Path, is_adapter: bool) -> None:
+    """Remove what an overwritten run has left and the new one does not write: a folder with the configuration of an
+    adapter would be taken for one."""
+    for name in held_model(folder):
+        if name.startswith("adapter") != is_adapter:
+            (folder / name).unlink()

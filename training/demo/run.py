@@ -48,6 +48,7 @@ from chorus_moe.training.loading import ModelOrAdapter
 from chorus_moe.training.lora import lora_config
 from chorus_moe.training.routing.callback import RoutingCallback
 from chorus_moe.training.routing.report import PICTURE
+from chorus_moe.training.saving import saved_whole
 
 QUESTION_SETS = ("test", "new_voices", "new_phrasings")
 # By how hard a skill is: a sum has nineteen answers, "same" two.
@@ -295,7 +296,8 @@ def run_demo(
     )  # fmt: skip
     adapted = get_peft_model(model, chosen)
     train(adapted, data.adaptation, questions, out / "stage2", settings.lora_steps, settings.lora_lr, settings)
-    adapted.save_pretrained(out / "adapter")
+    with saved_whole(out / "adapter") as aside:
+        adapted.save_pretrained(aside)
     merged = adapted.merge_and_unload()
     merged.save_pretrained(out / "merged")
     processor.save_pretrained(out / "merged")

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
 
 from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.layers import without_autocast
@@ -34,6 +33,7 @@ from chorus_moe.modeling.modeling_generation import ChorusForConditionalGenerati
 from chorus_moe.modeling.modeling_outputs import RouterChoice, RoutingOfLayer
 from chorus_moe.modeling.moe_routers import Router
 from chorus_moe.modeling.moe_selection import draw_log_probability
+from chorus_moe.training.checkpoints import WholeCheckpoints
 from chorus_moe.training.loading import base_model
 
 
@@ -129,8 +129,8 @@ def policy_gradient_loss(layers: Iterable[RoutingOfLayer], gain_BS: Tensor, bank
     return total / torch.stack([count.to(device) for count in counts]).sum().clamp(min=1)
 
 
-class RouterRewardTrainer(Trainer):
-    """The stock Trainer, plus the policy-gradient loss for the routers of some banks.
+class RouterRewardTrainer(WholeCheckpoints):
+    """The Trainer with whole checkpoints, plus the policy-gradient loss for the routers of some banks.
 
     The coefficient means the same at any number of accumulation steps and ranks. Logs get `router_gain`, the mean gain
     of a labelled token in nats since the log before, on this rank: below 0 while the draw is worse than the ranking.
