@@ -41,8 +41,9 @@ def add_modality(
     Args:
         modality: a name of `ENCODED_MODALITIES`, such as "image" or "audio".
         tower: a configuration of the encoder (object or dictionary), or a trained encoder.
-        token_id: the placeholder; a new token at the end of the vocabulary if None. A vocabulary that is too small
-            grows by rows that are the mean of all rows.
+        token_id: the placeholder. If None, the one that the configuration reserves (`compose` reserves one for every
+            modality, which its processor knows), else a new token at the end of the vocabulary. A vocabulary that is
+            too small grows by rows that are the mean of all rows.
         bank: settings of a bank for the modality, named after it. Without settings one is added if no bank takes
             the modality.
 
@@ -58,7 +59,9 @@ def add_modality(
         raise ValueError(f"add_modality: the model already has {modality!r}; its modalities are {config.modalities}")
     tower_config = checked("add_modality", lambda: _read_tower(modality, tower))
     text, decoder = config.text_config, decoder_of(model)
-    token_id = text.vocab_size if token_id is None else token_id
+    if token_id is None:
+        reserved = getattr(config, row.token_id)
+        token_id = text.vocab_size if reserved is None else reserved
     vocab_size = max(text.vocab_size, token_id + 1)
     old = list(text.modalities)
     new = in_order({*old, modality})

@@ -52,6 +52,8 @@ def export_for_hub(
 
 
 def _write_export(model: ModelOrAdapter, processor: ChorusProcessor | None, folder: Path) -> None:
+    # First: a model that is saved names only code that is there.
+    copy_code(folder, processor)
     models = {"AutoConfig": ChorusConfig, **auto_map_classes(type(model))}
     with attribute_set(model.config, "auto_map", {auto: class_reference(kind) for auto, kind in models.items()}):
         model.save_pretrained(folder)
@@ -64,7 +66,6 @@ def _write_export(model: ModelOrAdapter, processor: ChorusProcessor | None, fold
             for auto, part in parts.items():
                 stack.enter_context(attribute_set(part, "auto_map", {auto: class_reference(type(part))}))
             processor.save_pretrained(folder)
-    copy_code(folder, processor)
 
 
 def auto_map_classes(kind: type) -> dict[str, type]:

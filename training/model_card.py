@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from chorus_moe.surgery import parameter_report
 from chorus_moe.training.loading import ModelOrAdapter, base_model
+
+PARENTS = "## Parents"
 
 
 class Parent(NamedTuple):
@@ -40,12 +42,15 @@ def run_card(
     is_adapter = base is not model
     report, text = parameter_report(base.config), base.config.text_config
     # A local path is of no use on the Hub and may tell more than its owner wants.
-    from_hub = [parent.source for parent in parents if not os.path.isdir(parent.source)]
+    from_hub: Any = [parent.source for parent in parents if not os.path.isdir(parent.source)]
+    ancestry = parents_section(parents, notes)
+    if not parents:
+        from_hub, ancestry = inherited(getattr(base, "name_or_path", ""))
     data = ModelCardData(
         license=license_id,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="any-to-any",
-        base_model=(base.name_or_path or None) if is_adapter else from_hub or None,
+        base_model=from_hub or None,
         tags=["chorus", "mixture-of-experts", "multimodal", *(["lora"] if is_adapter else [])],
     )
     rows = [f"| {name} | {value:,.4g} |" for name, value in (metrics or {}).items() if isinstance(value, int | float)]
@@ -77,7 +82,26 @@ def run_card(
         lines += [f"The adapter holds {trained:,} trained parameters.", ""]
     if rows:
         lines += ["| figure | value |", "| --- | --- |", *rows, ""]
-    return "\n".join([*lines, *parents_section(parents, notes), *routing_section(picture)])
+    return "\n".join([*lines, *ancestry, *routing_section(picture)])
+
+
+def inherited(source: str) -> tuple[Any, list[str]]:
+    """What the card of a model says of where it comes from: `base_model`, and the lines on its parents.
+
+    Args:
+        source: what the model was loaded from. A repository is itself the base; a folder here passes on what its card
+            says; a model that was built and not loaded has none.
+    """
+    card = Path(source) / "README.md"
+    if not os.path.isdir(source):
+        # A folder that is gone has a name that no repository has.
+        return ([] if os.path.isabs(source) else source), []
+    if not card.is_file():
+        return [], []
+    text = card.read_text(encoding="utf-8")
+    base = ModelCard(text, ignore_metadata_errors=True).data.base_model
+    _, found, rest = text.partition(f"{PARENTS}\n")
+    return base, [PARENTS, *rest.split("\n## ")[0].rstrip("\n").split("\n"), ""] if found else []
 
 
 def parents_section(parents: Sequence[Parent], notes: Sequence[str] = ()) -> list[str]:
@@ -90,7 +114,7 @@ def parents_section(parents: Sequence[Parent], notes: Sequence[str] = ()) -> lis
         for parent in parents
     ]
     return [
-        "## Parents",
+        PARENTS,
         "",
         "Composed of these models; connectors and, of a dense text model, routers are new and want training.",
         "",

@@ -163,19 +163,20 @@ def test_the_best_checkpoint_has_its_final_name_and_survives_rotation(
     tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor, tmp_path: Path
 ) -> None:
     best = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 2}
-    best |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
-    # A rate at which the loss climbs: the first step is the best.
-    trainer = trainer_of(tokenizer, processor, tmp_path, learning_rate=1.0, **best)
+    best |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    # The loss falls, and the largest counts as best: an early step is to be kept beside the last.
+    trainer = trainer_of(tokenizer, processor, tmp_path, **best)
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    step = losses.index(min(losses)) + 1
+    step = losses.index(max(losses)) + 1
+    assert step < 4
     expected = str(tmp_path / f"checkpoint-{step}")
     assert trainer.state.best_model_checkpoint == expected
     kept = numbered_checkpoints(tmp_path)
     assert {path.name for path in kept} == {f"checkpoint-{step}", "checkpoint-4"} and len(kept) <= 2
     for folder in kept:
         assert json.loads((folder / "trainer_state.json").read_text())["best_model_checkpoint"] == expected
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), abs=1e-6)
 
 
 @pytest.mark.slow
@@ -216,12 +217,7 @@ def test_an_optimizers_setting_is_applied_to_a_resumed_run_and_said(
     # The first group decays, the second (norms, biases) does not.
     assert read(trainer.optimizer.param_groups[0]) == value
     said = capsys.readouterr().err
-    assert "checkpoint-2: the run continues with" in said and name in said and f"-> {value}" in said or "betas" in name
-    if name == "learning_rate":
-        # Linear decay over 4 steps: what is left of the rate after step 2 is a half, after step 3 a quarter.
-        rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-        assert trainer.lr_scheduler.base_lrs == [value] * len(trainer.optimizer.param_groups)
-        assert not rates or rates[-1] <= value / 2
+    assert "checkpoint-2: the run continues with" in said and name in said and str(value) in said.split("->")[1]
 
 
 def test_the_rate_of_a_resumed_step_is_the_new_schedules(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,11 +25,12 @@ from transformers import (
 )
 
 from chorus_moe import ChorusConfig, ChorusProcessor
+from chorus_moe.training.checkpoints import WholeCheckpoints, numbered_checkpoints
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import RowDataset
 from chorus_moe.training.lora import lora_config
 from chorus_moe.training.recipe import TRAINER_SETTINGS, read_recipe
-from chorus_moe.training.train import build_model, complete_checkpoints, find_checkpoint, run_training
+from chorus_moe.training.train import build_model, find_checkpoint, run_training
 from tests.training.conftest import make_model, make_row, make_rows
 from tests.training.test_data import write_jsonl, write_media
 
@@ -51,7 +53,7 @@ def new_trainer(
         str(folder),
         **{"report_to": "none", "use_cpu": True, "disable_tqdm": True, **TRAINER_SETTINGS, **defaults, **settings},
     )
-    return Trainer(
+    return WholeCheckpoints(
         model,
         arguments,
         data_collator=ChorusDataCollator(processor),
@@ -208,12 +210,12 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_was(recipe: Path, tmp_pa
             [*command, "--output_dir", str(killed)], env=environment, stdout=log, stderr=subprocess.STDOUT
         )
         deadline = time.monotonic() + 120
-        while len(complete_checkpoints(killed)) < 2 and run.poll() is None and time.monotonic() < deadline:
+        while len(numbered_checkpoints(killed)) < 2 and run.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         run.send_signal(signal.SIGKILL)
         run.wait()
     assert run.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
-    steps = [int(path.name.rpartition("-")[2]) for path in complete_checkpoints(killed)]
+    steps = [int(path.name.rpartition("-")[2]) for path in numbered_checkpoints(killed)]
     assert 0 < steps[-1] < 40
 
     run_training(read_recipe(recipe, [*words, "--output_dir", str(killed)]))
@@ -224,19 +226,75 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_was(recipe: Path, tmp_pa
     assert histories[0]["global_step"] == histories[1]["global_step"] == 40
 
 
-def test_only_complete_checkpoints_are_resumed_from(tmp_path: Path) -> None:
-    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_st'), (14, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state:
-            (folder / "trainer_state.json").write_text(state)
-    settings = {"report_to": "none", "use_cpu": True}
-    assert find_checkpoint(TrainingArguments(str(tmp_path), resume_from_checkpoint="auto", **settings)) == str(
-        tmp_path / "checkpoint-10"
-    )
-    assert find_checkpoint(TrainingArguments(str(tmp_path / "new"), resume_from_checkpoint="auto", **settings)) is None
-    with pytest.raises(ValueError, match="holds checkpoint-10 of an earlier run"):
-        find_checkpoint(TrainingArguments(str(tmp_path), **settings))
+def words_of(folder: Path) -> list[str]:
+    return ["--output_dir", str(folder), "--max_steps", "2", "--save_steps", "1"]
+
+
+def test_a_run_continues_from_the_newest_whole_checkpoint_and_says_so(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    auto = ["--resume_from_checkpoint", "auto"]
+    run_training(read_recipe(recipe, words_of(out)))
+    (out / "checkpoint-2" / "optimizer.pt").unlink()
+    run_training(read_recipe(recipe, [*words_of(out), *auto, "--learning_rate", "1e-3"]))
+    said = capsys.readouterr().err
+    assert "the run continues from checkpoint-1; not whole: checkpoint-2 lacks optimizer.pt\n" in said
+    assert "checkpoint-1: the run continues with learning_rate 0.01 -> 0.001\n" in said
+    # Continued, the run has written its second checkpoint anew.
+    assert find_checkpoint(read_recipe(recipe, [*words_of(out), *auto]).training) == str(out / "checkpoint-2")
+    for checkpoint in numbered_checkpoints(out):
+        (checkpoint / "scheduler.pt").unlink()
+    both = "no checkpoint is whole: checkpoint-2 lacks scheduler.pt, checkpoint-1 lacks scheduler.pt"
+    with pytest.raises(ValueError, match=both):
+        run_training(read_recipe(recipe, [*words_of(out), *auto]))
+    with pytest.raises(ValueError, match="checkpoint-1 lacks scheduler.pt; give a whole one"):
+        run_training(read_recipe(recipe, [*words_of(out), "--resume_from_checkpoint", str(out / "checkpoint-1")]))
+
+
+FIXED = [
+    (["--seed", "7"], "was trained with seed=42, now it is 7: the order of the rows"),
+    (["--per_device_train_batch_size", "1"], "with rows_per_step=2, now it is 1: the order of the rows"),
+    (["--optim", "sgd"], "with optim='adamw_torch', now it is 'sgd'"),
+    (["--lr_scheduler_type", "reduce_lr_on_plateau"], "with lr_scheduler_type='linear', now it is 'reduce"),
+]
+
+
+def test_what_a_resumed_run_cannot_change_is_refused_by_name(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_training(read_recipe(recipe, words_of(out)))
+    for words, message in FIXED:
+        extra = ["--eval_strategy", "steps", "--eval_steps", "1"] if "plateau" in words[1] else []
+        with pytest.raises(ValueError, match=message):
+            run_training(read_recipe(recipe, [*words_of(out), "--resume_from_checkpoint", "auto", *words, *extra]))
+    words = ["--resume_from_checkpoint", "auto", "--seed", "7", "--ignore_data_skip", "true", "--max_steps", "3"]
+    run_training(read_recipe(recipe, [*words_of(out), *words]))
+
+
+def test_a_folder_with_another_model_is_replaced_only_when_asked(recipe: Path, tmp_path: Path) -> None:
+    out, new = tmp_path / "out", ["--max_steps", "1", "--overwrite_output_dir", "true"]
+    run_training(read_recipe(recipe, words_of(out)))
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds checkpoint-2 of an earlier run; continue it with"):
+        run_training(read_recipe(recipe, words_of(out)))
+    for checkpoint in numbered_checkpoints(out):
+        shutil.rmtree(checkpoint)
+    for asked in ([], ["--resume_from_checkpoint", "auto"]):
+        with pytest.raises(ValueError, match=r"holds a model \(config.json, model.safetensors\); choose another"):
+            run_training(read_recipe(recipe, [*words_of(out), *asked]))
+    words = ["--train_data", str(tmp_path), *words_of(out), "--model_name_or_path", str(out), *new]
+    recipe_on_itself = read_recipe(None, words)
+    with pytest.raises(ValueError, match="holds the model that the run starts from"):
+        run_training(recipe_on_itself)
+    assert (out / "model.safetensors").read_bytes() == before
+
+    (out / "checkpoint-90").mkdir()
+    (out / "adapter_config.json").write_text("{}")
+    run_training(read_recipe(recipe, [*words_of(out), *new]))
+    assert [path.name for path in numbered_checkpoints(out)] == ["checkpoint-1"]
+    # A folder with it would be loaded as an adapter.
+    assert not (out / "adapter_config.json").exists()
+    assert (out / "model.safetensors").read_bytes() != before
 
 
 def test_a_recipe_must_say_what_to_train(recipe: Path) -> None:

@@ -8,12 +8,14 @@ from chorus_moe.training.doctor.finding import Finding
 from chorus_moe.training.doctor.inputs import Patient
 from chorus_moe.training.doctor.parity import batch_mates, cache, checkpointing, implementations, padding_side
 from chorus_moe.training.doctor.signals import fast_paths, gradients, modalities
+from chorus_moe.training.doctor.whole import whole_checkpoints
 
 Check = Callable[[Patient], Finding]
 
 # A check reads a patient and returns what it found. It leaves the weights alone; everything else is put back for it.
 CHECKS: tuple[Check, ...] = (
     tensors,
+    whole_checkpoints,
     processor,
     batch_padding,
     chat_template,
