@@ -99,7 +99,7 @@ def inherited(source: str) -> tuple[Any, list[str]]:
     if not card.is_file():
         return [], []
     text = card.read_text(encoding="utf-8")
-    base = ModelCard(text, ignore_metadata_errors=True).data.base_model
+    base = getattr(ModelCard(text, ignore_metadata_errors=True).data, "base_model", None)
     _, found, rest = text.partition(f"{PARENTS}\n")
     return base, [PARENTS, *rest.split("\n## ")[0].rstrip("\n").split("\n"), ""] if found else []
 

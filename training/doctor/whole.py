@@ -10,6 +10,8 @@ from chorus_moe.training.saving import INCOMPLETE
 
 def whole_checkpoints(patient: Patient) -> Finding:
     """Every checkpoint in the folder, or the folder itself if it is one, has all its files as they were written."""
+    if patient.source is None:
+        return skipped("the model was built and not loaded")
     folder = Path(patient.source)
     checkpoints = [folder] if step_of(folder) is not None else numbered_checkpoints(folder)
     left = folder / INCOMPLETE
