@@ -151,6 +151,8 @@ class ChorusHead(ChorusPreTrainedModel):
             return
         named = list(self.model.named_parameters())
         own = [name for name, _ in named if any(part in name for part in trained)]
+        if not own:  # a model of dense layers alone has no router
+            return
         # A source is computed from its own part and from all that lies before the last layer which has one: towers,
         # embeddings and layers, in this order.
         last = own[-1][: own[-1].index(".", own[-1].index(".layers.") + len(".layers.")) + 1]

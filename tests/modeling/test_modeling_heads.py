@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chorus_moe import ChorusForContrastive, ChorusForSequenceClassification
+from chorus_moe import ChorusForConditionalGeneration, ChorusForContrastive, ChorusForSequenceClassification
 from tests.conftest import IMAGE_TOKEN, tiny_batch, tiny_config
 
 # float32 sums in another order: padding and batch mates, at values of size 1.
@@ -162,3 +162,9 @@ def test_the_classifier_takes_embeddings_and_positions():
         assert not torch.allclose(model(**batch, position_ids=positions // 2).logits, expected, atol=1e-6)
         embeddings = model.get_input_embeddings()(batch.pop("input_ids"))
         assert torch.equal(model(**batch, inputs_embeds=embeddings).logits, expected)
+
+
+def test_a_model_of_dense_layers_alone_trains():
+    config = tiny_config(mlp_layer_types=["dense"] * 3)
+    model = ChorusForConditionalGeneration(config).train()
+    assert torch.isfinite(model(**tiny_batch(config)).loss)
