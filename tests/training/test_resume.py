@@ -93,6 +93,7 @@ def test_a_run_is_not_resumed_with_a_grown_model(
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": PLAIN}] * 2)
     words = ["--model_name_or_path", str(tmp_path / "grown"), "--train_data", str(rows), "--output_dir", str(run)]
     words += ["--resume_from_checkpoint", "auto", "--max_steps", "2", "--use_cpu", "true", "--report_to", "none"]
+    words += ["--per_device_train_batch_size", "2"]
     with pytest.raises(OptimizerMisfit, match=r"checkpoint-1 has no .*banks.text_2.*; start a new run from these"):
         run_training(read_recipe(None, words))
     assert not (run / "checkpoint-2").exists()

@@ -248,7 +248,7 @@ def test_a_run_continues_from_the_newest_whole_checkpoint_and_says_so(
     both = "no checkpoint is whole: checkpoint-2 lacks scheduler.pt, checkpoint-1 lacks scheduler.pt"
     with pytest.raises(ValueError, match=both):
         run_training(read_recipe(recipe, [*words_of(out), *auto]))
-    with pytest.raises(ValueError, match="checkpoint-1 lacks scheduler.pt; give a whole one"):
+    with pytest.raises(ValueError, match="checkpoint-1 lacks scheduler.pt; give a whole checkpoint"):
         run_training(read_recipe(recipe, [*words_of(out), "--resume_from_checkpoint", str(out / "checkpoint-1")]))
 
 
