@@ -257,7 +257,7 @@ class ChorusProcessor(ChatProcessor):
                 raise MediaError(f"sample {sample}: this model sees no images", sample, "image")
             if row_clips and self.frames_per_token is None:
                 raise MediaError(f"sample {sample}: this model hears nothing", sample, "audio")
-            pixels = 0
+            pixels, seconds = 0, 0.0
             for index, image in enumerate(row_images):
                 images.append(self.image_processor.load(image, MediaPlace("image", index, sample), do_rescale, layout))
                 pixels += num_pixels(images[-1])
@@ -267,6 +267,11 @@ class ChorusProcessor(ChatProcessor):
                     )
             for index, clip in enumerate(row_clips):
                 clips.append(self.feature_extractor.load(clip, MediaPlace("audio", index, sample), sampling_rate))
+                seconds += len(clips[-1]) / self.feature_extractor.sampling_rate
+                if seconds > (longest := self.limits.sample_seconds):
+                    raise MediaError(
+                        f"sample {sample}: {seconds:.2f} seconds, the limit is {longest:g}", sample, "audio"
+                    )
         return images, clips
 
     def _encode(self, texts: list[str], images: list, clips: list, merged: dict[str, Any]) -> dict[str, Any]:

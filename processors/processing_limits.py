@@ -82,7 +82,7 @@ class MediaError(ValueError):
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """Upper bounds applied before decoding. Sizes in bytes, rates in Hz, the ratio is long side over short side."""
+    """Upper bounds applied before decoding. Sizes in bytes, rates in Hz; the ratio is long side over short side."""
 
     image_bytes: int = 64 * 2**20
     image_pixels: int = 64_000_000
@@ -94,6 +94,7 @@ class MediaLimits:
     audio_max_rate: int = 768_000
     audio_channels: int = 8
     clips_per_sample: int = 64
+    sample_seconds: float = 3_600.0
 
 
 def check_settings(settings: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -332,6 +332,18 @@ def test_the_pixels_of_a_sample_count_together(processor):
         processor.limits = limits
 
 
+def test_the_seconds_of_a_sample_count_together(processor):
+    limits = processor.limits
+    clips = [{"array": tone(0.6), "sampling_rate": RATE}] * 2
+    try:
+        processor.limits = MediaLimits(sample_seconds=1.0)
+        processor(text=["<audio>", "<audio>"], audio=[clips[:1], clips[:1]])
+        with pytest.raises(MediaError, match=r"sample 1: 1.20 seconds, the limit is 1"):
+            processor(text=["", "<audio><audio>"], audio=[[], clips])
+    finally:
+        processor.limits = limits
+
+
 def test_the_tokenizers_own_limit_holds_unless_another_is_given():
     words = "which digit is written in the image and which one is spoken"
     limited = ChorusProcessor.from_config(model_config(), build_tokenizer(CORPUS, 320, model_max_length=8))
