@@ -59,7 +59,7 @@ class ChorusAudioModel(ChorusPreTrainedModel):
         """Encodes windows of sound.
 
         Args:
-            input_features: frames `(clips, frames, num_mel_bins)`, padded on the right: log-mel frames, or samples
+            input_features: frames `(clips, frames, num_mel_bins)`, padded on either side: log-mel frames, or samples
                 `(clips, samples, 1)`. With `feature_type="whisper"` windows of full length, whose padding is what
                 Whisper hears after the end of a clip.
             input_features_mask: `(clips, frames)`, nonzero on real frames; all real if None.
@@ -69,6 +69,11 @@ class ChorusAudioModel(ChorusPreTrainedModel):
         """
         mask_NT = self._check_clips(input_features, input_features_mask)
         features_NTF = input_features.to(self.dtype)
+        if not torch.compiler.is_compiling() and bool((mask_NT[:, 1:] & ~mask_NT[:, :1]).any()):
+            # Pipelines pad all that a batch holds on the side on which they pad text.
+            order_NT = mask_NT.logical_not().byte().argsort(dim=1, stable=True)
+            mask_NT = mask_NT.take_along_dim(order_NT, dim=1)
+            features_NTF = features_NTF.take_along_dim(order_NT[..., None], dim=1)
         if self.config.feature_type != "whisper":
             # Whisper was trained on what its extractor puts behind a clip, so there padding stays as it is.
             features_NTF = features_NTF.masked_fill(~mask_NT[..., None], 0.0)

@@ -98,6 +98,8 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         self.strict_sampling_rate = strict_sampling_rate
         self.allow_silence = allow_silence
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+        # None of its own, so that a pipeline pads the clips of a batch on the side on which it pads text.
+        self.padding_side = None
 
     @classmethod
     def from_dict(cls, feature_extractor_dict: dict[str, Any], **kwargs: Any) -> Self:

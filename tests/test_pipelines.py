@@ -12,6 +12,7 @@ from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     tokenizer = build_tokenizer(["what is it?"], vocab_size=300)
     torch.manual_seed(0)
-    model = ChorusForConditionalGeneration(tiny_config(vocab_size=len(tokenizer)))
+    model = ChorusForConditionalGeneration(tiny_config(vocab_size=len(tokenizer), initializer_range=0.2))
     model.save_pretrained(path)
     ChorusProcessor.from_config(model.config, tokenizer).save_pretrained(path)
     return path
@@ -56,6 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (AutoModel, ChorusModel),
         (AutoModelForMultimodalLM, ChorusForConditionalGeneration),
         (AutoModelForImageTextToText, ChorusForConditionalGeneration),
+        (AutoModelForCausalLM, ChorusForConditionalGeneration),
         (AutoModelForSequenceClassification, ChorusForSequenceClassification),
         (AutoProcessor, ChorusProcessor),
         (AutoImageProcessor, ChorusImageProcessor),
@@ -82,3 +84,39 @@ def test_the_any_to_any_pipeline_answers(folder: Path, content: list[dict[str, A
     answer = pipe(text=messages, max_new_tokens=3, return_full_text=False)
 
     assert isinstance(answer[0]["generated_text"], str)
+
+
+LONGER = {"type": "text", "text": "what is it? what is it? it is"}
+LONGER_AUDIO = {"type": "audio", "audio": np.cos(np.arange(9_000) / 7).astype(np.float32), "sampling_rate": 16_000}
+
+
+@pytest.mark.parametrize("task", ["any-to-any", "image-text-to-text"])
+@pytest.mark.parametrize(
+    "contents",
+    [
+        [[TEXT], [LONGER]],
+        [[IMAGE, TEXT], [IMAGE, LONGER]],
+        [[AUDIO, TEXT], [LONGER_AUDIO, LONGER]],
+        [[AUDIO, IMAGE, TEXT], [IMAGE, LONGER, LONGER_AUDIO]],
+    ],
+    ids=["text", "images", "sound", "all together"],
+)
+def test_a_batch_of_a_pipeline_answers_as_one_by_one(
+    folder: Path, task: str, contents: list[list[dict[str, Any]]]
+) -> None:
+    pipe = pipeline(task, model=str(folder))
+    chats = [[{"role": "user", "content": content}] for content in contents]
+    options = {"return_full_text": False, "generate_kwargs": {"max_new_tokens": 4, "do_sample": False}}
+    alone = [pipe(text=chat, **options)[0]["generated_text"] for chat in chats]
+    assert [answer[0]["generated_text"] for answer in pipe(text=chats, batch_size=2, **options)] == alone
+
+
+@pytest.mark.parametrize(
+    "prompts", [["it", "what is it?"], [[{"role": "user", "content": "it"}]] * 2], ids=["texts", "chats"]
+)
+def test_a_batch_of_the_text_pipeline_answers_as_one_by_one(folder: Path, prompts: list[Any]) -> None:
+    pipe = pipeline("text-generation", model=str(folder))
+    assert isinstance(pipe.model, ChorusForConditionalGeneration)
+    options = {"max_new_tokens": 4, "do_sample": False, "return_full_text": False}
+    alone = [pipe(prompt, **options)[0]["generated_text"] for prompt in prompts]
+    assert [answer[0]["generated_text"] for answer in pipe(prompts, batch_size=2, **options)] == alone

@@ -56,6 +56,16 @@ def nan_memory():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.mark.parametrize("config", [tiny_config(), tiny_whisper()])
+def test_padding_on_the_left_is_padding(config):
+    tower, lengths = tiny_tower(config).eval(), [9, 90, 1, 37]
+    features, mask = ragged_batch(lengths)
+    shifted, shifted_mask = features.clone(), mask.clone()
+    for row, length in enumerate(lengths):
+        shifted[row], shifted_mask[row] = features[row].roll(-length, 0), mask[row].roll(-length, 0)
+    assert torch.equal(tower(shifted, shifted_mask).last_hidden_state, tower(features, mask).last_hidden_state)
+
+
 @pytest.mark.parametrize(
     "config", [tiny_config(), tiny_config(subsampling=1), tiny_config(subsampling=8), tiny_whisper()]
 )
