@@ -8,11 +8,12 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench docs clean
+.PHONY: help setup demo test test-matrix check format bench docs clean
 
 help:
 	@echo "make demo    train, fine-tune, save, reload and question a small trimodal model (report in out/demo)"
 	@echo "make test    the whole test suite"
+	@echo "make test-matrix  a core of the suite on older transformers, PEFT and timm (MATRIX=oldest: one set)"
 	@echo "make check   lint, format, types and layout tests, in seconds"
 	@echo "make format  rewrite the files as make check wants them"
 	@echo "make bench   benchmarks (tables; figures as JSON in out/bench)"
@@ -33,6 +34,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-matrix: setup
+	.ci/matrix $(MATRIX)
 
 check: setup
 	$(BIN)/ruff check .

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+# A forked process has none of its parent's threads, and torch would wait for them for ever: `map(num_proc=2)` of a data
+# set, with a processor that has worked before. torch's own DataLoader does the same in its workers.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
 Picture: TypeAlias = "np.ndarray | torch.Tensor | Image.Image"
 
 # Pillow opens MPO (what many phones write) as JPEG.
