@@ -13,7 +13,7 @@ PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 help:
 	@echo "make demo    train, fine-tune, save, reload and question a small trimodal model (report in out/demo)"
 	@echo "make test    the whole test suite"
-	@echo "make test-matrix  a core of the suite on older transformers, PEFT and timm (MATRIX=oldest: one set)"
+	@echo "make test-matrix  a core of the suite on other releases (MATRIX=newest: one set)"
 	@echo "make check   lint, format, types and layout tests, in seconds"
 	@echo "make format  rewrite the files as make check wants them"
 	@echo "make bench   benchmarks (tables; figures as JSON in out/bench)"
