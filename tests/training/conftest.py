@@ -1,5 +1,6 @@
 """A tokenizer, a processor, a model and rows, small enough that a step takes some milliseconds."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,8 +60,14 @@ def make_rows(count: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def trained_tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
+
+
+@pytest.fixture
+def tokenizer(trained_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A test's own: a processor holds the very object it is given, and what one test sets would meet the next."""
+    return copy.deepcopy(trained_tokenizer)
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ IN_PROCESS = [check for check in CHECKS if name_of(check) != "hub-export"]
 
 
 @pytest.fixture(scope="module")
-def folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(trained_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and an adapter on it, with their processor."""
-    folder, patient = tmp_path_factory.mktemp("saved"), make_patient(tokenizer)
+    folder, patient = tmp_path_factory.mktemp("saved"), make_patient(trained_tokenizer)
     patient.model.save_pretrained(folder / "model")
     adapted = get_peft_model(patient.model, lora_config(patient.model, dense=True, verbose=False))
     adapted.save_pretrained(folder / "adapter")
