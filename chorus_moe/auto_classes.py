@@ -7,6 +7,8 @@ import transformers
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoProcessor
 
 import chorus_moe.fastpaths.experts_cpu  # noqa: F401  registers `cpu_mm` and `gpu_mm`
+import chorus_moe.surgery.vision_probe  # noqa: F401  registers what measures a new vision encoder
+import chorus_moe.training.depth_cost  # noqa: F401  registers what counts for `output_compute`
 from chorus_moe.modeling.configuration_banks import ExpertBankConfig
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
@@ -14,7 +16,6 @@ from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 from chorus_moe.modeling.modeling_chorus import ChorusModel
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.modeling.modeling_head_table import classes_of_auto_classes
 from chorus_moe.modeling.modeling_heads import ChorusForContrastive, ChorusForSequenceClassification
 from chorus_moe.modeling.modeling_text import ChorusTextModel
 from chorus_moe.modeling.tower_audio import ChorusAudioModel
@@ -22,6 +23,7 @@ from chorus_moe.modeling.tower_vision import ChorusVisionModel
 from chorus_moe.processors.feature_extraction_chorus import ChorusFeatureExtractor
 from chorus_moe.processors.image_processing_chorus import ChorusImageProcessor
 from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.surgery.heads import classes_of_auto_classes
 
 for _config in (ChorusConfig, ChorusTextConfig, ChorusVisionConfig, ChorusAudioConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)

@@ -28,14 +28,12 @@ class EncodedModality(Modality):
         config: field of [`ChorusConfig`] with the configuration of the encoder.
         token_id: field of [`ChorusConfig`] with the placeholder.
         tower, connector: attributes of [`ChorusModel`].
-        inputs: arguments of its forward; the first is None where there is nothing to encode.
     """
 
     config: str
     token_id: str
     tower: str
     connector: str
-    inputs: tuple[str, ...]
 
 
 # What processors call modalities stands in `processing_media`: that folder imports nothing from this one.
@@ -50,7 +48,6 @@ ENCODED = (
         token_id="image_token_id",
         tower="vision_tower",
         connector="vision_connector",
-        inputs=("pixel_values",),
     ),
     EncodedModality(
         name="audio",
@@ -59,7 +56,6 @@ ENCODED = (
         token_id="audio_token_id",
         tower="audio_tower",
         connector="audio_connector",
-        inputs=("input_features", "input_features_mask"),
     ),
 )
 MODALITIES = {row.name: row for row in (TEXT, *ENCODED)}

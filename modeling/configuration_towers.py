@@ -8,7 +8,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_checks import MAX_LAYERS, MAX_WIDTH, check_divides, check_range, refuse_unknown_keys
-from .tower_vision_probe import check_backbone, probe_backbone, probe_vision_encoder
+from .configuration_services import service
+from .tower_vision_timm import check_backbone
 
 FEATURE_TYPES = ("log_mel", "whisper", "waveform")
 
@@ -70,11 +71,7 @@ class ChorusVisionConfig(PreTrainedConfig):
         # Probed once and saved: processor and model read the same numbers, so placeholders cannot disagree with
         # features.
         if self.hidden_size is None or self.num_tokens is None:
-            probe = (
-                probe_backbone(self.backbone_config, self.image_size, self.num_channels)
-                if self.backbone_config is not None
-                else probe_vision_encoder(self.architecture, self.model_args, self.image_size, self.num_channels)
-            )
+            probe = service("probe_vision", "a ChorusVisionConfig without hidden_size and num_tokens")(self)
             self.hidden_size, self.layout = probe.hidden_size, probe.layout
             self.num_prefix_tokens, self.num_tokens = probe.num_prefix_tokens, probe.num_tokens
             self.grid_size = None if probe.grid_size is None else list(probe.grid_size)

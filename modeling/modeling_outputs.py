@@ -79,7 +79,7 @@ class Computation(NamedTuple):
     Args:
         layers: layers that the sample ran through.
         experts: visits of its tokens to routed experts, over all layers; shared experts are not among them.
-        flops: floating-point operations, see `depth_cost.py`.
+        flops: floating-point operations of the matrix products in the layers, on real tokens.
     """
 
     layers: Tensor

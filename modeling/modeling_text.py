@@ -1,6 +1,8 @@
 """The decoder: attention and feed-forward layers over one sequence of text, image and audio tokens."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -16,8 +18,8 @@ from .attention import Attention, CrossModalAttention, rotary_tables
 from .attention_globals import GlobalTokens, with_global_tokens
 from .attention_masks import LocalMask, build_masks, is_packed
 from .configuration_checks import check_exit
+from .configuration_services import service
 from .configuration_text import ChorusTextConfig
-from .depth_cost import counts_computation
 from .depth_exits import ExitRun, SequenceInputs
 from .depth_skip import SkipGate, feed_open_tokens, threshold_logit
 from .layers import GatedMLP, RMSNorm
@@ -84,6 +86,21 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         return feed_open_tokens(self.mlp, hidden_states, plan, self.skip_gate(hidden_states))
 
 
+def counts_computation(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """For a decoder's forward with recorded outputs: adds `compute` where `output_compute=True` asks for it."""
+
+    @wraps(forward)
+    def wrapper(self: Any, *args: Any, output_compute: bool | None = None, **kwargs: Any) -> Any:
+        # transformers records an output `routing` for `output_routing`; its models call the request by this name.
+        if "output_router_logits" in kwargs:
+            kwargs["output_routing"] = kwargs.pop("output_router_logits")
+        if output_compute:
+            return service("count_computation", "output_compute=True")(forward, self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
 class ChorusTextModel(ChorusPreTrainedModel):
     """The decoder without a head: token ids or embeddings in, hidden states out."""
 
@@ -142,7 +159,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
                 without it every token is text; [`ChorusModel`] derives it from the token ids.
             exit_layer: leave after this many layers; the final norm and the cache of those layers are as ever.
             exits: heads between the layers, by which samples may leave: `last_hidden_state` is of those that stayed.
-            output_compute: also return what was spent on each sample, see [`Computation`].
+            output_compute: also return what was spent on each sample, see [`Computation`]; takes the whole package.
             kwargs: what this call asks of routers, banks and skip gates, see [`DecoderKwargs`].
 
         Raises:

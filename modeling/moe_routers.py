@@ -86,7 +86,7 @@ class Router(nn.Module):
 
     @staticmethod
     def flops(hidden_size: int, num_experts: int) -> int:
-        """Operations of the matrix products in `score`, for one token; see `depth_cost`."""
+        """Operations of the matrix products in `score`, for one token; see `output_compute`."""
         raise NotImplementedError
 
     @staticmethod

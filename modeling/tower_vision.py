@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .configuration_towers import ChorusVisionConfig
 from .modeling_base import ChorusPreTrainedModel
-from .tower_vision_probe import create_timm_encoder
+from .tower_vision_timm import create_timm_encoder
 
 logger = logging.get_logger(__name__)
 

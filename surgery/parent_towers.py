@@ -22,8 +22,9 @@ from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVi
 from chorus_moe.modeling.tower_audio import ChorusAudioModel
 from chorus_moe.modeling.tower_audio_waveform import WAVEFORM_TYPES, convert_backbone, prepare_backbone_config
 from chorus_moe.modeling.tower_vision import ChorusVisionModel
-from chorus_moe.modeling.tower_vision_probe import ANY_SIZE_TYPES, RESERVED_MODEL_ARGS, timm_model
+from chorus_moe.modeling.tower_vision_timm import RESERVED_MODEL_ARGS, timm_model
 from chorus_moe.surgery.parent_checkpoint import CURE, ParentCheckpoint
+from chorus_moe.surgery.vision_probe import ANY_SIZE_TYPES
 
 Source = str | os.PathLike[str]
 # What a timm source may begin with, as in timm itself.

@@ -14,8 +14,8 @@ from torch import nn
 from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.configuration_modalities import ENCODED
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
-from chorus_moe.modeling.modeling_head_table import HEADS
 from chorus_moe.modeling.modeling_text import ChorusTextModel
+from chorus_moe.surgery.heads import HEADS
 from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
 
 # What LoRA and the names of parts call an encoder: its module without `_tower`.

@@ -16,8 +16,8 @@ from huggingface_hub import HfApi
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
-from chorus_moe.modeling.modeling_head_table import HEADS, classes_of_auto_classes
 from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.surgery.heads import HEADS, classes_of_auto_classes
 from chorus_moe.training.loading import ModelOrAdapter, base_model
 from chorus_moe.training.model_card import run_card
 from chorus_moe.training.saving import CARD, saved_whole

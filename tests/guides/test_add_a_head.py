@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForTokenClassification
 
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
-from chorus_moe.modeling import modeling_head_table, modeling_heads
-from chorus_moe.modeling.modeling_head_table import HEADS, Head
+from chorus_moe.modeling import modeling_heads
+from chorus_moe.surgery import heads
+from chorus_moe.surgery.heads import HEADS, Head
 from chorus_moe.surgery.parts import freeze, parts_of
 from chorus_moe.training.hub import export_for_hub
 from tests.conftest import tiny_config
@@ -28,7 +29,7 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     exec(compile(class_block, "add_a_head.md", "exec"), module)
     kind = module["ChorusForTokenClassification"]
     monkeypatch.setattr(modeling_heads, kind.__name__, kind, raising=False)
-    added = eval(line, {**vars(modeling_head_table), kind.__name__: kind})
+    added = eval(line, {**vars(heads), kind.__name__: kind})
     HEADS.append(added)
     yield added
     HEADS.remove(added)

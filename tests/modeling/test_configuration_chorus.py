@@ -16,7 +16,7 @@ from chorus_moe import (
     ChorusTextConfig,
     ChorusVisionConfig,
 )
-from chorus_moe.modeling.tower_vision_probe import probe_vision_encoder
+from chorus_moe.surgery.vision_probe import probe_vision_encoder
 from tests.conftest import tiny_config
 
 TEXT = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -25,7 +25,7 @@ from chorus_moe import (
     ChorusModel,
 )
 from chorus_moe.modeling.modeling_base import ALIGNMENT
-from chorus_moe.modeling.modeling_head_table import HEADS, Head
+from chorus_moe.surgery.heads import HEADS, Head
 from tests.conftest import tiny_batch, tiny_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

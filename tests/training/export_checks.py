@@ -36,6 +36,8 @@ for auto in autos:
     for name, tensor in expected.items():
         # The package has a faster way to run experts, which sums in another order.
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+    model.save_pretrained(source + "/again")
+    assert transformers.AutoConfig.from_pretrained(source, trust_remote_code=True).to_dict() == model.config.to_dict()
 """
 CHECK_IT_STAYED_HIDDEN = """
 assert not [name for name in sys.modules if name.split(".")[0] == "chorus_moe"]

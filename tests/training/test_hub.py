@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
-from chorus_moe.modeling.modeling_head_table import HEADS, classes_of_auto_classes
+from chorus_moe.surgery.heads import HEADS, classes_of_auto_classes
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.hub import export_for_hub, push_to_hub
 from chorus_moe.training.lora import lora_config

@@ -1,5 +1,7 @@
 """What a forward spends on each sample: layers, visits to experts, floating-point operations.
 
+`forward(..., output_compute=True)` asks for it: `import chorus_moe` registers what counts.
+
 Counted are the matrix products of the decoder's layers on real tokens, two operations for each product with its sum:
 projections, attention over the keys that a token sees, gates, and the feed-forwards that it did not skip, with the
 experts that it visited. Not counted: padding (also where it is computed), elementwise operations, embeddings, encoders,
@@ -10,18 +12,19 @@ Shape suffixes: B batch, R samples still there, S new tokens, K keys, T tokens (
 
 import math
 from collections.abc import Callable, Sequence
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import find_packed_sequence_indices
 
-from .configuration_banks import LayerBankConfig
-from .configuration_text import ChorusTextConfig
-from .depth_skip import threshold_logit
-from .modeling_outputs import BankRouting, Computation
-from .moe_routers import ROUTER_CLASSES
+from chorus_moe.modeling.configuration_banks import LayerBankConfig
+from chorus_moe.modeling.configuration_services import SERVICES
+from chorus_moe.modeling.configuration_text import ChorusTextConfig
+from chorus_moe.modeling.depth_skip import threshold_logit
+from chorus_moe.modeling.modeling_outputs import BankRouting, ChorusModelOutput, Computation
+from chorus_moe.modeling.modeling_text import ChorusTextModel
+from chorus_moe.modeling.moe_routers import ROUTER_CLASSES
 
 
 def visible_keys(text: ChorusTextConfig, kind: str, real_BK: Tensor, num_queries: int, num_in_front: int) -> Tensor:
@@ -128,55 +131,54 @@ def computation(
     return Computation(layers_B, experts_B, flops_B)
 
 
-def counts_computation(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """For a decoder's forward with recorded outputs: adds `compute` where `output_compute=True` asks for it."""
+def count_computation(
+    forward: Callable[..., Any], model: ChorusTextModel, *args: Any, **kwargs: Any
+) -> ChorusModelOutput | tuple[Any, ...]:
+    """Outputs of a decoder's own `forward`, with recorded outputs, and `compute` in them.
 
-    @wraps(forward)
-    def wrapper(self: Any, *args: Any, output_compute: bool | None = None, **kwargs: Any) -> Any:
-        # transformers records an output `routing` for `output_routing`; its models call the request by this name.
-        if "output_router_logits" in kwargs:
-            kwargs["output_routing"] = kwargs.pop("output_router_logits")
-        if not output_compute:
-            return forward(self, *args, **kwargs)
-        if args or torch.compiler.is_compiling():
-            raise ValueError("output_compute=True takes named inputs and is not for compiled models")
-        tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        if tokens is None:
-            return forward(self, **kwargs)  # which says what is missing
-        cache = kwargs.get("past_key_values")
-        num_in_front, positions = self.config.num_tokens_in_front, kwargs.get("position_ids")
-        # Global tokens all stand at position 0, which would look like packed sequences.
-        if positions is not None:
-            positions = positions[:, num_in_front:]
-        real_BK = _real_keys(tokens, kwargs.get("attention_mask"), cache, positions)
-        keep_routing, keep_gates = kwargs.get("output_routing"), kwargs.get("output_skip_logits")
-        if keep_routing is None:
-            keep_routing = self.config.output_router_logits
-        as_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
-        # Experts and skipped tokens are counted from what was really decided, not from the configuration.
-        needed = {"output_routing": True, "output_skip_logits": bool(self.config.skip_layers)}
-        outputs = forward(self, **kwargs | needed | {"return_dict": True})
-        exits, batch = kwargs.get("exits"), len(tokens)
-        num_layers = kwargs.get("exit_layer") or len(self.layers)
-        layers_B = torch.full((batch,), num_layers) if exits is None else exits.left_after.clone()
-        # In training every token is fed forward, and the skip gate's decision multiplies what comes out.
-        open_above = -math.inf if self.training else threshold_logit(kwargs.get("skip_threshold"))
-        outputs.compute = computation(
-            self.config,
-            layers_B.to(tokens.device),
-            real_BK,
-            tokens.shape[1],
-            outputs.routing or (),
-            num_in_front,
-            [logits.to(tokens.device) > open_above for logits in outputs.skip_logits or ()],
-        )
-        if not keep_routing:
-            outputs.routing = None
-        if not keep_gates:
-            outputs.skip_logits = None
-        return outputs if as_dict else outputs.to_tuple()
+    Raises:
+        ValueError: a compiled model, inputs without names, or what `_real_keys` refuses.
+    """
+    if args or torch.compiler.is_compiling():
+        raise ValueError("output_compute=True takes named inputs and is not for compiled models")
+    tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    if tokens is None:
+        return forward(model, **kwargs)  # which says what is missing
+    cache = kwargs.get("past_key_values")
+    num_in_front, positions = model.config.num_tokens_in_front, kwargs.get("position_ids")
+    # Global tokens all stand at position 0, which would look like packed sequences.
+    if positions is not None:
+        positions = positions[:, num_in_front:]
+    real_BK = _real_keys(tokens, kwargs.get("attention_mask"), cache, positions)
+    keep_routing, keep_gates = kwargs.get("output_routing"), kwargs.get("output_skip_logits")
+    if keep_routing is None:
+        keep_routing = model.config.output_router_logits
+    as_dict = kwargs.pop("return_dict", getattr(model.config, "return_dict", True))
+    # Experts and skipped tokens are counted from what was really decided, not from the configuration.
+    needed = {"output_routing": True, "output_skip_logits": bool(model.config.skip_layers)}
+    outputs = forward(model, **kwargs | needed | {"return_dict": True})
+    exits, batch = kwargs.get("exits"), len(tokens)
+    num_layers = kwargs.get("exit_layer") or len(model.layers)
+    layers_B = torch.full((batch,), num_layers) if exits is None else exits.left_after.clone()
+    # In training every token is fed forward, and the skip gate's decision multiplies what comes out.
+    open_above = -math.inf if model.training else threshold_logit(kwargs.get("skip_threshold"))
+    outputs.compute = computation(
+        model.config,
+        layers_B.to(tokens.device),
+        real_BK,
+        tokens.shape[1],
+        outputs.routing or (),
+        num_in_front,
+        [logits.to(tokens.device) > open_above for logits in outputs.skip_logits or ()],
+    )
+    if not keep_routing:
+        outputs.routing = None
+    if not keep_gates:
+        outputs.skip_logits = None
+    return outputs if as_dict else outputs.to_tuple()
 
-    return wrapper
+
+SERVICES["count_computation"] = count_computation
 
 
 def _real_keys(tokens: Tensor, attention_mask: Any, cache: Any, position_ids: Tensor | None) -> Tensor:

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from .modeling_base import ChorusPreTrainedModel
-from .modeling_chorus import ChorusModel
-from .modeling_generation import ChorusForConditionalGeneration
-from .modeling_heads import ChorusForContrastive, ChorusForSequenceClassification
+from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
+from chorus_moe.modeling.modeling_chorus import ChorusModel
+from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
+from chorus_moe.modeling.modeling_heads import ChorusForContrastive, ChorusForSequenceClassification
 
 
 class Head(NamedTuple):
