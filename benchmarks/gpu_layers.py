@@ -35,7 +35,7 @@ from chorus_moe.modeling.attention_blocks import attend_in_blocks
 from chorus_moe.modeling.attention_masks import LocalMask
 from chorus_moe.modeling.layers import GatedMLP
 from chorus_moe.modeling.moe_banks import MixtureOfBanks
-from chorus_moe.modeling.moe_plan import ModalityPlan
+from chorus_moe.modeling.moe_plan import ForwardPlan
 
 # experts -> (chosen per token, hidden size, width): Qwen3-30B-A3B's, and few wide experts as Mixtral has.
 SHAPES = {128: (8, 2048, 768), 16: (2, 2048, 2048)}
@@ -44,7 +44,7 @@ WINDOW, NUM_GLOBAL, HEADS, KEY_HEADS, HEAD_DIM = 128, 4, 16, 4, 128
 
 
 def one_bank(sizes: Sizes, modality_BS: Tensor, device: str) -> dict[str, tuple[nn.Module, Callable]]:
-    plan = ModalityPlan.build(modality_BS, None)
+    plan = ForwardPlan.build(modality_BS, None)
     kinds = {OURS: "gpu_mm", "grouped_mm": "grouped_mm"}
     if modality_BS.numel() <= 64:
         kinds["batched_mm"] = "batched_mm"
@@ -72,7 +72,7 @@ def one_bank(sizes: Sizes, modality_BS: Tensor, device: str) -> dict[str, tuple[
 
 
 def three_modalities(sizes: Sizes, modality_BS: Tensor, device: str) -> dict[str, tuple[nn.Module, Callable]]:
-    plan = ModalityPlan.build(modality_BS, None)
+    plan = ForwardPlan.build(modality_BS, None)
     with torch.device(device):
         ours = initialised(MixtureOfBanks(sizes.chorus(list(SHARES), "gpu_mm"), 0).to(torch.bfloat16))
         masks = ErnieMasks(sizes.ernie(), list(SHARES)).to(torch.bfloat16)

@@ -29,7 +29,7 @@ from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.losses import balance_loss
 from chorus_moe.modeling.modeling_outputs import RoutingOfLayer
 from chorus_moe.modeling.moe_banks import MixtureOfBanks
-from chorus_moe.modeling.moe_plan import ModalityPlan, read_routing_options
+from chorus_moe.modeling.moe_plan import ForwardPlan, read_routing_options
 from chorus_moe.training.routing.balance import balance_counts, update_balance_bias
 
 BANK = "common"
@@ -98,11 +98,11 @@ class Variant:
         self.hidden_BSD = hidden_BSD
         self.modality_BS = torch.zeros(hidden_BSD.shape[:2], dtype=torch.long)
 
-    def prepare(self, is_training: bool) -> ModalityPlan:
+    def prepare(self, is_training: bool) -> ForwardPlan:
         """What a model does once a forward, for all its layers."""
         asked = {"complexity_scores": None, "expert_budget": None, "sample_experts": None} | self.option.call
         options = read_routing_options(self.banks, self.modality_BS, None, is_training, None, **asked)
-        plan = ModalityPlan.build(self.modality_BS, None, options)
+        plan = ForwardPlan.build(self.modality_BS, None, options)
         bank = self.banks[BANK]
         plan.row_options(BANK, bank.modalities, None, plan.token_mask(bank.modalities, None))
         return plan

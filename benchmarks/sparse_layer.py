@@ -30,7 +30,7 @@ from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.layers import GatedMLP
 from chorus_moe.modeling.moe_banks import MixtureOfBanks
-from chorus_moe.modeling.moe_plan import ModalityPlan
+from chorus_moe.modeling.moe_plan import ForwardPlan
 
 HIDDEN = 512
 SHAPES = {8: (2, 1024), 16: (2, 512), 64: (4, 256)}  # experts -> (chosen per token, width)
@@ -165,7 +165,7 @@ def initialised(module: nn.Module) -> nn.Module:
 
 def one_bank(sizes: Sizes, modality_BS: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """Variant -> module, all called with hidden states; the dense one and the bounds have no equal output."""
-    plan = ModalityPlan.build(modality_BS, None)
+    plan = ForwardPlan.build(modality_BS, None)
     ours = {
         name: MixtureOfBanks(sizes.chorus(["common"], kind), 0).to(dtype)
         for name, kind in ((OURS, "cpu_mm"), ("grouped_mm", "grouped_mm"), ("eager", "eager"))
@@ -183,7 +183,7 @@ def one_bank(sizes: Sizes, modality_BS: Tensor, dtype: torch.dtype) -> dict[str,
 
 
 def two_modalities(sizes: Sizes, modality_BS: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    plan = ModalityPlan.build(modality_BS, None)
+    plan = ForwardPlan.build(modality_BS, None)
     ours = initialised(MixtureOfBanks(sizes.chorus(["text", "image"]), 0).to(dtype))
     block = ernie.Ernie4_5_VLMoeMoeBlock(sizes.ernie()).to(dtype)
     copy_bank(ours, "text", block.text_moe)
@@ -192,7 +192,7 @@ def two_modalities(sizes: Sizes, modality_BS: Tensor, dtype: torch.dtype) -> dic
 
 
 def three_modalities(sizes: Sizes, modality_BS: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    plan = ModalityPlan.build(modality_BS, None)
+    plan = ForwardPlan.build(modality_BS, None)
     ours = initialised(MixtureOfBanks(sizes.chorus(list(SHARES)), 0).to(dtype))
     masks = ErnieMasks(sizes.ernie(), list(SHARES)).to(dtype)
     for name in SHARES:

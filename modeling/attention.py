@@ -18,7 +18,7 @@ from .attention_masks import LocalMask
 from .configuration_modalities import MODALITY_IDS
 from .configuration_text import ChorusTextConfig
 from .layers import CHUNK, GPU_CHUNKS, RMSNorm
-from .moe_plan import ModalityPlan
+from .moe_plan import ForwardPlan
 
 
 def rotary_tables(cos_BSC: Tensor, sin_BSC: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def rotate(states_BHSC: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return (states_BHSC * cos_B1SC).addcmul_(exchanged, sin_B1SC)
 
 
-def project(layer: nn.Module, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
+def project(layer: nn.Module, hidden_states: Tensor, plan: ForwardPlan) -> Tensor:
     """Through a layer for every token, or one by modality. Adapters on a linear layer know no plan."""
     return layer(hidden_states, plan) if isinstance(layer, ModalityProjection) else layer(hidden_states)
 
@@ -50,7 +50,7 @@ class ModalityProjection(nn.ModuleDict):
     ):
         super().__init__({name: nn.Linear(in_features, out_features, bias=bias) for name in modalities})
 
-    def forward(self, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
+    def forward(self, hidden_states: Tensor, plan: ForwardPlan) -> Tensor:
         if len(self) == 1:
             return self["text"](hidden_states)
         # Adapters may want whole sequences: one adapter a sample, or what stands before a certain token.
@@ -75,7 +75,7 @@ class ModalityProjection(nn.ModuleDict):
         """PEFT shows it where `target_modules` names the whole."""
         return f"# an adapter goes on one of its layers, as in k_proj.{next(iter(self))}"
 
-    def _project_all(self, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
+    def _project_all(self, hidden_states: Tensor, plan: ForwardPlan) -> Tensor:
         # A graph has no shapes that depend on data: every projection sees every token, and one result is kept.
         modality_BS1 = plan.modality_T.view(*hidden_states.shape[:-1], 1)
         output = self["text"](hidden_states)
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | LocalMask | None,
-        plan: ModalityPlan,
+        plan: ForwardPlan,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, Tensor]]:
@@ -173,7 +173,7 @@ class Attention(nn.Module):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        plan: ModalityPlan,
+        plan: ForwardPlan,
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | LocalMask | None,
@@ -204,7 +204,7 @@ class Attention(nn.Module):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        plan: ModalityPlan,
+        plan: ForwardPlan,
         key: Tensor,
         value: Tensor,
         mask: LocalMask,

@@ -96,10 +96,6 @@ class ExpertBankConfig:
         if self.balance is None:  # an unknown router is named by `validate`
             object.__setattr__(self, "balance", ROUTERS.get(self.router, "switch"))
 
-    def is_open_to(self, modalities: Collection[str]) -> bool:
-        """Whether tokens of all these modalities may enter."""
-        return set(modalities) <= set(self.modalities)
-
     @property
     def has_own_gate(self) -> bool:
         return self.gate == "own"
@@ -107,12 +103,6 @@ class ExpertBankConfig:
     @property
     def has_balance_loss(self) -> bool:
         return self.balance not in ("bias", "none")
-
-    @property
-    def experts_label(self) -> str:
-        """The number of experts in words: `4`, or `2 to 4` where it differs between layers."""
-        counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
-        return f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(counts[0])
 
     def layers_among(self, sparse_layers: list[int]) -> list[int]:
         """The layers the bank lives in, in rising order."""

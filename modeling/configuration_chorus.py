@@ -8,6 +8,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_checks import MAX_WIDTH, refuse_unknown_keys
 from .configuration_modalities import ENCODED, TEXT
+from .configuration_services import service
 from .configuration_text import ChorusTextConfig
 from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 
@@ -81,6 +82,8 @@ class ChorusConfig(PreTrainedConfig):
         if isinstance(text, dict) and text.get("modalities") is None and by_hand:
             self.text_config = {**text, "modalities": self.modalities}  # type: ignore[assignment]  # not validated yet
         super().__post_init__(**kwargs)
+        if self.vision_config is not None and self.vision_config.num_tokens is None:
+            service("probe_vision", "a vision_config without hidden_size and num_tokens")
         # transformers reads the field of the whole model only. A saved one has the tables that it was saved with.
         self.tie_word_embeddings |= by_hand and self.text_config.tie_word_embeddings
         # An Auto class of several models looks for its own among these names, and fails on None.

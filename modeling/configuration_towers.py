@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_checks import MAX_LAYERS, MAX_WIDTH, check_divides, check_range, refuse_unknown_keys
-from .configuration_services import service
+from .configuration_services import SERVICES
 from .tower_vision_timm import check_backbone
 
 FEATURE_TYPES = ("log_mel", "whisper", "waveform")
@@ -69,9 +69,9 @@ class ChorusVisionConfig(PreTrainedConfig):
         if self.backbone_config is not None:
             self.architecture = None
         # Probed once and saved: processor and model read the same numbers, so placeholders cannot disagree with
-        # features.
-        if self.hidden_size is None or self.num_tokens is None:
-            probe = service("probe_vision", "a ChorusVisionConfig without hidden_size and num_tokens")(self)
+        # features. Without the package they stay None: transformers makes a configuration without arguments to compare.
+        if (self.hidden_size is None or self.num_tokens is None) and "probe_vision" in SERVICES:
+            probe = SERVICES["probe_vision"](self)
             self.hidden_size, self.layout = probe.hidden_size, probe.layout
             self.num_prefix_tokens, self.num_tokens = probe.num_prefix_tokens, probe.num_tokens
             self.grid_size = None if probe.grid_size is None else list(probe.grid_size)
@@ -88,7 +88,7 @@ class ChorusVisionConfig(PreTrainedConfig):
 
     def validate_probe(self) -> None:
         """Part of `@strict` validation."""
-        if self.layout not in ("NCHW", "NHWC", "NLC"):
+        if self.layout not in ("NCHW", "NHWC", "NLC") and self.num_tokens is not None:
             raise ValueError(f"ChorusVisionConfig: layout={self.layout!r}; choose from NCHW, NHWC, NLC")
         if self.grid_size is not None and self.grid_size[0] * self.grid_size[1] != self.num_tokens:
             raise ValueError(

@@ -120,7 +120,7 @@ class ExitRun:
         thresholds: one an exit, shallow first; a sample leaves where its confidence is above. None: all stay, and every
             exit answers every sample.
         attention_mask: `(B, S)`, as the head was given it.
-        num_in_front: global tokens that the decoder puts in front of the sequence.
+        batch: samples before any has left.
 
     After the forward `logits` holds, by layer, those of the samples that were still there, `left_after (B,)` after how
     many layers each left, and `stayed (R,)` the rows of those that ran through all layers.
@@ -132,16 +132,14 @@ class ExitRun:
         thresholds: Sequence[float] | None,
         attention_mask: Tensor | None,
         batch: int,
-        num_layers: int,
-        is_causal: bool,
-        num_in_front: int = 0,
+        text: ChorusTextConfig,
     ):
         self.heads: dict[int, ExitHead] = dict(zip(exits.layers, exits, strict=True))  # type: ignore[arg-type]
         self.thresholds = None if thresholds is None else dict(zip(exits.layers, thresholds, strict=True))
-        self.attention_mask, self.is_causal, self.num_in_front = attention_mask, is_causal, num_in_front
+        self.attention_mask, self.text = attention_mask, text
         self.logits: dict[int, Tensor] = {}
         # On the CPU, which must know how many samples go on before the next layer can start.
-        self.left_after = torch.full((batch,), num_layers)
+        self.left_after = torch.full((batch,), text.num_hidden_layers)
         self.stayed = torch.arange(batch)
         self.answers: list[tuple[Tensor, Tensor]] = []
 
@@ -156,10 +154,7 @@ class ExitRun:
         """
         if layers not in self.heads:
             return None
-        mask = self.attention_mask
-        if mask is not None and len(mask) != len(hidden_BSD):
-            mask = mask[self.stayed.to(mask.device)]
-        logits_RL = self.heads[layers](pool_tokens(hidden_BSD[:, self.num_in_front :], mask, self.is_causal))
+        logits_RL = self.heads[layers](self.pooled(hidden_BSD[:, self.text.num_tokens_in_front :]))
         self.logits[layers] = logits_RL
         if self.thresholds is None:
             return None
@@ -183,11 +178,11 @@ class ExitRun:
         return torch.cat([part.to(last_RL.device) for part in logits]).index_select(0, order)
 
     def pooled(self, hidden_RSD: Tensor) -> Tensor:
-        """What the last head reads of the samples that stayed."""
+        """What a head reads of the samples that are still there, given their states."""
         mask = self.attention_mask
         if mask is not None and len(mask) != len(hidden_RSD):
             mask = mask[self.stayed.to(mask.device)]
-        return pool_tokens(hidden_RSD, mask, self.is_causal)
+        return pool_tokens(hidden_RSD, mask, self.text.is_causal)
 
 
 def check_early_exit(config: ChorusConfig, attention_mask: Tensor | None, asked: dict[str, Any]) -> None:

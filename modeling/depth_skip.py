@@ -7,12 +7,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 
-from .layers import without_autocast
-from .moe_plan import ModalityPlan
+from .layers import TokenGate
+from .moe_plan import ForwardPlan
 
 
 def threshold_logit(skip_threshold: float | None) -> float:
@@ -36,28 +34,16 @@ def straight_through(logits: Tensor, open_above: float = 0.0) -> Tensor:
     return (logits > open_above).to(logits.dtype) + (probability - probability.detach())
 
 
-class SkipGate(nn.Module):
+class SkipGate(TokenGate):
     """Logits `w x + b` `(B, S)` in float32. It starts open for every token, as if it were not there."""
 
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, hidden_size))
-        self.bias = nn.Parameter(torch.empty(1))
-
-    def start_weights(self, std: float) -> None:
-        init.zeros_(self.weight)
-        # Open, yet not saturated: the sigmoid still has a gradient, and a model with new skip gates starts as without.
-        init.ones_(self.bias)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        # Each token by itself. A top-k over the sequence (Mixture-of-Depths, arXiv 2404.02258) lets later tokens and
-        # batch mates decide, and a cached step would differ. In float32, since a rounding near the threshold flips a
-        # decision.
-        with without_autocast(hidden_states):
-            return F.linear(hidden_states.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+    # Each token by itself. A top-k over the sequence (Mixture-of-Depths, arXiv 2404.02258) lets later tokens and batch
+    # mates decide, and a cached step would differ. In float32, since a rounding near the threshold flips a decision.
+    # Open, yet not saturated: the sigmoid still has a gradient, and a model with new skip gates starts as without.
+    start_bias = 1.0
 
 
-def feed_open_tokens(feed_forward: nn.Module, hidden_states: Tensor, plan: ModalityPlan, logits_BS: Tensor) -> Tensor:
+def feed_open_tokens(feed_forward: nn.Module, hidden_states: Tensor, plan: ForwardPlan, logits_BS: Tensor) -> Tensor:
     """Output `(B, S, D)` of a feed-forward, zero for tokens whose skip gate is closed."""
     if feed_forward.training or torch.compiler.is_compiling():
         # All rows go in, so that the skip gate learns what skipping would have cost; a graph has no other choice.

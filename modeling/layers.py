@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .configuration_text import ChorusTextConfig
@@ -79,6 +80,25 @@ class RMSNorm(nn.RMSNorm):
             return normed * self.weight
         # In place: a long prefill spares a tensor as long as the sequence.
         return normed.mul_(self.weight)
+
+
+class TokenGate(nn.Module):
+    """A logit `w x + b` of each token, in float32."""
+
+    start_bias = 0.0
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size))
+        self.bias = nn.Parameter(torch.empty(1))
+
+    def start_weights(self, std: float) -> None:
+        init.zeros_(self.weight)
+        init.constant_(self.bias, self.start_bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        with without_autocast(hidden_states):
+            return F.linear(hidden_states.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
 # Tokens of a chunk unless another size is asked for. A CPU's caches hold this many; a GPU needs more to be busy.

@@ -50,12 +50,6 @@ class ChorusHead(ChorusPreTrainedModel):
         super().__init__(config)
         self.model = ChorusModel(config)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
     def _run(
         self, output_router_logits: bool | None, mm_token_type_ids: Tensor | None, **inputs: Any
     ) -> tuple[ChorusModelOutput, dict[str, Tensor | None]]:
@@ -294,16 +288,7 @@ class ChorusForSequenceClassification(ChorusHead):
             # Later layers would cache nothing of the samples that left.
             kwargs["use_cache"] = False
         tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
-        text = self.config.text_config
-        return ExitRun(
-            self.exits,
-            thresholds,
-            attention_mask,
-            len(tokens),
-            text.num_hidden_layers,
-            text.is_causal,
-            text.num_tokens_in_front,
-        )
+        return ExitRun(self.exits, thresholds, attention_mask, len(tokens), self.config.text_config)
 
     def _losses(
         self, logits: Tensor, exit_logits: tuple[Tensor, ...] | None, labels: Tensor

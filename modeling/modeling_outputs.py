@@ -149,7 +149,7 @@ class ChorusContrastiveOutput(ModelOutput):
     """What [`ChorusForContrastive`] returns.
 
     Args:
-        loss: symmetric cross-entropy averaged over the pairs of modalities, plus the weighted terms below.
+        loss: symmetric cross-entropy averaged over the pairs of modalities.
         text_embeds, image_embeds, audio_embeds: unit vectors `(B, projection_dim)`, or None without that modality.
         logits_per_pair: `"text-image"` -> `(B, B)` scaled similarities, and so on.
         routing: as in [`ChorusLossOutput`], the layers of one modality's run after those of another's.
@@ -160,9 +160,4 @@ class ChorusContrastiveOutput(ModelOutput):
     image_embeds: Tensor | None = None
     audio_embeds: Tensor | None = None
     logits_per_pair: dict[str, Tensor] | None = None
-    aux_loss: Tensor | None = None
-    z_loss: Tensor | None = None
-    alignment_loss: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     routing: tuple[dict[str, BankRouting], ...] | None = None

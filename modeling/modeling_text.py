@@ -26,7 +26,7 @@ from .layers import GatedMLP, RMSNorm
 from .modeling_base import ChorusPreTrainedModel
 from .modeling_outputs import CACHE, ChorusModelOutput, takes_cache
 from .moe_banks import MixtureOfBanks
-from .moe_plan import DecoderKwargs, ModalityPlan, read_routing_options
+from .moe_plan import DecoderKwargs, ForwardPlan, read_routing_options
 
 
 class DenseFeedForward(GatedMLP):
@@ -35,7 +35,7 @@ class DenseFeedForward(GatedMLP):
     def __init__(self, config: ChorusTextConfig):
         super().__init__(config, config.intermediate_size, config.mlp_bias)
 
-    def forward(self, hidden_states: Tensor, plan: ModalityPlan) -> tuple[Tensor, None]:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor, plan: ForwardPlan) -> tuple[Tensor, None]:  # type: ignore[override]
         return super().forward(hidden_states), None
 
 
@@ -61,7 +61,7 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        plan: ModalityPlan,
+        plan: ForwardPlan,
         attention_mask: Tensor | LocalMask | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
@@ -80,7 +80,7 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         fed_forward = self._feed_forward(self.post_attention_layernorm(hidden_states), plan)
         return hidden_states + self.feed_forward_output_norm(fed_forward)
 
-    def _feed_forward(self, hidden_states: Tensor, plan: ModalityPlan) -> Tensor:
+    def _feed_forward(self, hidden_states: Tensor, plan: ForwardPlan) -> Tensor:
         if self.skip_gate is None:
             return self.mlp(hidden_states, plan)[0]
         return feed_open_tokens(self.mlp, hidden_states, plan, self.skip_gate(hidden_states))
@@ -226,7 +226,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
             tokens.complexity_scores,
             **asked,
         )
-        plan = ModalityPlan.build(tokens.modality_BS, tokens.attention_mask, options, self.config.modalities, is_text)
+        plan = ForwardPlan.build(tokens.modality_BS, tokens.attention_mask, options, self.config.modalities, is_text)
         plan.open_above = open_above
         masks = build_masks(self.config, hidden_states, tokens.attention_mask, past_key_values, tokens.position_ids)
         tables = rotary_tables(*self.rotary_emb(hidden_states, position_ids=tokens.position_ids))

@@ -19,9 +19,9 @@ from transformers.integrations import use_experts_implementation
 from .configuration_banks import LayerBankConfig
 from .configuration_modalities import MODALITY_IDS
 from .configuration_text import ChorusTextConfig
-from .layers import CHUNK, GatedMLP, float32_product, in_chunks, without_autocast
+from .layers import CHUNK, GatedMLP, TokenGate, float32_product, in_chunks, without_autocast
 from .modeling_outputs import BankRouting
-from .moe_plan import ModalityPlan, add_rows, take_rows
+from .moe_plan import ForwardPlan, add_rows, take_rows
 from .moe_routers import ROUTER_CLASSES
 
 # Chunks of a long sequence give an expert this many rows on average, or more.
@@ -66,21 +66,11 @@ class ChorusExperts(nn.Module):
         return output_TD
 
 
-class OwnGate(nn.Module):
+class OwnGate(TokenGate):
     """The bank gate of a bank that stands beside the softmax over the others: `sigmoid(w x + b)`, in float32."""
 
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, hidden_size))
-        self.bias = nn.Parameter(torch.empty(1))
-
-    def start_weights(self, std: float) -> None:
-        init.zeros_(self.weight)
-        init.zeros_(self.bias)
-
-    def forward(self, hidden_RD: Tensor) -> Tensor:
-        with without_autocast(hidden_RD):
-            return F.linear(hidden_RD.float(), self.weight.float(), self.bias.float()).squeeze(-1).sigmoid()
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states).sigmoid()
 
 
 class LinearExperts(nn.ModuleList):
@@ -155,7 +145,7 @@ class ExpertBank(nn.Module):
         return index_RK if experts.num_experts == self.num_experts else index_RK.remainder(self.num_experts)
 
     def forward(
-        self, output_TD: Tensor | None, hidden_TD: Tensor, gate_T: Tensor | None, plan: ModalityPlan
+        self, output_TD: Tensor | None, hidden_TD: Tensor, gate_T: Tensor | None, plan: ForwardPlan
     ) -> tuple[Tensor | None, BankRouting]:
         # The model has found them once for all layers: looking per bank would wait for the device each time.
         rows = plan.rows_of_bank(self.name, self.modalities)
@@ -251,7 +241,7 @@ class MixtureOfBanks(nn.Module):
         self.bank_gate = BankGate(config.hidden_size, [bank for bank in banks if not bank.has_own_gate])
         self.banks = nn.ModuleDict({bank.name: ExpertBank(config, bank) for bank in banks})
 
-    def forward(self, hidden_states: Tensor, plan: ModalityPlan) -> tuple[Tensor, dict[str, BankRouting]]:
+    def forward(self, hidden_states: Tensor, plan: ForwardPlan) -> tuple[Tensor, dict[str, BankRouting]]:
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         output_TD = None if self.shared_experts is None else self.shared_experts(hidden_TD)
         # A single bank is open at every row that it is shown, except by a static plan, which shows it all rows.

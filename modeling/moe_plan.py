@@ -115,8 +115,8 @@ Rows = Tensor | None
 
 
 @dataclass
-class ModalityPlan:
-    """Positions of every modality's tokens in the flattened batch.
+class ForwardPlan:
+    """What all layers of one forward share: each modality's tokens in the flattened batch, and what was asked.
 
     Args:
         modality_T: values of `MODALITY_IDS`, one a token.
@@ -149,7 +149,7 @@ class ModalityPlan:
         options: RoutingOptions | None = None,
         modalities: Collection[str] = tuple(MODALITY_IDS),
         is_text: bool = False,
-    ) -> "ModalityPlan":
+    ) -> "ForwardPlan":
         """Find the rows.
 
         Args:
@@ -193,7 +193,7 @@ class ModalityPlan:
         real_rows: dict[str, Rows] = {name: all_real if r is None else r[real_T[r]] for name, r in rows.items()}
         return cls(modality_T, real_T, rows, real_rows, options=options, modalities=modalities)
 
-    def at(self, origin: Tensor) -> "ModalityPlan":
+    def at(self, origin: Tensor) -> "ForwardPlan":
         """The plan of some tokens, given by their indices, as if the batch had no others."""
         real_T = None if self.real_T is None else self.real_T[origin].unsqueeze(0)
         options = None if self.options is None else self.options.at(origin)
@@ -253,7 +253,7 @@ class ModalityPlan:
             self.options_of_banks[bank] = found
         return self.options_of_banks[bank]
 
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "ModalityPlan":
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "ForwardPlan":
         """The plan on another device (layers of one model may live on several)."""
         if self.modality_T.device == torch.device(device):
             return self

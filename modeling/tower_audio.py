@@ -80,14 +80,12 @@ class ChorusAudioModel(ChorusPreTrainedModel):
         hidden_NTD, token_mask_NT = self.encoder(features_NTF, mask_NT)
         return ChorusAudioOutput(hidden_NTD.masked_fill(~token_mask_NT[..., None], 0.0), token_mask_NT)
 
-    def smallest_input(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+    def smallest_input(self) -> torch.Tensor:
         """One silent clip, as short as may be, for a forward whose result is multiplied by zero."""
         frames = self.encoder.window if self.config.feature_type == "whisper" else 1
         shape = (1, frames, self.config.num_mel_bins)
         # Zeros and not noise: their forward must be finite, since NaN times zero is NaN.
-        return torch.zeros(shape, device=device or self.device, dtype=dtype or self.dtype)
+        return torch.zeros(shape, device=self.device, dtype=self.dtype)
 
     def get_input_embeddings(self) -> nn.Module:
         """The module whose output, one tensor, enters the blocks: an encoder has no token embedding."""

@@ -68,15 +68,13 @@ class ChorusVisionModel(ChorusPreTrainedModel):
             tokens = tokens + (pooled * 0.0).sum()
         return BaseModelOutput(last_hidden_state=tokens)
 
-    def smallest_input(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+    def smallest_input(self) -> torch.Tensor:
         """Blank images for a forward whose result is multiplied by zero: one, or two where batch norm needs them."""
         # A batch norm has no variance over one value per channel.
         images = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.modules()) else 1
         config = self.config
         shape = (images, config.num_channels, config.image_size, config.image_size)
-        return torch.zeros(shape, device=device or self.device, dtype=dtype or self.dtype)
+        return torch.zeros(shape, device=self.device, dtype=self.dtype)
 
     def get_input_embeddings(self) -> nn.Module:
         """The module that meets the pixels first: an encoder has no token embedding."""

@@ -7,7 +7,6 @@ from .feature_extraction_chorus import ChorusFeatureExtractor
 from .image_processing_chorus import ChorusImageProcessor
 from .processing_chorus import ChorusProcessor
 from .processing_limits import MediaError, MediaLimits
-from .tokenization_chorus import add_media_tokens, build_tokenizer
 
 __all__ = [
     "ChorusFeatureExtractor",
@@ -15,6 +14,4 @@ __all__ = [
     "ChorusProcessor",
     "MediaError",
     "MediaLimits",
-    "add_media_tokens",
-    "build_tokenizer",
 ]

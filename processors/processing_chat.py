@@ -25,9 +25,8 @@ from .processing_messages import (
     split_batch,
 )
 from .processing_placement import flatten_media
-from .processing_rows import label_rows, pair_tokens
+from .processing_rows import label_rows
 
-Tokens = torch.Tensor | Sequence[int]
 TokenRows = torch.Tensor | Sequence[Sequence[int]]
 
 
@@ -160,12 +159,3 @@ class ChatProcessor(ProcessorMixin):
         if self.tokenizer.pad_token_id != self.tokenizer.eos_token_id:
             never.add(self.tokenizer.pad_token_id)
         return label_rows(rows, masks, never)
-
-    def explain_labels(self, input_ids: Tokens, labels: Tokens) -> str:
-        """Print and return one line per token of one sample (S,): a mark where it is labelled, then the token."""
-        ids = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else list(input_ids)
-        tokens = [self.tokenizer.decode([token]) for token in ids]
-        lines = [f"{'label' if is_label else '     '} {token!r}" for token, is_label in pair_tokens(tokens, labels)]
-        text = "\n".join(lines)
-        print(text)
-        return text

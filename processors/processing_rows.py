@@ -6,8 +6,6 @@ A row set is a dict of equally long lists per sample, as tokenizers return it: `
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from .processing_limits import MediaError
 
 IGNORED_LABEL = -100
@@ -75,20 +73,4 @@ def label_rows(
     return [
         [token if spoken and token not in never else IGNORED_LABEL for token, spoken in zip(ids, mask, strict=True)]
         for ids, mask in zip(input_ids, assistant_masks, strict=True)
-    ]
-
-
-def pair_tokens(tokens: list[str], labels: Sequence[int] | torch.Tensor) -> list[tuple[str, bool]]:
-    """Tokens and whether each is labelled; runs of one token with the same answer become `token x 16`."""
-    pairs: list[tuple[str, bool]] = []
-    runs: list[int] = []
-    for token, label in zip(tokens, labels, strict=True):
-        pair = (token, int(label) != IGNORED_LABEL)
-        if pairs and pairs[-1] == pair:
-            runs[-1] += 1
-        else:
-            pairs.append(pair)
-            runs.append(1)
-    return [
-        (f"{token} x {run}" if run > 1 else token, is_label) for (token, is_label), run in zip(pairs, runs, strict=True)
     ]

@@ -18,7 +18,9 @@ from chorus_moe.surgery.experts_prune import prune_experts
 from chorus_moe.surgery.modalities import add_modality
 from chorus_moe.surgery.parameters import ParameterReport, parameter_report
 from chorus_moe.surgery.parts import freeze, unfreeze
+from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.surgery.report import OperationReport
+from chorus_moe.surgery.tokenizer import add_media_tokens, build_tokenizer
 
 __all__ = [
     "Composed",
@@ -27,8 +29,10 @@ __all__ = [
     "add_bank",
     "add_exits",
     "add_experts",
+    "add_media_tokens",
     "add_modality",
     "add_skip_gates",
+    "build_tokenizer",
     "close_bank",
     "compose",
     "compose_checkpoint",
@@ -40,6 +44,7 @@ __all__ = [
     "merge_experts",
     "open_bank",
     "parameter_report",
+    "processor_from_config",
     "prune_experts",
     "save_bank",
     "unfreeze",

@@ -21,6 +21,7 @@ from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.processors.processing_messages import limited_steps
 from chorus_moe.surgery.compose_template import extended_template
 from chorus_moe.surgery.parent_checkpoint import ParentCheckpoint
+from chorus_moe.surgery.processor import processor_from_config
 
 TIMM_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 # Settings that our image processor has under the same name and with the same meaning.
@@ -177,7 +178,7 @@ def compose_processor(
         vision: folder, Hub id or the name of a timm model; None for a new vision tower.
         vision_loading: `revision`, `token`, `cache_dir`, `local_files_only` of the vision parent.
         notes: of a report; gets a line that says what became of the chat template.
-        overrides: as in [`ChorusProcessor.from_config`].
+        overrides: as in [`processor_from_config`].
 
     Raises:
         OSError: a vision parent without an image processor, as transformers says it.
@@ -196,7 +197,7 @@ def compose_processor(
         settings["chat_template"], note = extended_template(tokenizer, media)
     if notes is not None and note not in notes:
         notes.append(note)
-    processor = ChorusProcessor.from_config(config, tokenizer, **settings | overrides)
+    processor = processor_from_config(config, tokenizer, **settings | overrides)
     # Saved beside each other, the two must not disagree: whoever loads the tokenizer alone gets the same chats.
     tokenizer.chat_template = processor.chat_template
     return processor

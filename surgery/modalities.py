@@ -81,7 +81,7 @@ def add_modality(
     opened = [
         found
         for found in decoder.banks.values()
-        if found.is_open_to(old) and modality not in found.modalities and found.name not in MODALITY_IDS
+        if set(old) <= set(found.modalities) and modality not in found.modalities and found.name not in MODALITY_IDS
     ]
     text.modalities = new
     if bank is not None or not (opened or any(modality in found.modalities for found in decoder.banks.values())):

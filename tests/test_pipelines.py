@@ -30,7 +30,8 @@ from chorus_moe import (
     ChorusModel,
     ChorusProcessor,
 )
-from chorus_moe.processors.tokenization_chorus import build_tokenizer
+from chorus_moe.surgery.processor import processor_from_config
+from chorus_moe.surgery.tokenizer import build_tokenizer
 from tests.conftest import tiny_config
 
 IMAGE = {"type": "image", "image": Image.new("RGB", (40, 30), (200, 20, 20))}
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = ChorusForConditionalGeneration(tiny_config(vocab_size=len(tokenizer), initializer_range=0.2))
     model.save_pretrained(path)
-    ChorusProcessor.from_config(model.config, tokenizer).save_pretrained(path)
+    processor_from_config(model.config, tokenizer).save_pretrained(path)
     return path
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from chorus_moe.modeling.configuration_banks import ExpertBankConfig
 from chorus_moe.surgery import parameter_report
 from chorus_moe.training.loading import ModelOrAdapter, base_model
 
@@ -67,7 +68,7 @@ def run_card(
         "| expert bank | modalities | experts | per token | parameters |",
         "| --- | --- | --- | --- | --- |",
         *(
-            f"| {bank.name} | {', '.join(bank.modalities)} | {bank.experts_label} | {bank.num_experts_per_tok} | "
+            f"| {bank.name} | {', '.join(bank.modalities)} | {experts_label(bank)} | {bank.num_experts_per_tok} | "
             f"{report.banks[bank.name]['total']:,} |"
             for bank in text.banks
         ),
@@ -125,6 +126,12 @@ def parents_section(parents: Sequence[Parent], notes: Sequence[str] = ()) -> lis
         *(f"- {note}" for note in notes),
         *([""] if notes else []),
     ]
+
+
+def experts_label(bank: ExpertBankConfig) -> str:
+    """The number of experts in words: `4`, or `2 to 4` where it differs between layers."""
+    counts = bank.num_experts if isinstance(bank.num_experts, list) else [bank.num_experts]
+    return f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(counts[0])
 
 
 def routing_section(picture: Path | None) -> list[str]:

@@ -15,7 +15,8 @@ from chorus_moe.modeling.configuration_modalities import ENCODED
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_media import MEDIA
-from chorus_moe.processors.tokenization_chorus import add_media_tokens, build_tokenizer
+from chorus_moe.surgery.processor import processor_from_config
+from chorus_moe.surgery.tokenizer import add_media_tokens, build_tokenizer
 from chorus_moe.training.checkpoints import WholeCheckpoints, fault_of, newest_whole, numbered_checkpoints
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import RowDataset, load_rows
@@ -216,7 +217,7 @@ def build_model(
     }
     config = ChorusConfig(**{**ids, **values, "text_config": text})
     model = ChorusForConditionalGeneration._from_config(config, **options)
-    return model, ChorusProcessor.from_config(config, tokenizer)
+    return model, processor_from_config(config, tokenizer)
 
 
 def read_config(source: str) -> dict[str, Any]:

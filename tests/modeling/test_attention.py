@@ -8,7 +8,7 @@ from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling import attention as attention_module
 from chorus_moe.modeling import attention_masks
 from chorus_moe.modeling.attention import Attention, CrossModalAttention, ModalityProjection
-from chorus_moe.modeling.moe_plan import ModalityPlan
+from chorus_moe.modeling.moe_plan import ForwardPlan
 from tests.conftest import moved, tiny_batch, tiny_config
 from tests.modeling.conftest import windowed_model
 
@@ -17,10 +17,10 @@ ATOL = 5e-6
 MODALITIES = torch.tensor([[0, 1, 1, 3, 0], [3, 0, 0, 0, 1]])
 
 
-def plans() -> dict[str, ModalityPlan]:
+def plans() -> dict[str, ForwardPlan]:
     return {
-        "rows": ModalityPlan.build(MODALITIES, None),
-        "static": ModalityPlan(MODALITIES.reshape(-1), None, is_static=True),
+        "rows": ForwardPlan.build(MODALITIES, None),
+        "static": ForwardPlan(MODALITIES.reshape(-1), None, is_static=True),
     }
 
 
@@ -66,7 +66,7 @@ def test_both_paths_have_the_same_gradients():
 @pytest.mark.parametrize("modality", [0, 1])
 def test_a_projection_without_tokens_stays_in_the_graph(modality: int):
     module = projection()
-    module(torch.randn(1, 4, 8), ModalityPlan.build(torch.full((1, 4), modality), None)).sum().backward()
+    module(torch.randn(1, 4, 8), ForwardPlan.build(torch.full((1, 4), modality), None)).sum().backward()
     for name, layer in module.items():
         assert layer.weight.grad is not None, name
         assert layer.weight.grad.any() == (name == ("text", "image")[modality])

@@ -164,7 +164,7 @@ def test_default_banks_are_one_a_modality_and_one_for_all() -> None:
         "image": ["image"],
         "audio": ["audio"],
     }
-    assert banks["common"].is_open_to(["text", "image", "audio"])
+    assert banks["common"].modalities == ["text", "image", "audio"]
 
 
 def test_the_order_in_which_banks_are_given_changes_nothing() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling.depth_skip import SkipGate, feed_open_tokens, open_share, straight_through, threshold_logit
 from chorus_moe.modeling.losses import skip_budget_loss
-from chorus_moe.modeling.moe_plan import ModalityPlan
+from chorus_moe.modeling.moe_plan import ForwardPlan
 from tests.conftest import tiny_batch, tiny_config
 from tests.modeling.test_modeling_generation import collate, sample_inputs
 
@@ -87,8 +87,8 @@ def test_a_static_plan_computes_what_gathered_rows_compute():
     layer = model.model.language_model.layers[1]
     hidden = torch.randn(2, 5, 64)
     modality = torch.zeros(2, 5, dtype=torch.long)
-    plan = ModalityPlan.build(modality, None)
-    static = ModalityPlan(modality.flatten(), None, is_static=True)
+    plan = ForwardPlan.build(modality, None)
+    static = ForwardPlan(modality.flatten(), None, is_static=True)
     logits = layer.skip_gate(hidden)
     found, expected = (feed_open_tokens(layer.mlp, hidden, p, logits) for p in (static, plan))
     torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)

@@ -8,7 +8,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from chorus_moe import MODALITY_IDS, ChorusForConditionalGeneration
 from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
 from chorus_moe.modeling.moe_banks import BankGate, MixtureOfBanks
-from chorus_moe.modeling.moe_plan import ModalityPlan, RoutingOptions
+from chorus_moe.modeling.moe_plan import ForwardPlan, RoutingOptions
 from tests.conftest import moved, tiny_batch, tiny_config
 
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm", CPU_EXPERTS]
@@ -22,12 +22,10 @@ def mixture(**text) -> MixtureOfBanks:
     return model.model.language_model.layers[1].mlp
 
 
-def tokens(
-    modalities: list[int], width: int = 64, options: RoutingOptions | None = None
-) -> tuple[Tensor, ModalityPlan]:
+def tokens(modalities: list[int], width: int = 64, options: RoutingOptions | None = None) -> tuple[Tensor, ForwardPlan]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, len(modalities), width, generator=generator)
-    return hidden, ModalityPlan.build(torch.tensor([modalities]), None, options)
+    return hidden, ForwardPlan.build(torch.tensor([modalities]), None, options)
 
 
 def capacity_options(modalities: list[int], banks: tuple[str, ...] = ("text", "audio", "common")) -> RoutingOptions:
@@ -88,7 +86,7 @@ def test_a_token_without_any_expert_gets_the_shared_experts_alone(implementation
     mlp = mixture(expert_banks={"common": UNUSED}).train()
     use(mlp, implementation)
     same = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0)).expand(1, 9, 64).contiguous()
-    plan = ModalityPlan.build(torch.zeros(1, 9, dtype=torch.long), None, capacity_options([0] * 9, ("common",)))
+    plan = ForwardPlan.build(torch.zeros(1, 9, dtype=torch.long), None, capacity_options([0] * 9, ("common",)))
     output, routing = mlp(same, plan)
     dropped = (routing["common"].selected_experts == 4).all(dim=-1)
     assert dropped.any()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusForSequenceClassification
-from chorus_moe.modeling.moe_plan import ModalityPlan, RoutingOptions
+from chorus_moe.modeling.moe_plan import ForwardPlan, RoutingOptions
 from tests.conftest import tiny_batch, tiny_config
 
 ADAPTIVE = {"text": {"adaptive_experts": True}, "image": {}, "common": {"adaptive_experts": True}}
@@ -88,7 +88,7 @@ def test_half_the_budget_is_half_the_products():
     flops = []
     for budget in (2, 1):
         options = RoutingOptions(None, {"text": budget}, frozenset(), None, frozenset())
-        plan = ModalityPlan.build(torch.zeros(1, 50, dtype=torch.long), None, options)
+        plan = ForwardPlan.build(torch.zeros(1, 50, dtype=torch.long), None, options)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             mlp(hidden, plan)
         flops.append(counter.get_total_flops())

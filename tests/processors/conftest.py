@@ -9,7 +9,9 @@ import pytest
 import soundfile
 from PIL import Image
 
-from chorus_moe.processors import ChorusProcessor, build_tokenizer
+from chorus_moe.processors import ChorusProcessor
+from chorus_moe.surgery.processor import processor_from_config
+from chorus_moe.surgery.tokenizer import build_tokenizer
 
 RATE = 16_000
 CORPUS = ["which digit is written in the image and which one is spoken", "the sum of both, yes or no"]
@@ -31,7 +33,7 @@ def picture(width: int = 9, height: int = 6, seed: int = 0) -> Image.Image:
 
 
 def model_config(**audio: Any) -> SimpleNamespace:
-    """What `ChorusProcessor.from_config` reads of a ChorusConfig."""
+    """What `processor_from_config` reads of a ChorusConfig."""
     settings = {
         "feature_type": "log_mel",
         "do_normalize": False,
@@ -52,4 +54,4 @@ def model_config(**audio: Any) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def processor() -> ChorusProcessor:
-    return ChorusProcessor.from_config(model_config(), build_tokenizer(CORPUS, vocab_size=320))
+    return processor_from_config(model_config(), build_tokenizer(CORPUS, vocab_size=320))

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration, ChorusProcessor
-from chorus_moe.processors import MediaError, build_tokenizer
+from chorus_moe.processors import MediaError
+from chorus_moe.surgery.processor import processor_from_config
+from chorus_moe.surgery.tokenizer import build_tokenizer
 from tests.conftest import tiny_config
 from tests.processors.conftest import CORPUS, RATE, picture, tone
 
@@ -89,7 +91,7 @@ def model(config: ChorusConfig) -> ChorusForConditionalGeneration:
 
 @pytest.fixture(scope="module")
 def processor(config: ChorusConfig) -> ChorusProcessor:
-    return ChorusProcessor.from_config(config, build_tokenizer(CORPUS, vocab_size=320))
+    return processor_from_config(config, build_tokenizer(CORPUS, vocab_size=320))
 
 
 def encode(processor: ChorusProcessor, samples: list[Sample], **options: Any) -> Any:

@@ -11,7 +11,9 @@ import torch
 from transformers import AutoProcessor
 
 import chorus_moe
-from chorus_moe.processors import ChorusProcessor, MediaError, MediaLimits, build_tokenizer
+from chorus_moe.processors import ChorusProcessor, MediaError, MediaLimits
+from chorus_moe.surgery.processor import processor_from_config
+from chorus_moe.surgery.tokenizer import build_tokenizer
 from tests.processors.conftest import CORPUS, RATE, model_config, picture, tone, wav_bytes
 
 
@@ -109,7 +111,7 @@ def test_a_surplus_placeholder_in_raw_text_is_an_error_with_the_way_out(processo
 def test_a_model_without_a_modality_refuses_it():
     config = model_config()
     config.audio_config = None
-    deaf = ChorusProcessor.from_config(config, build_tokenizer(CORPUS, vocab_size=300))
+    deaf = processor_from_config(config, build_tokenizer(CORPUS, vocab_size=300))
     assert deaf(text="<image>", images=picture())["input_ids"]
     with pytest.raises(MediaError, match="sample 0: this model hears nothing"):
         deaf(text="<audio>", audio=tone(0.1), sampling_rate=RATE)
@@ -117,15 +119,15 @@ def test_a_model_without_a_modality_refuses_it():
 
 def test_from_config_passes_overrides_and_refuses_unknown_ones():
     tokenizer = build_tokenizer(CORPUS, vocab_size=300)
-    made = ChorusProcessor.from_config(model_config(), tokenizer, image_mean=[0.4] * 3, max_audio_seconds=5.0)
+    made = processor_from_config(model_config(), tokenizer, image_mean=[0.4] * 3, max_audio_seconds=5.0)
     assert made.image_processor.image_mean == (0.4, 0.4, 0.4)
     assert made.feature_extractor.max_audio_seconds == 5.0
     with pytest.raises(TypeError, match="max_audio_second=5"):
-        ChorusProcessor.from_config(model_config(), tokenizer, max_audio_second=5)
+        processor_from_config(model_config(), tokenizer, max_audio_second=5)
     config = model_config()
     config.image_token_id = 7
     with pytest.raises(ValueError, match="<image> the id 3, the config expects 7"):
-        ChorusProcessor.from_config(config, tokenizer)
+        processor_from_config(config, tokenizer)
 
 
 # Conversations and labels
@@ -179,14 +181,6 @@ def test_media_in_the_turn_of_the_assistant_are_not_labelled(processor):
     drawn = {"role": "assistant", "content": [{"type": "text", "text": "see"}, IMAGE, {"type": "text", "text": "ok"}]}
     batch = processor.apply_chat_template([user("draw"), drawn], return_labels=True)
     assert spoken_text(processor, batch) == "see|ok</s>"
-
-
-def test_explain_labels_prints_each_token_once(processor, capsys):
-    batch = processor.apply_chat_template([user(IMAGE), assistant("7")], return_labels=True, return_tensors="pt")
-    text = processor.explain_labels(batch["input_ids"][0], batch["labels"][0])
-    assert capsys.readouterr().out == text + "\n"
-    assert text.splitlines()[-4:] == ["      '\\n'", "label '7'", "label '</s>'", "      '\\n'"]
-    assert "      '<image> x 4'" in text
 
 
 def test_a_typed_placeholder_is_text_and_the_real_one_an_image(processor):
@@ -261,7 +255,7 @@ def test_the_padding_side_is_saved(chosen, tmp_path):
     # A tokenizer as most models have it: nothing is said of sides.
     del tokenizer.init_kwargs["padding_side"]
     tokenizer.padding_side = "right"
-    processor = ChorusProcessor.from_config(model_config(), tokenizer)
+    processor = processor_from_config(model_config(), tokenizer)
     assert processor.tokenizer.padding_side == "left"
     if chosen is not None:
         processor.tokenizer.padding_side = processor.tokenizer.truncation_side = chosen
@@ -317,7 +311,7 @@ def test_a_repository_can_lower_the_longest_clip_and_not_raise_it(processor, tmp
 
 
 def test_the_caller_can_raise_the_longest_clip():
-    longer = ChorusProcessor.from_config(model_config(), build_tokenizer(CORPUS, vocab_size=320), max_audio_seconds=1e4)
+    longer = processor_from_config(model_config(), build_tokenizer(CORPUS, vocab_size=320), max_audio_seconds=1e4)
     assert longer.feature_extractor.max_audio_seconds == 1e4
 
 
@@ -346,7 +340,7 @@ def test_the_seconds_of_a_sample_count_together(processor):
 
 def test_the_tokenizers_own_limit_holds_unless_another_is_given():
     words = "which digit is written in the image and which one is spoken"
-    limited = ChorusProcessor.from_config(model_config(), build_tokenizer(CORPUS, 320, model_max_length=8))
+    limited = processor_from_config(model_config(), build_tokenizer(CORPUS, 320, model_max_length=8))
     full = limited(text=words)["input_ids"][0]
     assert len(full) > 10
     assert limited(text=words, truncation=True)["input_ids"][0] == full[:8]

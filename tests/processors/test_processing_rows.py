@@ -1,7 +1,7 @@
 import pytest
 
 from chorus_moe.processors import MediaError
-from chorus_moe.processors.processing_rows import label_rows, pad_rows, pair_tokens, truncate_rows
+from chorus_moe.processors.processing_rows import label_rows, pad_rows, truncate_rows
 
 # 9 is the media token.
 ROWS = {"input_ids": [[1, 2, 9, 9, 3, 4], [5, 9]], "attention_mask": [[1] * 6, [1] * 2]}
@@ -47,7 +47,6 @@ def test_rows_of_one_length_need_no_pad_token():
             pad_rows(rows, "left", None, **options)
 
 
-def test_media_are_never_labelled_and_runs_are_shown_once():
+def test_media_are_never_labelled():
     labels = label_rows([[7, 9, 9, 8]], [[0, 1, 1, 1]], {9})
     assert labels == [[-100, -100, -100, 8]]
-    assert pair_tokens(["a", "i", "i", "b"], labels[0]) == [("a", False), ("i x 2", False), ("b", True)]

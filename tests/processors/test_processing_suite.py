@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from chorus_moe.processors import ChorusFeatureExtractor, ChorusImageProcessor, ChorusProcessor, build_tokenizer
+from chorus_moe.processors import ChorusFeatureExtractor, ChorusImageProcessor, ChorusProcessor
+from chorus_moe.surgery.tokenizer import build_tokenizer
 from tests import transformers_suite
 from tests.processors.conftest import RATE, picture, tone, wav_bytes
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from chorus_moe import ChorusForConditionalGeneration, surgery
 from chorus_moe.modeling.moe_banks import MixtureOfBanks
-from chorus_moe.modeling.moe_plan import ModalityPlan
+from chorus_moe.modeling.moe_plan import ForwardPlan
 from chorus_moe.surgery import add_bank, add_experts, close_bank, freeze, open_bank, parameter_report, unfreeze
 from chorus_moe.training.lora import lora_config
 from chorus_moe.training.routing.observer import RoutingObserver
@@ -224,7 +224,7 @@ def test_a_static_plan_weighs_an_own_gate_like_a_dynamic_one(closed: tuple[str, 
     hidden, modality = torch.randn(1, 8, 64), torch.tensor([[0, 0, 1, 1, 3, 0, 1, 0]])
     outputs = []
     for is_static in (False, True):
-        plan = ModalityPlan.build(modality, None)
+        plan = ForwardPlan.build(modality, None)
         plan.is_static = is_static
         plan.options = options_with(closed)
         outputs.append(layer(hidden, plan)[0])

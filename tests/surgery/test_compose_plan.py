@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling.tower_vision import ChorusVisionModel
-from chorus_moe.processors.tokenization_chorus import add_media_tokens, build_tokenizer
 from chorus_moe.surgery.compose_plan import compose_checkpoint, plan_composition
+from chorus_moe.surgery.tokenizer import add_media_tokens, build_tokenizer
 from tests.conftest import tiny_batch
 from tests.modeling.text_parents import (
     MIXTURES,

@@ -12,8 +12,9 @@ from torch import nn
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
 from chorus_moe.modeling.moe_banks import ChorusExperts, LinearExperts
-from chorus_moe.processors.tokenization_chorus import build_tokenizer
 from chorus_moe.surgery import export_experts, fuse_experts, parameter_report, prune_experts, unfuse_experts
+from chorus_moe.surgery.processor import processor_from_config
+from chorus_moe.surgery.tokenizer import build_tokenizer
 from tests.conftest import tiny_batch, tiny_config
 
 BANKS = {"text": {"num_experts": [3, 5]}, "image": {"layers": [2], "intermediate_size": 16}, "common": {}}
@@ -117,7 +118,7 @@ def test_an_exported_checkpoint_has_one_tensor_an_expert_and_comes_back_bit_for_
 
 def test_an_exported_checkpoint_has_its_processor(tmp_path: Path) -> None:
     model = make()
-    processor = ChorusProcessor.from_config(model.config, build_tokenizer(["what is it?"], 280))
+    processor = processor_from_config(model.config, build_tokenizer(["what is it?"], 280))
     export_experts(model, tmp_path, processor=processor)
     loaded = ChorusProcessor.from_pretrained(tmp_path)
     assert loaded.num_image_tokens == processor.num_image_tokens

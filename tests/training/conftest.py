@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration, ChorusProcessor
-from chorus_moe.processors.tokenization_chorus import build_tokenizer
+from chorus_moe.surgery.processor import processor_from_config
+from chorus_moe.surgery.tokenizer import build_tokenizer
 from chorus_moe.training.doctor.checks import Check
 from chorus_moe.training.doctor.examine import examine
 from chorus_moe.training.doctor.finding import Finding
@@ -82,7 +83,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> ChorusForConditionalGeneration:
 
 @pytest.fixture
 def processor(config: ChorusConfig, tokenizer: PreTrainedTokenizerFast) -> ChorusProcessor:
-    return ChorusProcessor.from_config(config, tokenizer)
+    return processor_from_config(config, tokenizer)
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ REACHED_BANKS = {"text": {}, "image": {"layers": [1]}, "audio": {"layers": [1]},
 
 def make_patient(tokenizer: PreTrainedTokenizerFast, **text: Any) -> Patient:
     model = make_model(tokenizer, **({"expert_banks": REACHED_BANKS} | text)).eval()
-    return Patient(model, ChorusProcessor.from_config(model.config, tokenizer))
+    return Patient(model, processor_from_config(model.config, tokenizer))
 
 
 @pytest.fixture

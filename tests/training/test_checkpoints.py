@@ -124,7 +124,7 @@ from tests.training.test_checkpoints import trainer_of
 
 folder, name = Path(sys.argv[1]), sys.argv[2]
 tokenizer = make_tokenizer()
-processor = ChorusProcessor.from_config(make_model(tokenizer).config, tokenizer)
+processor = processor_from_config(make_model(tokenizer).config, tokenizer)
 trainer = trainer_of(tokenizer, processor, folder)
 original = getattr(trainer, name, None) or getattr(checkpoints, name)
 

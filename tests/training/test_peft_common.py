@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
+from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling.modeling_outputs import CACHE
+from chorus_moe.surgery.processor import processor_from_config
 from tests import transformers_suite
 from tests.conftest import AUDIO_TOKEN, IMAGE_TOKEN, tiny_config
 from tests.training.conftest import make_tokenizer
@@ -78,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = ChorusForConditionalGeneration(tiny_config(vocab_size=len(tokenizer), **text))
     model.generation_config.max_new_tokens = 4
     model.save_pretrained(path)
-    ChorusProcessor.from_config(model.config, tokenizer).save_pretrained(path)
+    processor_from_config(model.config, tokenizer).save_pretrained(path)
     return path
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
+from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.training.collator import ChorusDataCollator
 from tests.training.conftest import ANSWERS, QUESTION, make_model, make_rows
 
@@ -81,7 +82,7 @@ def make_trainer(name: str, folder: Path, with_picture: bool = False, adapter: A
 def saved(folder: Path, tokenizer: PreTrainedTokenizerFast, **text: Any) -> Path:
     model = make_model(tokenizer, **text)
     model.save_pretrained(folder)
-    ChorusProcessor.from_config(model.config, tokenizer).save_pretrained(folder)
+    processor_from_config(model.config, tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -129,7 +130,7 @@ def test_losses_are_those_of_the_stock_trainer(
     for kind, config in ((Trainer, TrainingArguments), (trl.SFTTrainer, trl.SFTConfig)):
         is_trl = kind is trl.SFTTrainer
         model = make_model(tokenizer, **text)
-        processor = ChorusProcessor.from_config(model.config, tokenizer)
+        processor = processor_from_config(model.config, tokenizer)
         more: dict[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": True}} if is_trl else {}
         # What TRL chooses for itself.
         more |= {"learning_rate": 2e-5, "remove_unused_columns": False, "bf16": False, "gradient_checkpointing": True}

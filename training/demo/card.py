@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.surgery import parameter_report
-from chorus_moe.training.model_card import routing_section
+from chorus_moe.training.model_card import experts_label, routing_section
 
 
 def card_text(
@@ -34,7 +34,7 @@ def card_text(
         tags=["chorus", "mixture-of-experts", "multimodal", "lora", "timm", "torchaudio"],
     )
     banks = [
-        f"| {bank.name} | {', '.join(bank.modalities)} | {bank.experts_label} | {bank.num_experts_per_tok} | "
+        f"| {bank.name} | {', '.join(bank.modalities)} | {experts_label(bank)} | {bank.num_experts_per_tok} | "
         f"{parameters.banks[bank.name]['total']:,} | {parameters.banks[bank.name]['active']:,} |"
         for bank in text.banks
     ]

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.processors.processing_chorus import ChorusProcessor
-from chorus_moe.processors.tokenization_chorus import build_tokenizer
+from chorus_moe.surgery.processor import processor_from_config
+from chorus_moe.surgery.tokenizer import build_tokenizer
 
 
 def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, ChorusProcessor]:
@@ -61,4 +62,4 @@ def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, C
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
-    return model, ChorusProcessor.from_config(config, tokenizer)
+    return model, processor_from_config(config, tokenizer)

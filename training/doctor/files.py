@@ -87,7 +87,7 @@ def processor(patient: Patient) -> Finding:
     return counted(
         faults,
         f"{len(pairs)} settings",
-        "Make the processor anew with ChorusProcessor.from_config(model.config, tokenizer) and save it beside the "
+        "Make the processor anew with processor_from_config(model.config, tokenizer) and save it beside the "
         "model; after tokens were added: model.resize_token_embeddings(len(tokenizer)), and train",
         {} if eos in ends else warnings,
     )

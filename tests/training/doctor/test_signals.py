@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from chorus_moe import ChorusConfig, ChorusForConditionalGeneration, ChorusProcessor
+from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
 from chorus_moe.modeling import modeling_heads as modeling_head
 from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.modeling.moe_banks import ChorusExperts
+from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.training.doctor.inputs import Patient
 from chorus_moe.training.doctor.parity import batch_mates
 from chorus_moe.training.doctor.signals import fast_paths, gradients, modalities
@@ -90,7 +91,7 @@ def test_media_banks_of_the_last_layer_are_a_warning(tokenizer: PreTrainedTokeni
 def test_banks_without_a_tower_are_a_warning(tokenizer: PreTrainedTokenizerFast) -> None:
     text = tiny_config(vocab_size=len(tokenizer)).text_config
     model = ChorusForConditionalGeneration(ChorusConfig(text_config=text.to_dict())).eval()
-    patient = Patient(model, ChorusProcessor.from_config(model.config, tokenizer))
+    patient = Patient(model, processor_from_config(model.config, tokenizer))
     found = found_by(patient, gradients, modalities)
     assert found["gradients"].verdict == "warning"
     assert "no tower of this model makes tokens for: layer 1 audio router" in found["gradients"].explanation

@@ -1,4 +1,4 @@
-"""Tokenizers: a small byte-level BPE for tests and demos, and media tokens for existing ones."""
+"""Tokenizers: a new one for a model without parents, and media tokens for those of others."""
 
 from collections.abc import Iterable
 

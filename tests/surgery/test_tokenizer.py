@@ -1,7 +1,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from chorus_moe.processors import add_media_tokens, build_tokenizer
+from chorus_moe.surgery.tokenizer import add_media_tokens, build_tokenizer
 from tests.processors.conftest import CORPUS
 
 
