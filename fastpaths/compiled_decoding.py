@@ -7,7 +7,7 @@ Shape suffixes: B batch, T tokens, K choices of a token, P = T * K choices, E ex
 H = 2I.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from functools import partial
 from threading import Lock
@@ -55,36 +55,38 @@ def gathered_experts(self: StackedExperts, hidden_states: Tensor, top_k_index: T
         top_k_index: `(T, K)`; E or more is a sentinel and adds nothing.
         top_k_weights: `(T, K)`.
     """
-    last = self.gate_up_proj.shape[0] - 1
+    last, top_k = self.gate_up_proj.shape[0] - 1, top_k_index.shape[1]
     weights_TK = top_k_weights.masked_fill(top_k_index > last, 0.0)
-    # Indexed inside the product: Inductor fuses gather, product and sum into one loop, which reads the chosen experts
-    # once and copies nothing. Token by token, since rows of different experts share no loop.
-    output = []
-    for hidden_D, index_K, weights_K in zip(
-        hidden_states.unbind(), top_k_index.clamp(max=last).unbind(), weights_TK.unbind(), strict=True
-    ):
-        active_KI = self._apply_gate(_in_streams(self.gate_up_proj, index_K, hidden_D[None]))
-        states_KD = _in_streams(self.down_proj, index_K, active_KI)
-        output.append((states_KD * weights_K[:, None]).sum(0))
-    return torch.stack(output).to(hidden_states.dtype)
+    # Indexed inside the product: Inductor fuses gather, product and sum, and copies nothing. Choice by choice: their
+    # loops become one over the rows of a matrix, and a row that several tokens chose is read once.
+    index_P = top_k_index.clamp(max=last).flatten().split(1)
+    hidden_PD = [row for row in hidden_states.unbind() for _ in range(top_k)]
+    active_PI = self._apply_gate(_in_streams(self.gate_up_proj, index_P, hidden_PD))
+    states_PD = _in_streams(self.down_proj, index_P, active_PI.unbind())
+    output_TD = (states_PD.unflatten(0, top_k_index.shape) * weights_TK[..., None]).sum(1)
+    return output_TD.to(hidden_states.dtype)
 
 
-def _in_streams(weight_ENM: Tensor, index_K: Tensor, states_KM: Tensor) -> Tensor:
-    """Products `(K, N)` of some experts' matrices with a vector each (or the same for all)."""
-    parts = [(part[index_K] * states_KM[:, None]).sum(-1) for part in weight_ENM.tensor_split(STREAMS, dim=1)]
-    return torch.cat(parts, dim=1)
+def _in_streams(weight_ENM: Tensor, index_P: Sequence[Tensor], states_PM: Sequence[Tensor]) -> Tensor:
+    """Products `(P, N)` of some experts' matrices with a vector each; an index has one element."""
+    parts = weight_ENM.tensor_split(STREAMS if len(index_P) < STREAMS else STREAMS // 2, dim=1)
+    products = [
+        torch.cat([(part[index] * states).sum(-1) for part in parts], dim=1)
+        for index, states in zip(index_P, states_PM, strict=True)
+    ]
+    return torch.cat(products)
 
 
 ExpertsInterface.register(GATHERED, gathered_experts)
 
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` of few rows; the sums of all rows share one loop, which reads the weights once."""
-    # A matrix library packs the weight for each product, which pays for many rows only. A GPU's own products are best.
-    if left.shape[0] > GATHERED_TOKENS or left.device.type != "cpu":
+    """`left @ right` of one row, as sums in one loop, which reads the weights once."""
+    # A library's product of one row reads in one stream. From two rows on it is as fast, and a loop of ours would fuse
+    # with what made the rows, and make them anew for every row of the weight. A GPU's own products are best.
+    if left.shape[0] > 1 or left.device.type != "cpu":
         return NotImplemented
-    parts = right.t().tensor_split(STREAMS if len(left) == 1 else 1)
-    return torch.stack([torch.cat([(part * row).sum(-1) for part in parts]) for row in left.unbind()])
+    return torch.cat([(part * left).sum(-1) for part in right.t().tensor_split(STREAMS)])[None]
 
 
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -93,15 +95,15 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
 
 
 def _backend(options: dict[str, Any]) -> Callable[..., Any]:
-    """Inductor with products of few rows as sums."""
+    """Inductor with products of one row as sums."""
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
     def run(graph: Any, inputs: Any) -> Any:
         # A table of its own, handed over, would keep graphs out of Inductor's cache on disk. So the common one is
         # changed while a graph is made, and the cache's key says so.
-        few_rows = patch.dict(select_decomp_table(), {aten.mm.default: _mm, aten.addmm.default: _addmm})
-        with few_rows, torch.compiler.config.patch(cache_key_tag=GATHERED):  # type: ignore[attr-defined]
+        one_row = patch.dict(select_decomp_table(), {aten.mm.default: _mm, aten.addmm.default: _addmm})
+        with one_row, torch.compiler.config.patch(cache_key_tag=GATHERED):  # type: ignore[attr-defined]
             return compile_fx(graph, inputs, config_patches=options)
 
     return run
