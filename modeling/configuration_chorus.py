@@ -68,7 +68,7 @@ class ChorusConfig(PreTrainedConfig):
     image_token_id: int | None = None
     audio_token_id: int | None = None
     projection_dim: int = 256
-    exit_thresholds: list[float] | None = None
+    exit_thresholds: list[int | float] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
