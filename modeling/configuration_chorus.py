@@ -48,6 +48,7 @@ class ChorusConfig(PreTrainedConfig):
         "z_loss",
         "alignment_loss",
         "skip_loss",
+        "expert_budget_loss",
         "exit_loss",
         "exit_logits",
         "skip_logits",

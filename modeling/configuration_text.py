@@ -61,6 +61,8 @@ class ChorusTextConfig(PreTrainedConfig):
         router_aux_loss_coef: weight of the balance losses while training. It means the same at any number of
             accumulation steps and ranks.
         router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906) while training.
+        expert_budget_loss_coef: weight, while training, of the squared distance from the budget of banks with
+            `mean_experts`.
         alignment_loss_coef: weight of the alignment of the two directions of cross-modal attention while training.
         chunk_size_feed_forward: feed-forwards take this many tokens at a time, also in training, where each chunk is
             then computed again in the backward. 0 leaves it to the model: chunks for long inputs, at inference only.
@@ -128,6 +130,7 @@ class ChorusTextConfig(PreTrainedConfig):
     experts_layout: str = "fused"
     router_aux_loss_coef: int | float = 0.01
     router_z_loss_coef: int | float = 0.0
+    expert_budget_loss_coef: int | float = 1.0
     alignment_loss_coef: int | float = 0.0
     exit_layers: list[int] | None = None
     exit_loss_coef: int | float = 0.0
@@ -241,7 +244,7 @@ class ChorusTextConfig(PreTrainedConfig):
         check_divides(self, "num_attention_heads", "num_key_value_heads")
         for name in (
             *("router_aux_loss_coef", "router_z_loss_coef", "alignment_loss_coef"),
-            *("exit_loss_coef", "skip_loss_coef"),
+            *("exit_loss_coef", "skip_loss_coef", "expert_budget_loss_coef"),
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"ChorusTextConfig: {name}={getattr(self, name)} must not be negative")

@@ -154,7 +154,9 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         self._refuse_lost_losses(labels, num_items, terms)
         is_watched = self.training and self.watched_batches < WATCHED_BATCHES and not torch.compiler.is_compiling()
         if is_watched and labels is not None:
-            found = self.model.modality_ids(input_ids, inputs_embeds) if mm_token_type_ids is None else mm_token_type_ids
+            found = (
+                self.model.modality_ids(input_ids, inputs_embeds) if mm_token_type_ids is None else mm_token_type_ids
+            )
             self._watch_labels(found, labels)
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None

@@ -22,7 +22,7 @@ from .configuration_text import ChorusTextConfig
 from .layers import CHUNK, GatedMLP, float32_product, in_chunks, without_autocast
 from .modeling_outputs import BankRouting
 from .moe_plan import ModalityPlan, add_rows, take_rows
-from .moe_routers import ROUTER_CLASSES
+from .moe_routers import ROUTER_CLASSES, SigmoidGate
 
 # Chunks of a long sequence give an expert this many rows on average, or more.
 ROWS_OF_AN_EXPERT = 128
@@ -66,23 +66,6 @@ class ChorusExperts(nn.Module):
         return output_TD
 
 
-class OwnGate(nn.Module):
-    """The bank gate of a bank that stands beside the softmax over the others: `sigmoid(w x + b)`, in float32."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, hidden_size))
-        self.bias = nn.Parameter(torch.empty(1))
-
-    def start_weights(self, std: float) -> None:
-        init.zeros_(self.weight)
-        init.zeros_(self.bias)
-
-    def forward(self, hidden_RD: Tensor) -> Tensor:
-        with without_autocast(hidden_RD):
-            return F.linear(hidden_RD.float(), self.weight.float(), self.bias.float()).squeeze(-1).sigmoid()
-
-
 class LinearExperts(nn.ModuleList):
     """The experts of one bank as feed-forwards of ordinary linear layers (`experts_layout="linear"`).
 
@@ -123,7 +106,7 @@ class ExpertBank(nn.Module):
         self.num_experts = bank.num_experts
         self.router = ROUTER_CLASSES[bank.router](config.hidden_size, bank)
         self.experts = EXPERT_CLASSES[config.experts_layout](config, bank)
-        self.gate = OwnGate(config.hidden_size) if bank.has_own_gate else None
+        self.gate = SigmoidGate(config.hidden_size) if bank.has_own_gate else None
         self.may_skip_slots = bank.adaptive_experts or bank.expert_capacity is not None
         self.chunk_size = config.chunk_size_feed_forward
         # As many rows as give each expert enough of them to be worth reading.

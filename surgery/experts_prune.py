@@ -103,7 +103,7 @@ def dependence(bank: LayerBankConfig) -> str | None:
     """Why a token's choices or weights depend on experts that it does not choose; None where they do not."""
     if reason := ROUTER_CLASSES[bank.router].dependence(bank):
         return reason
-    if bank.adaptive_experts:
+    if bank.adaptive_experts and bank.mean_experts is None:
         return "adaptive_experts counts by the entropy of the scores of all"
     if bank.topk_groups not in (None, bank.num_groups):
         return f"topk_groups={bank.topk_groups} ranks groups by the two best scores in them"
