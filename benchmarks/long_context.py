@@ -1,6 +1,6 @@
 """Long inputs: windows with global tokens, experts and chunked feed-forwards against standard dense models.
 
-Run as `python -m benchmarks.long_context [--plot PATH]`. Three parts:
+Run as `python -m benchmarks.long_context [--plot PATH]`. Four parts:
 
 - a whole decoder over 4k, 8k and 16k tokens, last logits only, no cache. `chorus`: window 128, 4 global tokens, 16
   experts of width 512, 2 a token. `flash`: Llama with full attention through SDPA's flash kernel and a feed-forward of
@@ -8,14 +8,20 @@ Run as `python -m benchmarks.long_context [--plot PATH]`. Three parts:
   token as `flash`. `materialised`: `flash` with its scores as a matrix, what a standard transformer does, at 4k.
   On another device than the CPU the layers are four times as wide.
   `memory_saving` is the share of the other's peak memory that is spared, beyond the loaded model;
+- the same decoder without causality, its global tokens in front of the sequence: `chorus` without an attention mask,
+  `masked` with one of ones, `flash` with full attention in both layers. `growth` is the time of each length over that
+  of the first;
 - a training step of the attention alone at 4k and 8k against the flash kernel;
-- retrieval: a fact in the text, or in an image, far in front of the question. Windows alone; windows with global tokens
-  and one full cross-modal layer; full attention.
+- retrieval: a fact in the text, or in an image, far in front of the question. `windows` alone; `globals`, windows with
+  global tokens; `full_layer`, windows and one layer with full attention; `cross_layer`, the same with cross-modal
+  attention in it; `chorus`, all of it; `full`, full attention in all layers.
 """
 
 import argparse
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,10 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.timing import OURS, Report, measure, parse, ratio
+from benchmarks.timing import OURS, Report, figures, measure, parse, ratio
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
 from chorus_moe.modeling.attention_blocks import attend_in_blocks
 from chorus_moe.modeling.attention_masks import LocalMask
+from chorus_moe.modeling.modeling_text import ChorusTextModel
 
 SIZES: dict[str, Any] = {
     "vocab_size": 1024,
@@ -46,18 +53,16 @@ IMAGE, QUESTIONS, FIRST_ANSWER, FIRST_FILLER, VOCABULARY = 3, (4, 5), 8, 16, 48
 ANSWERS, FACT, DISTANCE, NEAR = 8, 6, 80, 8
 ARMS: dict[str, dict[str, Any]] = {
     "windows": {"layer_types": ["sliding_attention"] * 3, "sliding_window": NEAR, "cross_modal_layers": []},
-    OURS: {
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "sliding_window": NEAR,
-        "num_global_tokens": NUM_GLOBAL,
-        "cross_modal_layers": [1],
-    },
     "full": {"cross_modal_layers": [1]},
 }
+ARMS["globals"] = ARMS["windows"] | {"num_global_tokens": NUM_GLOBAL}
+ARMS["full_layer"] = ARMS["windows"] | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+ARMS["cross_layer"] = ARMS["full_layer"] | {"cross_modal_layers": [1]}
+ARMS[OURS] = ARMS["cross_layer"] | {"num_global_tokens": NUM_GLOBAL}
 
 
-def chorus(sizes: dict[str, Any], layers: int, width: int, attention: str = "sdpa") -> PreTrainedModel:
-    text = {
+def text_settings(sizes: dict[str, Any], layers: int, width: int) -> dict[str, Any]:
+    return sizes | {
         "num_experts": EXPERTS,
         "num_experts_per_tok": TOP_K,
         "moe_intermediate_size": width,
@@ -70,8 +75,11 @@ def chorus(sizes: dict[str, Any], layers: int, width: int, attention: str = "sdp
         "cross_modal_layers": [],
         "expert_banks": {"common": {}},
     }
+
+
+def chorus(sizes: dict[str, Any], layers: int, width: int, attention: str = "sdpa") -> PreTrainedModel:
     torch.manual_seed(0)
-    config = ChorusConfig(text_config=sizes | text)
+    config = ChorusConfig(text_config=text_settings(sizes, layers, width))
     return ChorusForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
 
 
@@ -133,6 +141,38 @@ def whole_model(parsed: argparse.Namespace, report: Report) -> None:
         report.add(f"prefill {length}", values)
         print("   ", ", ".join(f"{key} {value:.2f}" for key, value in values.items() if key[-2:] in ("io", "ng")))
     report.add("growth", {"growth_ratio": seconds[-1] / seconds[0]}, "ratio")
+
+
+def bidirectional(parsed: argparse.Namespace, report: Report) -> None:
+    sizes, lengths = (SIZES if parsed.device == "cpu" else GPU_SIZES), parsed.lengths
+    if parsed.quick:
+        sizes, lengths = QUICK, [300, 600]
+    text = text_settings(sizes, parsed.layers, sizes["hidden_size"]) | {"is_causal": False}
+    dense = {"layer_types": ["full_attention"] * parsed.layers, "num_global_tokens": 0, "sliding_window": None}
+    torch.manual_seed(0)
+    local, flash = (
+        ChorusTextModel._from_config(ChorusConfig(text_config=text | changes).text_config, attn_implementation="sdpa")
+        .eval()
+        .to(parsed.device, getattr(torch, parsed.dtype))
+        for changes in ({}, dense)
+    )
+    first: dict[str, float] = {}
+    for length in lengths:
+        input_ids = torch.randint(1, sizes["vocab_size"], (1, length), device=parsed.device)
+
+        @torch.no_grad()
+        def call(model: PreTrainedModel, mask: Tensor | None = None, input_ids: Tensor = input_ids) -> Any:
+            return model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+        calls = {
+            OURS: partial(call, local),
+            "masked": partial(call, local, torch.ones_like(input_ids)),
+            "flash": partial(call, flash),
+        }
+        timings = measure(calls, parsed.rounds, device=parsed.device)
+        first = first or {name: timing.seconds for name, timing in timings.items()}
+        growth = {f"{name}_growth": timing.seconds / first[name] for name, timing in timings.items()}
+        report.add(f"bidirectional {length}", figures(timings) | growth)
 
 
 def plot(path: Path, cases: Mapping[str, Mapping[str, float]]) -> None:
@@ -221,10 +261,10 @@ def facts(batch: int, tokens: int, generator: torch.Generator) -> dict[str, Tens
     return {"input_ids": input_ids, "labels": labels, "pixel_values": pixels, "asks_image": asks_image}
 
 
-def learn(model: PreTrainedModel, steps: int, batch: int) -> tuple[float, float]:
+def learn(model: PreTrainedModel, steps: int, batch: int, seed: int) -> tuple[float, float]:
     """Accuracy on new facts of text and of images after training."""
     tokens = model.config.vision_config.num_image_tokens
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     model.train()
@@ -245,18 +285,24 @@ def learn(model: PreTrainedModel, steps: int, batch: int) -> tuple[float, float]
 
 
 def retrieval(parsed: argparse.Namespace, report: Report) -> None:
-    values: dict[str, dict[str, float]] = {"text": {}, "image": {}}
-    for arm in ARMS:
-        torch.manual_seed(0)
-        model = ChorusForConditionalGeneration(retrieval_config(arm))
-        found = learn(model, 2 if parsed.quick else parsed.steps, 4 if parsed.quick else 32)
-        for row, accuracy in zip(values, found, strict=True):
-            values[row][f"{arm}_accuracy"] = accuracy
-    for row, accuracies in values.items():
-        report.add(f"fact in {row}, {DISTANCE} tokens away", accuracies, "accuracy")
+    seeds = parsed.seeds[:1] if parsed.quick else parsed.seeds
+    found: dict[str, dict[str, list[float]]] = {"text": {}, "image": {}}
+    for seed in seeds:
+        for arm in ARMS:
+            torch.manual_seed(seed)
+            model = ChorusForConditionalGeneration(retrieval_config(arm))
+            accuracies = learn(model, 2 if parsed.quick else parsed.steps, 4 if parsed.quick else 32, seed)
+            for arms, accuracy in zip(found.values(), accuracies, strict=True):
+                arms.setdefault(f"{arm}_accuracy", []).append(accuracy)
+        for row, arms in found.items():
+            values = {name: accuracies[-1] for name, accuracies in arms.items()}
+            report.add(f"fact in {row}, {DISTANCE} tokens away, seed {seed}", values, "accuracy")
+    for row, arms in found.items():
+        values = {name: fmean(accuracies) for name, accuracies in arms.items()}
+        report.add(f"fact in {row}, mean", values, "accuracy")
 
 
-PARTS = {"prefill": whole_model, "training": attention_training, "retrieval": retrieval}
+PARTS = {"prefill": whole_model, "bidirectional": bidirectional, "training": attention_training, "retrieval": retrieval}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -264,6 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("--lengths", {"type": int, "nargs": "+", "default": [4096, 8192, 16_384]}),
         ("--layers", {"type": int, "default": 2, "help": "layers of the timed models (default 2)"}),
         ("--steps", {"type": int, "default": 400, "help": "training steps of the retrieval task (default 400)"}),
+        ("--seeds", {"type": int, "nargs": "+", "default": [0, 1, 2], "help": "of the retrieval task (default 0 1 2)"}),
         ("--parts", {"nargs": "+", "choices": list(PARTS), "default": list(PARTS)}),
         ("--plot", {"type": Path, "metavar": "PATH", "help": "also draw time and memory over the length"}),
         ("--device", {"default": "cpu", "help": "where the whole models run (default cpu)"}),

@@ -160,7 +160,8 @@ def local_mask(
         layer = config.layer_types.index("sliding_attention")
         seen = int(past_key_values.get_query_offset(layer))
         held, first = past_key_values.get_mask_sizes(count, layer)
-    elif is_packed(attention_mask, position_ids):
+    # Nothing keeps packed sequences apart in a bidirectional model, whose global tokens share position 0 besides.
+    elif config.is_causal and is_packed(attention_mask, position_ids):
         return None
     # A static cache holds room behind the last token, which a rule would count as keys.
     expected = (len(inputs_embeds), seen + count)

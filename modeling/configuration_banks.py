@@ -13,6 +13,8 @@ from .configuration_modalities import MODALITY_IDS
 
 BALANCES = ("switch", "cv2", "variance", "bias", "none")
 OVERFLOWS = ("reroute", "drop")
+CAPACITY_SCOPES = ("sequence", "batch")
+ROUNDINGS = ("ceil", "floor")
 PRESETS = ("uniform", "specific_then_common")
 GATES = ("softmax", "own")
 # PEFT finds its own tensors by these words in a parameter's name, so a bank of that name is saved and loaded wrongly.
@@ -41,6 +43,7 @@ class ExpertBankConfig:
         intermediate_size: width of one expert.
         layers: indices of the sparse layers that hold the bank; all sparse layers if None.
         router: how experts are scored, one of `ROUTERS`.
+        router_bias: a linear router adds a learned number to each expert's score, zero at the start.
         norm_topk_prob: whether the weights of the chosen experts are divided by their sum.
         routed_scaling_factor: factor on the weights of the chosen experts.
         router_jitter_noise: while training, what the router reads is multiplied by a number between 1 - noise and
@@ -53,8 +56,13 @@ class ExpertBankConfig:
             share of the sequence so far, see `moe_selection.py`; unlimited if None.
         capacity_overflow: a choice that finds its expert full goes to the token's next best expert (`reroute`) or is
             dropped (`drop`).
+        capacity_scope: what capacity is counted over: a `sequence`, or the whole `batch`, whose later samples then
+            depend on earlier ones; for training alone, on a device with buffers of a fixed size.
         capacity_in_eval: whether capacity holds outside training as well.
-        adaptive_experts: visit between 1 and `num_experts_per_tok` experts, by the complexity of the token.
+        adaptive_experts: visit between 1 and `num_experts_per_tok` experts, by the complexity c of the token: `c * K`
+            rounded by `adaptive_rounding`, up (`ceil`) or down (`floor`), and at least one.
+        mean_experts: the complexity is learned, instead of the entropy of the scores, and training brings the mean
+            number of experts of a token to this, see `expert_budget_loss_coef` of [`ChorusTextConfig`].
         gate: the bank gate that weighs it: `softmax` is shared by the banks of the layer, so a bank that is added
             takes weight from the others; `own` is a sigmoid of this bank beside that softmax and takes nothing.
         closed: the bank is skipped as if it were not there; see `closed_banks` of [`ChorusTextModel`].
@@ -67,6 +75,7 @@ class ExpertBankConfig:
     modalities: list[str] = field(default_factory=list)
     layers: list[int] | None = None
     router: str = "softmax"
+    router_bias: bool = False
     norm_topk_prob: bool = True
     routed_scaling_factor: int | float = 1.0
     router_jitter_noise: int | float = 0.0
@@ -79,8 +88,11 @@ class ExpertBankConfig:
     bias_update_rate: int | float = 1e-3
     expert_capacity: int | float | None = None
     capacity_overflow: str = "reroute"
+    capacity_scope: str = "sequence"
     capacity_in_eval: bool = False
     adaptive_experts: bool = False
+    adaptive_rounding: str = "ceil"
+    mean_experts: int | float | None = None
     gate: str = "softmax"
     closed: bool = False
 
@@ -151,6 +163,8 @@ class ExpertBankConfig:
         check_name(where, "router", self.router, ROUTERS)
         check_name(where, "balance", self.balance, BALANCES)
         check_name(where, "capacity_overflow", self.capacity_overflow, OVERFLOWS)
+        check_name(where, "capacity_scope", self.capacity_scope, CAPACITY_SCOPES)
+        check_name(where, "adaptive_rounding", self.adaptive_rounding, ROUNDINGS)
         check_name(where, "gate", self.gate, GATES)
         for layer in self.layers or []:
             if layer not in sparse_layers:
@@ -226,9 +240,27 @@ class LayerBankConfig(ExpertBankConfig):
             )
         if capacity is None and self.capacity_in_eval:
             raise ValueError(f"{where}: capacity_in_eval=True needs an expert_capacity, which is None")
+        if self.capacity_scope == "batch" and (capacity is None or self.capacity_in_eval):
+            raise ValueError(
+                f"{where}: capacity_scope='batch' needs an expert_capacity, found {capacity}, in training alone, found "
+                f"capacity_in_eval={self.capacity_in_eval}: an answer must not depend on batch mates"
+            )
         if self.adaptive_experts and self.num_experts_per_tok == 1:
             raise ValueError(
                 f"{where}: adaptive_experts chooses between 1 and num_experts_per_tok=1 experts, which is no choice"
+            )
+        if not self.adaptive_experts and (self.mean_experts is not None or self.adaptive_rounding != "ceil"):
+            raise ValueError(
+                f"{where}: mean_experts={self.mean_experts} and adaptive_rounding={self.adaptive_rounding!r} are of "
+                "adaptive_experts, which is False"
+            )
+        # Rounded down, no expert is ever used in part, and a score that changes nothing learns nothing.
+        if self.mean_experts is not None and not (
+            1 <= self.mean_experts <= self.num_experts_per_tok and self.adaptive_rounding == "ceil"
+        ):
+            raise ValueError(
+                f"{where}: mean_experts={self.mean_experts} must lie between 1 and num_experts_per_tok="
+                f"{self.num_experts_per_tok}, with adaptive_rounding='ceil', found {self.adaptive_rounding!r}"
             )
 
 

@@ -49,6 +49,7 @@ class ChorusConfig(PreTrainedConfig):
         "z_loss",
         "alignment_loss",
         "skip_loss",
+        "expert_budget_loss",
         "exit_loss",
         "exit_logits",
         "skip_logits",
@@ -69,7 +70,7 @@ class ChorusConfig(PreTrainedConfig):
     image_token_id: int | None = None
     audio_token_id: int | None = None
     projection_dim: int = 256
-    exit_thresholds: list[float] | None = None
+    exit_thresholds: list[int | float] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -61,6 +61,8 @@ class ChorusTextConfig(PreTrainedConfig):
         router_aux_loss_coef: weight of the balance losses while training. It means the same at any number of
             accumulation steps and ranks.
         router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906) while training.
+        expert_budget_loss_coef: weight, while training, of the squared distance from the budget of banks with
+            `mean_experts`.
         alignment_loss_coef: weight of the alignment of the two directions of cross-modal attention while training.
         chunk_size_feed_forward: feed-forwards take this many tokens at a time, also in training, where each chunk is
             then computed again in the backward. 0 leaves it to the model: chunks for long inputs, at inference only.
@@ -107,8 +109,8 @@ class ChorusTextConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     hidden_act: str = "silu"
     max_position_embeddings: int = 32_768
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
+    initializer_range: int | float = 0.02
+    rms_norm_eps: int | float = 1e-6
     rope_parameters: dict | None = None
     attention_bias: bool = False
     attention_output_bias: bool = False
@@ -126,14 +128,15 @@ class ChorusTextConfig(PreTrainedConfig):
     moe_intermediate_size: int = 512
     shared_expert_intermediate_size: int = 512
     experts_layout: str = "fused"
-    router_aux_loss_coef: float = 0.01
-    router_z_loss_coef: float = 0.0
-    alignment_loss_coef: float = 0.0
+    router_aux_loss_coef: int | float = 0.01
+    router_z_loss_coef: int | float = 0.0
+    expert_budget_loss_coef: int | float = 1.0
+    alignment_loss_coef: int | float = 0.0
     exit_layers: list[int] | None = None
-    exit_loss_coef: float = 0.0
+    exit_loss_coef: int | float = 0.0
     skip_layers: list[int] | None = None
-    skip_budget: float | None = None
-    skip_loss_coef: float = 1.0
+    skip_budget: int | float | None = None
+    skip_loss_coef: int | float = 1.0
     output_router_logits: bool = False
     is_causal: bool = True
     use_cache: bool = True
@@ -241,7 +244,7 @@ class ChorusTextConfig(PreTrainedConfig):
         check_divides(self, "num_attention_heads", "num_key_value_heads")
         for name in (
             *("router_aux_loss_coef", "router_z_loss_coef", "alignment_loss_coef"),
-            *("exit_loss_coef", "skip_loss_coef"),
+            *("exit_loss_coef", "skip_loss_coef", "expert_budget_loss_coef"),
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"ChorusTextConfig: {name}={getattr(self, name)} must not be negative")

@@ -55,7 +55,7 @@ class ChorusVisionConfig(PreTrainedConfig):
         num_prefix_tokens: int | None = None
         num_tokens: int | None = None
     grid_size: list[int] | None = None
-    initializer_range: float = 0.02
+    initializer_range: int | float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)
@@ -126,14 +126,14 @@ class ChorusAudioConfig(PreTrainedConfig):
     num_mel_bins: int = 80
     n_fft: int = 400
     hop_length: int = 160
-    max_seconds: float = 30.0
+    max_seconds: int | float = 30.0
     hidden_size: int = 256
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     intermediate_size: int = 1_024
     conv_kernel_size: int = 31
     hidden_act: str = "silu"
-    dropout: float = 0.0
+    dropout: int | float = 0.0
     subsampling: int = 4
     pool_size: int = 1
     if TYPE_CHECKING:  # what it is once `__post_init__` has read a dictionary
@@ -141,7 +141,7 @@ class ChorusAudioConfig(PreTrainedConfig):
     else:
         backbone_config: dict | PreTrainedConfig | None = None
     backbone_library: str = "transformers"
-    initializer_range: float = 0.02
+    initializer_range: int | float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)

@@ -25,8 +25,8 @@ def without_autocast(states: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-# Matrix libraries sum rows that are left over after blocks of four in another order. With rows filled up, no bit of an
-# expert's score depends on how many others there are, so pruning experts that are never chosen changes no output.
+# Matrix libraries sum rows that are left over after blocks of four in another order. With rows filled up, an expert's
+# score depends on how many others there are by rounding at most, and by no bit on Intel's processors.
 ROW_BLOCK = 4
 
 

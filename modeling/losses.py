@@ -60,7 +60,7 @@ def variance_loss(routing: BankRouting, router: type[Router] = Router) -> Tensor
 
 def cv2_loss(routing: BankRouting, router: type[Router] = Router) -> Tensor:
     """Squared coefficient of variation of the load: its variance over the square of its mean (arXiv 1701.06538,
-    equation 7), straight through.
+    equation 7), straight through. The variance is that of all E experts (divided by E, not by E - 1).
 
     0 at perfect balance, `E / K - 1` when all tokens choose the same K experts: E times `variance`, so that the same
     coefficient serves banks of any size. A bank without tokens gives 0.
@@ -182,6 +182,25 @@ def alignment_loss(
 def skip_budget_loss(layers: Sequence[Tensor], real_BS: Tensor | None, budget: float) -> Tensor:
     """Squared distance of the share of open skip gates, see `open_share`, from `1 - budget`."""
     return (open_share(layers, real_BS) - (1 - budget)).square()
+
+
+def expert_budget_loss(layers: Iterable[RoutingOfLayer], banks: Mapping[str, ExpertBankConfig]) -> Tensor | None:
+    """Squared distance of the share of the slots that tokens use, in the mean over the layers of a bank, from
+    `mean_experts / K`; averaged over the banks with a learned complexity, None without any."""
+    wanted: dict[str, list[Tensor]] = {}
+    for layer in layers:
+        for name, routing in layer.items():
+            if (asked_T := routing.wanted_experts) is not None:
+                asked_T = asked_T if routing.token_mask is None else asked_T[routing.token_mask]
+                wanted.setdefault(name, []).append(asked_T)
+    losses: list[Tensor] = []
+    for name, parts in wanted.items():
+        asked_T = torch.cat([part.to(parts[0].device) for part in parts])
+        # What is counted are whole visits, which have no gradient: that of the number asked for goes straight through.
+        visits_T = asked_T + (asked_T.ceil() - asked_T).detach()
+        excess = (visits_T - (banks[name].mean_experts or 0.0)).sum() / max(len(visits_T), 1)
+        losses.append((excess / banks[name].num_experts_per_tok).square())
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else None
 
 
 def share_of_batch(labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Tensor | float:

@@ -25,11 +25,14 @@ from .configuration_chorus import ChorusConfig
 from .configuration_modalities import MODALITY_IDS
 from .depth_exits import EarlyExitDrafts, check_drafts
 from .losses import share_of_batch
+from .modeling_chorus import with_virtual_tokens
 from .modeling_heads import LOSS_WEIGHTS, ChorusHead
 from .modeling_outputs import CACHE, ChorusLossOutput, takes_cache
 from .moe_plan import DecoderKwargs
 
 logger = logging.get_logger(__name__)
+# Batches of a training run that are looked at for labels which reach experts in the last layer; a look waits for a GPU.
+WATCHED_BATCHES = 8
 # By this table the Trainer's label smoother decides whether labels are shifted: without it a model learns to repeat.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(ChorusConfig.model_type, "ChorusForConditionalGeneration")
 
@@ -44,6 +47,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
     def __init__(self, config: ChorusConfig):
         super().__init__(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.watched_batches, self.modalities_seen, self.modalities_read = 0, set[int](), set[int]()
         self.post_init()
         # Of a configuration marked as derived, transformers drops entries of our own (`skip_threshold`) on loading.
         self.generation_config._from_model_config = False
@@ -58,17 +62,23 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             value = MethodType(with_own_losses(value.__func__), self)
         super().__setattr__(name, value)
 
-    def train(self, mode: bool = True) -> "ChorusForConditionalGeneration":
-        """Training mode; warns once about trained experts that labels on text alone cannot reach."""
-        super().train(mode)
-        layer, names = self.unreached_banks() if mode else (0, [])
-        if names:
+    def _watch_labels(self, modality_BS: Tensor, labels: Tensor) -> None:
+        """Warn once, after the first batches in training, about trained experts that no label has reached."""
+        self.watched_batches += 1
+        # The position before a label predicts it. Right behind an image that is a position of the image.
+        modality_BS = with_virtual_tokens(modality_BS, labels[..., None])
+        self.modalities_seen.update(modality_BS.unique().tolist())
+        self.modalities_read.update(modality_BS[:, :-1][labels[:, 1:] != -100].unique().tolist())
+        layer, unread = self.unreached_banks()
+        open_to = {n: {MODALITY_IDS[m] for m in self.model.language_model.banks[n].modalities} for n in unread}
+        names = [n for n, ids in open_to.items() if ids & self.modalities_seen and not ids & self.modalities_read]
+        if names and self.watched_batches == WATCHED_BATCHES:
             logger.warning_once(
-                f"expert banks {names} of layer {layer}: no later layer reads image and audio positions, so the labels "
-                "of an answer give these experts no gradient and training them is time spent for nothing. Give the "
-                f"banks `layers` without {layer} in the configuration, or keep their experts in it frozen"
+                f"expert banks {names} of layer {layer}: no later layer reads image and audio positions and no label "
+                f"followed one in {WATCHED_BATCHES} batches, so these experts get no gradient and training them is "
+                f"time spent for nothing. Give the banks `layers` without {layer} in the configuration, or keep their "
+                "experts in it frozen"
             )
-        return self
 
     def unreached_banks(self) -> tuple[int, list[str]]:
         """The last layer, and its banks that have trained experts (or a LoRA on them) but take no text."""
@@ -142,6 +152,12 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             **kwargs,
         )
         self._refuse_lost_losses(labels, num_items, terms)
+        is_watched = self.training and self.watched_batches < WATCHED_BATCHES and not torch.compiler.is_compiling()
+        if is_watched and labels is not None:
+            found = (
+                self.model.modality_ids(input_ids, inputs_embeds) if mm_token_type_ids is None else mm_token_type_ids
+            )
+            self._watch_labels(found, labels)
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:

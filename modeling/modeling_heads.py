@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple, logging
 from .configuration_chorus import ChorusConfig
 from .configuration_modalities import MODALITY_IDS
 from .depth_exits import ExitRun, Exits, check_early_exit, pool_tokens
-from .losses import alignment_loss, balance_loss, mean_over_banks, skip_budget_loss, z_loss
+from .losses import alignment_loss, balance_loss, expert_budget_loss, mean_over_banks, skip_budget_loss, z_loss
 from .modeling_base import ChorusPreTrainedModel
 from .modeling_chorus import ChorusModel, with_virtual_tokens
 from .modeling_outputs import CACHE, BankRouting, ChorusContrastiveOutput, ChorusLossOutput, ChorusModelOutput
@@ -37,6 +37,7 @@ LOSS_WEIGHTS = {
     "z_loss": "router_z_loss_coef",
     "alignment_loss": "alignment_loss_coef",
     "skip_loss": "skip_loss_coef",
+    "expert_budget_loss": "expert_budget_loss_coef",
     "exit_loss": "exit_loss_coef",
 }
 
@@ -61,6 +62,7 @@ class ChorusHead(ChorusPreTrainedModel):
         train_router = self.training and (
             text.router_z_loss_coef > 0
             or (text.router_aux_loss_coef > 0 and any(bank.has_balance_loss for bank in banks.values()))
+            or (text.expert_budget_loss_coef > 0 and any(bank.mean_experts is not None for bank in banks.values()))
         )
         # Sampling is done for the log-probabilities, which are in the routing.
         keep_routing = bool(output_router_logits or inputs.get("sample_experts") or self._counts_choices())
@@ -77,7 +79,7 @@ class ChorusHead(ChorusPreTrainedModel):
             **({"output_skip_logits": True} if budget is not None else {}),
             **inputs,
         )
-        terms: dict[str, Tensor | None] = dict.fromkeys(("aux_loss", "z_loss", "alignment_loss", "skip_loss"))
+        terms: dict[str, Tensor | None] = dict.fromkeys(n for n in LOSS_WEIGHTS if n != "exit_loss")
         if output_router_logits or train_router:
             # With reentrant checkpointing routers would stop balancing in silence.
             if train_router:
@@ -85,6 +87,7 @@ class ChorusHead(ChorusPreTrainedModel):
                 self._check_graph("balance", logits, (".router.",))
             terms["aux_loss"] = balance_loss(outputs.routing, banks)
             terms["z_loss"] = mean_over_banks(outputs.routing, z_loss)
+            terms["expert_budget_loss"] = expert_budget_loss(outputs.routing, banks)
         if inputs.get("sample_experts"):
             banks_of_layers = [bank for layer in outputs.routing for bank in layer.values()]
             drawn = [bank.log_probs for bank in banks_of_layers if bank.log_probs is not None]

@@ -42,6 +42,7 @@ class RouterChoice(NamedTuple):
     log_probs: Tensor | None = None
     num_rerouted: Tensor | None = None
     num_dropped: Tensor | None = None
+    wanted_experts: Tensor | None = None
 
 
 class BankRouting(NamedTuple):
@@ -57,6 +58,7 @@ class BankRouting(NamedTuple):
         log_probs: `(T,)` float32, log-probability of the ordered draw, where experts were sampled.
         num_rerouted: how many choices another expert took over, where capacity was limited; an int64 scalar.
         num_dropped: how many choices were lost for want of room; an int64 scalar.
+        wanted_experts: `(T,)` float32, how many experts a learned complexity asks for, the last in part.
     """
 
     router_logits: Tensor
@@ -68,6 +70,7 @@ class BankRouting(NamedTuple):
     log_probs: Tensor | None = None
     num_rerouted: Tensor | None = None
     num_dropped: Tensor | None = None
+    wanted_experts: Tensor | None = None
 
 
 RoutingOfLayer = dict[str, BankRouting]
@@ -125,6 +128,7 @@ class ChorusLossOutput(CausalLMOutputWithPast):
         z_loss: router z-loss, not weighted.
         alignment_loss: alignment of the two directions of cross-modal attention, not weighted.
         skip_loss: squared distance of the share of open skip gates from `1 - skip_budget`, not weighted.
+        expert_budget_loss: squared distance of the share of used slots from that of `mean_experts`, not weighted.
         exit_loss: mean of the losses at the `exit_layers`, counted as the head's own, not weighted.
         exit_logits: logits of every exit, shallow first, of a classifier, with `output_exit_logits=True`.
         left_after: `(B,)` int64, after how many layers each sample left, where samples may leave.
@@ -136,6 +140,7 @@ class ChorusLossOutput(CausalLMOutputWithPast):
     z_loss: Tensor | None = None
     alignment_loss: Tensor | None = None
     skip_loss: Tensor | None = None
+    expert_budget_loss: Tensor | None = None
     exit_loss: Tensor | None = None
     exit_logits: tuple[Tensor, ...] | None = None
     left_after: Tensor | None = None

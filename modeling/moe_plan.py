@@ -65,7 +65,7 @@ class RoutingOptions:
         budget: modality -> experts that a token may visit at most in each bank.
         sampled_banks: names of the banks whose experts are drawn.
         sequence_T: the sequence of each token, where some bank limits its capacity.
-        limited_banks: names of the banks that do.
+        limited_banks: names of the banks that do, each with what capacity is counted over.
         closed_banks: names of the banks that are skipped.
     """
 
@@ -73,7 +73,7 @@ class RoutingOptions:
     budget: dict[str, int]
     sampled_banks: frozenset[str]
     sequence_T: Tensor | None
-    limited_banks: frozenset[str]
+    limited_banks: dict[str, str]
     closed_banks: frozenset[str] = frozenset()
 
     def at(self, origin: Tensor) -> "RoutingOptions":
@@ -99,7 +99,8 @@ class RoutingOptions:
             budget_R = table[take(modality_T)]
         places, sequence_R = None, take(self.sequence_T)
         if sequence_R is not None and bank in self.limited_banks:
-            places = Places.find(sequence_R, token_mask)
+            is_whole = self.limited_banks[bank] == "batch"
+            places = Places.find(torch.zeros_like(sequence_R) if is_whole else sequence_R, token_mask)
         is_sampled = bank in self.sampled_banks
         if self.complexity_T is None and budget_R is None and places is None and not is_sampled:
             return None
@@ -311,7 +312,7 @@ def read_routing_options(
     Raises:
         ValueError: naming the argument, the bank or modality, and the numbers.
     """
-    limited = frozenset(name for name, bank in banks.items() if bank.limits_capacity(is_training))
+    limited = {name: bank.capacity_scope for name, bank in banks.items() if bank.limits_capacity(is_training)}
     # Asked only where it matters: on a GPU the answer of a static cache waits for the device.
     num_cached = int(cache.get_seq_length()) if limited and cache is not None else 0
     if num_cached:

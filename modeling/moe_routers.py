@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_banks import ROUTERS, LayerBankConfig, check_name
-from .layers import ROW_BLOCK, filled_rows, float32_product, without_autocast
+from .layers import ROW_BLOCK, TokenGate, filled_rows, float32_product, without_autocast
 from .modeling_outputs import BankRouting, RouterChoice
 from .moe_plan import NO_OPTIONS, RowOptions
 from .moe_selection import (
@@ -27,10 +27,21 @@ from .moe_selection import (
     perturbed,
     serve,
     unused_slots,
+    used_parts,
     uses_all_slots,
 )
 
 ROUTER_CLASSES: dict[str, type["Router"]] = {}  # by the names of `ROUTERS`; every named class enters itself
+
+
+class Complexity(TokenGate):
+    """A token's learned complexity, between 0 and 1, both included."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        sigmoid = super().forward(hidden_states).sigmoid()
+        # Stretched, or no token would reach the ends and all would visit a second expert (the hard concrete gate of
+        # arXiv 1712.01312). At the ends the gradient stays that of the sigmoid, or a token would never come back.
+        return sigmoid + ((1.2 * sigmoid - 0.1).clamp(0, 1) - sigmoid).detach()
 
 
 class Router(nn.Module):
@@ -53,6 +64,7 @@ class Router(nn.Module):
     """
 
     rows_of_experts: ClassVar[tuple[str, ...]] = ()
+    takes_bias: ClassVar[bool] = False
 
     # A class states all that depends on its kind, so no other file asks for a router by name.
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
@@ -63,6 +75,8 @@ class Router(nn.Module):
 
     def __init__(self, hidden_size: int, bank: LayerBankConfig):
         super().__init__()
+        if bank.router_bias and not self.takes_bias:
+            raise ValueError(f"expert bank {bank.name!r}: router={bank.router!r} has no place for router_bias=True")
         self.bank = bank
         self.top_k = bank.num_experts_per_tok
         self.norm_topk_prob = bank.norm_topk_prob
@@ -73,9 +87,10 @@ class Router(nn.Module):
         # Most banks ask for nothing but the best K: known once, so that one token does not pay for every option.
         self.is_plain = not (self.limits_groups or bank.adaptive_experts or bank.routed_scaling_factor != 1.0)
         self.is_plain = self.is_plain and bias is None
+        self.complexity = Complexity(hidden_size) if bank.mean_experts is not None else None
 
     def start_weights(self, std: float) -> None:
-        for parameter in self.parameters():
+        for parameter in self.parameters(recurse=False):
             init.normal_(parameter, mean=0.0, std=std)
         if self.e_score_correction_bias is not None:
             init.zeros_(self.e_score_correction_bias)
@@ -105,7 +120,7 @@ class Router(nn.Module):
 
     def expert_rows(self) -> dict[str, Tensor]:
         """Parameters and buffers with one row an expert, by name."""
-        rows = {name: getattr(self, name) for name in self.rows_of_experts}
+        rows = {name: getattr(self, name) for name in self.rows_of_experts if getattr(self, name) is not None}
         bias = self.e_score_correction_bias
         return rows if bias is None else rows | {"e_score_correction_bias": bias}
 
@@ -125,16 +140,21 @@ class Router(nn.Module):
                 hidden_TD = hidden_TD * torch.empty_like(hidden_TD).uniform_(1 - noise, 1 + noise)
             logits_TE = self.score(hidden_TD)
             if not self.is_plain or options is not None:
-                return self.choose(logits_TE, options or NO_OPTIONS)
+                learned_T = None if self.complexity is None else self.complexity(hidden_TD)
+                return self.choose(logits_TE, options or NO_OPTIONS, learned_T)
             index_TK = best_experts(logits_TE, self.top_k)
             weights_TK = choice_weights(self.log_weights(logits_TE), index_TK, self.norm_topk_prob)
             return RouterChoice(logits_TE, weights_TK, index_TK)
 
-    def choose(self, logits_TE: Tensor, options: RowOptions) -> RouterChoice:
-        """The whole way from logits to weights, with every option."""
+    def choose(self, logits_TE: Tensor, options: RowOptions, learned_T: Tensor | None = None) -> RouterChoice:
+        """The whole way from logits to weights, with every option; `learned_T` are learned complexities."""
         bank = self.bank
         log_weights_TE = self.log_weights(logits_TE)
-        is_unused_TK = self._unused(log_weights_TE, options)
+        wanted_T, limit_T = self._limits(log_weights_TE, options, learned_T)
+        is_unused_TK = None
+        if limit_T is not None and not uses_all_slots(limit_T, self.top_k):
+            is_unused_TK = unused_slots(limit_T, self.top_k)
+        part_TK = None if wanted_T is None or limit_T is None else used_parts(limit_T, self.top_k)
         if options.is_sampled:
             # Drawn from the weights and not from biased scores: the log-probability must be that of the draw.
             log_weights_TE = self.open_log_weights(logits_TE)
@@ -146,8 +166,8 @@ class Router(nn.Module):
             index_TK = best_TK.masked_fill(is_unused_TK, bank.num_experts)
         log_probs_T = draw_log_probability(log_weights_TE, index_TK, is_unused_TK) if options.is_sampled else None
         if options.places is None:
-            weights_TK = self._weigh(log_weights_TE, best_TK, is_unused_TK)
-            return RouterChoice(logits_TE, weights_TK, index_TK, log_probs_T)
+            weights_TK = self._weigh(log_weights_TE, best_TK, is_unused_TK, part_TK)
+            return RouterChoice(logits_TE, weights_TK, index_TK, log_probs_T, wanted_experts=wanted_T)
         assert bank.expert_capacity is not None  # places are found for banks that limit their capacity
         capacity_L = options.places.capacity(bank.expert_capacity, self.top_k, bank.num_experts)
         served = serve(scores_TE, index_TK, options.places, capacity_L, bank.capacity_overflow)
@@ -155,8 +175,8 @@ class Router(nn.Module):
         # Who is served elsewhere is weighed by what it gets; who is dropped keeps the weights of the others.
         if bank.capacity_overflow == "reroute":
             best_TK, is_unused_TK = served.selected_experts.clamp(max=bank.num_experts - 1), is_lost_TK
-        weights_TK = self._weigh(log_weights_TE, best_TK, is_unused_TK).masked_fill(is_lost_TK, 0.0)
-        return RouterChoice(logits_TE, weights_TK, *served[:1], log_probs_T, *served[1:])
+        weights_TK = self._weigh(log_weights_TE, best_TK, is_unused_TK, part_TK).masked_fill(is_lost_TK, 0.0)
+        return RouterChoice(logits_TE, weights_TK, *served[:1], log_probs_T, *served[1:], wanted_T)
 
     def open_log_weights(self, logits_TE: Tensor) -> Tensor:
         """The log-weights that experts are drawn by: those outside a token's best groups are never drawn."""
@@ -178,22 +198,32 @@ class Router(nn.Module):
             scores_TE = limit_groups(scores_TE, self.bank.num_groups, self.bank.topk_groups)
         return scores_TE
 
-    def _unused(self, log_weights_TE: Tensor, options: RowOptions) -> Tensor | None:
-        """`(T, K)`: the slots that a token does not use; None where it uses all."""
-        limit_T = options.budget_R
+    def _limits(
+        self, log_weights_TE: Tensor, options: RowOptions, learned_T: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`(T,)`: how many experts a learned complexity asks for; how many a token may visit, None for all."""
+        limit_T, wanted_T = options.budget_R, None
         if self.bank.adaptive_experts:
-            # A token that its router is certain of needs few experts; detached, or routers would learn to look certain.
-            wanted_T = normalised_entropy(log_weights_TE.detach(), self.top_k)
+            if learned_T is not None:
+                # At least one, so that the last expert, used in part, always has a gradient.
+                asked_T = 1 + learned_T * (self.top_k - 1)
+            else:
+                # A token that its router is certain of needs few experts; detached, or routers would learn to look
+                # certain.
+                asked_T = normalised_entropy(log_weights_TE.detach(), self.top_k)
             if options.complexity_R is not None:
-                is_given_T = ~options.complexity_R.isnan()
-                wanted_T = torch.where(is_given_T, options.complexity_R * self.top_k, wanted_T)
-            limit_T = wanted_T if limit_T is None else torch.minimum(wanted_T, limit_T)
-        if limit_T is None or uses_all_slots(limit_T, self.top_k):
-            return None
-        return unused_slots(limit_T, self.top_k)
+                given_T, is_given_T = options.complexity_R * self.top_k, ~options.complexity_R.isnan()
+                # A caller asks for whole experts.
+                asked_T = torch.where(is_given_T, given_T.ceil() if learned_T is not None else given_T, asked_T)
+            asked_T = asked_T.floor() if self.bank.adaptive_rounding == "floor" else asked_T
+            wanted_T = None if learned_T is None else asked_T
+            limit_T = asked_T if limit_T is None else torch.minimum(asked_T, limit_T)
+        return wanted_T, limit_T
 
-    def _weigh(self, log_weights_TE: Tensor, index_TK: Tensor, is_unused_TK: Tensor | None) -> Tensor:
-        weights_TK = choice_weights(log_weights_TE, index_TK, self.norm_topk_prob, is_unused_TK)
+    def _weigh(
+        self, log_weights_TE: Tensor, index_TK: Tensor, is_unused_TK: Tensor | None, part_TK: Tensor | None
+    ) -> Tensor:
+        weights_TK = choice_weights(log_weights_TE, index_TK, self.norm_topk_prob, is_unused_TK, part_TK)
         factor = self.bank.routed_scaling_factor
         return weights_TK if factor == 1.0 else weights_TK * factor
 
@@ -218,18 +248,26 @@ class Router(nn.Module):
 class SoftmaxRouter(Router, name="softmax"):
     """Linear scores, softmax over the chosen K (arXiv 1701.06538, 2401.04088)."""
 
-    rows_of_experts = ("weight",)
+    rows_of_experts = ("weight", "bias")
+    takes_bias = True
 
     def __init__(self, hidden_size: int, bank: LayerBankConfig):
         super().__init__(hidden_size, bank)
         self.weight = nn.Parameter(torch.empty(bank.num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(bank.num_experts)) if bank.router_bias else None
+
+    def start_weights(self, std: float) -> None:
+        super().start_weights(std)
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
     def score(self, hidden_TD: Tensor) -> Tensor:
         count = self.weight.shape[0]
         # Filled up, see `ROW_BLOCK`: a score must not depend on how many others there are.
         rows_ED = self.weight if count % ROW_BLOCK == 0 else filled_rows(self.weight)
         logits_TE = float32_product(hidden_TD, rows_ED)
-        return logits_TE if count % ROW_BLOCK == 0 else logits_TE[:, :count]
+        logits_TE = logits_TE if count % ROW_BLOCK == 0 else logits_TE[:, :count]
+        return logits_TE if self.bias is None else logits_TE + self.bias.float()
 
     @staticmethod
     def flops(hidden_size: int, num_experts: int) -> int:

@@ -84,6 +84,12 @@ def unused_slots(limit_T: Tensor, top_k: int) -> Tensor:
     return torch.arange(top_k, device=limit_T.device) >= limit_T.clamp(min=1).unsqueeze(1)
 
 
+def used_parts(limit_T: Tensor, top_k: int) -> Tensor:
+    """`(T, K)`, 0 to 1: how far a token uses each slot. The first is whole, the last that it uses may be a part: then
+    weights are continuous in the limit, and have a gradient with respect to it."""
+    return (limit_T.clamp(min=1).unsqueeze(1) - torch.arange(top_k, device=limit_T.device)).clamp(0, 1)
+
+
 def uses_all_slots(limit_T: Tensor, top_k: int) -> bool:
     """Whether `unused_slots` is False everywhere; also False where looking would wait for a device or break a graph."""
     # Reading limits of a CPU costs less than masking slots that are all used.
@@ -117,13 +123,20 @@ def draw_log_probability(log_weights_TE: Tensor, index_TK: Tensor, is_unused_TK:
 
 
 def choice_weights(
-    log_weights_TE: Tensor, index_TK: Tensor, is_normalised: bool, is_unused_TK: Tensor | None = None
+    log_weights_TE: Tensor,
+    index_TK: Tensor,
+    is_normalised: bool,
+    is_unused_TK: Tensor | None = None,
+    part_TK: Tensor | None = None,
 ) -> Tensor:
-    """Weights of the chosen experts, divided by their sum if normalised; zero, with zero gradient, in unused slots.
+    """Weights of the chosen experts, times the part of each slot that is used, divided by their sum if normalised;
+    zero, with zero gradient, in unused slots.
 
     An unused slot may hold any expert, but not the sentinel. At least one slot of a token is used.
     """
     chosen_TK = log_weights_TE.gather(1, index_TK)
+    if part_TK is not None:
+        chosen_TK = chosen_TK + part_TK.clamp(min=1e-6).log()
     if is_unused_TK is not None:
         # Finite, so that gradients of unused slots are zeros and not NaN.
         chosen_TK = chosen_TK.masked_fill(is_unused_TK, torch.finfo(chosen_TK.dtype).min)

@@ -196,7 +196,8 @@ class ConformerBlock(GradientCheckpointingLayer):
     def _attend(self, hidden_NTD: torch.Tensor, mask_NT: torch.Tensor) -> torch.Tensor:
         # A clip without any real token attends to its padding: a softmax over nothing would be NaN.
         ignored_NT = ~mask_NT & mask_NT.any(dim=1, keepdim=True)
-        hidden_TND = hidden_NTD.transpose(0, 1)
+        # Contiguous: products of another layout sum in an order that depends on whether the weight is trained.
+        hidden_TND = hidden_NTD.transpose(0, 1).contiguous()
         output_TND, _ = self.self_attn(
             hidden_TND, hidden_TND, hidden_TND, key_padding_mask=ignored_NT, need_weights=False
         )

@@ -3,9 +3,9 @@
 Unusual here:
 - an expert is removed with everything that belongs to it: its rows in the router (`Router.rows_of_experts`), its
   correction bias. The rest is neither rescaled nor moved;
-- experts that no token chose can be removed without a change (but for the last bits, where the matrix library sums a
-  row in another order beside fewer others), where a choice depends on the chosen alone. Where it does not (see
-  `dependence`), the report says so.
+- experts that no token chose can be removed without a change but rounding, where a choice depends on the chosen alone:
+  a matrix library may sum a row in another order beside fewer others. Where it does not (see `dependence`), the report
+  says so.
 """
 
 from collections.abc import Mapping
@@ -38,8 +38,8 @@ Keep = int | float | str | Mapping[int, int | float | str]
 def prune_experts(model: nn.Module, keep: Mapping[str, Keep], scores: ExpertScores) -> OperationReport:
     """Keep the experts with the highest scores of some banks, in each layer separately.
 
-    Outputs are the same, bit for bit, if no token chose a removed expert; the report names the settings of a
-    bank that prevent this. `chorus_moe.training.routing.saliency` measures use and saliency.
+    Outputs are the same to rounding (about 1e-6 in float32) if no token chose a removed expert; the report names
+    the settings of a bank that prevent this. `chorus_moe.training.routing.saliency` measures use and saliency.
 
     Args:
         keep: bank -> how many stay: a number, a fraction of the experts (a float), or "used" (all with a score
@@ -103,7 +103,7 @@ def dependence(bank: LayerBankConfig) -> str | None:
     """Why a token's choices or weights depend on experts that it does not choose; None where they do not."""
     if reason := ROUTER_CLASSES[bank.router].dependence(bank):
         return reason
-    if bank.adaptive_experts:
+    if bank.adaptive_experts and bank.mean_experts is None:
         return "adaptive_experts counts by the entropy of the scores of all"
     if bank.topk_groups not in (None, bank.num_groups):
         return f"topk_groups={bank.topk_groups} ranks groups by the two best scores in them"

@@ -61,8 +61,8 @@ def gated_flops(text: ChorusTextConfig, width: int) -> int:
 
 def router_flops(hidden_size: int, bank: LayerBankConfig) -> int:
     """Of a bank's router, and of the bank's own gate if it has one, for one token."""
-    own_gate = 2 * hidden_size * bank.has_own_gate
-    return own_gate + ROUTER_CLASSES[bank.router].flops(hidden_size, bank.num_experts)
+    gates = 2 * hidden_size * (bank.has_own_gate + (bank.mean_experts is not None))
+    return gates + ROUTER_CLASSES[bank.router].flops(hidden_size, bank.num_experts)
 
 
 def feed_forward_flops(text: ChorusTextConfig, layer: int) -> int:

@@ -2,11 +2,13 @@
 
 import json
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
 
 from chorus_moe import (
@@ -285,3 +287,20 @@ def test_a_saved_probe_has_limits(key: str, value: int) -> None:
     values["vision_config"][key] = value
     with pytest.raises(ValueError, match=rf"{key}={value} is outside 1"):
         ChorusConfig(**values)
+
+
+def test_a_whole_number_is_a_coefficient_and_true_is_none(tmp_path: Path) -> None:
+    """Of every number that need not be whole: as written in JSON or YAML, where `1` is no float."""
+    parts = {ChorusTextConfig: TEXT, ChorusVisionConfig: {}, ChorusAudioConfig: AUDIO, ChorusConfig: {}}
+    numbers = [(kind, item.name) for kind in parts for item in fields(kind) if "float" in str(item.type)]
+    own = {(ChorusTextConfig, "exit_loss_coef"): {"exit_layers": [1]}}
+    own[ChorusConfig, "exit_thresholds"] = {"text_config": TEXT | {"exit_layers": [1]}}
+    assert len(numbers) >= 13
+    for kind, name in numbers:
+        for value in (1, 1.0):
+            given = [value] if name == "exit_thresholds" else value
+            config = kind(**parts[kind] | own.get((kind, name), {}) | {name: given})
+            config.save_pretrained(tmp_path)
+            assert getattr(kind.from_pretrained(tmp_path), name) == given, name
+        with pytest.raises(StrictDataclassFieldValidationError, match=name):
+            kind(**parts[kind] | {name: [True] if name == "exit_thresholds" else True})

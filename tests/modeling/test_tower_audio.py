@@ -80,6 +80,22 @@ def test_a_clip_alone_equals_the_clip_beside_one_ten_times_longer(config, traini
         torch.testing.assert_close(together[row, : len(alone)], alone, atol=ATOL, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "config",
+    # In the first the products of attention are large enough to be summed in two ways.
+    [tiny_config(hidden_size=80, intermediate_size=160, num_attention_heads=4), tiny_config(), tiny_whisper()],
+)
+@torch.no_grad()
+def test_freezing_a_tower_changes_no_bit_of_its_features(config):
+    tower = tiny_tower(config).eval()
+    for parameter in tower.parameters():
+        parameter.mul_(2.0).add_(torch.randn_like(parameter), alpha=0.02)
+    features, mask = ragged_batch([40, 97, 12], bins=config.num_mel_bins)
+    trained = tower(features, mask).last_hidden_state
+    tower.requires_grad_(False)
+    assert torch.equal(tower(features, mask).last_hidden_state, trained)
+
+
 def test_gradients_of_a_batch_are_the_sum_of_those_of_its_clips():
     lengths = [9, 90, 1]
     features, mask = ragged_batch(lengths)

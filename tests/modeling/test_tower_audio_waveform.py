@@ -49,6 +49,17 @@ def test_a_clip_alone_equals_the_clip_in_a_batch(kind, norm, library):
         torch.testing.assert_close(together.last_hidden_state[row, : len(alone)], alone, atol=ATOL, rtol=0)
 
 
+@pytest.mark.parametrize("library", ["transformers", "torchaudio"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_freezing_a_tower_changes_no_bit_of_its_features(kind, library):
+    tower = tiny_tower(kind, "group", library)
+    samples, mask = ragged_batch(LENGTHS)
+    trained = tower(samples, mask).last_hidden_state
+    tower.requires_grad_(False)
+    assert torch.equal(tower(samples, mask).last_hidden_state, trained)
+
+
 def test_the_number_of_tokens_is_that_of_the_convolutions():
     config = waveform_config(pool_size=2)
     tower = ChorusAudioModel(config).eval()
