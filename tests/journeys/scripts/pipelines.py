@@ -1,0 +1,24 @@
+"""Answers of the pipelines in batches, on the model of a folder."""
+
+import json
+import sys
+
+from transformers import pipeline
+
+settings = json.loads(sys.argv[1])
+if settings["without_package"]:
+    options = {"trust_remote_code": True}
+else:
+    import chorus_moe  # noqa: F401  registers the classes with transformers
+
+    options = {}
+
+
+def answers(task, questions):
+    pipe = pipeline(task, model=settings["model"], **options)
+    chats = [[{"role": "user", "content": content}] for content in questions]
+    found = pipe(chats, batch_size=2, max_new_tokens=8, return_full_text=False)
+    return [(answer[0] if isinstance(answer, list) else answer)["generated_text"] for answer in found]
+
+
+print(json.dumps({task: answers(task, questions) for task, questions in settings["tasks"].items()}))
