@@ -102,3 +102,18 @@ def sound(name: str) -> dict[str, str]:
 
 def text(words: str) -> dict[str, str]:
     return {"type": "text", "text": words}
+
+
+def sharegpt_rows(kinds: tuple[str, ...] = ("png", "jpg", "webp"), sounds: tuple[str, ...] = ("wav",)) -> list[dict]:
+    """Questions about the pictures and sounds in the layout of LLaMA-Factory, media marked in the text."""
+    rows = [("images", f"pictures/{name}.{kind}", "<image>which colour?", name) for name in COLOURS for kind in kinds]
+    rows += [("audios", f"sounds/{name}.{kind}", "<audio>low or high?", name) for name in TONES for kind in sounds]
+    return [
+        {
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+            "images": [],
+            "audios": [],
+        }
+        | {column: [path]}
+        for column, path, question, answer in rows
+    ]

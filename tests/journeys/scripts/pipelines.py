@@ -1,4 +1,4 @@
-"""Answers of the pipelines in batches, on the model of a folder."""
+"""Answers of pipelines on the model of a folder, in batches."""
 
 import json
 import sys
@@ -14,11 +14,11 @@ else:
     options = {}
 
 
-def answers(task, questions):
+def answers(task, batch_size, questions):
     pipe = pipeline(task, model=settings["model"], **options)
     chats = [[{"role": "user", "content": content}] for content in questions]
-    found = pipe(chats, batch_size=2, max_new_tokens=8, return_full_text=False)
+    found = pipe(chats, batch_size=batch_size, max_new_tokens=8, return_full_text=False)
     return [(answer[0] if isinstance(answer, list) else answer)["generated_text"] for answer in found]
 
 
-print(json.dumps({task: answers(task, questions) for task, questions in settings["tasks"].items()}))
+print(json.dumps([answers(*task) for task in settings["tasks"]]))
