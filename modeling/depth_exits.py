@@ -134,7 +134,7 @@ class ExitRun:
         batch: int,
         num_layers: int,
         is_causal: bool,
-        num_in_front: int = 0,
+        num_in_front: int,
     ):
         self.heads: dict[int, ExitHead] = dict(zip(exits.layers, exits, strict=True))  # type: ignore[arg-type]
         self.thresholds = None if thresholds is None else dict(zip(exits.layers, thresholds, strict=True))
