@@ -1,11 +1,11 @@
-"""How many random one-point changes of the code the tests notice. Run as `make mutants`, outside continuous integration.
+"""How many random one-point changes of the code the tests notice. Run as `make mutants`, outside CI.
 
 Cosmic Ray (the extra `mutants`) says which points of a file can change and writes the change; this program draws points
 with a seed and says which tests must notice. Unusual here:
 - a point is drawn first, then one of its changes: a `+` has eleven, a `True` has one, and both are one point;
 - annotations are left out: what `int | None` becomes is seen when the file is imported, whatever the tests are;
 - a change first meets the test files that mirror the changed file, then the others of that folder;
-- nothing is changed in the checkout, but in a copy of its tracked files; the house is reached by links, which a copy keeps;
+- nothing is changed in the checkout, but in a copy of its tracked files, which keeps the links;
 - processes fork from a server that has imported the libraries (never our code), so that a change costs no start.
 
 A change that survives is either a fault of the tests or another way to write the same function: its diff is printed,
@@ -35,10 +35,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("modeling", "processors", "training", "surgery", "fastpaths")
 # What our files and tests import, so that a forked process starts with it.
-LIBRARIES = ["torch", "torchaudio", "torchvision", "timm", "peft", "datasets", "accelerate", "scipy.optimize", "PIL.Image",
-             "transformers.trainer", "transformers.modeling_utils", "transformers.processing_utils", "transformers.models.auto",
-             "transformers.testing_utils", "av", "soundfile", "hypothesis", "pytest"]  # fmt: skip
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+LIBRARIES = ["torch", "torchaudio", "torchvision", "timm", "peft", "datasets", "accelerate", "scipy.optimize", "av",
+             "PIL.Image", "soundfile", "hypothesis", "pytest", "transformers.trainer", "transformers.modeling_utils",
+             "transformers.processing_utils", "transformers.models.auto", "transformers.testing_utils"]  # fmt: skip
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+OFFLINE["PYTHONDONTWRITEBYTECODE"] = "1"  # of a change that came within a second of another, Python would not know
 # A change may loop for ever or ask for any amount of memory.
 TEST_SECONDS, RUN_SECONDS, MEMORY_BYTES = 120, 1800, 10 * 2**30
 Mutant = dict[str, Any]
@@ -108,7 +109,8 @@ def changed(mutant: Mutant) -> tuple[str, str]:
     before = (ROOT / mutant["path"]).read_text(encoding="utf-8")
     after = mutate_code(before, get_operator(mutant["operator"])(), mutant["occurrence"])
     if after is None:
-        raise ValueError(f"{mutant['path']} has no change {mutant['operator']} {mutant['occurrence']}: it was edited since")
+        change = f"{mutant['operator']} {mutant['occurrence']}"
+        raise ValueError(f"{mutant['path']} has no change {change}: it was edited since")
     return before, after
 
 
@@ -182,7 +184,8 @@ def outcome(copy: Path, mutant: Mutant) -> str:
 
 
 def table(mutants: list[Mutant]) -> str:
-    lines = ["| folder | changes | noticed by the mirroring tests | by their neighbours too | survived |", "| --- " * 5 + "|"]
+    lines = ["| folder | changes | noticed by the mirroring tests | with their neighbours | survived |"]
+    lines.append("| --- " * 5 + "|")
     for folder in FOLDERS:
         counts = Counter(mutant["outcome"] for mutant in mutants if mutant["path"].startswith(f"{folder}/"))
         if total := counts.total():
