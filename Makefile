@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 DEMO_ARGS ?=
+MUTANTS_ARGS ?= --sample 16
 # One process for each core; a choice of tests given on the command line runs in one.
 PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix check format bench docs clean
+.PHONY: help setup demo test test-matrix check format bench mutants docs clean
 
 help:
 	@echo "make demo    train, fine-tune, save, reload and question a small trimodal model (report in out/demo)"
@@ -17,6 +18,7 @@ help:
 	@echo "make check   lint, format, types and layout tests, in seconds"
 	@echo "make format  rewrite the files as make check wants them"
 	@echo "make bench   benchmarks (tables; figures as JSON in out/bench)"
+	@echo "make mutants how many random changes of the code the tests notice; an hour or more (MUTANTS_ARGS='--sample 5')"
 	@echo "make docs    build the documentation site into site/, warnings are errors"
 	@echo "make setup   create .venv and install the pinned versions; the targets above call it"
 	@echo "make clean   remove caches, builds and out/ (keeps .venv)"
@@ -53,6 +55,10 @@ bench: setup
 	@set -e; for program in sparse_layer routing_options train_step decode upcycle router_reward adaptive_experts moe_vs_dense lifelong prune_merge long_context early_exit draft_and_verify layer_skip; do \
 		$(BIN)/python -m benchmarks.$$program --json out/bench/$$program.json; \
 	done
+
+mutants: setup
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[mutants]'
+	$(BIN)/python -m benchmarks.mutants $(MUTANTS_ARGS)
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -135,8 +135,10 @@ def save_audio_parent(name: str, folder: Path, dtype: torch.dtype = torch.float3
 
 def save_timm_parent(folder: Path, name: str = "vit_tiny_patch16_224", **arguments: Any) -> Any:
     torch.manual_seed(0)
+    sizes = {key: value for key, value in arguments.items() if key != "num_classes"} if arguments else TIMM_ARGS
     model = timm.create_model(name, **(arguments or TIMM_ARGS | {"num_classes": 7})).eval()
-    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    # timm before 1.0.31 writes sizes only if they are given again.
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True, model_args=sizes or None)
     return model
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import CompileConfig
 
 from chorus_moe import ChorusForConditionalGeneration
-from chorus_moe.fastpaths.compiled_decoding import CompiledDecoding, compile_decoding
+from chorus_moe.fastpaths.compiled_decoding import CompiledDecoding, _addmm, _mm, compile_decoding
 from chorus_moe.surgery import close_bank
 from tests.conftest import tiny_batch, tiny_config
 
@@ -198,3 +198,12 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_inductor(batch: int):
     check(make(expert_banks={"text": {"adaptive_experts": True}, "common": {}}), text(batch), backend="inductor")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_products_of_few_rows_are_torchs(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    left, right, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 24), (24, 10), (10,)))
+    torch.testing.assert_close(_mm(left, right), left @ right, rtol=1e-5, atol=ATOL)
+    torch.testing.assert_close(_addmm(bias, left, right), torch.addmm(bias, left, right), rtol=1e-5, atol=ATOL)
+    assert _addmm(bias, left, right, alpha=2) is NotImplemented

@@ -235,3 +235,43 @@ def test_the_models_default_runs_here_and_a_users_choice_is_kept(implementation:
     assert chosen == (implementation or CPU_EXPERTS)
     run(*make(4)[:1], chosen, *make(4)[1:])
     assert len(calls) == (implementation is None)
+
+
+@pytest.mark.parametrize("wanted", [{"hidden"}, {"weights"}, {"gate_up_proj"}, {"down_proj"}, {"hidden", "down_proj"}])
+@pytest.mark.parametrize("num_tokens", [3, 65])
+def test_a_gradient_is_the_same_whichever_others_are_wanted(wanted: set[str], num_tokens: int) -> None:
+    """Frozen experts pass a gradient on; a LoRA on nothing below needs none of it."""
+    experts, hidden, index, weights = make(num_tokens)
+    expected = run(experts, "eager", hidden, index, weights)
+    experts.config._experts_implementation = CPU_EXPERTS
+    experts.zero_grad()
+    given = {"hidden": hidden, "weights": weights, **dict(experts.named_parameters())}
+    for name, tensor in given.items():
+        tensor.requires_grad_(name in wanted)
+    output = experts(hidden, index, weights)
+    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    for name, tensor in given.items():
+        assert (tensor.grad is not None) == (name in wanted)
+        if tensor.grad is not None:
+            assert_close(tensor.grad, expected[name], RELATIVE[torch.float32], name)
+
+
+@pytest.mark.parametrize(("rows", "streams"), [(experts_cpu.MOST_ROWS, True), (experts_cpu.MOST_ROWS + 1, False)])
+def test_weights_are_streamed_for_the_rows_of_an_expert_that_has_some(
+    rows: int, streams: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts without tokens do not count: two of six have the rows here."""
+    taken: list[str] = []
+
+    def spy(name: str, hidden: Tensor, plan: expert_slots.SlotPlan) -> Tensor:
+        taken.append(name)
+        return torch.zeros(len(plan.token_P), hidden.shape[1])
+
+    for name in ("_run_rows", "_run_grouped"):
+        monkeypatch.setattr(experts_cpu, name, lambda hidden, *others, name=name: spy(name, hidden, others[-1]))
+    for name, value in (("can_stream", True), ("can_group", True), ("few_rows", 100)):
+        monkeypatch.setattr(experts_cpu, name, lambda *arguments, value=value: value)
+    experts, hidden, _, weights = make(rows)
+    with torch.no_grad():
+        experts(hidden, torch.tensor([[0, 1]]).expand(rows, 2), weights)
+    assert taken == ["_run_rows" if streams else "_run_grouped"]

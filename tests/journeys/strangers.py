@@ -1,4 +1,4 @@
-"""What a user has from others before the first step: parents with their own tokenizer and template, pictures, sounds."""
+"""What a user has before the first step: parents with their own tokenizer and template, pictures, sounds."""
 
 import struct
 from pathlib import Path
@@ -42,9 +42,7 @@ def save_text_parent(folder: Path) -> None:
     sizes = SIZES | {"num_key_value_heads": 1, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
     torch.manual_seed(0)
     # At the usual .02 a model as small as this one answers every question with the same token.
-    config = LlamaConfig(
-        **sizes, initializer_range=0.3, **{f"{name}_id": value for name, value in ids.items()}
-    )
+    config = LlamaConfig(**sizes, initializer_range=0.3, **{f"{name}_id": value for name, value in ids.items()})
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -1,7 +1,6 @@
 """The command line: rows of another project, a run that is killed, its rest, scores, the merged export."""
 
 import json
-import re
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chorus_moe.modeling import attention_masks
-from chorus_moe.modeling.attention_blocks import attend_in_blocks
+from chorus_moe.modeling.attention_blocks import attend_in_blocks, block_size
 from chorus_moe.modeling.attention_masks import LocalMask
 from tests.conftest import tiny_batch
 from tests.modeling.conftest import WINDOW, windowed_model
@@ -121,3 +121,8 @@ def test_lengths_around_the_window_equal_the_eager_model(length: int, num_global
         )
     for logits in (found, in_blocks):
         torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize(("window", "fastest"), [(8, 64), (64, 64), (128, 64), (256, 128), (512, 256), (4096, 256)])
+def test_blocks_are_half_a_window_between_the_sizes_measured_fastest(window: int, fastest: int) -> None:
+    assert block_size(window) == fastest

@@ -7,7 +7,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from chorus_moe import MODALITY_IDS, ChorusForConditionalGeneration
 from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
-from chorus_moe.modeling.moe_banks import BankGate, MixtureOfBanks
+from chorus_moe.modeling.moe_banks import BankGate, LinearExperts, MixtureOfBanks
 from chorus_moe.modeling.moe_plan import ForwardPlan, RoutingOptions
 from tests.conftest import moved, tiny_batch, tiny_config
 
@@ -218,3 +218,18 @@ def test_banks_live_in_the_layers_they_name():
     layers = ChorusForConditionalGeneration(config).model.language_model.layers
     assert list(layers[1].mlp.banks) == ["common", "text"]
     assert list(layers[2].mlp.banks) == ["common"]
+
+
+def test_linear_experts_are_the_weighted_sum_of_the_chosen_feed_forwards():
+    """Written out token by token, with the activation of the configuration."""
+    experts = mixture(experts_layout="linear").banks["common"].experts
+    assert isinstance(experts, LinearExperts)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 64, generator=generator)
+    scores, index = torch.rand(5, experts.num_experts, generator=generator).topk(2)
+    expected = torch.zeros_like(hidden)
+    for token, slot in [(t, s) for t in range(5) for s in range(2)]:
+        chosen = experts[int(index[token, slot])]
+        gate, up = (projection.weight @ hidden[token] for projection in (chosen.gate_proj, chosen.up_proj))
+        expected[token] += scores[token, slot] * (chosen.down_proj.weight @ (torch.nn.functional.silu(gate) * up))
+    torch.testing.assert_close(experts(hidden, index, scores), expected, rtol=1e-5, atol=ATOL)

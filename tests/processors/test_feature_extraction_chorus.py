@@ -153,3 +153,14 @@ def test_saving_is_exact_and_small(extractor, tmp_path):
     expected = extractor(tone(0.2), RATE).input_features
     for other in (loaded, pickle.loads(pickle.dumps(extractor))):
         assert np.array_equal(other(tone(0.2), RATE).input_features, expected)
+
+
+@pytest.mark.parametrize(("peak", "is_heard"), [(2.0**-15, True), (2.0**-16, True), (0.9 * 2.0**-16, False)])
+def test_sound_is_heard_from_half_a_step_of_sixteen_bits_on(peak: float, is_heard: bool):
+    clip = np.zeros(400, dtype=np.float32)
+    clip[100] = -peak
+    if is_heard:
+        assert np.isfinite(ChorusFeatureExtractor()(clip, RATE).input_features).all()
+    else:
+        with pytest.raises(MediaError, match="silent"):
+            ChorusFeatureExtractor()(clip, RATE)

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -57,13 +58,30 @@ def test_values_that_are_no_picture_are_an_error(image):
 
 
 def test_grey_of_sixteen_bits_keeps_its_shades():
-    shades = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1_040
+    shades = np.linspace(0, 65_535, 64).astype(np.uint16).reshape(8, 8)
     expected = torch.from_numpy((shades // 257).astype(np.float32))
     images = [shades, shades.astype(">u2"), torch.from_numpy(shades)]
     images += [Image.fromarray(values) for values in (shades, shades.astype(">u2"), shades.astype(np.int32))]
     for image in images:
         found = pixels(image, num_channels=1, do_normalize=False)[0, 0] * 255
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (5, 6, 7)])
+def test_an_array_that_is_no_picture_is_refused_with_its_shape(shape):
+    with pytest.raises(MediaError, match=rf"image 0: .*{re.escape(str(shape))}"):
+        pixels(np.zeros(shape))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_the_range_of_values_is_that_of_the_call(saved):
+    """`do_rescale` of a call stands above the processor's own, also where values are checked."""
+    wide = np.full((8, 8, 3), 300.0)
+    processor = ChorusImageProcessor(size=SIZE, do_rescale=saved, do_normalize=False)
+    found = processor(wide, do_rescale=False, return_tensors="pt").pixel_values
+    torch.testing.assert_close(found, torch.full((1, 3, 8, 8), 300.0))
+    with pytest.raises(MediaError, match="image 0: "):
+        processor(wide, do_rescale=True)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.int64, np.uint32, np.float32, np.float64])

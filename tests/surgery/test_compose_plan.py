@@ -288,3 +288,10 @@ def test_the_report_says_what_became_of_the_parts(llama: tuple[Path, Any]):
     assert report.parameters_after == sum(parameter.numel() for parameter in model.parameters())
     assert report.experts == {name: {1: (0, 4), 2: (0, 4)} for name in ("text", "image", "audio", "common")}
     assert "vocabulary: 96 -> 98" in str(report)
+    assert "image: encoder newly initialised; its connector is new" in report.notes
+
+
+def test_the_report_names_the_parent_of_an_encoder(encoder: EncoderParent, llama: tuple[Path, Any]):
+    encoder.source = "a folder of mine"
+    notes = plan_composition(ChorusForConditionalGeneration, llama[0], encoder).report.notes
+    assert "image: encoder from a folder of mine; its connector is new" in notes

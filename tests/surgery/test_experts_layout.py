@@ -125,6 +125,13 @@ def test_an_exported_checkpoint_has_its_processor(tmp_path: Path) -> None:
     assert loaded.tokenizer("what is it?").input_ids == processor.tokenizer("what is it?").input_ids
 
 
+def test_an_export_keeps_what_generation_was_set_to(tmp_path: Path) -> None:
+    model = make()
+    model.generation_config.max_new_tokens = 7
+    export_experts(model, tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["max_new_tokens"] == 7
+
+
 def test_a_frozen_bank_stays_frozen() -> None:
     model = make()
     model.model.language_model.layers[1].mlp.banks["text"].requires_grad_(False)
