@@ -1,8 +1,8 @@
 """Runs the steps of a journey: each a process of its own, on the folder that the step before saved.
 
 Unusual here:
-- a step is the program `chorus-moe` or a file of `scripts/`, which is written as a user writes it and reads its settings
-  as JSON from its first argument;
+- a step is the program `chorus-moe` or a file of `scripts/`, which is written as a user writes it and reads its
+  settings as JSON from its first argument;
 - nothing is set for a step but the search path, so that it meets this checkout, and no variable of the tests is kept.
 """
 
