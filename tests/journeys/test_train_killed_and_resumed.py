@@ -23,7 +23,7 @@ lora:
 training:
   output_dir: whole
   max_steps: 60
-  per_device_train_batch_size: 7
+  per_device_train_batch_size: 8
   learning_rate: 2e-2
   save_steps: 20
   logging_steps: 60
@@ -33,7 +33,7 @@ training:
 QUESTIONS: list[Content] = [
     [picture("green.webp"), text("which colour?")],
     [picture("yellow.webp"), text("which colour?")],
-    [sound("low.m4a"), text("low or high?")],
+    [sound("low.flac"), text("low or high?")],
     [sound("high.flac"), text("low or high?")],
 ]
 ANSWERS = ["green", "yellow", "low", "high"]
@@ -41,11 +41,11 @@ ANSWERS = ["green", "yellow", "low", "high"]
 
 @pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(journey: Journey) -> None:
-    journey.write_rows("train.jsonl", sharegpt_rows(("png", "jpg"), ("wav", "ogg", "mp3")))
-    journey.write_rows("test.jsonl", sharegpt_rows(("webp",), ("flac", "m4a")))
+    journey.write_rows("train.jsonl", sharegpt_rows(("png", "jpg"), ("wav", "ogg", "mp3", "m4a")))
+    journey.write_rows("test.jsonl", sharegpt_rows(("webp",), ("flac",)))
     journey.write("recipe.yaml", RECIPE)
     parts = ["--text", "parents/text", "--vision", "parents/vision", "--audio", "parents/audio"]
-    journey.command("compose", *parts, "--num-experts", 4, "--out", "model")
+    journey.command("compose", *parts, "--num-experts", 2, "--out", "model")
 
     journey.command("train", "--config", "recipe.yaml")
 
@@ -59,7 +59,7 @@ def test_a_killed_run_ends_as_one_that_was_not(journey: Journey) -> None:
     scores = json.loads(
         journey.command("evaluate", "--model", "killed", "--data", "test.jsonl", "--max-new-tokens", 8, "--json")
     )
-    assert scores["accuracy"] == 1.0 and scores["num_rows"] == 8
+    assert scores["accuracy"] == 1.0 and scores["num_rows"] == 6
     assert journey.ask("model", QUESTIONS, adapter="killed") == ANSWERS
     said = journey.command("generate", "--model", "killed", "--image", "pictures/blue.webp", "--text", "which colour?")
     assert said.strip() == "blue"

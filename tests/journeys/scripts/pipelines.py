@@ -17,7 +17,9 @@ else:
 def answers(task, batch_size, questions):
     pipe = pipeline(task, model=settings["model"], **options)
     chats = [[{"role": "user", "content": content}] for content in questions]
-    found = pipe(chats, batch_size=batch_size, max_new_tokens=8, return_full_text=False)
+    # The text pipeline samples by default.
+    greedy = {"max_new_tokens": 8, "do_sample": False}
+    found = pipe(chats, batch_size=batch_size, return_full_text=False, generate_kwargs=greedy)
     return [(answer[0] if isinstance(answer, list) else answer)["generated_text"] for answer in found]
 
 
