@@ -100,7 +100,7 @@ def run_page(name: str, folder: Path, parents: dict[str, str]) -> None:
 
 
 def run_commands(name: str, code: str) -> None:
-    from chorus_moe.training.cli import app
+    from chorus_moe.serving.commands import app
 
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
