@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,12 @@ from chorus_moe.training.loading import device_of
 logger = logging.get_logger(__name__)
 
 
+class Takes(Protocol):
+    """Who reads an answer along."""
+
+    def take(self, token: int) -> None: ...
+
+
 @dataclass(eq=False)
 class Request:
     """One request on its way through the model.
@@ -47,7 +53,7 @@ class Request:
     inputs: dict[str, Tensor]
     config: GenerationConfig
     seed: int | None = None
-    reader: "Reader | None" = None
+    reader: "Takes | None" = None
     done: Callable[[Exception | None], object] = bool
     tokens: list[int] = field(default_factory=list)
     is_finished: bool = False
@@ -217,26 +223,34 @@ class BatchManager(BaseGenerateManager):
             batch += others
         return batch
 
-    @torch.inference_mode()
     def _answer(self, batch: Sequence[Request]) -> None:
-        batch = [request for request in batch if not request.is_cancelled]
-        if not batch:
-            return
-        voice, config, rows = batch[0].voice, copy(batch[0].config), Rows(batch)
-        config.max_new_tokens = max(request.config.max_new_tokens for request in batch)
-        if batch[0].seed is not None:
-            torch.manual_seed(batch[0].seed)
-        pad = self.processor.tokenizer.pad_token_id
-        inputs = join_rows([request.inputs for request in batch], 0 if pad is None else pad)
-        device = device_of(voice.model)
-        with voice.speaking():
-            voice.model.generate(
-                **{name: tensor.to(device) for name, tensor in inputs.items()},
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([rows]),
-                streamer=rows,
-                tokenizer=self.processor.tokenizer,
-            )
+        if waiting := [request for request in batch if not request.is_cancelled]:
+            run_batch(waiting, self.processor)
+
+
+@torch.inference_mode()
+def run_batch(batch: Sequence[Request], processor: ChorusProcessor, **options: Any) -> None:
+    """Answer requests of one key.
+
+    Args:
+        options: of the model's call, such as `closed_banks`.
+    """
+    voice, config, rows = batch[0].voice, copy(batch[0].config), Rows(batch)
+    config.max_new_tokens = max(request.config.max_new_tokens for request in batch)
+    if batch[0].seed is not None:
+        torch.manual_seed(batch[0].seed)
+    pad = processor.tokenizer.pad_token_id
+    inputs = join_rows([request.inputs for request in batch], 0 if pad is None else pad)
+    device = device_of(voice.model)
+    with voice.speaking():
+        voice.model.generate(
+            **{name: tensor.to(device) for name, tensor in inputs.items()},
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([rows]),
+            streamer=rows,
+            tokenizer=processor.tokenizer,
+            **options,
+        )
 
 
 class Reader(DirectStreamer):
