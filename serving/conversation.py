@@ -154,4 +154,3 @@ class Listener:
         self.answer.tokens.append(token)
         if piece := self.text.add(token):
             self.pieces.put(piece)
-

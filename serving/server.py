@@ -8,6 +8,7 @@ Unusual here:
 """
 
 import asyncio
+import socket
 import sys
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.server import build_server
@@ -152,10 +154,10 @@ async def with_readable_errors(lines: AsyncGenerator[str, None]) -> AsyncGenerat
 class WholeRequests:
     """Reads a request to its end before the application sees it: neither too much nor for too long."""
 
-    def __init__(self, app: Any, max_bytes: int, seconds: float):
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float):
         self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -232,11 +234,11 @@ def build_app(
 class Server(uvicorn.Server):
     """Says where it listens, also when the system chose the port."""
 
-    async def startup(self, sockets: Any = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for server in self.servers:
-            for socket in server.sockets:
-                host, port = socket.getsockname()[:2]
+            for listening in server.sockets:
+                host, port = listening.getsockname()[:2]
                 print(
                     f"serving on http://{f'[{host}]' if ':' in host else host}:{port}/v1", file=sys.stderr, flush=True
                 )

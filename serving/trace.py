@@ -1,7 +1,7 @@
 """What the model did for one answer: experts of each token, attention on pictures and sound, computation.
 
-Unusual here: nothing is recorded while the model speaks. The whole sequence, prompt and answer, is read once more in one
-forward, with the options and the voice of the answer, so that streaming is as fast as ever.
+Unusual here: nothing is recorded while the model speaks. The whole sequence, prompt and answer, is read once more in
+one forward, with the options and the voice of the answer, so that streaming is as fast as ever.
 
 Shape suffixes: S tokens of prompt and answer, E experts of a bank, A tokens of the answer.
 """

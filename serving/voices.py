@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.processors.processing_chorus import ChorusProcessor
@@ -29,7 +30,7 @@ class Voice:
     adapter: str | None = None
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         """The model's, which transformers' handlers look at."""
         return base_model(self.model).config
 
