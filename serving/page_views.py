@@ -49,10 +49,8 @@ def heat_html(trace: Trace) -> str:
             for expert, share in enumerate(share_E.tolist()):
                 title = f"layer {layer}, bank {name}, expert {expert}: {100 * share:.1f} % of the visits"
                 number = f"{100 * share:.0f}" if share else ""
-                cells.append(
-                    f'<td title="{escape(title, quote=True)}" style="background:rgba(40,90,200,{min(2 * share, 1):.2f})">'
-                    f"{number}</td>"
-                )
+                colour = f"rgba(40,90,200,{min(2 * share, 1):.2f})"
+                cells.append(f'<td title="{escape(title, quote=True)}" style="background:{colour}">{number}</td>')
         rows.append("<tr>" + "".join(cells) + "</tr>")
     return f'<table class="chorus-heat">{"".join(rows)}</table>'
 
