@@ -30,7 +30,6 @@ class Page:
     def __init__(self, voices: Mapping[str, Voice], processor: ChorusProcessor, max_new_tokens: int = 256):
         self.voices, self.processor, self.max_new_tokens = voices, processor, max_new_tokens
         config = decoder_of(next(iter(voices.values())).model).config
-        # A text token must have experts left: only banks of other modalities, or shared ones beside others, may close.
         self.banks = [bank.name for bank in config.banks] if config.sparse_layers else []
 
     def build(self, examples: Sequence[Mapping[str, Any]] = ()) -> gradio.Blocks:
@@ -57,8 +56,17 @@ class Page:
                     settings = [self.settings(name) for name in ("This setting", "The other setting")]
                     both = gradio.Checkbox(label="Answer with both settings", elem_id="both")
                     spent = gradio.Markdown(elem_id="spent")
-                    heat, words = gradio.HTML(label="Experts by layer and bank"), gradio.HTML(label="Tokens")
-                    seen = gradio.Gallery(label="What the answer looked at and listened to", height=240, columns=2)
+                    heat, words = (
+                        gradio.HTML(label="Experts by layer and bank"),
+                        gradio.HTML(label="Tokens", elem_id="words"),
+                    )
+                    seen = gradio.Gallery(
+                        label="What the answer looked at and listened to",
+                        height=300,
+                        columns=2,
+                        object_fit="contain",
+                        elem_id="seen",
+                    )
             states = [gradio.State(), gradio.State()]
             # One answer after the other: they share the model.
             asked = box.submit(
@@ -77,7 +85,7 @@ class Page:
         with gradio.Accordion(title, open=title == "This setting"):
             names = list(self.voices)
             return [
-                gradio.Dropdown(names, value=names[0], label="Model or adapter"),
+                gradio.Dropdown(names, value=names[0], label=f"Model or adapter ({title.lower()})"),
                 gradio.CheckboxGroup(self.banks, label="Closed banks"),
                 gradio.Slider(0, 8, 0, step=1, label="Experts per token at most (0: as trained)"),
             ]
@@ -163,7 +171,7 @@ def history(talk: Conversation) -> list[dict[str, Any]]:
     return shown
 
 
-def read_examples(path: Path, count: int = 8) -> list[dict[str, Any]]:
+def read_examples(path: Path, count: int = 5) -> list[dict[str, Any]]:
     """The questions of the first rows of a data file, media as paths beside it."""
     found = []
     for row in (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]):

@@ -13,7 +13,7 @@ from chorus_moe.serving.trace import Trace
 COLOURS = {"text": "#5b8def", "image": "#e8875b", "audio": "#56b28a"}
 STYLE = """
 .chorus-words span {padding: 1px 2px; margin: 1px; border-radius: 3px; display: inline-block; white-space: pre-wrap}
-.chorus-heat td {width: 18px; height: 16px; font-size: 10px; text-align: center; border: 1px solid #8883}
+.chorus-heat td {min-width: 20px; height: 16px; font-size: 10px; text-align: center; border: 1px solid #8883}
 .chorus-heat th {font-weight: normal; font-size: 11px; padding: 0 6px; text-align: left}
 """
 
@@ -38,20 +38,19 @@ def words_html(trace: Trace) -> str:
 
 
 def heat_html(trace: Trace) -> str:
-    """A table by layer: share of its visits that each expert of each bank had; a hovered cell says it in numbers."""
+    """A row for each bank of each layer: share of the layer's visits, in percent, that each of its experts had."""
     if not trace.experts:
         return "<p>The model has no sparse layer.</p>"
     rows = []
     for layer in trace.experts:
-        cells = [f"<th>layer {layer}</th>"]
         for name, share_E in trace.shares(layer).items():
-            cells.append(f"<th>{escape(name)}</th>")
+            cells = [f"<th>layer {layer}, {escape(name)}</th>"]
             for expert, share in enumerate(share_E.tolist()):
                 title = f"layer {layer}, bank {name}, expert {expert}: {100 * share:.1f} % of the visits"
                 number = f"{100 * share:.0f}" if share else ""
                 colour = f"rgba(40,90,200,{min(2 * share, 1):.2f})"
                 cells.append(f'<td title="{escape(title, quote=True)}" style="background:{colour}">{number}</td>')
-        rows.append("<tr>" + "".join(cells) + "</tr>")
+            rows.append("<tr>" + "".join(cells) + "</tr>")
     return f'<table class="chorus-heat">{"".join(rows)}</table>'
 
 
