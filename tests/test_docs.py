@@ -26,6 +26,9 @@ EXCLUDED = {
     "make": "sets up its own environment; CI calls it",
     "pip": "installs",
     "git": "needs the network",
+    "chorus-moe serve": "runs until it is stopped; tests/serving runs it",
+    "chorus-moe chat": "waits for a person; tests/serving runs it",
+    "chorus-moe page": "runs until it is stopped; tests/serving runs it",
     "python -m benchmarks": "takes minutes; tests/test_benchmarks.py runs them small",
 }
 # Pages followed by tests of their own.

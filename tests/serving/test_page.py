@@ -75,8 +75,9 @@ def browser() -> Iterator[Any]:
         running.close()
 
 
-@pytest.mark.slow
-def test_a_visitor_uploads_records_asks_and_switches(page: Page, picture: Path, tmp_path: Path, browser: Any) -> None:
+def test_a_visitor_uploads_records_asks_and_switches(
+    page: Page, picture: Path, adapter: Path, tmp_path: Path, browser: Any
+) -> None:
     blocks = page.build()
     address = run_page(blocks, port=0, wait=False)
     try:
@@ -103,7 +104,8 @@ def test_a_visitor_uploads_records_asks_and_switches(page: Page, picture: Path, 
         tab.click("#ask .record-button")
         tab.wait_for_timeout(1_000)
         tab.click("#ask .stop-button")
-        tab.wait_for_timeout(1_000)
+        tab.click("#ask .confirm-button")
+        tab.wait_for_selector("#ask .thumbnail-item")
         send("what do you hear?", "tokens a second")
         assert tab.inner_text("#spent").split()[0] != first
 
@@ -118,6 +120,9 @@ def test_a_visitor_uploads_records_asks_and_switches(page: Page, picture: Path, 
         tab.click("#new")
         tab.get_by_label("Model or adapter (this setting)").click()
         tab.get_by_role("option", name="loud").click()
-        tab.reload()
+        tab.click("#ask .delete-button")
+        send("what is it?", "tokens a second")
+        expected = answer_rows(*load_model(adapter), [user_turn("what is it?")], max_new_tokens=TOKENS)[0]
+        assert tab.locator(".bot.message").last.inner_text().split() == expected.split()
     finally:
         blocks.close()
