@@ -74,6 +74,8 @@ class Page:
                 [box, camera, both, *states, *settings[0], *settings[1]],
                 [*chats, *states, box, spent, heat, words, seen],
                 concurrency_limit=4,
+                # Its veil would stay over the box after an error.
+                show_progress="hidden",
             )
             stop.click(None, cancels=[asked])
             new.click(lambda: ([], [], None, None, "", "", "", []), None, [*chats, *states, spent, heat, words, seen])
