@@ -2,7 +2,6 @@
 
 import io
 from html import escape
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -62,7 +61,7 @@ def spent_text(trace: Trace, tokens_per_second: float) -> str:
     )
 
 
-def picture_attention(trace: Trace, span: range, picture: Any) -> Image.Image | None:
+def picture_attention(trace: Trace, span: range, picture: str | bytes) -> Image.Image | None:
     """A picture with what the answer looked at over it; None without a map, or where the tokens are no square."""
     weight_N = looked_at(trace, span)
     side = round(len(span) ** 0.5)
