@@ -16,7 +16,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def help_of(command: str) -> str:
     # Under its own name the program answers without importing torch.
-    start = "import sys; sys.argv[:1] = ['chorus-moe']; from chorus_moe.training.cli import main; main()"
+    start = "import sys; sys.argv[:1] = ['chorus-moe']; from chorus_moe.serving.commands import main; main()"
     program = [sys.executable, "-c", start, command, "--help"]
     plain = {**os.environ, "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "100"}
     return subprocess.run(program, capture_output=True, text=True, check=True, env=plain).stdout

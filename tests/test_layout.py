@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "fastpaths": {"modeling"},
     "surgery": {"modeling", "processors"},
     "training": {"modeling", "processors", "fastpaths", "surgery"},
+    "serving": {"modeling", "processors", "fastpaths", "surgery", "training"},
 }
 FOLDERS = tuple(MAY_IMPORT)
 HUB_FOLDERS = ("modeling", "processors")

@@ -22,7 +22,20 @@ from chorus_moe.training import train as training
 from tests.training.test_data import PLAIN, SOUND, write_jsonl
 from tests.training.test_train import recipe  # noqa: F401  a fixture
 
-COMMANDS = {"train", "evaluate", "generate", "routing", "inspect", "doctor", "compose", "export", "demo"}
+COMMANDS = {
+    "train",
+    "evaluate",
+    "generate",
+    "routing",
+    "inspect",
+    "doctor",
+    "compose",
+    "export",
+    "demo",
+    "serve",
+    "chat",
+    "page",
+}
 
 
 def invoke(*words: object) -> str:
@@ -33,7 +46,7 @@ def invoke(*words: object) -> str:
 
 def as_program(words: list[str], check: str) -> str:
     """Run the program in a process of its own, then `check`; the last line that this printed."""
-    start = f"import sys; sys.argv = {['chorus-moe', *words]!r}; from chorus_moe.training.cli import app"
+    start = f"import sys; sys.argv = {['chorus-moe', *words]!r}; from chorus_moe.serving.commands import app"
     code = f"{start}; app(standalone_mode=False); {check}"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
