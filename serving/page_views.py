@@ -71,7 +71,9 @@ def picture_attention(trace: Trace, span: range, picture: str | bytes) -> Image.
     shown = Image.open(file).convert("RGB")
     shown.thumbnail((384, 384))
     shown = shown.resize((384, 384 * shown.height // shown.width)) if shown.width < 384 else shown
-    grid = Image.fromarray((255 * weight_N.reshape(side, side)).astype(np.uint8)).resize(shown.size, Image.BICUBIC)
+    grid = Image.fromarray((255 * weight_N.reshape(side, side)).astype(np.uint8)).resize(
+        shown.size, Image.Resampling.BICUBIC
+    )
     return Image.composite(Image.new("RGB", shown.size, "#e0301e"), shown, grid.point(lambda value: value * 0.7))
 
 
@@ -87,7 +89,7 @@ def sound_attention(trace: Trace, span: range, features: Tensor) -> Image.Image 
     mel = np.asarray(features.float()).T[::-1]
     low, high = mel.min(), mel.max()
     grey = Image.fromarray((255 * (mel - low) / max(high - low, 1e-6)).astype(np.uint8)).resize((384, 140))
-    bar = Image.fromarray((255 * weight_N[None]).astype(np.uint8)).resize((384, 24), Image.NEAREST)
+    bar = Image.fromarray((255 * weight_N[None]).astype(np.uint8)).resize((384, 24), Image.Resampling.NEAREST)
     shown = Image.new("RGB", (384, 168), "white")
     shown.paste(
         Image.composite(Image.new("RGB", bar.size, "#e0301e"), Image.new("RGB", bar.size, "white"), bar), (0, 0)
