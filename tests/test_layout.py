@@ -26,9 +26,8 @@ MAY_IMPORT = {
 }
 FOLDERS = tuple(MAY_IMPORT)
 HUB_FOLDERS = ("modeling", "processors")
-# What a user must trust for a forward pass. The house was built within 8,500 lines; parents' chat templates, decoding
-# of damaged sound, the limits of saved settings and the tools of others came after it.
-MAX_SHIPPED_FILES, MAX_SHIPPED_LINES = 42, 9_100
+# What a user must trust for a forward pass. What makes, measures or trains a model stays home.
+MAX_SHIPPED_FILES, MAX_SHIPPED_LINES = 42, 8_500
 # The listing shows the rooms of a flat folder by prefix.
 ROOMS = (
     "attention",
@@ -41,7 +40,6 @@ ROOMS = (
     "modeling",
     "moe",
     "processing",
-    "tokenization",
     "tower",
 )
 MAX_LINES = 500
