@@ -37,7 +37,7 @@ from PIL import Image
 from benchmarks.same_bits import AUDIO, TEXT, VISION
 from benchmarks.timing import OURS, Report, parse
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration, ChorusProcessor
-from chorus_moe.processors.tokenization_chorus import build_tokenizer
+from chorus_moe.surgery import build_tokenizer, processor_from_config
 from chorus_moe.training.answers import answer_rows, user_turn
 
 RATE = 16_000
@@ -97,7 +97,7 @@ def save_model(folder: Path, hidden_size: int, layers: int) -> tuple[ChorusForCo
     model = ChorusForConditionalGeneration(
         ChorusConfig(text_config=text, vision_config=VISION, audio_config=AUDIO, **media)
     ).eval()
-    processor = ChorusProcessor.from_config(model.config, tokenizer)
+    processor = processor_from_config(model.config, tokenizer)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor

@@ -42,7 +42,6 @@ ROOMS = (
     "modeling",
     "moe",
     "processing",
-    "tokenization",
     "tower",
 )
 MAX_LINES = 500

@@ -20,6 +20,8 @@ TABLES = {"processors/processing_media.py"}
 
 # The rows of the page, put into the tables before anything else reads them.
 PROGRAM = """
+import sys
+sys.argv = ["chorus-moe"]  # to the command line the package is lazy: no table has been read yet
 import chorus_moe.modeling.configuration_modalities as modalities
 from chorus_moe.modeling.configuration_modalities import EncodedModality
 row = {model_row}

@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
-from chorus_moe.processors.tokenization_chorus import build_tokenizer
+from chorus_moe import ChorusForConditionalGeneration
+from chorus_moe.surgery import build_tokenizer, processor_from_config
 from tests.conftest import tiny_config
 from tests.processors.conftest import wav_bytes
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = ChorusForConditionalGeneration(tiny_config(vocab_size=len(tokenizer), initializer_range=0.2))
     model.save_pretrained(path)
-    ChorusProcessor.from_config(model.config, tokenizer).save_pretrained(path)
+    processor_from_config(model.config, tokenizer).save_pretrained(path)
     return path
 
 
