@@ -19,7 +19,8 @@ def answers(task, batch_size, questions):
     chats = [[{"role": "user", "content": content}] for content in questions]
     # The text pipeline samples by default.
     greedy = {"max_new_tokens": 8, "do_sample": False}
-    found = pipe(chats, batch_size=batch_size, return_full_text=False, generate_kwargs=greedy)
+    given = greedy if task == "text-generation" else {"generate_kwargs": greedy}
+    found = pipe(chats, batch_size=batch_size, return_full_text=False, **given)
     return [(answer[0] if isinstance(answer, list) else answer)["generated_text"] for answer in found]
 
 
