@@ -22,7 +22,7 @@ from chorus_moe.training import train as training
 from tests.training.test_data import PLAIN, SOUND, write_jsonl
 from tests.training.test_train import recipe  # noqa: F401  a fixture
 
-COMMANDS = {"train", "evaluate", "generate", "routing", "inspect", "doctor", "compose", "export", "demo"}
+COMMANDS = {"train", "recipes", "evaluate", "generate", "routing", "inspect", "doctor", "compose", "export", "demo"}
 
 
 def invoke(*words: object) -> str:
