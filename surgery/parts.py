@@ -2,7 +2,8 @@
 
 Unusual here:
 - a part is a pattern over names below the head, so one name means the same under every head;
-- a bank is a part of its own, and `router:NAME` and `experts:NAME` are parts of it.
+- a bank is a part of its own, and `router:NAME` and `experts:NAME` are parts of it;
+- layers are a part by number or by their share of the depth, `layers:0-11` and `layers:top20%`.
 """
 
 import re
@@ -23,6 +24,8 @@ TOWERS = {row.tower.removesuffix("_tower"): row.tower for row in ENCODED}
 CONNECTORS = rf"(?:{'|'.join(row.connector for row in ENCODED)})\..+"
 # Exits by their smallest modules: PEFT, asked for `task_type="SEQ_CLS"`, also wraps all that ends in `score`, and one
 # wrapped module within another cannot be saved.
+# What PEFT puts before the names of the model below an adapter.
+BELOW_ADAPTER = "base_model.model."
 EXITS, SKIP_GATES = r"exits\.\d+\.(?:norm|score)", r"language_model\.layers\.\d+\.skip_gate"
 
 
@@ -79,11 +82,16 @@ def part_patterns(text: ChorusTextConfig) -> dict[str, str]:
     patterns = {
         "all": r".+",
         "embeddings": r"language_model\.embed_tokens\..+",
+        # In front of a bidirectional sequence, or keys and values of causal layers.
+        "global_tokens": r"language_model\.(?:layers\.\d+\.self_attn\.)?global_tokens\..+",
         "head": rf"(?:{'|'.join(part for head in HEADS for part in head.parts)})(?:\..+)?",
         "exits": EXITS + r"\..+",
         "norms": r"language_model\.(?:layers\.\d+\.\w*norm|norm)\..+",
         "bank_gates": in_layers([r"\d+"], r"mlp\.bank_gate\..+"),
         "connectors": CONNECTORS,
+        "towers": rf"(?:{'|'.join(TOWERS.values())})\..+",
+        "banks": in_layers([r"\d+"], r"mlp\.banks\..+"),
+        "routers": in_layers([r"\d+"], r"mlp\.banks\.\w+\.router\..+"),
         "skip_gates": SKIP_GATES + r"\..+",
     }
     patterns |= {part: rf"{part}\..+" for row in ENCODED for part in (row.tower, row.connector)}
@@ -94,33 +102,96 @@ def part_patterns(text: ChorusTextConfig) -> dict[str, str]:
         # `add_bank` refuses a bank with the name of a part, so no pattern here replaces another.
         patterns |= {f"{part}:{bank.name}": in_layers(layers, rf"{path}{part}\..+") for part in ("router", "experts")}
         patterns[bank.name] = in_layers(layers, path + ".+")
+        patterns[f"banks.{bank.name}"] = patterns[bank.name]
     return patterns
 
 
+def layers_named(name: str, count: int) -> range:
+    """The layers that `layers:3`, `layers:0-11`, `layers:top20%` or `layers:bottom80%` names.
+
+    Shares are rounded to whole layers, `top` to one at least; `bottom80%` is what `top20%` leaves.
+
+    Args:
+        count: layers of the model.
+
+    Raises:
+        ValueError: another form, or layers that the model does not have.
+    """
+    spec = name.removeprefix("layers:")
+    share = re.fullmatch(r"(top|bottom)(\d+(?:\.\d+)?)%", spec)
+    numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", spec)
+    if share and float(share[2]) <= 100:
+        top = float(share[2]) if share[1] == "top" else 100 - float(share[2])
+        first = count - (max(1, int(count * top / 100 + 0.5)) if top else 0)
+        found = range(first, count) if share[1] == "top" else range(first)
+    elif numbers:
+        found = range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1)
+    else:
+        raise ValueError(f"{name!r}: expected layers:3, layers:0-11, layers:top20% or layers:bottom80%")
+    if not found or found[-1] >= count:
+        raise ValueError(f"{name!r} names {_range_text(found)}; the model has layers 0 to {count - 1}")
+    return found
+
+
+def _range_text(layers: range) -> str:
+    return f"layers {layers[0]} to {layers[-1]}" if layers else "no layer"
+
+
 def parts_of(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Part -> its parameters by name; parts without any are left out."""
-    text = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    """Part -> its parameters by name; parts without any are left out. `layers:...` are found by `parameters_in`."""
+    names = _named_parameters(model)
+    patterns = part_patterns(model.config.get_text_config())  # type: ignore[union-attr,operator]
+    parts = {part: _matching(names, pattern) for part, pattern in patterns.items()}
+    return {part: parameters for part, parameters in parts.items() if parameters}
+
+
+def parameters_in(model: nn.Module, names: Iterable[str], where: str) -> dict[str, dict[str, nn.Parameter]]:
+    """Named part -> its parameters, those of an adapter on it included, under their names below the head.
+
+    Args:
+        names: as in `freeze`.
+        where: what an error begins with.
+
+    Raises:
+        ValueError: a part that the model does not have, with the nearest name, or layers that it does not have.
+    """
+    parts, text = parts_of(model), model.config.get_text_config()  # type: ignore[union-attr,operator]
+    found = {}
+    for name in names:
+        if isinstance(name, str) and name.startswith("layers:"):
+            try:
+                pattern = in_layers(layers_named(name, text.num_hidden_layers), ".+")
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            found[name] = _matching(parts["all"], pattern)
+        else:
+            # Layers have endless names, read above; two of them show the form.
+            check_name(where, "part", name, [*parts, "layers:0-11", "layers:top20%"])
+            found[name] = parts[name]
+    return found
+
+
+def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     # A bare decoder has no `language_model.` in its names; with it, one set of patterns fits all models.
     prefix = "" if hasattr(model.config, "text_config") else "language_model."
-    names = {prefix + below_head(name): parameter for name, parameter in model.named_parameters()}
-    parts = {
-        part: {name: parameter for name, parameter in names.items() if re.fullmatch(pattern, name)}
-        for part, pattern in part_patterns(text).items()
+    return {
+        prefix + below_head(name.removeprefix(BELOW_ADAPTER)): parameter for name, parameter in model.named_parameters()
     }
-    return {part: parameters for part, parameters in parts.items() if parameters}
+
+
+def _matching(names: Mapping[str, nn.Parameter], pattern: str) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in names.items() if re.fullmatch(pattern, name)}
 
 
 def set_trained(model: nn.Module, names: Sequence[str], is_trained: bool) -> OperationReport:
     """Train or freeze whole parts; names and errors as in `freeze`."""
     operation = "unfreeze" if is_trained else "freeze"
     refuse_adapters(model, operation)
-    parts = parts_of(model)
     # All names are checked before the first parameter changes.
-    for name in names:
-        check_name(operation, "part", name, parts)
-    before = _num_trained(parts["all"])
-    for name in names:
-        for parameter in parts[name].values():
+    parts, everything = parameters_in(model, names, operation), dict(model.named_parameters())
+    before = _num_trained(everything)
+    for part in parts.values():
+        for parameter in part.values():
             # Quantised weights are integers, and torch refuses a gradient for them.
             if parameter.is_floating_point():
                 parameter.requires_grad_(is_trained)
@@ -136,7 +207,7 @@ def set_trained(model: nn.Module, names: Sequence[str], is_trained: bool) -> Ope
         parameters_before=total,
         parameters_after=total,
         trainable_before=before,
-        trainable_after=_num_trained(parts["all"]),
+        trainable_after=_num_trained(everything),
     )
 
 
@@ -148,15 +219,17 @@ def freeze(model: nn.Module, *names: str) -> OperationReport:
     """Exclude parts from training.
 
     Args:
-        names: "all", a bank, "router:BANK", "experts:BANK", "bank_gates", "attention", "cross_modal",
-            "shared_experts", "dense", "vision_tower", "audio_tower", "connectors", "vision_connector",
-            "audio_connector", "embeddings", "norms", "head" (with its exits), "exits", "skip_gates".
+        names: "all", a bank (also as "banks.BANK"), "banks", "router:BANK", "experts:BANK", "routers", "bank_gates",
+            "attention", "cross_modal", "shared_experts", "dense", "towers", "vision_tower", "audio_tower",
+            "connectors", "vision_connector", "audio_connector", "embeddings", "global_tokens", "norms", "head" (with
+            its exits), "exits", "skip_gates"; layers of the decoder as "layers:3", "layers:0-11", "layers:top20%" or
+            "layers:bottom80%", of which the last two make up the whole.
 
     Returns:
         A report with the trainable parameters before and after. A frozen router's balance bias does not move either.
 
     Raises:
-        ValueError: adapters are active, or a part that the model does not have, with the nearest name.
+        ValueError: adapters are active, or a part or layer that the model does not have, with the nearest name.
     """
     return set_trained(model, names, False)
 

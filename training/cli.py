@@ -1,4 +1,4 @@
-"""The command line: `chorus-moe train | evaluate | generate | routing | inspect | doctor | compose | export | demo`.
+"""The command line, `chorus-moe COMMAND`; `chorus-moe --help` lists the commands.
 
 Commands import what they need when they run, so that `--help` is quick.
 """
@@ -38,14 +38,36 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 @app.command(context_settings=PASS_ON)
 def train(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Option(help="recipe in YAML", exists=True, dir_okay=False)] = None,
+    recipe: Annotated[str | None, typer.Argument(help="recipe in YAML, or one that `chorus-moe recipes` lists")] = None,
+    config: Annotated[str | None, typer.Option(help="the same, as an option")] = None,
 ) -> None:
-    """Train or fine-tune from a recipe; further options override it, as in `--learning_rate 1e-4`."""
-    from chorus_moe.training.recipe import read_recipe
-    from chorus_moe.training.train import run_training
+    """Train or fine-tune from a recipe, in all its stages; more options override it: `--learning_rate 1e-4`."""
+    from chorus_moe.training.stages import find_recipe, read_stages, run_stages
 
-    metrics = run_training(read_recipe(config, context.args))
+    words = list(context.args)
+    if recipe is not None and recipe.startswith("-"):
+        # The first option, where no recipe is given.
+        words.insert(0, recipe)
+        recipe = None
+    if recipe is not None and config is not None:
+        raise ValueError(f"two recipes: {recipe} and --config {config}")
+    source = recipe or config
+    metrics = run_stages(read_stages(find_recipe(source) if source else None, words))
     print(json.dumps(metrics, indent=2))
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="print this recipe, to copy and change")] = None) -> None:
+    """The recipes that come with the package, and when to use each."""
+    folder = Path(__file__).parent / "recipes"
+    found = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.yaml"))}
+    if name is not None and name not in found:
+        raise ValueError(f"no recipe {name!r}; there are {', '.join(found)}")
+    if name is not None:
+        print(found[name], end="")
+        return
+    for title, text in found.items():
+        print(f"{title:<26}{text.splitlines()[0].removeprefix('# ')}")
 
 
 @app.command()

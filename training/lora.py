@@ -18,7 +18,16 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from chorus_moe.modeling.modeling_chorus import ChorusModel
-from chorus_moe.surgery.parts import CONNECTORS, EXITS, SKIP_GATES, TOWERS, below_head, in_layers, layer_parts
+from chorus_moe.surgery.parts import (
+    CONNECTORS,
+    EXITS,
+    SKIP_GATES,
+    TOWERS,
+    below_head,
+    in_layers,
+    layer_parts,
+    parameters_in,
+)
 
 Layers = bool | Sequence[int]
 Banks = str | Sequence[str] | Mapping[str, Layers]
@@ -50,6 +59,7 @@ class LoraTargets:
     router: str
     exits: bool
     skip_gates: bool
+    whole: Sequence[str]
 
     def __post_init__(self) -> None:
         if self.router not in ("frozen", "train"):
@@ -109,6 +119,7 @@ def lora_config(
     router: str = "frozen",
     exits: bool = False,
     skip_gates: bool = False,
+    whole: Sequence[str] = (),
     r: int = 8,
     lora_alpha: int = 16,
     lora_dropout: float = 0.0,
@@ -130,18 +141,19 @@ def lora_config(
             them: a bank's own gate, or the gates over the banks in its layers, which weigh every modality there.
         exits: also train, whole, the heads of a classifier's exits.
         skip_gates: also train, whole, the gates of the `skip_layers`.
+        whole: other parts to train whole, by the names that `freeze` takes, such as "global_tokens" or "layers:top20%".
         options: anything else that `LoraConfig` takes, such as `use_rslora` or `rank_pattern`.
 
     Raises:
-        ValueError: a group that matches nothing (naming what exists), nothing to train, or with banks an option that
-            PEFT has for linear layers only, such as dropout or PiSSA.
+        ValueError: a group that matches nothing (naming what exists), nothing to train, a module that would be trained
+            whole and by a LoRA, or with banks an option that PEFT has for linear layers only, such as dropout or PiSSA.
         TypeError: an option that the groups decide.
     """
     reserved = [name for name in RESERVED if name in options]
     if reserved:
         raise TypeError(f"{reserved[0]} is set by the groups; to choose it, build a peft.LoraConfig yourself")
     targets = LoraTargets(
-        banks, attention, cross_modal, shared_experts, dense, connectors, towers, router, exits, skip_gates
+        banks, attention, cross_modal, shared_experts, dense, connectors, towers, router, exits, skip_gates, whole
     )
     groups = find_groups(model, targets)
     parameters = [name for group in groups for name in group.parameters]
@@ -238,11 +250,36 @@ def find_groups(model: nn.Module, targets: LoraTargets) -> list[LoraGroup]:
     for name, pattern in {"exits": EXITS, "skip_gates": SKIP_GATES}.items():
         if getattr(targets, name):
             groups.append(LoraGroup(name, saved={n: m for n, m in modules.items() if re.fullmatch(pattern, n)}))
+    groups += _whole_groups(model, modules, targets.whole, groups)
     # PEFT itself only minds when nothing matches at all.
     empty = [group.name for group in groups if not group.names]
     if empty:
         raise ValueError(f"the group {empty[0]!r} matches nothing in this model; remove it")
     return groups
+
+
+def _whole_groups(
+    model: nn.Module, modules: Mapping[str, nn.Module], names: Sequence[str], others: Sequence[LoraGroup]
+) -> list[LoraGroup]:
+    """A group for each part that is trained whole, of the outermost modules that hold its parameters themselves."""
+    # PEFT wraps a module in place: what is wrapped twice would be saved under one name only.
+    taken = {name: group.name for group in others for name in group.names}
+    groups = []
+    for part, parameters in parameters_in(model, names, "whole").items():
+        owners = {name.rpartition(".")[0] for name in parameters}
+        outermost = [name for name in sorted(owners) if not any(name.startswith(f"{other}.") for other in owners)]
+        if "" in outermost:
+            raise ValueError(f"whole: {part!r} holds parameters of the model itself, which an adapter cannot save")
+        for name in outermost:
+            if clash := next((other for other in taken if _is_within(other, name) or _is_within(name, other)), None):
+                raise ValueError(f"whole: {part!r} holds {name}, which {taken[clash]!r} trains already; name one")
+        groups.append(LoraGroup(part, saved={name: modules[name] for name in outermost}))
+        taken |= dict.fromkeys(outermost, part)
+    return groups
+
+
+def _is_within(name: str, other: str) -> bool:
+    return f"{name}.".startswith(f"{other}.")
 
 
 def _linears(modules: Mapping[str, nn.Module], pattern: str) -> dict[str, nn.Linear]:

@@ -29,6 +29,7 @@ def run_card(
     picture: Path | None = None,
     parents: Sequence[Parent] = (),
     notes: Sequence[str] = (),
+    stages: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Markdown with metadata for a model or an adapter.
 
@@ -38,6 +39,7 @@ def run_card(
         picture: a heat map of routing that lies beside the card.
         parents: of a composed model; of a folder only the last name is told.
         notes: what else to say about it, a line each.
+        stages: of a run in stages, each with `name`, `trained`, `data`, `learning_rate` and `steps`.
     """
     base = base_model(model)
     is_adapter = base is not model
@@ -83,7 +85,16 @@ def run_card(
         lines += [f"The adapter holds {trained:,} trained parameters.", ""]
     if rows:
         lines += ["| figure | value |", "| --- | --- |", *rows, ""]
-    return "\n".join([*lines, *ancestry, *routing_section(picture)])
+    return "\n".join([*lines, *stages_section(stages), *ancestry, *routing_section(picture)])
+
+
+def stages_section(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a card that tell the stages of a run, in their order; none without stages."""
+    if not stages:
+        return []
+    names = ("name", "trained", "data", "learning_rate", "steps")
+    rows = ["| " + " | ".join(str(stage[name]) for name in names) + " |" for stage in stages]
+    return ["## Stages", "", "| stage | trained | data | learning rate | steps |", "| --- " * 5 + "|", *rows, ""]
 
 
 def inherited(source: str) -> tuple[Any, list[str]]:

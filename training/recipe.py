@@ -6,6 +6,7 @@ Unusual here: YAML values become command-line words before `HfArgumentParser` re
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -17,6 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from chorus_moe.training.layouts import ALONG, LAYOUTS, MEDIA_COLUMNS
 from chorus_moe.training.yaml_files import read_yaml
 
+PRODIGY = "prodigy"
 COLUMNS = sorted({name for names in LAYOUTS for name in names} | {*MEDIA_COLUMNS, *ALONG})
 
 
@@ -31,6 +33,11 @@ class ModelArguments:
     )
     tokenizer: str | None = field(default=None, metadata={"help": "tokenizer of a new model; None: train one"})
     tokenizer_vocab_size: int = field(default=512, metadata={"help": "size of a tokenizer trained on the data"})
+    add_bank: str | None = field(
+        default=None,
+        metadata={"help": "expert bank to add before training, what `add_bank` takes: {name: legal, num_experts: 4}"},
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "4-bit weights (bitsandbytes) below a LoRA"})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
     experts_implementation: str | None = field(default=None, metadata={"help": "eager, batched_mm, grouped_mm, ..."})
 
@@ -62,9 +69,7 @@ class DataArguments:
         Raises:
             ValueError: `columns` that are no mapping of names that rows have.
         """
-        columns = None if self.columns is None else json.loads(self.columns)
-        if columns is not None and not isinstance(columns, dict):
-            raise ValueError(f"data.columns: expected a mapping such as {{messages: dialogue}}, found {self.columns!r}")
+        columns = read_mapping("data.columns", self.columns, "{messages: dialogue}")
         for name in columns or ():
             if name not in COLUMNS:
                 raise ValueError(f"data.columns: no column of ours is {name!r}{nearest(name, COLUMNS)}; {COLUMNS}")
@@ -107,6 +112,60 @@ class LoraArguments:
 
 
 @dataclass
+class PartsArguments:
+    """What is trained, by the names that `freeze` takes, and at which rates."""
+
+    train: list[str] | None = field(
+        default=None,
+        metadata={"help": "parts to train, such as connectors, image or layers:top20%; with a LoRA, trained whole"},
+    )
+    freeze: list[str] | None = field(default=None, metadata={"help": "parts to leave out of those"})
+    learning_rates: str | None = field(
+        default=None, metadata={"help": "part -> learning rate, a mapping; the last part that holds a parameter wins"}
+    )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "each layer of the decoder learns at this share of the rate of the one above it"}
+    )
+
+    def rates(self) -> dict[str, float]:
+        """Part -> learning rate.
+
+        Raises:
+            ValueError: `learning_rates` that are no mapping to positive numbers.
+        """
+        found = read_mapping("learning_rates", self.learning_rates, "{connectors: 1e-3}") or {}
+        rates = {}
+        for part, value in found.items():
+            try:
+                rates[part] = float(value)
+            except (TypeError, ValueError):
+                rates[part] = math.nan
+            if not 0 < rates[part] < math.inf:
+                raise ValueError(f"learning_rates: expected a positive number for {part!r}, found {value!r}")
+        return rates
+
+
+@dataclass
+class GuardArguments:
+    """What stops or turns back a run that breaks, see `guards/`."""
+
+    norm_ratio: float | None = field(
+        default=None,
+        metadata={"help": "skip steps whose gradient norm is above this multiple of the median of the last 50"},
+    )
+    max_skipped_steps: int = field(
+        default=10, metadata={"help": "skipped steps among the last 100 that a run survives; then it stops"}
+    )
+    keep_skills: float | None = field(
+        default=None,
+        metadata={"help": "nats that the held-out loss of a modality or task may rise above that before training"},
+    )
+    on_lost_skill: str = field(
+        default="roll_back", metadata={"help": "roll_back to the last checkpoint that had all skills, or stop"}
+    )
+
+
+@dataclass
 class RoutingArguments:
     """How routers learn beyond the losses of the configuration, see `routing/reward.py`."""
 
@@ -118,11 +177,20 @@ class RoutingArguments:
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """transformers' `TrainingArguments`, and whether the run may take the place of another."""
+    """transformers' `TrainingArguments`, with `optim: prodigy`, and whether the run may take the place of another."""
 
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "replace the model or adapter in output_dir, and its checkpoints"}
     )
+
+    def __post_init__(self) -> None:
+        asked = str(getattr(self, "optim"))  # noqa: B009  its type is transformers' own, which is not read
+        if asked == PRODIGY:
+            # transformers' list of optimizers is closed; `ChorusTrainer` builds this one.
+            self.optim = "adamw_torch"
+        super().__post_init__()
+        if asked == PRODIGY:
+            self.optim = PRODIGY
 
 
 class Recipe(NamedTuple):
@@ -130,6 +198,8 @@ class Recipe(NamedTuple):
     data: DataArguments
     lora: LoraArguments
     routing: RoutingArguments
+    parts: PartsArguments
+    guards: GuardArguments
     training: RunArguments
 
 
@@ -146,6 +216,8 @@ SECTIONS: dict[str, type] = {
     "data": DataArguments,
     "lora": LoraArguments,
     "routing": RoutingArguments,
+    "parts": PartsArguments,
+    "guards": GuardArguments,
     "training": RunArguments,
 }
 # What the stock Trainer needs with this model: raw columns reach the collator, labels have their name under any
@@ -157,15 +229,18 @@ def read_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """A recipe from a YAML file and words such as `["--learning_rate", "1e-4"]`, which win.
 
     Args:
-        path: YAML with the sections `model`, `data`, `lora`, `routing` and `training`, each a mapping; None for
-            overrides alone.
+        path: YAML with the sections `model`, `data`, `lora`, `routing`, `parts`, `guards` and `training`, each a
+            mapping; None for overrides alone.
 
     Raises:
         ValueError: no YAML, an unknown section or name (naming the nearest one), or a value of another type.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        values = read_sections(read_yaml(path), str(path))
+    return build_recipe({} if path is None else read_yaml(path), str(path), overrides)
+
+
+def build_recipe(sections: object, where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from its sections; `where` names them in an error. Errors as in `read_recipe`."""
+    values = read_sections(sections, where)
     # In rising order of weight: for argparse the last word counts.
     words = to_words(TRAINER_SETTINGS) + to_words(values) + with_underscores(overrides)
     # Abbreviations would make a misspelt option a valid one.
@@ -189,6 +264,8 @@ def read_sections(sections: object, where: str) -> dict[str, Any]:
                 hint = f"; it belongs to {home!r}" if home else nearest(name, field_names(SECTIONS[section]))
                 raise ValueError(f"{where}: section {section!r} has no {name!r}{hint}")
             values[name] = value
+    if values.get("train") == []:
+        raise ValueError(f"{where}: nothing is trained: train=[]")
     if "lora" in sections:
         # `use_lora: false` in the section still switches it off.
         values.setdefault("use_lora", True)
@@ -240,6 +317,23 @@ def field_names(kind: type) -> set[str]:
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     hint = get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {prefix + hint[0]!r}?" if hint else ""
+
+
+def read_mapping(name: str, text: str | None, example: str) -> dict[str, Any] | None:
+    """A mapping that was written in YAML, or as JSON text on the command line.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: expected a mapping such as {example}, found {text!r}")
+    return found
 
 
 def read_flag(words: Sequence[str] | None) -> bool | list[str]:

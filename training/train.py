@@ -3,13 +3,13 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForMultimodalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
 
+from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.configuration_modalities import ENCODED
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
@@ -17,13 +17,17 @@ from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.surgery.tokenizer import add_media_tokens, build_tokenizer
-from chorus_moe.training.checkpoints import WholeCheckpoints, fault_of, newest_whole, numbered_checkpoints
+from chorus_moe.training.checkpoints import fault_of, newest_whole, numbered_checkpoints
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import RowDataset, load_rows
 from chorus_moe.training.evaluate import text_of
+from chorus_moe.training.guards.skills import SkillGuard
+from chorus_moe.training.guards.steps import StepGuard
 from chorus_moe.training.label_smoothing import smooth_labels
 from chorus_moe.training.loading import ModelOrAdapter, base_model, check_source, load_processor
-from chorus_moe.training.recipe import ModelArguments, Recipe, RoutingArguments
+from chorus_moe.training.rates import Rates
+from chorus_moe.training.readiness import check_recipe, check_weights, four_bits, prepare_parts
+from chorus_moe.training.recipe import GuardArguments, ModelArguments, Recipe
 from chorus_moe.training.resume import check_resume
 from chorus_moe.training.routing.callback import RoutingCallback
 from chorus_moe.training.routing.counters import RoutingCounters
@@ -31,23 +35,26 @@ from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.routing.report import write_routing
 from chorus_moe.training.routing.reward import RouterRewardTrainer
 from chorus_moe.training.saving import held_model
-
-# Ways to order rows that read the number of tokens of each before the first step.
-BY_LENGTH = ("group_by_length", "batch_rebalance")
+from chorus_moe.training.trainer import ChorusTrainer
 
 
-def run_training(recipe: Recipe) -> dict[str, Any]:
+def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """Train, save and, if asked, evaluate and push; the output folder loads with the Auto classes.
 
     Every checkpoint holds the processor as well. With `resume_from_checkpoint: auto` an interrupted run continues from
     its newest whole checkpoint, with the learning rate and the other settings of the recipe.
 
+    Args:
+        stages: what the card tells of the stages before and of this one, see `stages.py`.
+
     Returns:
         The metrics of the run.
 
     Raises:
-        ValueError: the recipe does not say what to train, the output folder holds another run or model, no checkpoint
-            is whole, or it belongs to a model with other parameters or a run with another order of rows.
+        ValueError: the recipe does not say what to train or nothing is trained, a weight is not finite, the output
+            folder holds another run or model, no checkpoint is whole, or it belongs to a model with other parameters
+            or a run with another order of rows.
+        TrainingBroke: too many steps were skipped.
     """
     arguments = recipe.training
     if recipe.data.train_data is None:
@@ -56,7 +63,7 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
     set_seed(arguments.seed)
     if recipe.model.model_name_or_path is not None and recipe.model.config is None:
         check_source(recipe.model.model_name_or_path)
-    check_arguments(arguments)
+    check_recipe(recipe)
     options, eval_rows = recipe.data.to_options(), None
     train_rows = load_rows(recipe.data.train_data, recipe.data.train_split, **options)
     if recipe.data.eval_data:
@@ -71,7 +78,7 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         max_bad_samples=recipe.data.max_bad_samples,
     )
     trainer = new_trainer(
-        recipe.routing,
+        recipe,
         model=model,
         args=arguments,
         train_dataset=train_rows,
@@ -81,6 +88,7 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
     )
     # In front of the trackers, so that they see its metrics.
     callback = RoutingCallback.add_to(trainer)
+    skills = guard_skills(trainer, recipe.guards, eval_rows)
     if checkpoint is not None:
         # The Trainer would load an optimizer state on the wrong parameters without a word.
         check_resume(trainer, checkpoint)
@@ -89,49 +97,81 @@ def run_training(recipe: Recipe) -> dict[str, Any]:
         for earlier in numbered_checkpoints(Path(arguments.output_dir)):
             shutil.rmtree(earlier)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if skills is not None and skills.lost:
+        settle_loss(trainer, skills, recipe.guards)
     counters = callback.last
     if eval_rows is not None:
         with RoutingObserver(model) as observer:
             metrics |= trainer.evaluate()
         # On every rank, as it exchanges counts; only the first one writes.
         counters = observer.counters.over_ranks()
-    metrics["num_bad_samples"] = collator.num_bad_samples
+    metrics |= {"num_bad_samples": collator.num_bad_samples, "num_skipped_steps": trainer.num_skipped_steps}
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("all", metrics)
     if is_new and trainer.is_local_process_zero():
         _remove_earlier(Path(arguments.output_dir), is_adapter=base_model(model) is not model)
     if trainer.is_world_process_zero():
-        _publish(model, processor, metrics, trainer, counters)
+        _publish(model, processor, metrics, trainer, counters, stages)
     return metrics
 
 
-def check_arguments(arguments: TrainingArguments) -> None:
-    """Refuse what the Trainer finds out only after the model is loaded.
+def new_trainer(recipe: Recipe, **parts: Any) -> ChorusTrainer:
+    """The Trainer of a recipe, with its rates and guards, or the one that also rewards routers."""
+    guard = StepGuard(recipe.guards.norm_ratio, recipe.guards.max_skipped_steps)
+    parts |= {"guard": guard, "rates": Rates.of(recipe.parts)}
+    if not recipe.routing.router_reward_banks:
+        trainer = ChorusTrainer(**parts)
+    else:
+        banks, coef = recipe.routing.router_reward_banks, recipe.routing.router_reward_coef
+        trainer = RouterRewardTrainer(**parts, router_reward_banks=banks, router_reward_coef=coef)
+    if trainer.rates is not None:
+        # A part that is not there is found before the first step.
+        trainer.rates.of_parameters(trainer.model, trainer.args.learning_rate)
+    smooth_labels(trainer)
+    return trainer
+
+
+def guard_skills(trainer: Trainer, guards: GuardArguments, rows: RowDataset | None) -> SkillGuard | None:
+    """The guard of old skills, added to a Trainer; None if the recipe asks for none.
 
     Raises:
-        ValueError: a tracker that is unknown or not installed, or an order by the length of rows.
+        ValueError: nothing is evaluated on the way, or not where checkpoints are written.
     """
-    if arguments.train_sampling_strategy in BY_LENGTH:
+    if guards.keep_skills is None:
+        return None
+    arguments = trainer.args
+    if rows is None or arguments.eval_strategy == "no":
+        raise ValueError("guards.keep_skills needs data.eval_data, and training.eval_strategy steps or epoch")
+    check_name("guards", "on_lost_skill", guards.on_lost_skill, ("roll_back", "stop"))
+    steps = [(arguments.save_strategy, arguments.save_steps), (arguments.eval_strategy, arguments.eval_steps)]
+    if arguments.eval_strategy == "epoch":
+        steps = [(strategy, 0) for strategy, _ in steps]
+    if guards.on_lost_skill == "roll_back" and steps[0] != steps[1]:
         raise ValueError(
-            f"training.train_sampling_strategy={arguments.train_sampling_strategy!r}: a row is text and undecoded "
-            "media, which have no length before the collator makes tokens of them; leave it out"
+            "guards.on_lost_skill=roll_back needs a checkpoint of each evaluation: set save_strategy and save_steps to "
+            f"those of the evaluation; found {steps[0]} and {steps[1]}"
         )
-    for tracker in get_reporting_integration_callbacks(arguments.report_to):
-        try:
-            tracker()
-        except (ImportError, RuntimeError) as error:
-            raise ValueError(f"training.report_to: {error} Or leave it out: report_to none") from error
+    guard = SkillGuard(trainer, rows, guards.keep_skills)
+    trainer.add_callback(guard)
+    return guard
 
 
-def new_trainer(routing: RoutingArguments, **parts: Any) -> Trainer:
-    """The Trainer with whole checkpoints, or the one that also rewards routers."""
-    if not routing.router_reward_banks:
-        return smooth_labels(WholeCheckpoints(**parts))
-    trainer = RouterRewardTrainer(
-        **parts, router_reward_banks=routing.router_reward_banks, router_reward_coef=routing.router_reward_coef
-    )
-    return smooth_labels(trainer)
+def settle_loss(trainer: ChorusTrainer, skills: SkillGuard, guards: GuardArguments) -> None:
+    """Say what was lost, and load the last checkpoint that had it if the recipe asks for that.
+
+    Raises:
+        ValueError: there is none.
+    """
+    said = f"a skill was {skills}"
+    if guards.on_lost_skill == "roll_back":
+        good, _ = newest_whole(Path(trainer.args.output_dir))
+        if good is None:
+            raise ValueError(f"{said}; no checkpoint came before it: lower the learning rate, or mix old rows in")
+        trainer._load_from_checkpoint(str(good))
+        said += f"; the model is that of {good.name}"
+    if trainer.is_world_process_zero():
+        print(said, file=sys.stderr)
 
 
 def _publish(
@@ -140,6 +180,7 @@ def _publish(
     metrics: dict[str, Any],
     trainer: Trainer,
     counters: RoutingCounters | None,
+    stages: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write the card and its picture of routing (of the evaluation data, or without them of the last logged steps) into
     the output folder; upload model, processor and card when the recipe asks for it."""
@@ -148,7 +189,7 @@ def _publish(
 
     folder = Path(trainer.args.output_dir)
     picture = write_routing(folder, counters) if counters is not None and counters.num_tokens else None
-    card = run_card(model, metrics, picture=picture)
+    card = run_card(model, metrics, picture=picture, stages=stages)
     (folder / "README.md").write_text(card, encoding="utf-8")
     if trainer.args.push_to_hub:
         pictures = [picture] if picture else []
@@ -164,22 +205,18 @@ def load_or_build(
         raise ValueError("give exactly one of model.model_name_or_path and model.config")
     names = ("attn_implementation", "experts_implementation")
     options = {name: getattr(given, name) for name in names if getattr(given, name)}
+    if recipe.lora.use_lora and given.model_name_or_path is None:
+        raise ValueError("a LoRA needs a trained model below it: set model.model_name_or_path")
+    if given.load_in_4bit:
+        options["quantization_config"] = four_bits()
     if given.model_name_or_path is not None:
         model = AutoModelForMultimodalLM.from_pretrained(given.model_name_or_path, **options)
         processor = load_processor(given.model_name_or_path)
     else:
         model, processor = build_model(given, rows, checkpoint, **options)
-    if recipe.lora.use_lora:
-        if given.model_name_or_path is None:
-            raise ValueError("a LoRA needs a trained model below it: set model.model_name_or_path")
-        from peft import get_peft_model
-
-        from chorus_moe.training.lora import lora_config
-
-        # The table once, not once on each rank.
-        verbose = recipe.training.process_index == 0
-        model = get_peft_model(model, lora_config(model, verbose=verbose, **recipe.lora.to_options()))
-    return model, processor
+    check_weights(model)
+    # The table once, not once on each rank.
+    return prepare_parts(model, recipe, verbose=recipe.training.process_index == 0), processor
 
 
 def build_model(

@@ -12,7 +12,7 @@ from chorus_moe import (
 )
 from chorus_moe.modeling.modeling_text import ChorusTextModel
 from chorus_moe.surgery import freeze, unfreeze
-from chorus_moe.surgery.parts import bank_tensor, parts_of
+from chorus_moe.surgery.parts import bank_tensor, layers_named, parameters_in, parts_of
 from tests.conftest import tiny_config
 
 
@@ -43,6 +43,64 @@ def test_a_part_is_just_its_parameters(name: str, expected: set[str]):
     freeze(model, "all")
     unfreeze(model, name)
     assert trained(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("banks.image", ["image"]),
+        ("banks", ["text", "image", "audio", "common"]),
+        ("routers", ["router:text", "router:image", "router:audio", "router:common"]),
+        ("towers", ["vision_tower", "audio_tower"]),
+        ("layers:0-2", ["layers:0", "layers:1", "layers:2"]),
+        ("layers:top34%", ["layers:2"]),
+        ("layers:bottom66%", ["layers:0", "layers:1"]),
+    ],
+)
+def test_a_part_of_several_is_the_parts_together(name: str, same: list[str]):
+    model = make()
+    freeze(model, "all")
+    unfreeze(model, name)
+    expected = {n for part in parameters_in(model, same, "test").values() for n in part}
+    assert trained(model) == {f"model.{n}" for n in expected} != set()
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_global_tokens_are_a_part_wherever_they_stand(is_causal: bool):
+    windows = {"num_global_tokens": 2, "layer_types": ["sliding_attention"] * 3, "sliding_window": 8}
+    make_one = ChorusForConditionalGeneration if is_causal else ChorusForSequenceClassification
+    model = make_one(tiny_config(**windows, is_causal=is_causal, cross_modal_layers=[]))
+    freeze(model, "all")
+    unfreeze(model, "global_tokens")
+    expected = {n for n, _ in model.named_parameters() if ".global_tokens." in n}
+    assert trained(model) == expected != set()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 30, 48])
+def test_top_and_bottom_shares_make_up_the_whole(count: int):
+    for percent in (1, 12.5, 20, 50, 80, 99):
+        top = layers_named(f"layers:top{percent}%", count)
+        assert top and top[-1] == count - 1
+        assert abs(len(top) - count * percent / 100) <= 1
+        bottom = range(count - len(top))
+        if bottom:
+            assert layers_named(f"layers:bottom{100 - percent}%", count) == bottom
+    assert layers_named("layers:top20%", 30) == range(24, 30)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("layers:0-3", "freeze: 'layers:0-3' names layers 0 to 3; the model has layers 0 to 2"),
+        ("layers:2-1", "freeze: 'layers:2-1' names no layer"),
+        ("layers:top120%", "freeze: 'layers:top120%': expected layers:3, layers:0-11, layers:top20%"),
+        ("layers:top0%", "names no layer"),
+        ("layers:", "expected layers:3"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(name: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        freeze(make(), name)
 
 
 EXITS = {f"exits.{i}.{part}.weight" for i in (0, 1) for part in ("norm", "score")}

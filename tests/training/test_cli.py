@@ -24,6 +24,7 @@ from tests.training.test_train import recipe  # noqa: F401  a fixture
 
 COMMANDS = {
     "train",
+    "recipes",
     "evaluate",
     "generate",
     "routing",

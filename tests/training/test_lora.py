@@ -288,6 +288,35 @@ def test_exits_and_gates_are_trained_whole_beside_a_lora(
     assert changed == {*whole} | of_task | adapters
 
 
+def test_parts_are_trained_whole_beside_a_lora(
+    tokenizer: PreTrainedTokenizerFast, batch: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    windows = {"num_global_tokens": 2, "layer_types": ["sliding_attention"] * 3, "sliding_window": 8}
+    windows |= {"cross_modal_layers": []}
+    make_model(tokenizer, **windows).save_pretrained(tmp_path / "base")
+    base = ChorusForConditionalGeneration.from_pretrained(tmp_path / "base")
+    whole = ["global_tokens", "layers:0"]
+    with pytest.raises(ValueError, match="'layers:0' holds .*self_attn.global_tokens, which 'global_tokens'"):
+        lora_config(base, attention=[2], whole=whole)
+    with pytest.raises(ValueError, match="whole: 'layers:2' holds .*_proj, which 'attention' trains already"):
+        lora_config(base, attention=[2], whole=["layers:2"])
+    with pytest.raises(ValueError, match="whole: unknown part 'global_token'; did you mean 'global_tokens'"):
+        lora_config(base, attention=[2], whole=["global_token"])
+    before = hashes(base)
+    adapted = get_peft_model(base, lora_config(base, attention=[2], whole=["global_tokens", "dense", "embeddings"]))
+    train_steps(adapted, batch)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = logits(adapted, batch)
+    again = ChorusForConditionalGeneration.from_pretrained(tmp_path / "base")
+    again = PeftModel.from_pretrained(again, tmp_path / "adapter")
+    torch.testing.assert_close(logits(again, batch), expected, atol=LAST_BIT, rtol=0)
+    merged = hashes(adapted.merge_and_unload())
+    changed = {name for name in before if merged[name] != before[name]}
+    marks = (".global_tokens.", f"{LAYERS}.0.mlp.", f"{LAYERS}.2.self_attn.", "embed_tokens")
+    assert {mark for mark in marks if any(mark in name for name in changed)} == set(marks)
+    assert not [name for name in changed if not any(mark in name for mark in marks)]
+
+
 @torch.no_grad()
 def exit_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     outputs = model.eval()(**batch, output_exit_logits=True)

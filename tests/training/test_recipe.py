@@ -68,7 +68,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
         ({"training": {"learning_rte": 1}}, "section 'training' has no 'learning_rte'; did you mean 'learning_rate'?"),
         ({"model": {"learning_rate": 1}}, "section 'model' has no 'learning_rate'; it belongs to 'training'"),
         ({"data": 3}, "section 'data' must be a mapping, found 3"),
-        ([1], "expected the sections model, data, lora, routing, training"),
+        ([1], "expected the sections model, data, lora, routing, parts, guards, training"),
     ],
 )
 def test_unknown_names_are_errors_with_the_nearest(tmp_path: Path, sections: Any, message: str) -> None:
@@ -98,3 +98,17 @@ def test_layers_are_true_false_or_numbers() -> None:
 def test_values_become_words() -> None:
     values = {"a": True, "b": None, "c": [1, 2], "d": {"e": 1}, "f": []}
     assert to_words(values) == ["--a", "true", "--c", "1", "2", "--d", '{"e": 1}']
+
+
+def test_prodigy_is_an_optimizer_by_its_name(tmp_path: Path) -> None:
+    words = ["--optim", "prodigy", "--learning_rate", "1", "--report_to", "none", "--use_cpu", "true"]
+    assert read_recipe(None, words).training.optim == "prodigy"
+    with pytest.raises(ValueError, match="prodgy"):
+        read_recipe(None, ["--optim", "prodgy"])
+
+
+def test_rates_are_positive_numbers() -> None:
+    assert read_recipe(None, ["--learning_rates", '{"towers": "1e-5"}']).parts.rates() == {"towers": 1e-5}
+    for text, message in (("[1]", "expected a mapping"), ('{"a": 0}', "positive number for 'a', found 0")):
+        with pytest.raises(ValueError, match=message):
+            read_recipe(None, ["--learning_rates", text]).parts.rates()

@@ -33,8 +33,8 @@ from chorus_moe.modeling.modeling_generation import ChorusForConditionalGenerati
 from chorus_moe.modeling.modeling_outputs import RouterChoice, RoutingOfLayer
 from chorus_moe.modeling.moe_routers import Router
 from chorus_moe.modeling.moe_selection import draw_log_probability
-from chorus_moe.training.checkpoints import WholeCheckpoints
 from chorus_moe.training.loading import base_model
+from chorus_moe.training.trainer import ChorusTrainer
 
 
 @torch.no_grad()
@@ -129,8 +129,8 @@ def policy_gradient_loss(layers: Iterable[RoutingOfLayer], gain_BS: Tensor, bank
     return total / torch.stack([count.to(device) for count in counts]).sum().clamp(min=1)
 
 
-class RouterRewardTrainer(WholeCheckpoints):
-    """The Trainer with whole checkpoints, plus the policy-gradient loss for the routers of some banks.
+class RouterRewardTrainer(ChorusTrainer):
+    """The Trainer of `chorus-moe train`, plus the policy-gradient loss for the routers of some banks.
 
     The coefficient means the same at any number of accumulation steps and ranks. Logs get `router_gain`, the mean gain
     of a labelled token in nats since the log before, on this rank: below 0 while the draw is worse than the ranking.
