@@ -31,7 +31,7 @@ def tokens(modalities: list[int], width: int = 64, options: RoutingOptions | Non
 def capacity_options(modalities: list[int], banks: tuple[str, ...] = ("text", "audio", "common")) -> RoutingOptions:
     """Capacity counted over one sequence."""
     sequence_T = torch.zeros(len(modalities), dtype=torch.long)
-    return RoutingOptions(None, {}, frozenset(), sequence_T, frozenset(banks))
+    return RoutingOptions(None, {}, frozenset(), sequence_T, dict.fromkeys(banks, "sequence"))
 
 
 def use(mlp: MixtureOfBanks, implementation: str) -> None:

@@ -69,7 +69,7 @@ def test_a_plan_on_its_own_device_is_itself():
 
 
 def test_options_move_with_their_plan():
-    options = RoutingOptions(torch.rand(8), {"image": 1}, frozenset(["text"]), torch.zeros(8).long(), frozenset())
+    options = RoutingOptions(torch.rand(8), {"image": 1}, frozenset(["text"]), torch.zeros(8).long(), {})
     plan = ForwardPlan.build(MIXED, MASK, options)
     plan.row_options("image", ["image"], plan.rows_of(["image"]), None)
     moved = plan.to("meta")
@@ -79,7 +79,7 @@ def test_options_move_with_their_plan():
 
 
 def test_options_are_those_of_the_rows_of_a_bank():
-    options = RoutingOptions(torch.arange(8) / 8, {"image": 1}, frozenset(["text"]), None, frozenset())
+    options = RoutingOptions(torch.arange(8) / 8, {"image": 1}, frozenset(["text"]), None, {})
     plan = ForwardPlan.build(MIXED, MASK, options)
     found = {}
     for name in ("image", "text", "audio"):
@@ -91,6 +91,6 @@ def test_options_are_those_of_the_rows_of_a_bank():
 
 
 def test_nothing_asked_is_no_option_at_all():
-    plan = ForwardPlan.build(MIXED, MASK, RoutingOptions(None, {"image": 1}, frozenset(), None, frozenset()))
+    plan = ForwardPlan.build(MIXED, MASK, RoutingOptions(None, {"image": 1}, frozenset(), None, {}))
     assert plan.row_options("text", ["text"], plan.rows_of(["text"]), None) is None
     assert ForwardPlan.build(MIXED, MASK).row_options("text", ["text"], None, None) is None

@@ -87,7 +87,7 @@ def test_half_the_budget_is_half_the_products():
     hidden = torch.randn(1, 50, 64)
     flops = []
     for budget in (2, 1):
-        options = RoutingOptions(None, {"text": budget}, frozenset(), None, frozenset())
+        options = RoutingOptions(None, {"text": budget}, frozenset(), None, {})
         plan = ForwardPlan.build(torch.zeros(1, 50, dtype=torch.long), None, options)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             mlp(hidden, plan)

@@ -235,7 +235,7 @@ def test_a_static_plan_weighs_an_own_gate_like_a_dynamic_one(closed: tuple[str, 
 def options_with(closed: tuple[str, ...]) -> Any:
     from chorus_moe.modeling.moe_plan import RoutingOptions
 
-    return RoutingOptions(None, {}, frozenset(), None, frozenset(), frozenset(closed))
+    return RoutingOptions(None, {}, frozenset(), None, {}, frozenset(closed))
 
 
 def test_the_report_and_the_plans_know_the_new_bank():
