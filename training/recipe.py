@@ -179,12 +179,17 @@ class RoutingArguments:
 class RunArguments(TrainingArguments):
     """transformers' `TrainingArguments`, with `optim: prodigy`, and whether the run may take the place of another."""
 
+    # A text, since transformers' list of names is closed; it checks all others.
+    optim: str = field(
+        default=TrainingArguments.__dataclass_fields__["optim"].default,
+        metadata={"help": "prodigy, or one of transformers' OptimizerNames, such as schedule_free_adamw"},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "replace the model or adapter in output_dir, and its checkpoints"}
     )
 
     def __post_init__(self) -> None:
-        asked = str(getattr(self, "optim"))  # noqa: B009  its type is transformers' own, which is not read
+        asked = self.optim
         if asked == PRODIGY:
             # transformers' list of optimizers is closed; `ChorusTrainer` builds this one.
             self.optim = "adamw_torch"
