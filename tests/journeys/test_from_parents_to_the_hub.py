@@ -19,6 +19,7 @@ QUESTIONS: list[Content] = [*TEXTS, *MEDIA]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # some ten processes in a row, each of which imports torch
 def test_from_parents_to_the_hub(journey: Journey) -> None:
     of_parent = journey.script("ask_parent.py", model="parents/text", questions=TEXTS)
     assert len(set(of_parent)) == len(TEXTS)

@@ -40,6 +40,7 @@ ANSWERS = ["green", "yellow", "low", "high"]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # some ten processes in a row, each of which imports torch
 def test_a_killed_run_ends_as_one_that_was_not(journey: Journey) -> None:
     journey.write_rows("train.jsonl", sharegpt_rows(("png", "jpg"), ("wav", "ogg", "mp3", "m4a")))
     journey.write_rows("test.jsonl", sharegpt_rows(("webp",), ("flac",)))

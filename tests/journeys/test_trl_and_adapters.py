@@ -28,6 +28,7 @@ def rows_for_dpo() -> list[dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # some ten processes in a row, each of which imports torch
 def test_answers_then_preferences(journey: Journey) -> None:
     parents = {"text": "parents/text", "vision": "parents/vision", "num_experts": 2}
     composed = journey.script("compose.py", **parents, out="model")
