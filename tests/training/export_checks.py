@@ -40,7 +40,8 @@ for auto in autos:
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
     model.save_pretrained(source + "/again")
     vision = [json.load(open(folder + "/config.json"))["vision_config"] for folder in (source, source + "/again")]
-    assert vision[0] == vision[1]
+    # Loading names the type of the weights; what was measured of the encoder is saved as it was.
+    assert vision[0] | {"dtype": "float32"} == vision[1]
 """
 CHECK_IT_STAYED_HIDDEN = """
 assert not [name for name in sys.modules if name.split(".")[0] == "chorus_moe"]
