@@ -44,6 +44,8 @@ COMPILING = Lock()
 TRACEABLE = (CPU_EXPERTS, "grouped_mm", "batched_mm", GATHERED)
 # Arguments that a step may have beside tokens, positions, masks and the cache.
 OPTIONS = ("complexity_scores", "expert_budget", "closed_banks", "skip_threshold")
+# What says nothing about a step; `generate` hands its tokenizers on to the model.
+UNREAD = ("use_cache", "logits_to_keep", "tokenizer", "assistant_tokenizer")
 
 
 def gathered_experts(self: StackedExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -264,11 +266,15 @@ class CompiledDecoding:
         input_ids, cache, modality_BS = (rest.pop(n, None) for n in ("input_ids", CACHE, "mm_token_type_ids"))
         step = {name: rest.pop(name, None) for name in ("position_ids", "attention_mask")}
         step |= {name: rest.pop(name) for name in OPTIONS if rest.get(name) is not None}
-        for name in ("use_cache", "logits_to_keep"):
-            rest.pop(name, None)
+        others = [
+            name for name, value in rest.items() if name not in UNREAD and value is not None and value is not False
+        ]
         is_step = input_ids is not None and input_ids.shape[1] == 1 and len(input_ids) <= GATHERED_TOKENS
         is_step = is_step and isinstance(cache, StaticCache) and all(layer.is_initialized for layer in cache.layers)
-        if not is_step or any(value is not None and value is not False for value in rest.values()):
+        if not is_step:
+            return None
+        if others:
+            self._say(f"the step is given {', '.join(others)}")
             return None
         if isinstance(step["attention_mask"], Tensor) or torch.is_grad_enabled():
             return None

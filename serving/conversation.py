@@ -98,12 +98,17 @@ class Conversation:
         answer = Answer(dict(inputs), options)
 
         def pieces() -> Iterator[str]:
+            has_failed = False
             try:
                 yield from self._speak(answer, min(self.max_new_tokens, room - length))
+            except Exception:
+                has_failed = True
+                raise
             finally:
                 # Also of an answer that was stopped: the next turn goes on from what was said.
-                self.messages = [*messages, {"role": "assistant", "content": answer.text}]
-                self.images, self.audio = all_images, all_audio
+                if not has_failed:
+                    self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+                    self.images, self.audio = all_images, all_audio
 
         return answer, pieces()
 

@@ -68,11 +68,11 @@ class Page:
                         elem_id="seen",
                     )
             states = [gradio.State(), gradio.State()]
-            # One answer after the other: they share the model.
             asked = box.submit(
                 self.answer,
                 [box, camera, both, *states, *settings[0], *settings[1]],
-                [*chats, *states, box, spent, heat, words, seen],
+                [*chats, *states, box, camera, spent, heat, words, seen],
+                # Visitors share the model: a conversation waits until it is free.
                 concurrency_limit=4,
                 # Its veil would stay over the box after an error.
                 show_progress="hidden",
@@ -109,7 +109,8 @@ class Page:
         shown: list[Any] = [gradio.skip(), gradio.skip()]
         traced: list[Any] = ["", "", "", []]
         answers: list[tuple[Conversation, Answer]] = []
-        empty = gradio.MultimodalTextbox(value=None)
+        # Also the photograph: it goes with one question.
+        empty = (gradio.MultimodalTextbox(value=None), None)
         if not text and not files:
             return
         try:
@@ -126,7 +127,7 @@ class Page:
                 for piece in pieces:
                     said += piece
                     shown[number] = [*before, *turn, {"role": "assistant", "content": said}]
-                    yield (*shown, *talks, empty, *traced)
+                    yield (*shown, *talks, *empty, *traced)
                 shown[number] = [*before, *turn, {"role": "assistant", "content": answer.text or "(no words)"}]
             talk, answer = answers[0]
             trace = trace_answer(talk.voice, self.processor, answer)
@@ -134,7 +135,7 @@ class Page:
                 spent_text(trace, answer.tokens_per_second), heat_html(trace), words_html(trace),
                 self.looks(trace, talk, answer),
             ]  # fmt: skip
-            yield (*shown, *talks, empty, *traced)
+            yield (*shown, *talks, *empty, *traced)
         except (ValueError, OSError) as error:
             raise gradio.Error(" ".join(str(error).split()), print_exception=False) from error
 

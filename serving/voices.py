@@ -101,4 +101,4 @@ def check_generates(model: ModelOrAdapter) -> None:
     """
     found = base_model(model)
     if not isinstance(found, ChorusForConditionalGeneration):
-        raise ValueError(f"{type(found).__name__} writes no text; `chorus-moe page` shows classifiers and embeddings")
+        raise ValueError(f"{type(found).__name__} writes no text; this command wants a model that generates")

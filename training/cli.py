@@ -39,7 +39,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 def train(
     context: typer.Context,
     recipe: Annotated[str | None, typer.Argument(help="recipe in YAML, or one that `chorus-moe recipes` lists")] = None,
-    config: Annotated[str | None, typer.Option(help="the same, as an option")] = None,
 ) -> None:
     """Train or fine-tune from a recipe, in all its stages; more options override it: `--learning_rate 1e-4`."""
     from chorus_moe.training.stages import find_recipe, read_stages, run_stages
@@ -49,25 +48,20 @@ def train(
         # The first option, where no recipe is given.
         words.insert(0, recipe)
         recipe = None
-    if recipe is not None and config is not None:
-        raise ValueError(f"two recipes: {recipe} and --config {config}")
-    source = recipe or config
-    metrics = run_stages(read_stages(find_recipe(source) if source else None, words))
+    metrics = run_stages(read_stages(find_recipe(recipe) if recipe else None, words))
     print(json.dumps(metrics, indent=2))
 
 
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="print this recipe, to copy and change")] = None) -> None:
     """The recipes that come with the package, and when to use each."""
-    folder = Path(__file__).parent / "recipes"
-    found = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.yaml"))}
-    if name is not None and name not in found:
-        raise ValueError(f"no recipe {name!r}; there are {', '.join(found)}")
+    from chorus_moe.training.stages import find_recipe, shipped_recipes
+
     if name is not None:
-        print(found[name], end="")
+        print(find_recipe(name).read_text(encoding="utf-8"), end="")
         return
-    for title, text in found.items():
-        print(f"{title:<26}{text.splitlines()[0].removeprefix('# ')}")
+    for title, path in shipped_recipes().items():
+        print(f"{title:<26}{path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
 
 
 @app.command()

@@ -212,13 +212,14 @@ def run_stages(stages: Sequence[Stage]) -> dict[str, Any]:
     if asked.resume_from_checkpoint not in (None, "auto"):
         raise ValueError("with stages, resume_from_checkpoint is auto: each stage has checkpoints of its own")
     check_stages(stages)
-    if (out / FOLDER).exists() and not is_resumed:
-        if not asked.overwrite_output_dir:
-            raise ValueError(
-                f"{str(out)!r} holds stages of an earlier run; continue it with --resume_from_checkpoint auto, choose "
-                "another --output_dir, or replace it with --overwrite_output_dir true"
-            )
-        if asked.process_index == 0:
+    # One process looks and removes, then the others look.
+    with asked.main_process_first(local=False, desc="earlier stages"):
+        if (out / FOLDER).exists() and not is_resumed:
+            if not asked.overwrite_output_dir:
+                raise ValueError(
+                    f"{str(out)!r} holds stages of an earlier run; continue it with --resume_from_checkpoint auto, "
+                    "choose another --output_dir, or replace it with --overwrite_output_dir true"
+                )
             shutil.rmtree(out / FOLDER)
     told: list[dict[str, Any]] = []
     metrics: dict[str, Any] = {}
@@ -233,9 +234,12 @@ def run_stages(stages: Sequence[Stage]) -> dict[str, Any]:
         print(f"stage {stage.name} ({number + 1} of {len(stages)})", file=sys.stderr)
         told.append(_told(stage))
         metrics = run_training(stage.recipe, told)
-        if number < len(stages) - 1 and stage.recipe.lora.use_lora:
-            _merge(stage)
-        _write(path, {"asked": _asked(stage.recipe), "told": told[-1], "metrics": metrics})
+        # One process merges and writes; the next stage of all starts from what it wrote.
+        with stage.recipe.training.main_process_first(local=False, desc="saving the stage"):
+            if stage.recipe.training.process_index == 0:
+                if number < len(stages) - 1 and stage.recipe.lora.use_lora:
+                    _merge(stage)
+                _write(path, {"asked": _asked(stage.recipe), "told": told[-1], "metrics": metrics})
         gc.collect()
     return metrics
 
@@ -322,8 +326,6 @@ def _check_record(stage: Stage, record: Mapping[str, Any]) -> None:
 
 def _merge(stage: Stage) -> None:
     """Save the model of a stage with its adapter merged into the weights."""
-    if stage.recipe.training.process_index != 0:
-        return
     model, processor = load_model(stage.recipe.training.output_dir, merge=True)
     with saved_whole(_result(stage)) as folder:
         model.save_pretrained(folder)

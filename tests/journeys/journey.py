@@ -37,12 +37,6 @@ class Journey:
         """Run `chorus-moe`; what it printed to standard output."""
         return self._finished([str(PROGRAM), *map(str, words)], with_package=True)
 
-    def refused(self, *words: str | Path | int) -> str:
-        """Run `chorus-moe`, which must stop with an error of one line; that line."""
-        done = self._run([str(PROGRAM), *map(str, words)], with_package=True)
-        assert done.returncode == 1, done.stdout
-        return done.stderr.strip().splitlines()[-1]
-
     def script(self, name: str, **settings: Any) -> Any:
         """Run a file of `scripts/`; the value that it printed as its last line."""
         output = self._finished([sys.executable, str(SCRIPTS / name), json.dumps(settings)], with_package=True)
@@ -89,14 +83,11 @@ class Journey:
         return self.write(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def _finished(self, command: list[str], with_package: bool) -> str:
-        done = self._run(command, with_package)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-        return done.stdout
-
-    def _run(self, command: list[str], with_package: bool) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        done = subprocess.run(
             command, cwd=self.folder, env=self._environment(with_package), capture_output=True, text=True
         )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        return done.stdout
 
     def _environment(self, with_package: bool) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name not in OF_THE_TESTS | {"PYTHONPATH"}}

@@ -48,9 +48,9 @@ def test_a_killed_run_ends_as_one_that_was_not(journey: Journey) -> None:
     parts = ["--text", "parents/text", "--vision", "parents/vision", "--audio", "parents/audio"]
     journey.command("compose", *parts, "--num-experts", 2, "--out", "model")
 
-    journey.command("train", "--config", "recipe.yaml")
+    journey.command("train", "recipe.yaml")
 
-    again = ["train", "--config", "recipe.yaml", "--output_dir", "killed"]
+    again = ["train", "recipe.yaml", "--output_dir", "killed"]
     second = journey.folder / "killed" / "checkpoint-40"
     journey.killed(*again, when=second.exists)
     journey.command(*again, "--resume_from_checkpoint", "auto")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from chorus_moe.fastpaths.compiled_decoding import compile_decoding
 from chorus_moe.serving.chat import Chat
 from chorus_moe.serving.conversation import Conversation
 from chorus_moe.serving.trace import trace_answer
@@ -54,6 +55,31 @@ def test_two_turns_answer_as_generate_does(conversation: Conversation, files: tu
     answers = [first, answer_rows(model, processor, [row], max_new_tokens=TOKENS)[0]]
     assert [message["content"] for message in conversation.messages[1::2]] == answers
     assert all(answer in said for answer in answers)
+
+
+def test_an_answer_that_fails_is_no_turn(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(conversation, "hello")
+    before = list(conversation.messages)
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise ValueError("no memory left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("chorus_moe.serving.conversation.run_batch", fail)
+        assert say(conversation, "what is it?") == "no memory left\n"
+    assert conversation.messages == before
+    say(conversation, "what is it?")
+    assert len(conversation.messages) == 4
+
+
+@pytest.mark.slow
+def test_compiled_decoding_says_the_same(conversation: Conversation, folder: Path) -> None:
+    plain = say(conversation, "what is it?", "and now?")
+    voices, processor = load_voices(str(folder))
+    compiled = Conversation(voices["tiny"], processor, TOKENS)
+    compile_decoding(compiled.voice.model)
+    assert say(compiled, "what is it?", "and now?") == plain
+    assert compiled.voice.model.get_compiled_call.__self__.graphs
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,15 @@ def test_closed_banks_and_budgets_reach_the_model(page: Page, picture: Path, fol
     options = {"closed_banks": ["image"], "expert_budget": dict.fromkeys(names, 1)}
     expected = answer_rows(*load_model(folder), [row], max_new_tokens=TOKENS, **options)[0]
     assert steps[-1][0][-1]["content"] == expected
-    assert "layer 1, common" in steps[-1][6] and "tokens a second" in steps[-1][5] and len(steps[-1][8]) == 1
+    assert "layer 1, common" in steps[-1][7] and "tokens a second" in steps[-1][6] and len(steps[-1][9]) == 1
+
+
+def test_a_photograph_goes_with_one_question(page: Page, picture: Path, folder: Path) -> None:
+    steps = list(page.answer({"text": "what is it?"}, str(picture), False, None, None, *["tiny", [], 0] * 2))
+    expected = answer_rows(*load_model(folder), [user_turn("what is it?", [str(picture)])], max_new_tokens=TOKENS)[0]
+    assert steps[-1][0][-1]["content"] == (expected or "(no words)")
+    camera = 5
+    assert all(step[camera] is None for step in steps)
 
 
 def test_a_file_that_cannot_be_read_is_the_processors_one_line(page: Page, tmp_path: Path) -> None:

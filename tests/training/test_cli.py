@@ -174,7 +174,7 @@ def test_a_recipe_that_asks_for_what_is_not_there_is_one_line(
     monkeypatch.chdir(tmp_path)
     for name in ("cut.jsonl", "cut.parquet"):
         Path(name).write_text('{"messages": [')
-    assert message in error_of(monkeypatch, "train", "--config", recipe, "--output_dir", tmp_path / "new", *words)
+    assert message in error_of(monkeypatch, "train", recipe, "--output_dir", tmp_path / "new", *words)
 
 
 def test_a_tracker_that_is_not_installed_is_one_line_before_any_work(
@@ -183,7 +183,7 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_any_work(
 ) -> None:
     monkeypatch.setattr(transformers.integrations.integration_utils, "is_wandb_available", lambda: False)
     monkeypatch.setattr(training, "load_rows", None)
-    message = error_of(monkeypatch, "train", "--config", recipe, "--report_to", "wandb")
+    message = error_of(monkeypatch, "train", recipe, "--report_to", "wandb")
     assert "WandbCallback requires wandb to be installed. Run `pip install wandb`" in message
 
 
@@ -287,12 +287,12 @@ def test_export_writes_code_and_card(folder: Path, tmp_path: Path) -> None:
 
 
 def test_train_takes_a_recipe_and_overrides(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
-    invoke("train", "--config", recipe, "--max_steps", "1", "--output_dir", tmp_path / "other")
+    invoke("train", recipe, "--max_steps", "1", "--output_dir", tmp_path / "other")
     assert json.loads((tmp_path / "other" / "trainer_state.json").read_text())["global_step"] == 1
 
 
 def test_train_refuses_an_option_nobody_knows(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(sys, "argv", ["chorus-moe", "train", "--config", str(recipe), "--learning_rte", "1"])
+    monkeypatch.setattr(sys, "argv", ["chorus-moe", "train", str(recipe), "--learning_rte", "1"])
     with pytest.raises(SystemExit, match="did you mean '--learning_rate'"):
         cli.main()
 

@@ -37,6 +37,19 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def write_splits(folder: Path) -> None:
+    """`train.jsonl`, eight rows, and `test.jsonl`, two: with an image and a clip, and without any."""
+    write_media(folder)
+    user = [{"type": "image"}, {"type": "audio"}, {"type": "text", "text": "what is it?"}]
+    turn = {"role": "assistant", "content": "three"}
+    rows = [
+        {"messages": [{"role": "user", "content": user}, turn], "images": ["media/a.png"], "audio": ["media/a.wav"]},
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "four"}]},
+    ]
+    write_jsonl(folder / "train.jsonl", rows * 4)
+    write_jsonl(folder / "test.jsonl", rows)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two rows in train.jsonl: with media beside the file, and without any."""

@@ -11,28 +11,22 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
 from chorus_moe.training.checkpoints import numbered_checkpoints
 from chorus_moe.training.loading import load_model
 from chorus_moe.training.stages import read_stages, run_stages, shipped_recipes
-from tests.training.test_data import write_jsonl, write_media
-from tests.training.test_train import TURN, assert_equal
+from tests.training.test_data import write_splits
+from tests.training.test_train import assert_equal
 
 AUTO = ["--resume_from_checkpoint", "auto"]
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    write_media(tmp_path)
-    user = [{"type": "image"}, {"type": "audio"}, {"type": "text", "text": "what is it?"}]
-    rows = [
-        {"messages": [{"role": "user", "content": user}, TURN], "images": ["media/a.png"], "audio": ["media/a.wav"]},
-        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "four"}]},
-    ]
-    write_jsonl(tmp_path / "train.jsonl", rows * 4)
-    write_jsonl(tmp_path / "test.jsonl", rows)
+    write_splits(tmp_path)
     return tmp_path
 
 
@@ -123,6 +117,29 @@ def test_a_run_killed_in_a_stage_ends_at_the_same_bits(recipe: Path, data: Path)
     run_stages(read_stages(recipe, [*words, "--output_dir", str(whole)]))
     assert (killed / "stages" / "connectors" / "model.safetensors").stat().st_mtime_ns == done
     assert_equal(*(AutoModelForMultimodalLM.from_pretrained(folder) for folder in (killed, whole)))
+
+
+@pytest.mark.slow
+def test_two_processes_go_through_the_stages_together(recipe: Path, data: Path) -> None:
+    run_stages(read_stages(recipe, ["--per_device_train_batch_size", "4", "--output_dir", str(data / "one")]))
+    # Something to remove: each process finds it, one removes it.
+    (data / "two" / "stages" / "connectors").mkdir(parents=True)
+    words = ["--output_dir", str(data / "two"), "--overwrite_output_dir", "true"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"]
+    command += ["chorus_moe.training.cli", "train", str(recipe), *words]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = [
+        [json.loads((data / name / "stages" / stage / "stage.json").read_text()) for name in ("one", "two")]
+        for stage in ("connectors", "experts", "top")
+    ]
+    # Balance losses are those of each process's own rows, so the losses differ in the third digit.
+    for one, two in records:
+        assert two["metrics"]["train_loss"] == pytest.approx(one["metrics"]["train_loss"], abs=0.02)
+        assert {**two, "metrics": None} == {**one, "metrics": None, "asked": two["asked"]}
+    one, two = (load_file(data / name / "stages" / "connectors" / "model.safetensors") for name in ("one", "two"))
+    # Four steps of 1e-2 each, by gradients that differ in rounding and in what balance adds.
+    assert max(float((tensor - two[name]).abs().max()) for name, tensor in one.items()) < 2e-3
 
 
 BAD = [

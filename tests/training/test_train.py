@@ -32,7 +32,7 @@ from chorus_moe.training.lora import lora_config
 from chorus_moe.training.recipe import TRAINER_SETTINGS, read_recipe
 from chorus_moe.training.train import build_model, find_checkpoint, run_training
 from tests.training.conftest import make_model, make_row, make_rows
-from tests.training.test_data import write_jsonl, write_media
+from tests.training.test_data import write_splits
 
 KINDS = ["full", "adapter"]
 TURN = {"role": "assistant", "content": "three"}
@@ -160,14 +160,7 @@ def test_a_run_with_broken_files_ends_and_counts_them(
 @pytest.fixture
 def recipe(config: ChorusConfig, tmp_path: Path) -> Path:
     """A recipe that builds and trains a tiny model on files."""
-    write_media(tmp_path)
-    user = [{"type": "image"}, {"type": "audio"}, {"type": "text", "text": "what is it?"}]
-    rows = [
-        {"messages": [{"role": "user", "content": user}, TURN], "images": ["media/a.png"], "audio": ["media/a.wav"]},
-        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "four"}]},
-    ]
-    write_jsonl(tmp_path / "train.jsonl", rows * 4)
-    write_jsonl(tmp_path / "test.jsonl", rows)
+    write_splits(tmp_path)
     values = config.to_diff_dict()
     del values["image_token_id"], values["audio_token_id"]
     for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"):
@@ -203,7 +196,7 @@ def test_a_recipe_builds_trains_and_then_adapts_a_model(recipe: Path, tmp_path: 
 def test_a_killed_run_goes_on_where_its_last_checkpoint_was(recipe: Path, tmp_path: Path) -> None:
     words = ["--max_steps", "40", "--save_steps", "2", "--save_total_limit", "3", "--resume_from_checkpoint", "auto"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-m", "chorus_moe.training.cli", "train", "--config", str(recipe), *words]
+    command = [sys.executable, "-m", "chorus_moe.training.cli", "train", str(recipe), *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log:
         run = subprocess.Popen(
