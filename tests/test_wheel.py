@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("modeling", "processors", "fastpaths", "surgery", "training")
+FOLDERS = ("modeling", "processors", "fastpaths", "surgery", "training", "serving")
 
 pytestmark = pytest.mark.slow
 
@@ -27,11 +27,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in [*(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE")), *ROOT.glob("chorus_moe/*.*")]:
         copy(path, source / path.relative_to(ROOT))
     for name in FOLDERS:
-        for path in (ROOT / name).rglob("*.py"):
+        for path in files_of(name):
             copy(path, source / path.relative_to(ROOT))
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source, cwd=folder)
     (built,) = folder.glob("*.whl")
     return built
+
+
+def files_of(folder: str) -> list[Path]:
+    """Code, and the recipes that ship with it."""
+    return [path for kind in ("*.py", "*.yaml") for path in (ROOT / folder).rglob(kind)]
 
 
 def copy(path: Path, target: Path) -> None:
@@ -41,9 +46,7 @@ def copy(path: Path, target: Path) -> None:
 
 def test_the_wheel_holds_every_file_of_the_folders_and_the_type_marker(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {
-        f"chorus_moe/{path.relative_to(ROOT).as_posix()}" for name in FOLDERS for path in (ROOT / name).rglob("*.py")
-    }
+    wanted = {f"chorus_moe/{path.relative_to(ROOT).as_posix()}" for name in FOLDERS for path in files_of(name)}
     wanted |= {"chorus_moe/__init__.py", "chorus_moe/py.typed"}
     assert wanted <= held, f"missing from the wheel: {sorted(wanted - held)}"
     packages = {name.split("/")[0] for name in held if not name.split("/")[0].endswith(".dist-info")}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from chorus_moe.training.layouts import ALONG, LAYOUTS, MEDIA_COLUMNS
 from chorus_moe.training.yaml_files import read_yaml
@@ -189,7 +190,10 @@ class RunArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        names = [PRODIGY, *(name.value for name in OptimizerNames)]
         asked = self.optim
+        if asked not in names:
+            raise ValueError(f"optim={asked!r} is no optimizer{nearest(asked, names)}")
         if asked == PRODIGY:
             # transformers' list of optimizers is closed; `ChorusTrainer` builds this one.
             self.optim = "adamw_torch"

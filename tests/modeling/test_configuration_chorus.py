@@ -18,7 +18,8 @@ from chorus_moe import (
     ChorusTextConfig,
     ChorusVisionConfig,
 )
-from chorus_moe.surgery.vision_probe import probe_vision_encoder
+from chorus_moe.modeling.configuration_services import SERVICES
+from chorus_moe.surgery.vision_probe import probe_vision
 from tests.conftest import tiny_config
 
 TEXT = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -210,11 +211,11 @@ def test_the_probe_is_saved_and_not_repeated(tmp_path: Path, monkeypatch: pytest
     assert (saved["hidden_size"], saved["grid_size"], saved["num_tokens"]) == (32, [4, 4], 16)
     probed = []
 
-    def spy(architecture: str, *rest: Any) -> Any:
-        probed.append(rest[0])
-        return probe_vision_encoder(architecture, *rest)
+    def spy(config: ChorusVisionConfig) -> Any:
+        probed.append(config.model_args)
+        return probe_vision(config)
 
-    monkeypatch.setattr("chorus_moe.modeling.configuration_towers.probe_vision_encoder", spy)
+    monkeypatch.setitem(SERVICES, "probe_vision", spy)
     assert ChorusConfig.from_pretrained(tmp_path).vision_config.num_image_tokens == 4
     assert config.vision_config.model_args not in probed
 

@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from chorus_moe import ChorusProcessor
+from chorus_moe.surgery import processor_from_config
 from chorus_moe.training import checkpoints
 from tests.training.conftest import make_model, make_tokenizer
 from tests.training.test_checkpoints import trainer_of

@@ -158,7 +158,7 @@ def test_a_broken_model_is_one_line(case: str, folder: Path, monkeypatch: pytest
         (("--learning_rate", "fast"), "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
         (("--train_sampling_strategy", "group_by_length"), "no length before the collator makes tokens of them"),
         (("--train_sampling_strategy", "batch_rebalance"), "train_sampling_strategy='batch_rebalance': a row is text"),
-        (("--optim", "adamm"), "argument --optim: invalid choice: 'adamm'"),
+        (("--optim", "adamw_torhc"), "optim='adamw_torhc' is no optimizer; did you mean 'adamw_torch'?"),
         (("--report_to", "nonsense"), "nonsense is not supported, only"),
         (("--train_data", "cut.jsonl"), "cut.jsonl: no readable .jsonl file: JSON parse error"),
         (("--train_data", "cut.parquet"), "cut.parquet: no readable .parquet file: Parquet magic bytes"),

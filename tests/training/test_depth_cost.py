@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusForSequenceClassification
 from chorus_moe.modeling.attention import Attention
-from chorus_moe.modeling.depth_skip import SkipGate
+from chorus_moe.modeling.layers import TokenGate
 from chorus_moe.modeling.moe_banks import BankGate, ChorusExperts
-from chorus_moe.modeling.moe_routers import Router, SigmoidGate
+from chorus_moe.modeling.moe_routers import Router
 from tests.conftest import tiny_batch, tiny_config
 
 BANKS = {"text": {"router": "attention"}, "image": {"gate": "own"}, "audio": {"num_experts": 8}, "common": {}}
@@ -69,9 +69,7 @@ def counted_by_hooks(model: Any, batch: dict[str, Tensor]) -> tuple[int, int]:
             visited = int((args[1] < module.num_experts).sum())
             visits += visited
             flops += visited * 2 * (module.gate_up_proj[0].numel() + module.down_proj[0].numel())
-        elif isinstance(module, (Router, SigmoidGate, SkipGate)) or (
-            isinstance(module, BankGate) and module.weight is not None
-        ):
+        elif isinstance(module, (Router, TokenGate)) or (isinstance(module, BankGate) and module.weight is not None):
             flops += 2 * rows * module.weight.numel()
         elif isinstance(module, Attention):
             flops += 4 * module.head_dim * int((output[1] > 0).sum())
