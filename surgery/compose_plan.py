@@ -5,7 +5,9 @@ runs in memory ([`Composition.build`]) or writes a checkpoint ([`compose_checkpo
 parents are read tensor by tensor and never held whole.
 """
 
+import errno
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -227,22 +229,38 @@ def compose_checkpoint(
         max_shard_size: as in `save_pretrained`.
 
     Raises:
-        OSError, ValueError: as `compose`; and a folder that holds a checkpoint.
+        OSError, ValueError: as `compose`; and a folder that holds a checkpoint, or a disk that is too small for it.
     """
     path = Path(folder)
     if path.is_dir() and (found := sorted(path.glob("*.safetensors"))):
         raise ValueError(f"{path}: holds a checkpoint already, such as {found[0].name!r}")
     plan = plan_composition(ChorusForConditionalGeneration, text, vision, audio, experts, **options)
-    path.mkdir(parents=True, exist_ok=True)
+    write_composition(plan, path, max_shard_size)
+    return plan.report
+
+
+def write_composition(plan: Composition, folder: Path, max_shard_size: int | str = "5GB") -> None:
+    """Write the weights and configurations of a planned model.
+
+    Raises:
+        OSError: the disk has less room than the weights take; nothing was written.
+    """
+    needed = sum(tensor.size for tensor in plan.tensors().values())
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC, f"the model takes {needed:,} bytes, and the disk has {free:,} free; compose fewer or smaller "
+            "experts, or in another dtype", str(folder),
+        )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
     size = parse_size_to_int(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-    write_checkpoint(path, plan.tensors(), size)
+    write_checkpoint(folder, plan.tensors(), size)
     # `save_pretrained` of a model sets this; here only the configuration is saved, and loading checks the class by it.
     plan.model.config.architectures = [type(plan.model).__name__]
-    plan.model.generation_config.save_pretrained(path)
-    plan.model.config.save_pretrained(
-        path
-    )  # last: a folder that was left half written has no config.json and is not loaded
-    return plan.report
+    plan.model.generation_config.save_pretrained(folder)
+    # Last: a folder that was left half written has no config.json and is not loaded.
+    plan.model.config.save_pretrained(folder)
 
 
 def _tower(modality: str, source: Any, **loading: Any) -> Tower:

@@ -134,11 +134,14 @@ def routing(
 def inspect(
     model: Annotated[str, typer.Argument(help="config.json, model folder or Hub id")], as_json: AsJson = False
 ) -> None:
-    """Parameters in total and active, by bank, tower and modality."""
+    """Parameters in total and active, by bank, tower and modality; bytes on disk, in memory and in training."""
     from chorus_moe.training.inspect_model import inspect_model
 
-    report = inspect_model(model)
-    print(json.dumps(report.to_dict(), indent=2) if as_json else report)
+    report, sizes = inspect_model(model)
+    if as_json:
+        print(json.dumps({**report.to_dict(), "sizes": sizes.to_dict()}, indent=2))
+    else:
+        print(report, sizes, sep="\n\n")
 
 
 @app.command()
@@ -183,7 +186,7 @@ def doctor(
 @app.command()
 def compose(
     text: Annotated[str, typer.Option(help="causal language model: a folder or a Hub id")],
-    out: Annotated[Path, typer.Option(help="new folder for model, processor and card")],
+    out: Annotated[Path | None, typer.Option(help="new folder for model, processor and card")] = None,
     vision: Annotated[
         str | None, typer.Option(help="vision model: a folder, a Hub id or the name of a timm model")
     ] = None,
@@ -204,13 +207,18 @@ def compose(
     expert_noise: Annotated[float | None, typer.Option(min=0.0, help="noise on the copies, relative")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     dtype: Annotated[str, typer.Option(help="auto (the text model's), float32, bfloat16 or float16")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check, say how large it is, and write nothing")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a new model of a pretrained text model and encoders, its feed-forward copied into experts."""
-    from chorus_moe.training.compose import Parts, layer_numbers, read_experts
+    from chorus_moe.surgery import parameter_report
+    from chorus_moe.training.compose import Parts, layer_numbers, plan, read_experts
     from chorus_moe.training.compose import compose as compose_parts
     from chorus_moe.training.inspect_model import inspect_model
+    from chorus_moe.training.sizes import size_report
 
+    if out is None and not dry_run:
+        raise ValueError("--out is missing: the folder for the new model; or --dry-run")
     parts = Parts(
         text=text,
         vision=vision,
@@ -232,12 +240,17 @@ def compose(
     }
     # Options of the command line win over the file.
     options = read_experts(experts) | {name: value for name, value in given.items() if value is not None}
-    report = compose_parts(out, parts, dtype=dtype, **options)
-    parameters = inspect_model(out)
-    if as_json:
-        print(json.dumps({"report": report.to_dict(), "parameters": parameters.to_dict()}, indent=2))
+    if out is None or dry_run:
+        planned = plan(parts, dtype=dtype, **options).composition
+        report, parameters, sizes = planned.report, parameter_report(planned.model), size_report(planned.model)
     else:
-        print(report, parameters, sep="\n")
+        report = compose_parts(out, parts, dtype=dtype, **options)
+        parameters, sizes = inspect_model(out)
+    if as_json:
+        reports: dict[str, Any] = {"report": report, "parameters": parameters, "sizes": sizes}
+        print(json.dumps({name: value.to_dict() for name, value in reports.items()}, indent=2))
+    else:
+        print(report, parameters, sizes, sep="\n\n")
 
 
 @app.command()

@@ -7,16 +7,18 @@ Unusual here:
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import chorus_moe.auto_classes  # noqa: F401  the command line has not registered them before
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
+from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.processors.processing_chorus import ChorusProcessor
-from chorus_moe.surgery.compose_plan import compose_checkpoint, media_token_ids
+from chorus_moe.surgery.compose_plan import Composition, media_token_ids, plan_composition, write_composition
 from chorus_moe.surgery.compose_processor import compose_processor, parent_tokenizer
 from chorus_moe.surgery.parent_checkpoint import ParentCheckpoint
 from chorus_moe.surgery.parent_text import ParentText
@@ -25,6 +27,7 @@ from chorus_moe.surgery.report import OperationReport
 from chorus_moe.training.loading import DTYPES
 from chorus_moe.training.model_card import Parent, run_card
 from chorus_moe.training.recipe import nearest
+from chorus_moe.training.sizes import readable
 from chorus_moe.training.yaml_files import read_yaml
 
 # What `chorus_moe.surgery.compose` takes beside the parts.
@@ -72,29 +75,24 @@ class Parts:
         return {name: getattr(self, name) for name in ("token", "cache_dir", "local_files_only")}
 
 
-def compose(
-    folder: str | os.PathLike[str],
-    parts: Parts,
-    *,
-    dtype: str = "auto",
-    max_shard_size: int | str = "5GB",
-    **experts: Any,
-) -> OperationReport:
-    """Write model, processor and card into a new folder; `AutoModelForMultimodalLM` and `AutoProcessor` load it.
+class Plan(NamedTuple):
+    """What `compose` is about to write.
 
     Args:
-        folder: empty, or not there yet.
-        dtype: of the new model; `auto` for that of the text part.
-        max_shard_size: as in `save_pretrained`.
-        experts: as in `chorus_moe.surgery.compose` (`EXPERT_OPTIONS`).
-
-    Raises:
-        OSError: a part is not there, or lacks a file, as transformers says it.
-        ValueError: a part or a setting that does not fit, before any weight is read.
+        composition: the model, on the meta device.
+        processor: of the model.
+        parents: of which it is made, for the card.
+        notes: what became of the parents' chat template.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: not an empty folder")
+
+    composition: Composition
+    processor: ChorusProcessor
+    parents: list[Parent]
+    notes: list[str]
+
+
+def plan(parts: Parts, *, dtype: str = "auto", **experts: Any) -> Plan:
+    """Open the parts and check everything, without reading a weight. Arguments and errors as in `compose`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; choose from {', '.join(DTYPES)}")
     check_names(experts, "compose")
@@ -105,26 +103,57 @@ def compose(
     notes: list[str] = []
     processor = build_processor(parts, text, vision, audio, notes)
     # Encoders are handed over opened, the text part with its pinned commit: weights come from what was checked.
-    report = compose_checkpoint(
-        folder,
-        text.source,
-        vision,
-        audio,
-        revision=text.revision,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        **parts.access,
-        **experts,
-    )
-    report.notes.extend(notes)
-    processor.save_pretrained(folder)
-    parents: dict[str, Any] = {"text": text, "vision": vision, "audio": audio}
-    named = [Parent(part, origin.source, origin.revision) for part, origin in parents.items() if origin is not None]
+    options = {"revision": text.revision, "dtype": dtype, **parts.access, **experts}
+    composition = plan_composition(ChorusForConditionalGeneration, text.source, vision, audio, **options)
+    composition.report.notes.extend(notes)
+    origins: dict[str, Any] = {"text": text, "vision": vision, "audio": audio}
+    parents = [Parent(part, origin.source, origin.revision) for part, origin in origins.items() if origin is not None]
+    return Plan(composition, processor, parents, notes)
+
+
+def compose(
+    folder: str | os.PathLike[str],
+    parts: Parts,
+    *,
+    dtype: str = "auto",
+    max_shard_size: int | str = "5GB",
+    **experts: Any,
+) -> OperationReport:
+    """Write model, processor and card into a new folder; `AutoModelForMultimodalLM` and `AutoProcessor` load it.
+
+    How large the model is goes to standard error before the first weight is read.
+
+    Args:
+        folder: empty, or not there yet.
+        dtype: of the new model; `auto` for that of the text part.
+        max_shard_size: as in `save_pretrained`.
+        experts: as in `chorus_moe.surgery.compose` (`EXPERT_OPTIONS`).
+
+    Raises:
+        OSError: a part is not there, or lacks a file, as transformers says it; the disk is too small.
+        ValueError: a part or a setting that does not fit, before any weight is read.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: not an empty folder")
+    planned = plan(parts, dtype=dtype, **experts)
+    print(size_line(planned.composition), file=sys.stderr)
+    write_composition(planned.composition, folder, max_shard_size)
+    planned.processor.save_pretrained(folder)
     config = ChorusConfig.from_pretrained(folder)
     # The card needs the configuration only, so no model is built for it.
-    card = run_card(SimpleNamespace(config=config), parents=named, notes=notes)
+    card = run_card(SimpleNamespace(config=config), parents=planned.parents, notes=planned.notes)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    return report
+    return planned.composition.report
+
+
+def size_line(composition: Composition) -> str:
+    """Parameters and bytes of a planned model, as in "1,234 parameters, 4.9 kB in float32"."""
+    tensors = composition.tensors().values()
+    # Buffers that are saved have types of their own.
+    dtype = str(composition.model.dtype).removeprefix("torch.")
+    count = sum(parameter.numel() for parameter in composition.model.parameters())
+    return f"composes a model of {count:,} parameters, {readable(sum(tensor.size for tensor in tensors))} in {dtype}"
 
 
 def read_towers(parts: Parts) -> tuple[TowerParent | None, TowerParent | None]:

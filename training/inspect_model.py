@@ -1,4 +1,4 @@
-"""How large a model is: the parameter report of a config.json, a model folder or a Hub id."""
+"""How large a model is: the reports of a config.json, a model folder or a Hub id."""
 
 import os
 
@@ -6,10 +6,11 @@ from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.surgery import parameter_report
 from chorus_moe.surgery.parameters import ParameterReport
 from chorus_moe.training.loading import check_source
+from chorus_moe.training.sizes import SizeReport, size_report
 
 
-def inspect_model(name_or_path: str | os.PathLike[str]) -> ParameterReport:
-    """Count the parameters of a generative model without allocating them.
+def inspect_model(name_or_path: str | os.PathLike[str]) -> tuple[ParameterReport, SizeReport]:
+    """Count the parameters of a generative model, and the bytes that it takes, without allocating them.
 
     Raises:
         FileNotFoundError: a path that is not there.
@@ -20,4 +21,5 @@ def inspect_model(name_or_path: str | os.PathLike[str]) -> ParameterReport:
     values, _ = ChorusConfig.get_config_dict(source)
     if values.get("model_type") != ChorusConfig.model_type:
         raise ValueError(f"{source!r} is a {values.get('model_type')!r}, expected {ChorusConfig.model_type!r}")
-    return parameter_report(ChorusConfig.from_dict(values))
+    config = ChorusConfig.from_dict(values)
+    return parameter_report(config), size_report(config)

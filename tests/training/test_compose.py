@@ -1,7 +1,10 @@
 """A text model and encoders in their own folders become one model that answers and trains."""
 
+import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -209,3 +212,39 @@ def test_nothing_is_written_when_a_part_is_wrong(folders: Path, monkeypatch: pyt
         with pytest.raises(SystemExit, match=message):
             cli.main()
         assert not (folders / "new").exists()
+
+
+def test_a_dry_run_tells_the_sizes_and_writes_nothing(folders: Path) -> None:
+    words = ["compose", "--text", folders / "text", *save_encoders(folders, "siglip", "whisper"), "--num-experts", 2]
+    said = invoke(*words, "--dry-run", "--out", folders / "out")
+    assert not (folders / "out").exists()
+    planned = json.loads(invoke(*words, "--dry-run", "--json"))
+    written = json.loads(invoke(*words, "--out", folders / "out", "--json"))
+    assert planned == written
+    assert f"{planned['parameters']['total']:,}" in said and "to train whole" in said
+    size = planned["sizes"]["sizes"]["float32"]["disk"]
+    assert 0 <= (folders / "out" / "model.safetensors").stat().st_size - size < 40_000
+
+
+def test_the_size_is_told_before_the_first_weight_is_read(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> None:
+        raise RuntimeError("writing begins")
+
+    monkeypatch.setattr("chorus_moe.training.compose.write_composition", stop)
+    with pytest.raises(RuntimeError, match="writing begins"):
+        compose(folders / "out", Parts(text=str(folders / "text")), num_experts=2)
+    assert re.fullmatch(r"composes a model of [\d,]+ parameters, \d+\.\d kB in float32\n", capsys.readouterr().err)
+
+
+def test_a_disk_that_is_too_small_is_refused_in_time(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000))
+    with pytest.raises(OSError, match=r"takes [\d,]+ bytes, and the disk has 1,000 free"):
+        compose(folders / "out", Parts(text=str(folders / "text")), num_experts=2)
+    assert not (folders / "out").exists()
+
+
+def test_a_folder_is_asked_for(folders: Path) -> None:
+    with pytest.raises(ValueError, match="--out is missing"):
+        invoke("compose", "--text", folders / "text")

@@ -12,7 +12,8 @@ from chorus_moe.training.inspect_model import inspect_model
 def test_a_configuration_is_enough(model: ChorusForConditionalGeneration, tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path)
     for source in (tmp_path, tmp_path / "config.json"):
-        assert inspect_model(source).total == sum(p.numel() for p in model.parameters())
+        report, sizes = inspect_model(source)
+        assert report.total == sizes.parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_what_is_no_chorus_model_is_refused(tmp_path: Path) -> None:
