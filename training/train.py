@@ -28,6 +28,8 @@ from chorus_moe.training.loading import ModelOrAdapter, base_model, check_source
 from chorus_moe.training.rates import Rates
 from chorus_moe.training.readiness import check_recipe, check_weights, four_bits, prepare_parts
 from chorus_moe.training.recipe import GuardArguments, ModelArguments, Recipe
+from chorus_moe.training.results.pictures import CURVES, NO_PICTURES, can_draw, curves_of, draw_curves
+from chorus_moe.training.results.provenance import run_section
 from chorus_moe.training.resume import check_resume
 from chorus_moe.training.routing.callback import RoutingCallback
 from chorus_moe.training.routing.counters import RoutingCounters
@@ -112,7 +114,8 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     if is_new and trainer.is_local_process_zero():
         _remove_earlier(Path(arguments.output_dir), is_adapter=base_model(model) is not model)
     if trainer.is_world_process_zero():
-        _publish(model, processor, metrics, trainer, counters, stages)
+        run = run_section(recipe, trainer, train_rows, eval_rows)
+        _publish(model, processor, metrics, trainer, counters, stages, run)
     return metrics
 
 
@@ -181,18 +184,22 @@ def _publish(
     trainer: Trainer,
     counters: RoutingCounters | None,
     stages: Sequence[Mapping[str, Any]],
+    run: Sequence[str],
 ) -> None:
-    """Write the card and its picture of routing (of the evaluation data, or without them of the last logged steps) into
-    the output folder; upload model, processor and card when the recipe asks for it."""
+    """Write the card and its pictures, curves and routing (of the evaluation data, or without them of the last logged
+    steps), into the output folder; upload model, processor and card when the recipe asks for it."""
     from chorus_moe.training.hub import push_to_hub
     from chorus_moe.training.model_card import run_card
 
     folder = Path(trainer.args.output_dir)
     picture = write_routing(folder, counters) if counters is not None and counters.num_tokens else None
-    card = run_card(model, metrics, picture=picture, stages=stages)
+    curves = draw_curves(folder / CURVES, curves_of(trainer.state.log_history))
+    if not can_draw():
+        print(NO_PICTURES, file=sys.stderr)
+    card = run_card(model, metrics, picture=picture, stages=stages, curves=curves, run=run)
     (folder / "README.md").write_text(card, encoding="utf-8")
     if trainer.args.push_to_hub:
-        pictures = [picture] if picture else []
+        pictures = [path for path in (picture, curves) if path]
         push_to_hub(model, processor, trainer.hub_model_id, card=card, files=pictures, token=trainer.args.hub_token)
 
 

@@ -60,10 +60,8 @@ def write_results(folder: Path, evaluation: Evaluation, source: Mapping[str, Any
         source: what was evaluated, by name: model, data, split.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # An earlier picture must not stand beside figures that are not its own.
-    (folder / PICTURE).unlink(missing_ok=True)
     rows, confusion = answer_rows_of(evaluation), confusion_of(evaluation.answers, evaluation.references)
-    picture = None if confusion is None else draw_confusion(folder / PICTURE, {"": confusion})
+    picture = draw_confusion(folder / PICTURE, {} if confusion is None else {"": confusion})
     figures: dict[str, Any] = {**source, **evaluation.to_dict()}
     lines = ["# Results", "", *(f"- {name}: {value}" for name, value in source.items()), ""]
     lines += [f"Loss {evaluation.loss:.4f}. Answers count when they equal the reference up to case and spaces.", ""]

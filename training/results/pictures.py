@@ -10,6 +10,7 @@ from chorus_moe.training.results.confusion import Confusion
 from chorus_moe.training.routing.pictures import can_draw, pyplot_without_display
 
 COLOURS = {"train": "#2f6db3", "eval": "#d98032"}
+CURVES = "curves.png"
 NO_PICTURES = "matplotlib is not installed, so no picture is drawn: pip install 'chorus-moe[plots]'"
 
 
@@ -37,7 +38,9 @@ def curves_of(log_history: Sequence[Mapping[str, float]]) -> Curves:
 
 
 def draw_curves(path: Path, curves: Curves) -> Path | None:
-    """One panel a metric; None, and no picture, where there is no curve or matplotlib is missing."""
+    """One panel a metric; None, and no picture, where there is no curve or matplotlib is missing. A picture of an
+    earlier run is removed in any case."""
+    path.unlink(missing_ok=True)
     if not curves.can_be_seen or not can_draw():
         return None
     pyplot = pyplot_without_display()
@@ -60,7 +63,8 @@ def draw_curves(path: Path, curves: Curves) -> Path | None:
 
 def draw_confusion(path: Path, confusions: Mapping[str, Confusion]) -> Path | None:
     """Heat maps side by side, by title: shares of each reference in colour, counts in the cells; None without
-    matplotlib."""
+    matplotlib. A picture of an earlier evaluation is removed in any case."""
+    path.unlink(missing_ok=True)
     if not confusions or not can_draw():
         return None
     pyplot = pyplot_without_display()
