@@ -96,6 +96,44 @@ def evaluate(
         )
 
 
+@app.command("cache-features")
+def cache_features_command(
+    model: ModelName,
+    data: Annotated[str, typer.Argument(help="rows with media: file, folder or Hub id")],
+    out: Annotated[Path, typer.Argument(help="new folder, which data.train_data of a recipe takes")],
+    split: Annotated[list[str] | None, typer.Option(help="may be repeated; train if left out")] = None,
+    columns: Annotated[str | None, typer.Option(help="as data.columns in a recipe")] = None,
+    media_markers: Annotated[str, typer.Option(help="as in a recipe")] = "media",
+    media_folder: Annotated[str | None, typer.Option(help="as in a recipe")] = None,
+    on_bad_media: Annotated[str, typer.Option(help="raise, or skip rows that cannot be read")] = "raise",
+    max_bad_samples: Annotated[int, typer.Option(min=0)] = 100,
+    base: BaseName = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    device: DeviceName = None,
+    dtype: DtypeName = "auto",
+) -> None:
+    """Run the frozen towers once over data, so that training reads their outputs instead of media."""
+    from chorus_moe.training.data import load_rows
+    from chorus_moe.training.features.cache import cache_features
+    from chorus_moe.training.recipe import DataArguments
+
+    options = DataArguments(columns=columns, media_markers=media_markers, media_folder=media_folder).to_options()
+    splits = {name: load_rows(data, name, **options) for name in dict.fromkeys(split or ["train"])}
+    loaded = load(model, base, device, dtype)
+    facts = cache_features(
+        *loaded,
+        splits,
+        out,
+        source=Path(model).name,
+        batch_size=batch_size,
+        on_bad_media=on_bad_media,
+        max_bad_samples=max_bad_samples,
+    )
+    rows = ", ".join(f"{name} {count:,}" for name, count in facts.splits.items())
+    size = sum(path.stat().st_size for path in out.iterdir()) / 2**20
+    print(f"wrote {out}: {rows} rows, {size:,.1f} MiB, features of {' and '.join(facts.towers)}")
+
+
 @app.command()
 def generate(
     model: ModelOption,

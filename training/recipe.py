@@ -260,7 +260,8 @@ def build_recipe(sections: object, where: str, overrides: Sequence[str] = ()) ->
     said = {word[2:] for word in with_underscores(overrides) if word.startswith("--")}
     names = {name for kind in SECTIONS.values() for name in field_names(kind)}
     # `--no_NAME` says something about NAME.
-    return Recipe(*parsed, frozenset({*values, *(n if n in names else n.removeprefix("no_") for n in said)}))
+    given = frozenset({*values, *(name if name in names else name.removeprefix("no_") for name in said)})
+    return Recipe(*parsed)._replace(given=given)
 
 
 def read_sections(sections: object, where: str) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.surgery.tokenizer import add_media_tokens, build_tokenizer
 from chorus_moe.training.checkpoints import fault_of, newest_whole, numbered_checkpoints
-from chorus_moe.training.collator import ChorusDataCollator
-from chorus_moe.training.data import RowDataset, load_rows
+from chorus_moe.training.data import FeatureRows, RowDataset, load_rows
 from chorus_moe.training.evaluate import text_of
+from chorus_moe.training.features.checks import check_features
+from chorus_moe.training.features.collate import FeatureCollator
 from chorus_moe.training.guards.skills import SkillGuard
 from chorus_moe.training.guards.steps import StepGuard
 from chorus_moe.training.label_smoothing import smooth_labels
@@ -73,7 +74,8 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     checkpoint = find_checkpoint(arguments, recipe.model.model_name_or_path)
     is_new = arguments.overwrite_output_dir and checkpoint is None
     model, processor = load_or_build(recipe, train_rows, checkpoint)
-    collator = ChorusDataCollator(
+    check_features(model, processor, {"data.train_data": train_rows, "data.eval_data": eval_rows})
+    collator = FeatureCollator(
         processor,
         max_length=recipe.data.max_length,
         on_bad_media=recipe.data.on_bad_media,
@@ -210,6 +212,8 @@ def load_or_build(
     given = recipe.model
     if (given.model_name_or_path is None) == (given.config is None):
         raise ValueError("give exactly one of model.model_name_or_path and model.config")
+    if given.config is not None and isinstance(rows, FeatureRows):
+        raise ValueError("data.train_data holds cached features, which new towers have not made: leave model.config")
     names = ("attn_implementation", "experts_implementation")
     options = {name: getattr(given, name) for name in names if getattr(given, name)}
     if recipe.lora.use_lora and given.model_name_or_path is None:
