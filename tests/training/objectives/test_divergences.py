@@ -33,7 +33,9 @@ def test_forward_and_reverse_kl_are_those_of_torch_distributions(logits: tuple[t
     whole = TokenProbabilities(log_probabilities(teacher, 3.0))
     expected = {"forward_kl": kl_divergence(p, q) * 9, "reverse_kl": kl_divergence(q, p) * 9}
     for loss, value in expected.items():
-        torch.testing.assert_close(token_divergence(student, whole, loss, temperature=3.0), value, atol=9 * ATOL, rtol=0)
+        torch.testing.assert_close(
+            token_divergence(student, whole, loss, temperature=3.0), value, atol=9 * ATOL, rtol=0
+        )
 
 
 def test_half_beta_is_the_jensen_shannon_divergence_of_scipy(logits: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -88,7 +90,9 @@ def test_the_rest_counts_as_one_token(logits: tuple[torch.Tensor, torch.Tensor],
 
     expected = divergence(pooled(student).log(), pooled(teacher).log(), loss)
     torch.testing.assert_close(found.double(), expected, atol=ATOL, rtol=0)
-    assert (found <= token_divergence(logits[0], TokenProbabilities(log_probabilities(logits[1], 1.0)), loss) + ATOL).all()
+    assert (
+        found <= token_divergence(logits[0], TokenProbabilities(log_probabilities(logits[1], 1.0)), loss) + ATOL
+    ).all()
 
 
 def test_probabilities_of_zero_give_no_nan() -> None:
