@@ -58,8 +58,8 @@ def check_distillation(asked: DistillationArguments) -> None:
         raise ValueError(f"distillation_temperature={asked.distillation_temperature} must be above 0")
     if asked.distillation_loss == JENSEN_SHANNON and not 0 < asked.distillation_beta < 1:
         raise ValueError(
-            f"distillation_beta={asked.distillation_beta} must lie between 0 and 1; at the ends jensen_shannon is 0: take "
-            "forward_kl or reverse_kl"
+            f"distillation_beta={asked.distillation_beta} must lie between 0 and 1; at the ends jensen_shannon is "
+            "0: take forward_kl or reverse_kl"
         )
     for name in ("distillation_weight", "distilled_layers_weight", "distilled_routers_weight"):
         if not getattr(asked, name) >= 0:

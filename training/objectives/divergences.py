@@ -1,8 +1,9 @@
 """How far a student is from its teacher: pure functions of distributions, states and routers.
 
-TRL has the three divergences of distributions in `GKDTrainer.generalized_jsd_loss`, and the tests hold ours against it. It
-is not called here because it needs logits of the whole vocabulary, which files do not hold, gives NaN where a logit is
-minus infinity, and lies in `trl.experimental`, below a Trainer of its own, in a package that users need for nothing else.
+TRL has the three divergences of distributions in `GKDTrainer.generalized_jsd_loss`, and the tests hold ours against
+it. It is not called here because it needs logits of the whole vocabulary, which files do not hold, gives NaN where a
+logit is minus infinity, and lies in `trl.experimental`, below a Trainer of its own, in a package that users need for
+nothing else.
 
 Shape suffixes: N positions, V shared tokens, K tokens that are known one by one, T rows of a router, E experts.
 """
@@ -55,8 +56,8 @@ def token_divergence(
 ) -> Tensor:
     """`(N,)` float32: divergence of a student from its teacher at each position, times the squared temperature.
 
-    That factor keeps gradients as large as they are at temperature 1 (arXiv 1503.02531, section 2), so that the weight of
-    the loss and the learning rate need no change with it.
+    That factor keeps gradients as large as they are at temperature 1 (arXiv 1503.02531, section 2), so that the weight
+    of the loss and the learning rate need no change with it.
 
     Where the teacher's tokens are only the most likely ones, all others count as one more token, with the rest of the
     probability of either side. The divergence is then a lower bound of the one over all tokens: it asks for the
@@ -65,8 +66,8 @@ def token_divergence(
     Args:
         logits_NV: of the student, for the shared tokens.
         loss: "forward_kl", KL(teacher | student); "reverse_kl", KL(student | teacher); or "jensen_shannon", beta
-            KL(teacher | mixture) + (1 - beta) KL(student | mixture), where the mixture has beta of the teacher and 1 - beta
-            of the student (arXiv 2306.13649, equation 1). Its limits at beta 0 and 1 are 0.
+            KL(teacher | mixture) + (1 - beta) KL(student | mixture), where the mixture has beta of the teacher and 1 -
+            beta of the student (arXiv 2306.13649, equation 1). Its limits at beta 0 and 1 are 0.
     """
     student_NK = log_probabilities(logits_NV, temperature)
     teacher_NK = teacher.log_probs.float()
@@ -97,9 +98,9 @@ def relative_entropy(p: Tensor, q: Tensor) -> Tensor:
 
 
 def state_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """`(...,)` float32: squared distance of states `(..., D)` in units of the teacher's squared length: 0 for equal ones, 1
-    for states of zeros. So a token or a layer with large states, of which language models have some, weighs as much as
-    any other."""
+    """`(...,)` float32: squared distance of states `(..., D)` in units of the teacher's squared length: 0 for equal
+    ones, 1 for states of zeros. So a token or a layer with large states, of which language models have some, weighs as
+    much as any other."""
     student, teacher = student.float(), teacher.float()
     length = teacher.square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return (student - teacher).square().sum(dim=-1) / length
@@ -109,7 +110,8 @@ def router_divergence(student_TE: Tensor, teacher_TE: Tensor) -> Tensor:
     """`(T,)`: KL(teacher | student) of the probabilities of experts.
 
     A teacher with m times as many experts is read in groups: the student's expert i stands for the teacher's experts
-    m i to m i + m - 1, with the sum of their probabilities. In a bank split by `expert_split` these are the slices of one feed-forward.
+    m i to m i + m - 1, with the sum of their probabilities. In a bank split by `expert_split` these are the slices of
+    one feed-forward.
     """
     grouped_TE = teacher_TE.unflatten(-1, (student_TE.shape[-1], -1)).sum(dim=-1)
     tiny = torch.finfo(torch.float32).tiny

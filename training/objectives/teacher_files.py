@@ -1,8 +1,8 @@
 """What teachers expect of the rows of a data set, on disk, so that they need not be in memory while a student learns.
 
 A folder holds `teacher.json` and shards of safetensors. A row is found by a hash of its turns and media. The labelled
-tokens are kept with it, and the hashes of the teachers, of the processor and of its limit of tokens in `teacher.json`: what
-was changed since, the row or anything else, is refused.
+tokens are kept with it, and the hashes of the teachers, of the processor and of its limit of tokens in `teacher.json`:
+what was changed since, the row or anything else, is refused.
 
 Unusual here:
 - only the `top_k` most likely tokens of a position are kept, and the probability of all others together;
@@ -253,7 +253,8 @@ class TeacherFiles:
         path = self.folder / MANIFEST
         if not path.is_file():
             raise FileNotFoundError(
-                f"distillation.teacher_logits: {str(folder)!r} has no {MANIFEST}; `chorus-moe precompute-teacher` writes it"
+                f"distillation.teacher_logits: {str(folder)!r} has no {MANIFEST}; `chorus-moe precompute-teacher` "
+                "writes it"
             )
         self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         # Hash of a row -> its shard, and where its positions begin and stop.
@@ -286,13 +287,13 @@ class TeacherFiles:
         """Refuse answers to what another processor made of the rows, or at another temperature. Raises ValueError."""
         if self.manifest["processor"] != digest_of_processor(processor, max_length):
             raise ValueError(
-                f"{str(self.folder)!r} was written with another processor or max_length than this run's ({max_length}), so "
-                "its rows are other tokens; write it again"
+                f"{str(self.folder)!r} was written with another processor or max_length than this run's "
+                f"({max_length}), so its rows are other tokens; write it again"
             )
         if self.manifest["temperature"] != temperature:
             raise ValueError(
-                f"{str(self.folder)!r} holds probabilities at temperature {self.manifest['temperature']:g}, the run asks "
-                f"for {temperature:g}; the rest cannot be known there, write it again"
+                f"{str(self.folder)!r} holds probabilities at temperature {self.manifest['temperature']:g}, the "
+                f"run asks for {temperature:g}; the rest cannot be known there, write it again"
             )
 
     def check_teachers(self, sources: Sequence[str]) -> None:
@@ -361,8 +362,8 @@ class TaughtRows(Dataset):
             return {**row, FOUND: self.files.find(row)}
         except KeyError:
             raise ValueError(
-                f"row {index} is none of the {len(self.files):,} that {str(self.files.folder)!r} was written for, or was "
-                "changed since; run `chorus-moe precompute-teacher` again, into another folder"
+                f"row {index} is none of the {len(self.files):,} that {str(self.files.folder)!r} was written for, "
+                "or was changed since; run `chorus-moe precompute-teacher` again, into another folder"
             ) from None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

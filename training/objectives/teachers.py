@@ -1,9 +1,10 @@
 """Teachers: frozen models that say what they expect of a batch.
 
 Unusual here:
-- a teacher is no module of the student or of an objective, so it is not trained, saved, counted or switched to training;
-- its probabilities are those of tokens that both tokenizers have under the same ids. A Chorus model made of a text model
-  has that model's tokens and its own for media, which are never answers;
+- a teacher is no module of the student or of an objective, so it is not trained, saved, counted or switched to
+  training;
+- its probabilities are those of tokens that both tokenizers have under the same ids. A Chorus model made of a text
+  model has that model's tokens and its own for media, which are never answers;
 - a teacher without one of the student's modalities reads the rows of text alone. The others learn from their labels.
 
 Shape suffixes: B batch, S sequence, N positions that predict a label, V shared tokens.
@@ -118,8 +119,8 @@ class Teacher:
             else:
                 self.reads_media = False
                 logger.warning(
-                    f"teacher {source!r} does not read all of {', '.join(sorted(modalities))}: rows with media learn from "
-                    "their labels alone"
+                    f"teacher {source!r} does not read all of {', '.join(sorted(modalities))}: rows with media "
+                    "learn from their labels alone"
                 )
         self._checked = (id(student), id(processor))
 
@@ -240,8 +241,8 @@ def shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedToken
             found = f"is {tokens[index]!r}" if index in tokens else "does not exist"
             raise ValueError(
                 f"teacher {source!r} has another tokenizer: its token {index} is {token!r}, the student's {found} "
-                f"({len(theirs)} and {len(ours)} tokens). Probabilities are compared token by token, so the teacher must "
-                "have the student's tokenizer"
+                f"({len(theirs)} and {len(ours)} tokens). Probabilities are compared token by token, so the "
+                "teacher must have the student's tokenizer"
             )
     return max(theirs.values()) + 1
 

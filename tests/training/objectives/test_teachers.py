@@ -131,7 +131,7 @@ def test_another_tokenizer_is_refused_with_its_first_other_token_and_both_sizes(
     ours = {index: token for token, index in tokenizer.get_vocab().items()}
     theirs = {index: token for token, index in other.get_vocab().items()}
     first = next(index for index in range(len(theirs)) if theirs[index] != ours.get(index))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="another tokenizer") as error:
         shared_vocabulary(other, tokenizer, "large")
     said = str(error.value)
     assert f"teacher 'large' has another tokenizer: its token {first} is {theirs[first]!r}" in said
