@@ -1,7 +1,7 @@
 """A student of a third of the active parameters, with and without its teacher, on the demo's questions.
 
-Run as `python -m benchmarks.distillation`. A teacher of three layers learns first. Then three students of two layers and
-narrower experts learn from the same batches, in as many steps and from the same weights:
+Run as `python -m benchmarks.distillation`. A teacher of three layers learns first. Then three students of two layers
+and narrower experts learn from the first half of its batches, from the same weights:
 
 - `alone`: from the labels;
 - `chorus`: from the labels and the teacher's probabilities of the answers' tokens (forward KL, temperature 2);
@@ -97,7 +97,7 @@ def students(lesson: Lesson, config: ChorusConfig, folder: Path) -> dict[str, An
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = lesson_options(steps=200, seeds=3, questions=100)
+    options = lesson_options(steps=400, seeds=3, questions=100)
     parsed = parse("A student with and without its teacher.", arguments, *options)
     settings = LessonSettings.read(parsed)
     report = Report(f"distillation, {settings}", parsed)
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
             path = Path(folder) / str(seed)
             teacher = teach(lesson, configs["teacher"], path)
             learning = students(lesson, configs[OURS], path)
-            report.add(f"seed {seed} training step", figures(lesson.learn(learning)))
+            report.add(f"seed {seed} training step", figures(lesson.learn(learning, settings.steps // 2)))
             models = {"teacher": teacher} | {name: getattr(one, "student", one) for name, one in learning.items()}
             scores.append(score(lesson, models))
             for row, values in scores[-1].items():

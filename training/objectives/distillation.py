@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chorus_moe.modeling.configuration_banks import ExpertBankConfig
+from chorus_moe.modeling.configuration_banks import LayerBankConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
+from chorus_moe.modeling.modeling_outputs import ChorusLossOutput
 from chorus_moe.modeling.moe_routers import ROUTER_CLASSES
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.loading import ModelOrAdapter, base_model
@@ -41,7 +42,7 @@ class DistilledTokens(Objective):
         loss, beta, temperature: see `token_divergence`.
     """
 
-    name = "teacher_tokens"
+    by_labels = True
 
     def __init__(
         self,
@@ -52,15 +53,15 @@ class DistilledTokens(Objective):
         temperature: float = 1.0,
         weight: float = 1.0,
     ):
-        super().__init__()
-        self.source, self.weight = source, weight
+        super().__init__("teacher_tokens", weight)
+        self.source = source
         self.options: dict[str, Any] = {"loss": loss, "beta": beta, "temperature": temperature}
 
     def check(self, model: nn.Module, processor: ChorusProcessor) -> None:
         if isinstance(self.source, Teacher):
             self.source.check(base_model(model).config, processor)
 
-    def forward(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
+    def forward(self, model: nn.Module, inputs: Mapping[str, Any], outputs: ChorusLossOutput) -> Tensor:
         # Tokens that an adapter puts in front have logits of their own.
         logits_BSV = outputs.logits[:, -inputs["labels"].shape[1] :]
         answer = self.source.read(inputs) if isinstance(self.source, Teacher) else from_columns(inputs)
@@ -68,7 +69,7 @@ class DistilledTokens(Objective):
             return logits_BSV[:, :1].float().sum() * 0.0
         num_shared = self.source.num_shared
         logits_NV = logits_BSV[answer.positions.to(logits_BSV.device)][:, :num_shared]
-        tokens = TokenProbabilities(*(None if part is None else part.to(logits_NV.device) for part in answer.tokens))
+        tokens = answer.tokens.each(lambda part: part.to(logits_NV.device))
         num_labels = (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
         return token_divergence(logits_NV, tokens, **self.options).sum() / num_labels.to(logits_NV.device)
 
@@ -83,11 +84,9 @@ class DistilledStates(Objective):
             from the one to the other, which is trained and not part of the student.
     """
 
-    name = "teacher_states"
-
     def __init__(self, teacher: Teacher, layers: Mapping[int, int], widths: tuple[int, int], weight: float = 1.0):
-        super().__init__()
-        self.teacher, self.layers, self.weight = teacher, dict(layers), weight
+        super().__init__("teacher_states", weight)
+        self.teacher, self.layers = teacher, dict(layers)
         teacher.asks_hidden_states = True
         is_mapped = widths[0] != widths[1]
         self.maps = nn.ModuleDict({str(layer): nn.Linear(*widths, bias=False) for layer in layers if is_mapped})
@@ -104,7 +103,7 @@ class DistilledStates(Objective):
     def forward_options(self) -> dict[str, Any]:
         return {"output_hidden_states": True}
 
-    def forward(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
+    def forward(self, model: nn.Module, inputs: Mapping[str, Any], outputs: ChorusLossOutput) -> Tensor:
         answer, length = self.teacher.read(inputs), inputs["input_ids"].shape[1]
         real_BS = inputs["attention_mask"].bool()
         # In the graph also where nothing is read: all ranks must have gradients for the same parameters.
@@ -132,14 +131,12 @@ class DistilledRouters(Objective):
         layers: sparse layer of the student -> sparse layer of the teacher, counted from 0 as in the configuration.
     """
 
-    name = "teacher_routers"
-
     def __init__(self, teacher: Teacher, layers: Mapping[int, int], weight: float = 1.0):
-        super().__init__()
-        self.teacher, self.layers, self.weight = teacher, dict(layers), weight
+        super().__init__("teacher_routers", weight)
+        self.teacher, self.layers = teacher, dict(layers)
         teacher.asks_routing = True
         # (place in the student's routing, in the teacher's, bank of the student, of the teacher); `check` fills it.
-        self.pairs: list[tuple[int, int, ExpertBankConfig, ExpertBankConfig]] = []
+        self.pairs: list[tuple[int, int, LayerBankConfig, LayerBankConfig]] = []
 
     def check(self, model: nn.Module, processor: ChorusProcessor) -> None:
         self.teacher.check(base_model(model).config, processor)
@@ -163,7 +160,7 @@ class DistilledRouters(Objective):
                         f"distilled_routers: the {side} has the sparse layers {list(text.sparse_layers)}, found "
                         f"{number}"
                     )
-                found.append({bank.name: bank for bank in text.banks if bank.layers is None or number in bank.layers})
+                found.append({bank.name: bank for bank in text.banks_of_layer(number)})
             names = [name for name in found[0] if name in found[1]]
             if not names:
                 raise ValueError(
@@ -178,7 +175,7 @@ class DistilledRouters(Objective):
     def forward_options(self) -> dict[str, Any]:
         return {"output_router_logits": True}
 
-    def forward(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
+    def forward(self, model: nn.Module, inputs: Mapping[str, Any], outputs: ChorusLossOutput) -> Tensor:
         answer = self.teacher.read(inputs)
         assert answer is not None and answer.routing is not None  # by `check`
         losses, counts = [], []
@@ -265,7 +262,7 @@ def only(teacher: Teacher, name: str) -> ModelOrAdapter:
     return teacher.models[0]
 
 
-def check_banks(ours: ExpertBankConfig, theirs: ExpertBankConfig, layer: int) -> None:
+def check_banks(ours: LayerBankConfig, theirs: LayerBankConfig, layer: int) -> None:
     where = f"distilled_routers: bank {ours.name!r} of layer {layer}"
     modalities: Sequence[Iterable[str]] = [bank.modalities or () for bank in (ours, theirs)]
     if set(modalities[0]) != set(modalities[1]):

@@ -61,9 +61,8 @@ def check_distillation(asked: DistillationArguments) -> None:
             f"distillation_beta={asked.distillation_beta} must lie between 0 and 1; at the ends jensen_shannon is "
             "0: take forward_kl or reverse_kl"
         )
-    for name in ("distillation_weight", "distilled_layers_weight", "distilled_routers_weight"):
-        if not getattr(asked, name) >= 0:
-            raise ValueError(f"{name}={getattr(asked, name)} must not be negative")
+    if not asked.distillation_weight >= 0:
+        raise ValueError(f"distillation_weight={asked.distillation_weight} must not be negative")
     if asked.teacher_top_k < 1:
         raise ValueError(f"teacher_top_k={asked.teacher_top_k}: keep at least one token")
     if asked.teacher_logits is not None and (asked.distilled_layers or asked.distilled_routers):

@@ -9,6 +9,7 @@ Shape suffixes: N positions, V shared tokens, K tokens that are known one by one
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,11 @@ class TokenProbabilities(NamedTuple):
     log_probs: Tensor
     token_ids: Tensor | None = None
     log_rest: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "TokenProbabilities":
+        """All parts that are there, changed."""
+        token_ids, log_rest = (None if part is None else change(part) for part in self[1:])
+        return TokenProbabilities(change(self.log_probs), token_ids, log_rest)
 
     def top(self, k: int) -> "TokenProbabilities":
         """The `k` most likely tokens, and the rest. All of them keep the order of their likelihood."""

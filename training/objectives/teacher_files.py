@@ -188,15 +188,16 @@ def write_teacher(
             output = teacher.read(inputs)
             if output is None or not keys:
                 continue
-            tokens = [None if part is None else part.cpu() for part in output.tokens.top(top_k)]
+            tokens = output.tokens.top(top_k).each(Tensor.cpu)
             counts, stop = output.positions.sum(dim=1).tolist(), 0
             for sample, (key, count) in enumerate(zip(keys, counts, strict=True)):
                 begin, stop = stop, stop + count
                 if key in seen or not output.samples[sample]:
                     continue
                 seen.add(key)
-                found = TokenProbabilities(*(None if part is None else part[begin:stop] for part in tokens))
                 labels_n = batch["labels"][sample, 1:]
+                of_row = slice(begin, stop)
+                found = tokens.each(lambda part, of_row=of_row: part[of_row])  # type: ignore[misc]
                 shard.add(key, RowTokens(found, labels_n[labels_n != -100]))
         shard.write()
         manifest |= {"rows": len(seen), "positions": shard.positions, "shards": shard.names}
@@ -390,12 +391,13 @@ def teacher_columns(rows: Sequence[Row], batch: Mapping[str, Tensor]) -> dict[st
                 + (" others" if len(labels_n) == len(entry.labels) else "")
                 + "; write distillation.teacher_logits again"
             )
-    read = [entry for entry in found if entry is not None]
+    read = [entry.tokens for entry in found if entry is not None]
     columns = {"teacher_read": torch.tensor([entry is not None for entry in found])}
     if not read:
         return columns
-    names = BATCH_KEYS[:2] if read[0].tokens.log_rest is None else BATCH_KEYS[:3]
-    for place, name in enumerate(names):
-        parts = [read[0].tokens[place][:0] if entry is None else entry.tokens[place] for entry in found]
-        columns[name] = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+    # Nothing for the others, of the right width.
+    nothing = read[0].each(lambda part: part[:0])
+    for name, *parts in zip(BATCH_KEYS, *(nothing if entry is None else entry.tokens for entry in found), strict=False):
+        if parts[0] is not None:
+            columns[name] = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
     return columns

@@ -195,7 +195,8 @@ def test_under_autocast_the_loss_is_that_of_float32_up_to_rounding(
     source: str, tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor, inputs: dict[str, torch.Tensor]
 ) -> None:
     student, teacher = make_model(tokenizer), Teacher([source])
-    objectives = [DistilledTokens(teacher), DistilledStates(teacher, {2: 2}, (64, 64)), DistilledRouters(teacher, {1: 1})]
+    states, routers = DistilledStates(teacher, {2: 2}, (64, 64)), DistilledRouters(teacher, {1: 1})
+    objectives = [DistilledTokens(teacher), states, routers]
     for objective in objectives:
         objective.check(student, processor)
     options = {"output_hidden_states": True, "output_router_logits": True}
@@ -247,9 +248,12 @@ def test_arguments_that_no_teacher_can_make_right_are_refused(values: dict[str, 
 def test_layers_that_do_not_exist_are_refused(
     source: str, model: Any, processor: ChorusProcessor, values: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(ValueError, match=said):
+    def check() -> None:
         for objective in distillation_objectives(recipe(teachers=[source], **values), model, processor)[0]:
             objective.check(model, processor)
+
+    with pytest.raises(ValueError, match=said):
+        check()
 
 
 def test_states_and_routers_are_those_of_one_chorus_model(
