@@ -1,5 +1,6 @@
 """The Trainer of `chorus-moe train`: whole checkpoints, rates by part and depth, guarded steps, more optimizers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import TrainingArguments
 
 from chorus_moe.training.checkpoints import WholeCheckpoints
 from chorus_moe.training.guards.steps import FOLDER, StepGuard, keep_batch
+from chorus_moe.training.objectives.objective import ClearGradients, Objective, ObjectiveTerms
 from chorus_moe.training.rates import Rates, split_groups
 from chorus_moe.training.recipe import PRODIGY
 
@@ -16,18 +18,31 @@ MEMORY = "step_guard"
 
 
 class ChorusTrainer(WholeCheckpoints):
-    """The Trainer with whole checkpoints, plus learning rates by part, a guard of its steps, and Prodigy.
+    """The Trainer with whole checkpoints, plus rates by part, a guard of its steps, more objectives, and Prodigy.
 
     Args:
         rates: learning rates by part and depth; None for one rate.
         guard: which steps are skipped; None takes every step.
+        objectives: further terms of the loss. Logs get the mean of each by its name.
     """
 
-    def __init__(self, *arguments: Any, rates: Rates | None = None, guard: StepGuard | None = None, **options: Any):
+    def __init__(
+        self,
+        *arguments: Any,
+        rates: Rates | None = None,
+        guard: StepGuard | None = None,
+        objectives: Sequence[Objective] = (),
+        **options: Any,
+    ):
         self.rates, self.guard = rates, guard
         # The micro-batches of the step, kept until it is taken.
         self._batches: list[dict[str, Any]] = []
         super().__init__(*arguments, **options)
+        self.objectives = ObjectiveTerms(objectives).to(self.args.device)
+        for objective in objectives:
+            objective.check(self.model, self.processing_class)
+        if objectives:
+            self.add_callback(ClearGradients(self.objectives))
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
@@ -45,7 +60,31 @@ class ChorusTrainer(WholeCheckpoints):
         if is_new and self.rates is not None:
             trained = self.model if model is None else model
             split_groups(optimizer, trained, self.rates.of_parameters(trained, self.args.learning_rate))
+        if is_new and (own := list(self.objectives.parameters())):
+            optimizer.add_param_group({"params": own, "lr": self.args.learning_rate, "weight_decay": 0.0})
         return optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        # Evaluation reports the model's own loss alone.
+        if not model.training or not len(self.objectives):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        asked = {**inputs, **self.objectives.forward_options()}
+        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
+        share, ranks = 1.0, 1
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            # The Trainer does not divide by the number of micro-batches then.
+            share = 1 / self.current_gradient_accumulation_steps
+            if self.args.average_tokens_across_devices:
+                ranks = self.accelerator.num_processes // self.get_tp_size()
+        terms = self.objectives.loss(model, inputs, outputs, share, num_items_in_batch, ranks)
+        loss = loss + terms.to(loss.device)
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Tensor:
         if self.guard is not None:
@@ -55,6 +94,7 @@ class ChorusTrainer(WholeCheckpoints):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The last hook before the optimizer's step that knows the norm before clipping."""
         norm = super()._get_grad_norm(model, grad_norm)
+        self.objectives.average_gradients()
         batches, self._batches = self._batches, []
         if self.guard is None or (self.accelerator.scaler is not None and not torch.isfinite(torch.as_tensor(norm))):
             # A gradient that overflowed in float16 is the scaler's: it skips the step and lowers its scale.
@@ -63,6 +103,7 @@ class ChorusTrainer(WholeCheckpoints):
         if not self.guard.admits(float(norm), step, memory):
             # What has no gradient stays as it is, moments and weight decay included, in every optimizer.
             self.model.zero_grad(set_to_none=True)
+            self.objectives.zero_grad(set_to_none=True)
             folder, rank = Path(self.args.output_dir) / FOLDER, self.args.process_index
             keep_batch(folder / f"step-{step}-rank-{rank}.safetensors", batches, memory["skipped"][-1])
             self.guard.check(step, memory, folder)
@@ -71,6 +112,22 @@ class ChorusTrainer(WholeCheckpoints):
     @property
     def num_skipped_steps(self) -> int:
         return len(self.state.stateful_callbacks.get(MEMORY, {}).get("skipped", ()))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Logs of an evaluation have no "loss".
+        if "loss" in logs:
+            logs |= self.objectives.take_means()
+        super().log(logs, start_time)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.objectives.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.objectives.load(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._take_average()

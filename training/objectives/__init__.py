@@ -1,1 +1,1 @@
-"""Further terms of the loss."""
+"""Further terms of the training loss, beside the model's own."""
