@@ -43,6 +43,7 @@ class DistilledTokens(Objective):
     """
 
     by_labels = True
+    columns = BATCH_KEYS
 
     def __init__(
         self,
@@ -177,7 +178,8 @@ class DistilledRouters(Objective):
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Any], outputs: ChorusLossOutput) -> Tensor:
         answer = self.teacher.read(inputs)
-        assert answer is not None and answer.routing is not None  # by `check`
+        # By `check` and `forward_options`.
+        assert answer is not None and answer.routing is not None and outputs.routing is not None
         losses, counts = [], []
         for place, other, bank, wanted in self.pairs:
             student, teacher = outputs.routing[place][bank.name], answer.routing[other][bank.name]

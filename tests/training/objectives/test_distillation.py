@@ -1,12 +1,14 @@
 """Objectives of distillation against computations by hand, from teachers in memory and from files."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributions import Categorical, kl_divergence
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
 from chorus_moe.training.collator import ChorusDataCollator
@@ -19,18 +21,14 @@ from chorus_moe.training.objectives.distillation import (
 from chorus_moe.training.objectives.distillation_arguments import DistillationArguments, check_distillation
 from chorus_moe.training.objectives.teacher_files import TaughtRows, TeacherFiles, teacher_columns, write_teacher
 from chorus_moe.training.objectives.teachers import Teacher
+from chorus_moe.training.trainer import ChorusTrainer
 from tests.training.conftest import make_model, make_rows
 from tests.training.objectives.test_teachers import expected, save_chorus, save_llama, text_row
+from tests.training.test_checkpoints import SETTINGS
 
 # float32 sums in another order, at divergences of size 1.
 ATOL = 1e-5
 WIDE = {"hidden_size": 96, "num_hidden_layers": 4, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}
-
-
-@pytest.fixture
-def source(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> str:
-    save_chorus(tmp_path / "teacher", tokenizer)
-    return str(tmp_path / "teacher")
 
 
 @pytest.fixture
@@ -126,10 +124,9 @@ def test_states_of_equal_width_are_compared_as_they_are(
 
 
 def test_states_of_another_width_go_through_a_map_that_learns(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, model: Any, processor: ChorusProcessor
+    wide: str, model: Any, processor: ChorusProcessor
 ) -> None:
-    save_chorus(tmp_path, tokenizer, **WIDE)
-    objective = DistilledStates(Teacher([str(tmp_path)]), {1: 2, 2: 4}, (64, 96))
+    objective = DistilledStates(Teacher([wide]), {1: 2, 2: 4}, (64, 96))
     objective.check(model, processor)
     assert {name: tuple(p.shape) for name, p in objective.named_parameters()} == {
         "maps.1.weight": (96, 64),
@@ -138,8 +135,10 @@ def test_states_of_another_width_go_through_a_map_that_learns(
     inputs = ChorusDataCollator(processor)(make_rows(3))
     optimizer = torch.optim.Adam(objective.parameters(), lr=0.02)
     losses = []
+    with torch.no_grad():
+        outputs = run(model, inputs, output_hidden_states=True)
     for _ in range(30):
-        loss = objective(model, inputs, run(model, inputs, output_hidden_states=True))
+        loss = objective(model, inputs, outputs)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -271,3 +270,86 @@ def test_states_and_routers_are_those_of_one_chorus_model(
 
 def test_a_recipe_without_a_teacher_asks_for_nothing(model: Any, processor: ChorusProcessor) -> None:
     assert distillation_objectives(recipe(), model, processor) == ([], None)
+
+
+ALL = {"distilled_layers": '{"1": 2, "3": 4}', "distilled_routers": '{"2": 3}', "distillation_temperature": 2.0}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, trained_tokenizer: PreTrainedTokenizerFast) -> str:
+    folder = tmp_path_factory.mktemp("wide")
+    save_chorus(folder, copy.deepcopy(trained_tokenizer), **WIDE)
+    return str(folder)
+
+
+def trainer_of(
+    folder: Path, student: Any, processor: ChorusProcessor, rows: Any, asked: DistillationArguments, **settings: Any
+) -> ChorusTrainer:
+    objectives, answers = distillation_objectives(asked, student, processor)
+    given = SETTINGS | {"save_strategy": "no", "logging_steps": 1} | settings
+    return ChorusTrainer(
+        student,
+        TrainingArguments(str(folder), **given),
+        ChorusDataCollator(processor, more=teacher_columns),
+        rows if answers is None else TaughtRows(rows, answers),
+        processing_class=processor,
+        objectives=objectives,
+    )
+
+
+def test_a_run_logs_each_term_and_saves_the_student_alone(
+    wide: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor
+) -> None:
+    student, asked = make_model(tokenizer), recipe(teachers=[wide], **ALL)
+    before = student.num_parameters()
+    # A float32 student in bfloat16 arithmetic, as on most GPUs.
+    trainer = trainer_of(tmp_path / "run", student, processor, make_rows(6), asked, bf16=True, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert all(0 < log[name] < 100 for name in ("teacher_tokens", "teacher_states", "teacher_routers"))
+    assert student.num_parameters() == before
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    assert saved.keys() <= student.state_dict().keys() | {name for name, _ in student.named_buffers()}
+    assert not list((tmp_path / "run").glob("**/objectives*"))
+    teacher = trainer.objectives.objectives[0].source.models[0]
+    assert not teacher.training and all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("from_files", [False, True], ids=["teacher", "files"])
+def test_a_resumed_run_ends_at_the_same_bits(
+    from_files: bool, wide: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor
+) -> None:
+    rows, asked = make_rows(6), recipe(teachers=[wide], **ALL)
+    if from_files:
+        teacher = Teacher([wide])
+        teacher.check(make_model(tokenizer).config, processor)
+        write_teacher(tmp_path / "files", teacher, rows, ChorusDataCollator(processor), top_k=8)
+        asked = recipe(teacher_logits=str(tmp_path / "files"))
+    found = []
+    for checkpoint in (None, str(tmp_path / "run/checkpoint-2")):
+        # Dropout shows whether the random state is restored.
+        student = make_model(tokenizer, attention_dropout=0.1)
+        trainer = trainer_of(tmp_path / "run", student, processor, rows, asked, save_strategy="steps")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        found.append(student.state_dict() | trainer.objectives.state_dict())
+    assert len(found[0]) == len(found[1]) and all(tensor.equal(found[1][name]) for name, tensor in found[0].items())
+    assert any("maps.1" in name for name in found[0]) is not from_files
+
+
+def test_accumulated_micro_batches_equal_one_batch(
+    source: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor
+) -> None:
+    # Answers of other lengths: a mean of means would differ.
+    rows = [text_row(index) for index in range(4)]
+    rows[0]["messages"] = [rows[0]["messages"][0], {"role": "assistant", "content": "three four five three"}]
+    found = []
+    for size in (4, 1):
+        student = make_model(tokenizer, router_aux_loss_coef=0.0, router_z_loss_coef=0.0, alignment_loss_coef=0.0)
+        options = {"optim": "sgd", "max_steps": 1, "max_grad_norm": 0.0, "learning_rate": 0.1, "weight_decay": 0.0}
+        options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        trainer_of(tmp_path, student, processor, rows, recipe(teachers=[source]), **options).train()
+        found.append(student.state_dict())
+    start = make_model(tokenizer).lm_head.weight
+    assert (found[0]["lm_head.weight"] - start).abs().max() > 1e-4
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
