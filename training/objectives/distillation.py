@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from chorus_moe.modeling.configuration_banks import LayerBankConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.modeling.modeling_outputs import ChorusLossOutput
 from chorus_moe.modeling.moe_routers import ROUTER_CLASSES
 from chorus_moe.processors.processing_chorus import ChorusProcessor
-from chorus_moe.training.loading import ModelOrAdapter, base_model
+from chorus_moe.training.loading import ModelOrAdapter, base_model, check_source
 from chorus_moe.training.objectives.distillation_arguments import DistillationArguments, check_distillation
 from chorus_moe.training.objectives.divergences import (
     TokenProbabilities,
@@ -30,7 +31,13 @@ from chorus_moe.training.objectives.divergences import (
 )
 from chorus_moe.training.objectives.objective import Objective
 from chorus_moe.training.objectives.teacher_files import BATCH_KEYS, TeacherFiles
-from chorus_moe.training.objectives.teachers import Teacher, TeacherOutput, label_positions
+from chorus_moe.training.objectives.teachers import (
+    Teacher,
+    TeacherOutput,
+    label_positions,
+    load_tokenizer,
+    shared_vocabulary,
+)
 from chorus_moe.training.recipe import read_mapping
 
 
@@ -237,6 +244,26 @@ def distillation_objectives(
             "distillation: distillation_weight=0, and neither distilled_layers nor distilled_routers is set"
         )
     return objectives, None
+
+
+def check_teachers(asked: DistillationArguments, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """What can be told of a later stage's teachers without loading them.
+
+    Args:
+        tokenizer: the student's; None if it is not there yet.
+
+    Raises:
+        ValueError: a teacher with another tokenizer, or mappings of layers that are none.
+        FileNotFoundError: no teacher, or no files, under that name.
+    """
+    read_layer_map("distilled_layers", asked.distilled_layers)
+    read_layer_map("distilled_routers", asked.distilled_routers)
+    if asked.teacher_logits is not None:
+        TeacherFiles(asked.teacher_logits)
+    for source in asked.teachers or ():
+        check_source(source)
+        if tokenizer is not None:
+            shared_vocabulary(load_tokenizer(source), tokenizer, source)
 
 
 def from_columns(inputs: Mapping[str, Any]) -> TeacherOutput | None:
