@@ -167,10 +167,9 @@ class Lesson:
             encoded["audio"] = self.teacher.get_audio_features(*sound)
         return {**batch, "mm_encoder_outputs": encoded}
 
-    def learn(self, models: Models, steps: int | None = None) -> dict[str, Timing]:
-        """Train all models on the same batches, in turns, the first ones if `steps` says how many; how long their steps
-        took."""
-        settings = self.settings if steps is None else replace(self.settings, steps=steps)
+    def learn(self, models: Models) -> dict[str, Timing]:
+        """Train all models on the same batches, in turns; how long their steps took."""
+        settings = self.settings
         rounds: dict[str, list[float]] = {name: [] for name in models}
         take_step = {name: stepper(model.train(), settings.steps, settings.lr) for name, model in models.items()}
         for step in range(settings.steps):
