@@ -5,7 +5,10 @@ import subprocess
 import sys
 from typing import Any
 
-COMMANDS = ("compose", "train", "recipes", "evaluate", "generate", "routing", "inspect", "doctor", "export")
+COMMANDS = (
+    *("compose", "train", "precompute-teacher", "recipes", "evaluate", "generate", "routing", "inspect", "doctor"),
+    "export",
+)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     adaptive_experts,
     decode,
+    distillation,
     draft_and_verify,
     early_exit,
     gpu_layers,
@@ -52,6 +53,8 @@ EXPECTED = {
                  "chorus_ms"},
     moe_vs_dense: {"dense_ratio", "dense_total", "equal_active_active", "chorus_mflops", "equal_active_accuracy",
                    "dense_loss", "chorus_ms"},
+    distillation: {"active_share", "alone_ratio", "chorus_ms", "teacher_accuracy", "alone_accuracy", "chorus_accuracy",
+                   "chorus_loss", "states_loss"},
     serving: {"requests_lost", "answers_mixed_up", "tokens_per_second", "p50_ms", "p99_ms", "first_word_p50_ms"},
     upcycle: {"copy_ratio", "copy_parent_ratio", "peak_of_parent_ratio", "build_of_child_ratio", "chorus_ms"},
     prune_merge: {"chorus_parameters", "use_parameters", "merge_ratio", "use_accuracy", "saliency_accuracy",

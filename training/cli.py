@@ -52,6 +52,21 @@ def train(
     print(json.dumps(metrics, indent=2))
 
 
+@app.command(context_settings=PASS_ON)
+def precompute_teacher(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="recipe with distillation.teachers and distillation.teacher_logits")],
+    device: DeviceName = None,
+) -> None:
+    """Ask the teachers of a recipe about its rows and keep their answers on disk; more options override the recipe."""
+    from chorus_moe.training.loading import find_device
+    from chorus_moe.training.objectives.precompute import precompute_teachers
+    from chorus_moe.training.stages import find_recipe, read_stages
+
+    found = precompute_teachers(read_stages(find_recipe(recipe), context.args), find_device(device))
+    print(json.dumps(found, indent=2))
+
+
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="print this recipe, to copy and change")] = None) -> None:
     """The recipes that come with the package, and when to use each."""

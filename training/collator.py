@@ -7,7 +7,7 @@ Unusual here:
 - a batch whose samples are all bad still comes out, as text without labels, so that all ranks take equally many steps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -21,6 +21,8 @@ from chorus_moe.training.layouts import LEARNED_KEYS, LayoutError, is_learned, s
 
 logger = logging.get_logger(__name__)
 Row = Mapping[str, Any]
+# Rows, and the batch that was made of them, to what else the batch gets.
+MoreColumns = Callable[[Sequence[Row], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 class ChorusDataCollator:
@@ -37,6 +39,7 @@ class ChorusDataCollator:
         max_bad_samples: how many may be skipped before that is an error as well.
         pad_to_multiple_of: round the length of a batch up.
         prompt_only: leave the last turn, the assistant's, out: prompts for `generate`, padded on the left, no labels.
+        more: what else a batch gets, a function of the rows that could be read and of their batch.
 
     Raises:
         ValueError: an unknown option.
@@ -52,6 +55,7 @@ class ChorusDataCollator:
         max_bad_samples: int = 100,
         pad_to_multiple_of: int | None = None,
         prompt_only: bool = False,
+        more: MoreColumns | None = None,
     ):
         if on_bad_media not in ("raise", "skip"):
             raise ValueError(f"on_bad_media={on_bad_media!r}; choose 'raise' or 'skip'")
@@ -59,6 +63,7 @@ class ChorusDataCollator:
         self.on_bad_media = on_bad_media
         self.max_bad_samples = max_bad_samples
         self.prompt_only = prompt_only
+        self.more = more
         # Generation goes on at the right end of a prompt.
         self.options: dict[str, Any] = {"padding": True, "padding_side": "left" if prompt_only else "right"}
         if max_length is not None:
@@ -81,7 +86,8 @@ class ChorusDataCollator:
         # the batch is tried again.
         while good:
             try:
-                return self._checked(self._encode(good))
+                batch = self._checked(self._encode(good))
+                return batch if self.more is None else batch | self.more(good, batch)
             except MediaError as error:
                 self._skip(error)
                 # The error does not belong to a sample, so skipping one would not help.

@@ -9,6 +9,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from chorus_moe.surgery import add_bank, freeze, unfreeze
 from chorus_moe.training.loading import ModelOrAdapter, is_finite
+from chorus_moe.training.objectives.distillation_arguments import check_distillation
 from chorus_moe.training.rates import Rates
 from chorus_moe.training.recipe import PRODIGY, Recipe, RunArguments, read_mapping
 
@@ -23,7 +24,8 @@ def check_recipe(recipe: Recipe) -> None:
 
     Raises:
         ValueError: a tracker or an optimizer that is unknown or not installed, an order by the length of rows, a
-            schedule or rates that the optimizer has no use for, or parts that cannot be chosen so.
+            schedule or rates that the optimizer has no use for, parts that cannot be chosen so, or distillation that no
+            teacher can make right.
         ImportError: 4-bit weights without bitsandbytes.
     """
     arguments, parts = recipe.training, recipe.parts
@@ -38,6 +40,7 @@ def check_recipe(recipe: Recipe) -> None:
         except (ImportError, RuntimeError) as error:
             raise ValueError(f"training.report_to: {error} Or leave it out: report_to none") from error
     check_optimizer(arguments, has_rates=Rates.of(parts) is not None)
+    check_distillation(recipe.distillation)
     if recipe.lora.use_lora and parts.freeze:
         raise ValueError(f"freeze={parts.freeze} beside a LoRA: only what the LoRA names is trained; leave it out")
     if recipe.lora.use_lora and recipe.model.add_bank:

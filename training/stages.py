@@ -25,7 +25,8 @@ from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.training.data import load_rows
 from chorus_moe.training.features.checks import check_frozen, trained_towers
-from chorus_moe.training.loading import check_source, load_model
+from chorus_moe.training.loading import check_source, load_model, load_processor
+from chorus_moe.training.objectives.distillation import check_teachers
 from chorus_moe.training.rates import Rates
 from chorus_moe.training.readiness import check_recipe, prepare_parts
 from chorus_moe.training.recipe import SECTIONS, PartsArguments, Recipe, build_recipe, field_names, nearest
@@ -249,12 +250,18 @@ def check_stages(stages: Sequence[Stage]) -> None:
     """Refuse a stage that cannot run, by its name, before any work.
 
     Raises:
-        ValueError: no data, an unknown part, nothing to train, and all else that `check_recipe` refuses.
+        ValueError: no data, an unknown part, nothing to train, a teacher with another tokenizer, and all else that
+            `check_recipe` refuses.
+        FileNotFoundError: data or a teacher that are not there.
     """
     model, trained = _skeleton(stages[0].recipe), set[str]()
+    start = stages[0].recipe.model.model_name_or_path
+    teaches = any(stage.recipe.distillation.teachers for stage in stages)
+    tokenizer = load_processor(start).tokenizer if start is not None and teaches else None
     for stage in stages:
         try:
             check_recipe(stage.recipe)
+            check_teachers(stage.recipe.distillation, tokenizer)
             data = stage.recipe.data
             rows = {}
             for source, split in ((data.train_data, data.train_split), (data.eval_data, data.eval_split)):
@@ -267,7 +274,7 @@ def check_stages(stages: Sequence[Stage]) -> None:
             trained |= trained_towers(prepared)
             if rates := Rates.of(stage.recipe.parts):
                 rates.of_parameters(prepared, stage.recipe.training.learning_rate)
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
             raise type(error)(f"stage {stage.name!r}: {error}") from error
         # As the stage will leave it: with its bank, without its adapter.
         model = prepared.unload() if stage.recipe.lora.use_lora else prepared
@@ -311,6 +318,7 @@ def _told(stage: Stage) -> dict[str, Any]:
 def _asked(recipe: Recipe) -> dict[str, Any]:
     """What decides what a stage ends with, by name."""
     sections = {"data": recipe.data, "lora": recipe.lora, "routing": recipe.routing, "parts": recipe.parts}
+    sections["distillation"] = recipe.distillation
     found = {f"{section}.{key}": value for section, kind in sections.items() for key, value in vars(kind).items()}
     found |= {f"training.{name}": getattr(recipe.training, name) for name in DECISIVE}
     found["training.optim"] = str(getattr(recipe.training.optim, "value", recipe.training.optim))

@@ -26,6 +26,8 @@ from chorus_moe.training.guards.skills import SkillGuard
 from chorus_moe.training.guards.steps import StepGuard
 from chorus_moe.training.label_smoothing import smooth_labels
 from chorus_moe.training.loading import ModelOrAdapter, base_model, check_source, load_processor
+from chorus_moe.training.objectives.distillation import distillation_objectives
+from chorus_moe.training.objectives.teacher_files import TaughtRows, teacher_columns
 from chorus_moe.training.rates import Rates
 from chorus_moe.training.readiness import check_recipe, check_weights, four_bits, prepare_parts
 from chorus_moe.training.recipe import GuardArguments, ModelArguments, Recipe
@@ -75,17 +77,20 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     is_new = arguments.overwrite_output_dir and checkpoint is None
     model, processor = load_or_build(recipe, train_rows, checkpoint)
     check_features(model, processor, {"data.train_data": train_rows, "data.eval_data": eval_rows})
+    objectives, answers = distillation_objectives(recipe.distillation, model, processor, recipe.data.max_length)
     collator = FeatureCollator(
         processor,
         max_length=recipe.data.max_length,
         on_bad_media=recipe.data.on_bad_media,
         max_bad_samples=recipe.data.max_bad_samples,
+        more=teacher_columns,
     )
     trainer = new_trainer(
         recipe,
         model=model,
         args=arguments,
-        train_dataset=train_rows,
+        train_dataset=train_rows if answers is None else TaughtRows(train_rows, answers),
+        objectives=objectives,
         eval_dataset=eval_rows,
         data_collator=collator,
         processing_class=processor,

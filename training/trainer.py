@@ -78,7 +78,8 @@ class ChorusTrainer(TokenAccuracy, WholeCheckpoints):
         # Evaluation reports the model's own loss alone.
         if not model.training or not len(self.objectives):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        asked = {**inputs, **self.objectives.forward_options()}
+        asked = {name: value for name, value in inputs.items() if name not in self.objectives.columns}
+        asked |= self.objectives.forward_options()
         loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
         share, ranks = 1.0, 1
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:

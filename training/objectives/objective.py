@@ -33,6 +33,8 @@ class Objective(nn.Module):
     # Whether its mean is over labelled tokens: then a micro-batch weighs by its labels, as the model's loss does. The
     # micro-batches of any other weigh alike.
     by_labels = False
+    # Tensors of a batch that are this objective's and not the model's.
+    columns: tuple[str, ...] = ()
 
     def __init__(self, name: str, weight: float = 1.0):
         super().__init__()
@@ -58,6 +60,7 @@ class ObjectiveTerms(nn.ModuleList):
         names = [objective.name for objective in objectives]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two objectives are called {twice!r}")
+        self.columns = {name for objective in objectives for name in objective.columns}
         self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, int] = {}
 

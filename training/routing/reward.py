@@ -213,7 +213,8 @@ class RouterRewardTrainer(ChorusTrainer):
         """Log-likelihoods of the labels with the best-ranked experts, without dropout."""
         plain = self.accelerator.unwrap_model(model)
         plain.eval()
-        logits_BSV = plain(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+        left_out = {"labels", *self.objectives.columns}
+        logits_BSV = plain(**{name: value for name, value in inputs.items() if name not in left_out}).logits
         plain.train()
         return label_log_likelihoods(logits_BSV, inputs["labels"])
 
