@@ -17,9 +17,11 @@ from transformers.utils import logging
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_limits import MediaError
 from chorus_moe.processors.processing_media import MEDIA
-from chorus_moe.training.layouts import LEARNED_KEYS, LayoutError, is_learned, standard_row
+from chorus_moe.training.layouts import LEARNED_KEYS, TASK, LayoutError, is_learned, standard_row
 
 logger = logging.get_logger(__name__)
+# The task of each row `(B,)`, in a batch of a collator with `tasks`; the Trainer takes it out.
+TASK_IDS = "task_ids"
 Row = Mapping[str, Any]
 
 
@@ -37,6 +39,7 @@ class ChorusDataCollator:
         max_bad_samples: how many may be skipped before that is an error as well.
         pad_to_multiple_of: round the length of a batch up.
         prompt_only: leave the last turn, the assistant's, out: prompts for `generate`, padded on the left, no labels.
+        tasks: names of tasks; batches then have `task_ids` `(B,)`, the place of each row's `task` among them or -1.
 
     Raises:
         ValueError: an unknown option.
@@ -52,6 +55,7 @@ class ChorusDataCollator:
         max_bad_samples: int = 100,
         pad_to_multiple_of: int | None = None,
         prompt_only: bool = False,
+        tasks: Sequence[str] = (),
     ):
         if on_bad_media not in ("raise", "skip"):
             raise ValueError(f"on_bad_media={on_bad_media!r}; choose 'raise' or 'skip'")
@@ -59,6 +63,7 @@ class ChorusDataCollator:
         self.on_bad_media = on_bad_media
         self.max_bad_samples = max_bad_samples
         self.prompt_only = prompt_only
+        self.tasks = {name: number for number, name in enumerate(tasks)}
         # Generation goes on at the right end of a prompt.
         self.options: dict[str, Any] = {"padding": True, "padding_side": "left" if prompt_only else "right"}
         if max_length is not None:
@@ -114,6 +119,8 @@ class ChorusDataCollator:
             masks = batch.pop("assistant_masks")
             for sample, flags in enumerate(learned):
                 self._unlearn(batch["labels"][sample], masks[sample].tolist(), flags, sample)
+        if self.tasks:
+            batch[TASK_IDS] = torch.tensor([self.tasks.get(str(row.get(TASK)), -1) for row in rows])
         return dict(batch)
 
     def _prompts(self, messages: list[list[dict[str, Any]]], media: dict[str, Any]) -> dict[str, torch.Tensor]:

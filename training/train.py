@@ -35,6 +35,7 @@ from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.routing.report import write_routing
 from chorus_moe.training.routing.reward import RouterRewardTrainer
 from chorus_moe.training.saving import held_model
+from chorus_moe.training.tasks.plan import plan_tasks
 from chorus_moe.training.trainer import ChorusTrainer
 
 
@@ -68,6 +69,9 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     train_rows = load_rows(recipe.data.train_data, recipe.data.train_split, **options)
     if recipe.data.eval_data:
         eval_rows = load_rows(recipe.data.eval_data, recipe.data.eval_split, **options)
+    tasks = plan_tasks(recipe.tasks, train_rows) if recipe.tasks.use_tasks else None
+    if tasks is not None and arguments.process_index == 0:
+        print(tasks, file=sys.stderr)
     checkpoint = find_checkpoint(arguments, recipe.model.model_name_or_path)
     is_new = arguments.overwrite_output_dir and checkpoint is None
     model, processor = load_or_build(recipe, train_rows, checkpoint)
@@ -76,9 +80,11 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
         max_length=recipe.data.max_length,
         on_bad_media=recipe.data.on_bad_media,
         max_bad_samples=recipe.data.max_bad_samples,
+        tasks=tasks.names if tasks is not None else (),
     )
     trainer = new_trainer(
         recipe,
+        tasks=tasks,
         model=model,
         args=arguments,
         train_dataset=train_rows,

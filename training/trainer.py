@@ -11,23 +11,36 @@ from chorus_moe.training.checkpoints import WholeCheckpoints
 from chorus_moe.training.guards.steps import FOLDER, StepGuard, keep_batch
 from chorus_moe.training.rates import Rates, split_groups
 from chorus_moe.training.recipe import PRODIGY
+from chorus_moe.training.tasks.learning import TaskLearning
+from chorus_moe.training.tasks.plan import TaskPlan
 
 MEMORY = "step_guard"
 
 
 class ChorusTrainer(WholeCheckpoints):
-    """The Trainer with whole checkpoints, plus learning rates by part, a guard of its steps, and Prodigy.
+    """The Trainer with whole checkpoints, plus learning rates by part, a guard of its steps, tasks, and Prodigy.
 
     Args:
         rates: learning rates by part and depth; None for one rate.
         guard: which steps are skipped; None takes every step.
+        tasks: the tasks of the rows, see `plan_tasks`; None for rows of one kind.
     """
 
-    def __init__(self, *arguments: Any, rates: Rates | None = None, guard: StepGuard | None = None, **options: Any):
+    def __init__(
+        self,
+        *arguments: Any,
+        rates: Rates | None = None,
+        guard: StepGuard | None = None,
+        tasks: TaskPlan | None = None,
+        **options: Any,
+    ):
         self.rates, self.guard = rates, guard
         # The micro-batches of the step, kept until it is taken.
         self._batches: list[dict[str, Any]] = []
         super().__init__(*arguments, **options)
+        self.tasks = TaskLearning(tasks, self) if tasks is not None else None
+        if self.tasks is not None:
+            self.add_callback(self.tasks)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
@@ -50,7 +63,38 @@ class ChorusTrainer(WholeCheckpoints):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Tensor:
         if self.guard is not None:
             self._batches.append(inputs)
-        return super().training_step(model, inputs, *arguments, **options)
+        loss = super().training_step(model, inputs, *arguments, **options)
+        if self.tasks is not None and self.accelerator.sync_gradients:
+            self.tasks.end_step()
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        compute = super().compute_loss
+        if self.tasks is None or not model.training:
+            return compute(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = self.tasks.compute_loss(compute, model, inputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared = super()._prepare_inputs(inputs)
+        if self.tasks is not None:
+            self.tasks.take_tasks(prepared)
+        return prepared
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.tasks is None else self.tasks.sampler
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Logs of an evaluation have no "loss".
+        if self.tasks is not None and "loss" in logs:
+            logs |= self.tasks.take_figures()
+        super().log(logs, start_time)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The last hook before the optimizer's step that knows the norm before clipping."""
