@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForMultimodalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForMultimodalLM, AutoTokenizer, Trainer, TrainerState, TrainingArguments, set_seed
 
 from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
@@ -17,7 +17,7 @@ from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.surgery.tokenizer import add_media_tokens, build_tokenizer
-from chorus_moe.training.checkpoints import fault_of, newest_whole, numbered_checkpoints
+from chorus_moe.training.checkpoints import STATE, fault_of, newest_whole, numbered_checkpoints
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import RowDataset, load_rows
 from chorus_moe.training.evaluate import text_of
@@ -35,6 +35,7 @@ from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.routing.report import write_routing
 from chorus_moe.training.routing.reward import RouterRewardTrainer
 from chorus_moe.training.saving import held_model
+from chorus_moe.training.tasks.learning import check_memory
 from chorus_moe.training.tasks.plan import plan_tasks
 from chorus_moe.training.trainer import ChorusTrainer
 
@@ -96,6 +97,7 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     callback = RoutingCallback.add_to(trainer)
     skills = guard_skills(trainer, recipe.guards, eval_rows)
     if checkpoint is not None:
+        check_memory(tasks, TrainerState.load_from_json(str(Path(checkpoint) / STATE)).stateful_callbacks)
         # The Trainer would load an optimizer state on the wrong parameters without a word.
         check_resume(trainer, checkpoint)
     if is_new and trainer.is_local_process_zero():

@@ -58,6 +58,8 @@ class ChorusTrainer(WholeCheckpoints):
         if is_new and self.rates is not None:
             trained = self.model if model is None else model
             split_groups(optimizer, trained, self.rates.of_parameters(trained, self.args.learning_rate))
+        if is_new and self.tasks is not None:
+            self.tasks.add_parameters(optimizer)
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Tensor:
@@ -105,8 +107,10 @@ class ChorusTrainer(WholeCheckpoints):
             return norm
         memory, step = self.state.stateful_callbacks.setdefault(MEMORY, {}), self.state.global_step + 1
         if not self.guard.admits(float(norm), step, memory):
-            # What has no gradient stays as it is, moments and weight decay included, in every optimizer.
-            self.model.zero_grad(set_to_none=True)
+            # What has no gradient stays as it is, moments and weight decay included, in every optimizer. Not all that
+            # is trained is in the model.
+            for parameter in (parameter for group in self.optimizer.param_groups for parameter in group["params"]):
+                parameter.grad = None
             folder, rank = Path(self.args.output_dir) / FOLDER, self.args.process_index
             keep_batch(folder / f"step-{step}-rank-{rank}.safetensors", batches, memory["skipped"][-1])
             self.guard.check(step, memory, folder)

@@ -21,6 +21,9 @@ class TaskArguments:
     task_weights: str | None = field(
         default=None, metadata={"help": "task -> weight of its loss, a mapping; 1 for tasks that are not in it"}
     )
+    task_learning_rate: float = field(
+        default=1e-2, metadata={"help": "uncertainty: learning rate of the weights, before the run's schedule"}
+    )
     task_rate_steps: int = field(
         default=100, metadata={"help": "rate: steps over which losses are averaged before they are compared"}
     )

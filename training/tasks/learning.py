@@ -4,13 +4,14 @@ All that a resumed run must know lies in the Trainer's state (settings, losses o
 and step (rows, PCGrad's order).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from chorus_moe.modeling.losses import share_of_batch
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.training.collator import TASK_IDS
 from chorus_moe.training.loading import base_model
@@ -24,6 +25,25 @@ if TYPE_CHECKING:
     from chorus_moe.training.trainer import ChorusTrainer
 
 MEMORY = "tasks"
+
+
+def check_memory(plan: TaskPlan | None, remembered: Mapping[str, Any]) -> None:
+    """Refuse the checkpoint of a run with other tasks: its rows would come in another order, its state mean others.
+
+    Args:
+        remembered: `stateful_callbacks` of the Trainer's state.
+
+    Raises:
+        ValueError: naming what differs, with both values.
+    """
+    saved = remembered.get(MEMORY, {}).get("settings", {})
+    settings = plan.settings if plan is not None else dict.fromkeys(saved)
+    for name, value in settings.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"tasks: the checkpoint is of a run with {name}={saved.get(name)!r}, now it is {value!r}: start a new "
+                "run from these weights"
+            )
 
 
 class TaskLearning(TrainerCallback):
@@ -47,7 +67,7 @@ class TaskLearning(TrainerCallback):
         seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
         self.sampler = TaskSampler(plan, seed)
         is_learned = plan.arguments.task_weighting == "uncertainty"
-        self.uncertainty = UncertaintyWeights(len(plan.names)) if is_learned else None
+        self.uncertainty = UncertaintyWeights(len(plan.names)).to(trainer.args.device) if is_learned else None
         self.rate: RateWeights | None = None
         self.gradients: TaskGradients | None = None
         self.loss: TaskLoss | None = None
@@ -73,20 +93,27 @@ class TaskLearning(TrainerCallback):
             )
         if arguments.n_gpu > 1:
             raise ValueError(f"tasks: {arguments.n_gpu} GPUs in one process; start one process a GPU with torchrun")
-        if given.task_conflicts == "none":
-            return
-        reentrant = (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-        kinds = {
-            "FSDP": trainer.is_fsdp_enabled,
-            "DeepSpeed": trainer.is_deepspeed_enabled,
-            "gradient_checkpointing_kwargs with use_reentrant": arguments.gradient_checkpointing and reentrant,
-        }
-        for kind, is_used in kinds.items():
-            if is_used:
-                raise ValueError(
-                    f"tasks.task_conflicts={given.task_conflicts} takes the gradient of each task by itself, which "
-                    f"{kind} does not allow; set it to none"
-                )
+        sharded = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
+        if sharded and given.task_weighting == "uncertainty":
+            raise ValueError(
+                f"tasks.task_weighting=uncertainty trains numbers beside the model, which {sharded} does not know; "
+                "choose fixed or rate"
+            )
+        checkpointing = arguments.activation_checkpointing_kwargs or {}
+        if arguments.activation_checkpointing and checkpointing.get("use_reentrant"):
+            sharded = sharded or "activation_checkpointing_kwargs with use_reentrant"
+        if sharded and given.task_conflicts != "none":
+            raise ValueError(
+                f"tasks.task_conflicts={given.task_conflicts} takes the gradient of each task by itself, which "
+                f"{sharded} does not allow; set it to none"
+            )
+
+    def add_parameters(self, optimizer: torch.optim.Optimizer) -> None:
+        """Train what is learned about the tasks."""
+        if self.uncertainty is not None:
+            learned = list(self.uncertainty.parameters())
+            rate = self.plan.arguments.task_learning_rate
+            optimizer.add_param_group({"params": learned, "weight_decay": 0.0, "lr": rate})
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -100,27 +127,19 @@ class TaskLearning(TrainerCallback):
         memory = self._memory(state)
         if self.plan.arguments.task_weighting == "rate":
             self.rate = RateWeights(self.plan, memory.setdefault("rate", {}))
+        if self.uncertainty is not None and "log_variances" in memory:
+            with torch.no_grad():
+                self.uncertainty.log_variances.copy_(torch.tensor(memory["log_variances"]))
         if self.plan.arguments.task_conflicts != "none":
             method = self.plan.arguments.task_conflicts
             self.gradients = TaskGradients(self.plan.names, self._trained(), method, args.seed)
         self._of_step, self._logged = self._of_step.to(args.device), self._logged.to(args.device)
 
     def _memory(self, state: TrainerState) -> dict[str, Any]:
-        """What the checkpoint remembers, or a new memory at the first step.
-
-        Raises:
-            ValueError: the checkpoint is of a run with other tasks, or with none.
-        """
-        settings = self.plan.settings
+        """What the checkpoint remembers, or a new memory at the first step."""
         if state.global_step == 0:
-            state.stateful_callbacks[MEMORY] = {"settings": settings}
-        saved = state.stateful_callbacks.get(MEMORY, {}).get("settings", {})
-        for name, value in settings.items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"tasks: the checkpoint is of a run with {name}={saved.get(name)!r}, now it is {value!r}: "
-                    "start a new run from these weights"
-                )
+            state.stateful_callbacks[MEMORY] = {"settings": self.plan.settings}
+        check_memory(self.plan, state.stateful_callbacks)
         return state.stateful_callbacks[MEMORY]
 
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -128,13 +147,20 @@ class TaskLearning(TrainerCallback):
         names = {id(parameter): name for name, parameter in self.trainer.model.named_parameters()}
         assert self.trainer.optimizer is not None  # the Trainer has made it
         found = [parameter for group in self.trainer.optimizer.param_groups for parameter in group["params"]]
-        return {names.get(id(parameter), f"objective {number}"): parameter for number, parameter in enumerate(found)}
+        return {names.get(id(parameter), f"beside the model {n}"): parameter for n, parameter in enumerate(found)}
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # accelerate does not reach the sampler of a loader that skips the batches before a checkpoint on many ranks.
         self.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.uncertainty is not None:
+            # The Trainer clears the gradients of the model alone.
+            self.uncertainty.zero_grad(set_to_none=True)
+            # Before a checkpoint of this step is written; JSON keeps every bit.
+            state.stateful_callbacks[MEMORY]["log_variances"] = self.uncertainty.log_variances.tolist()
 
     def take_tasks(self, inputs: dict[str, Any]) -> None:
         """Take the tasks of the rows out of a batch, which the model does not know."""
@@ -176,6 +202,9 @@ class TaskLearning(TrainerCallback):
         if found is None:
             raise ValueError("tasks: the model was given no labels, so no task has a loss")
         self._of_step += torch.stack([found.sums_K, found.tokens_K])
+        if self.uncertainty is not None:
+            share = share_of_batch(inputs["labels"], num_items_in_batch) * self._ranks(num_items_in_batch)
+            loss = loss + share * self.uncertainty.regulariser(found.tokens_K)
         if self.gradients is not None:
             self.gradients.add(found.weighted_K * self._scale(num_items_in_batch), (found.tokens_K > 0).tolist())
             if not loss.requires_grad:
@@ -184,16 +213,17 @@ class TaskLearning(TrainerCallback):
                 loss = loss + 0.0 * anchor.sum()
         return loss, outputs
 
+    def _ranks(self, num_items_in_batch: Tensor | int | None) -> int:
+        """What the Trainer multiplies a loss by, of which the mean over ranks is taken later."""
+        is_sum = num_items_in_batch is not None and self.trainer.args.average_tokens_across_devices
+        return self.trainer.accelerator.num_processes // self.trainer.get_tp_size() if is_sum else 1
+
     def _scale(self, num_items_in_batch: Tensor | int | None) -> float:
-        """What the Trainer does to a loss before it differentiates it."""
-        trainer = self.trainer
+        """All that happens to a loss before it is differentiated."""
+        scale: float = self._ranks(num_items_in_batch)
         if num_items_in_batch is None:
-            scale = 1.0 / trainer.current_gradient_accumulation_steps
-        elif trainer.args.average_tokens_across_devices:
-            scale = float(trainer.accelerator.num_processes // trainer.get_tp_size())
-        else:
-            scale = 1.0
-        scaler = trainer.accelerator.scaler
+            scale /= self.trainer.current_gradient_accumulation_steps
+        scaler = self.trainer.accelerator.scaler
         return scale if scaler is None else scale * scaler.get_scale()
 
     def end_step(self) -> None:
@@ -202,6 +232,10 @@ class TaskLearning(TrainerCallback):
         if self.gradients is not None:
             average = (lambda value: accelerator.reduce(value, "mean")) if accelerator.num_processes > 1 else None
             self.gradients.settle(self.trainer.state.global_step + 1, average)
+        elif self.uncertainty is not None:
+            # Outside of the model, whose gradients DistributedDataParallel has exchanged.
+            gradient_K = self.uncertainty.log_variances.grad
+            self.uncertainty.log_variances.grad = accelerator.reduce(gradient_K, "mean")
         sums = accelerator.reduce(self._of_step, "sum")
         if self.rate is not None:
             self.rate.add(*sums)

@@ -122,7 +122,7 @@ def quotas(counts: Sequence[int], temperature: float) -> list[int]:
 def _check_methods(arguments: TaskArguments) -> None:
     check_name("tasks", "task_weighting", arguments.task_weighting, WEIGHTINGS)
     check_name("tasks", "task_conflicts", arguments.task_conflicts, CONFLICTS)
-    for name in ("task_temperature", "task_rate_softness"):
+    for name in ("task_temperature", "task_learning_rate", "task_rate_softness"):
         if not 0 < getattr(arguments, name) < math.inf:
             raise ValueError(f"tasks.{name}={getattr(arguments, name)} must be a positive number")
     if arguments.task_rate_steps < 1:
