@@ -66,7 +66,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pcgrad": {"task_conflicts": "pcgrad"},
     "aligned_mtl": {"task_conflicts": "aligned_mtl"},
 }
-STEPS, BATCH, QUICK_STEPS = 400, 32, 4
+STEPS, BATCH, QUICK_STEPS = 200, 32, 4
 Row = dict[str, Any]
 
 
