@@ -1,8 +1,6 @@
 """The loopback Hub serves the real clients: models, tokenizers, adapters, Trainer and cards."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from transformers import (
 )
 
 from tests.fake_hub import FakeHub
+from tests.fresh_process import run_fresh
 
 IDS = torch.tensor([[1, 2, 3, 4]])
 
@@ -63,7 +62,7 @@ def test_a_fresh_process_loads_by_name_through_the_environment(
         "print(sum(p.double().sum().item() for p in AutoModelForCausalLM.from_pretrained('tester/tiny').parameters()))"
     )
     environment = os.environ | fake_hub.environment(tmp_path / "other_home")
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = run_fresh(program, cwd=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == sum(parameter.double().sum().item() for parameter in model.parameters())
 

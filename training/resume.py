@@ -96,9 +96,8 @@ def check_optimizer_state(
             # A parameter that never had a gradient has no state.
             found = _shape_in(state["state"].get(key, {}))
             if found is not None and found != tuple(parameter.shape):
-                raise OptimizerMisfit(
-                    f"{source} has {found} where {names[id(parameter)]} has {tuple(parameter.shape)}; {CURE}"
-                )
+                name = names.get(id(parameter), "an objective")
+                raise OptimizerMisfit(f"{source} has {found} where {name} has {tuple(parameter.shape)}; {CURE}")
         if len(group["params"]) != len(saved["params"]):
             raise OptimizerMisfit(
                 f"{source} has {len(saved['params'])} parameters in group {number}, {len(group['params'])} are trained "

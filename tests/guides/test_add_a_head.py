@@ -77,4 +77,4 @@ def test_its_export_loads_where_the_package_does_not_exist(head: Head, tmp_path:
     export_for_hub(model, None, tmp_path)
     with (tmp_path / "modeling_heads.py").open("a", encoding="utf-8") as file:
         file.write("\n\n" + code_blocks("add_a_head.md")[0])
-    load_without_the_package(model, head.auto_classes, tmp_path)
+    load_without_the_package([(model, head.auto_classes, tmp_path)], tmp_path)

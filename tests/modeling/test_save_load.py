@@ -1,8 +1,7 @@
 """What is saved is what is loaded: bit for bit, in a fresh process, also when uninitialised memory is NaN."""
 
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from chorus_moe import (
 from chorus_moe.modeling.modeling_base import ALIGNMENT
 from chorus_moe.surgery.heads import HEADS, Head
 from tests.conftest import tiny_batch, tiny_config
+from tests.fresh_process import run_fresh
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -87,8 +87,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model.save_pretrained(folder)
         save_file(batch, folder / "batch.safetensors")
         folders[name] = folder
-    command = [sys.executable, "-W", "ignore", "-c", FRESH, *map(str, folders.values())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_fresh(FRESH, [*map(str, folders.values())], cwd=folder, environment=os.environ)
     assert done.returncode == 0, done.stderr[-4000:]
     return folders
 

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,11 @@ import torch
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from chorus_moe import ChorusProcessor
-from chorus_moe.training import checkpoints
 from chorus_moe.training.checkpoints import WholeCheckpoints, fault_of, newest_whole, numbered_checkpoints
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.recipe import TRAINER_SETTINGS
 from tests.fake_hub import FakeHub
+from tests.fresh_process import run_fresh
 from tests.training.conftest import make_model, make_rows
 
 SETTINGS: dict[str, Any] = {
@@ -142,11 +140,9 @@ trainer.train()
 def test_a_kill_while_saving_leaves_the_checkpoint_before(
     where: str, tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", KILLED, str(tmp_path), where]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(checkpoints.__file__).parents[2], check=False
-    )
-    assert done.returncode == -signal.SIGKILL
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = run_fresh(KILLED, [str(tmp_path), where], cwd=tmp_path, environment=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "_incomplete" / "checkpoint-4" / "model.safetensors").is_file()
     assert newest_whole(tmp_path) == (tmp_path / "checkpoint-2", [])
     # The run goes on to the same end as one that nothing interrupted, and clears what the kill left.

@@ -1,6 +1,7 @@
 """The commands: what they print, and errors in one line."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
 from chorus_moe.training import cli
 from chorus_moe.training import train as training
+from tests.fresh_process import run_fresh
 from tests.training.test_data import PLAIN, SOUND, write_jsonl
 from tests.training.test_train import recipe  # noqa: F401  a fixture
 
@@ -46,10 +48,12 @@ def invoke(*words: object) -> str:
 
 
 def as_program(words: list[str], check: str) -> str:
-    """Run the program in a process of its own, then `check`; the last line that this printed."""
+    """Code that runs the program, then `check`."""
     start = f"import sys; sys.argv = {['chorus-moe', *words]!r}; from chorus_moe.serving.commands import app"
-    code = f"{start}; app(standalone_mode=False); {check}"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    return f"{start}; app(standalone_mode=False); {check}"
+
+
+def last_line(done: subprocess.CompletedProcess) -> str:
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.splitlines()[-1]
 
@@ -70,23 +74,21 @@ def test_the_program_lists_its_commands() -> None:
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["inspect", "--help"]])
 def test_help_imports_neither_torch_nor_transformers(words: list[str]) -> None:
-    assert as_program(words, "print({'torch', 'transformers'} & sys.modules.keys())") == "set()"
+    code = as_program(words, "print({'torch', 'transformers'} & sys.modules.keys())")
+    assert last_line(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)) == "set()"
 
 
-def test_the_program_has_every_public_name() -> None:
-    check = "import chorus_moe; print([name for name in chorus_moe.__all__ if not hasattr(chorus_moe, name)])"
-    assert as_program(["--help"], check) == "[]"
-
-
-def test_the_program_refuses_a_name_nobody_knows() -> None:
-    check = "import chorus_moe; print(hasattr(chorus_moe, 'ChorusModl'), hasattr(chorus_moe, '__wrapped__'))"
-    assert as_program(["--help"], check) == "False False"
+def test_the_program_has_every_public_name_and_refuses_others(tmp_path: Path) -> None:
+    missing = "import chorus_moe; print([n for n in chorus_moe.__all__ if not hasattr(chorus_moe, n)], end=' ')"
+    unknown = "print(hasattr(chorus_moe, 'ChorusModl'), hasattr(chorus_moe, '__wrapped__'))"
+    code = as_program(["--help"], f"{missing}; {unknown}")
+    assert last_line(run_fresh(code, cwd=tmp_path, environment=os.environ)) == "[] False False"
 
 
 def test_a_command_of_the_program_knows_the_auto_classes(folder: Path) -> None:
     words = ["generate", "--model", str(folder), "--text", "what is it?", "--max-new-tokens", "2"]
     check = "from transformers import AutoConfig; print(AutoConfig.for_model('chorus').model_type)"
-    assert as_program(words, check) == "chorus"
+    assert last_line(run_fresh(as_program(words, check), cwd=folder, environment=os.environ)) == "chorus"
 
 
 def error_of(monkeypatch: pytest.MonkeyPatch, *words: object) -> str:

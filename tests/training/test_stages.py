@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
 from chorus_moe.training.checkpoints import numbered_checkpoints
 from chorus_moe.training.loading import load_model
 from chorus_moe.training.stages import read_stages, run_stages, shipped_recipes
+from tests.fresh_process import kill
 from tests.training.test_data import write_splits
 from tests.training.test_train import assert_equal
 
@@ -99,17 +98,9 @@ def test_a_run_killed_in_a_stage_ends_at_the_same_bits(recipe: Path, data: Path)
     words = [*AUTO, "--max_steps", "12", "--save_steps", "2", "--norm_ratio", "20", "--optim", "schedule_free_adamw"]
     words += ["--lr_scheduler_type", "constant"]
     killed, whole = data / "killed", data / "whole"
-    command = [sys.executable, "-m", "chorus_moe.training.cli", "train", str(recipe), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (data / "log").open("w") as log:
-        run = subprocess.Popen([*command, "--output_dir", str(killed)], env=environment, stdout=log, stderr=log)
-        deadline = time.monotonic() + 240
-        second = killed / "stages" / "experts"
-        while not numbered_checkpoints(second) and run.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-    assert run.returncode == -signal.SIGKILL, (data / "log").read_text()
+    second = killed / "stages" / "experts"
+    command = ["train", str(recipe), *words, "--output_dir", str(killed)]
+    kill(command, cwd=data, when=lambda: bool(numbered_checkpoints(second)))
     assert (killed / "stages" / "connectors" / "stage.json").is_file()
     assert not (second / "stage.json").exists()
     done = (killed / "stages" / "connectors" / "model.safetensors").stat().st_mtime_ns

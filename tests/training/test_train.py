@@ -1,12 +1,7 @@
 """The stock Trainer trains, evaluates, resumes and survives a kill, with and without an adapter."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +26,7 @@ from chorus_moe.training.data import RowDataset
 from chorus_moe.training.lora import lora_config
 from chorus_moe.training.recipe import TRAINER_SETTINGS, read_recipe
 from chorus_moe.training.train import build_model, find_checkpoint, run_training
+from tests.fresh_process import kill
 from tests.training.conftest import make_model, make_row, make_rows
 from tests.training.test_data import write_splits
 
@@ -196,18 +192,11 @@ def test_a_recipe_builds_trains_and_then_adapts_a_model(recipe: Path, tmp_path: 
 def test_a_killed_run_goes_on_where_its_last_checkpoint_was(recipe: Path, tmp_path: Path) -> None:
     words = ["--max_steps", "40", "--save_steps", "2", "--save_total_limit", "3", "--resume_from_checkpoint", "auto"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-m", "chorus_moe.training.cli", "train", str(recipe), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(
-            [*command, "--output_dir", str(killed)], env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
-        deadline = time.monotonic() + 120
-        while len(numbered_checkpoints(killed)) < 2 and run.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-    assert run.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    kill(
+        ["train", str(recipe), *words, "--output_dir", str(killed)],
+        cwd=tmp_path,
+        when=lambda: len(numbered_checkpoints(killed)) >= 2,
+    )
     steps = [int(path.name.rpartition("-")[2]) for path in numbered_checkpoints(killed)]
     assert 0 < steps[-1] < 40
 

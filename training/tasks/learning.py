@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from chorus_moe.modeling.losses import share_of_batch
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.training.collator import TASK_IDS
 from chorus_moe.training.loading import base_model
+from chorus_moe.training.objectives.objective import Objective
 from chorus_moe.training.tasks.conflicts import TaskGradients
 from chorus_moe.training.tasks.losses import TaskLoss
 from chorus_moe.training.tasks.plan import TaskPlan
@@ -67,7 +67,7 @@ class TaskLearning(TrainerCallback):
         seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
         self.sampler = TaskSampler(plan, seed)
         is_learned = plan.arguments.task_weighting == "uncertainty"
-        self.uncertainty = UncertaintyWeights(len(plan.names)).to(trainer.args.device) if is_learned else None
+        self.uncertainty = UncertaintyWeights(plan) if is_learned else None
         self.rate: RateWeights | None = None
         self.gradients: TaskGradients | None = None
         self.loss: TaskLoss | None = None
@@ -108,12 +108,10 @@ class TaskLearning(TrainerCallback):
                 f"{sharded} does not allow; set it to none"
             )
 
-    def add_parameters(self, optimizer: torch.optim.Optimizer) -> None:
-        """Train what is learned about the tasks."""
-        if self.uncertainty is not None:
-            learned = list(self.uncertainty.parameters())
-            rate = self.plan.arguments.task_learning_rate
-            optimizer.add_param_group({"params": learned, "weight_decay": 0.0, "lr": rate})
+    @property
+    def objectives(self) -> list[Objective]:
+        """What is trained beside the model."""
+        return [] if self.uncertainty is None else [self.uncertainty]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -127,9 +125,6 @@ class TaskLearning(TrainerCallback):
         memory = self._memory(state)
         if self.plan.arguments.task_weighting == "rate":
             self.rate = RateWeights(self.plan, memory.setdefault("rate", {}))
-        if self.uncertainty is not None and "log_variances" in memory:
-            with torch.no_grad():
-                self.uncertainty.log_variances.copy_(torch.tensor(memory["log_variances"]))
         if self.plan.arguments.task_conflicts != "none":
             method = self.plan.arguments.task_conflicts
             self.gradients = TaskGradients(self.plan.names, self._trained(), method, args.seed)
@@ -155,13 +150,6 @@ class TaskLearning(TrainerCallback):
         # accelerate does not reach the sampler of a loader that skips the batches before a checkpoint on many ranks.
         self.sampler.set_epoch(int(state.epoch or 0))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.uncertainty is not None:
-            # The Trainer clears the gradients of the model alone.
-            self.uncertainty.zero_grad(set_to_none=True)
-            # Before a checkpoint of this step is written; JSON keeps every bit.
-            state.stateful_callbacks[MEMORY]["log_variances"] = self.uncertainty.log_variances.tolist()
-
     def take_tasks(self, inputs: dict[str, Any]) -> None:
         """Take the tasks of the rows out of a batch, which the model does not know."""
         self.task_B = inputs.pop(TASK_IDS, None)
@@ -172,6 +160,11 @@ class TaskLearning(TrainerCallback):
             return self.uncertainty.weights()
         values = self.plan.weights if self.rate is None else self.rate.weights()
         return torch.tensor(values, dtype=torch.float32, device=self.trainer.args.device)
+
+    def model_for(self, model: nn.Module) -> nn.Module:
+        """The model that a step runs: not through DistributedDataParallel where tasks are differentiated one by one,
+        since it exchanges the gradients of one backward pass."""
+        return model if self.gradients is None else self.trainer.accelerator.unwrap_model(model)
 
     def compute_loss(
         self,
@@ -192,19 +185,14 @@ class TaskLearning(TrainerCallback):
         assert self.loss is not None  # set when training begins
         if self.task_B is None:
             raise ValueError("tasks: the batches name no tasks; make the collator with tasks=plan.names")
-        is_apart = self.gradients is not None
-        if is_apart:
-            # Not through DistributedDataParallel, which exchanges gradients of one backward pass.
-            model = self.trainer.accelerator.unwrap_model(model)
-        with self.loss.of(self.task_B, self.weights(), is_apart):
+        with self.loss.of(self.task_B, self.weights(), is_apart=self.gradients is not None):
             loss, outputs = compute(model, inputs, True, num_items_in_batch)
         found = self.loss.found
         if found is None:
             raise ValueError("tasks: the model was given no labels, so no task has a loss")
         self._of_step += torch.stack([found.sums_K, found.tokens_K])
         if self.uncertainty is not None:
-            share = share_of_batch(inputs["labels"], num_items_in_batch) * self._ranks(num_items_in_batch)
-            loss = loss + share * self.uncertainty.regulariser(found.tokens_K)
+            self.uncertainty.tokens_K = found.tokens_K
         if self.gradients is not None:
             self.gradients.add(found.weighted_K * self._scale(num_items_in_batch), (found.tokens_K > 0).tolist())
             if not loss.requires_grad:
@@ -213,17 +201,14 @@ class TaskLearning(TrainerCallback):
                 loss = loss + 0.0 * anchor.sum()
         return loss, outputs
 
-    def _ranks(self, num_items_in_batch: Tensor | int | None) -> int:
-        """What the Trainer multiplies a loss by, of which the mean over ranks is taken later."""
-        is_sum = num_items_in_batch is not None and self.trainer.args.average_tokens_across_devices
-        return self.trainer.accelerator.num_processes // self.trainer.get_tp_size() if is_sum else 1
-
     def _scale(self, num_items_in_batch: Tensor | int | None) -> float:
-        """All that happens to a loss before it is differentiated."""
-        scale: float = self._ranks(num_items_in_batch)
+        """What the Trainer does to a loss before it differentiates it."""
+        trainer, scale = self.trainer, 1.0
         if num_items_in_batch is None:
-            scale /= self.trainer.current_gradient_accumulation_steps
-        scaler = self.trainer.accelerator.scaler
+            scale = 1 / trainer.current_gradient_accumulation_steps
+        elif trainer.args.average_tokens_across_devices:
+            scale = trainer.accelerator.num_processes // trainer.get_tp_size()
+        scaler = trainer.accelerator.scaler
         return scale if scaler is None else scale * scaler.get_scale()
 
     def end_step(self) -> None:
@@ -232,10 +217,6 @@ class TaskLearning(TrainerCallback):
         if self.gradients is not None:
             average = (lambda value: accelerator.reduce(value, "mean")) if accelerator.num_processes > 1 else None
             self.gradients.settle(self.trainer.state.global_step + 1, average)
-        elif self.uncertainty is not None:
-            # Outside of the model, whose gradients DistributedDataParallel has exchanged.
-            gradient_K = self.uncertainty.log_variances.grad
-            self.uncertainty.log_variances.grad = accelerator.reduce(gradient_K, "mean")
         sums = accelerator.reduce(self._of_step, "sum")
         if self.rate is not None:
             self.rate.add(*sums)

@@ -87,8 +87,3 @@ class TaskLoss:
         weighted_K = self._weight_K * sums_K / counted
         self.found = TaskLosses(weighted_K, sums_K.detach(), tokens_K)
         return weighted_K.detach().sum() if self._is_apart else weighted_K.sum()
-
-
-def shares_of(tokens_K: Tensor) -> Tensor:
-    """`(K,)`: the share of the labels of a micro-batch that each task has."""
-    return tokens_K / tokens_K.sum().clamp(min=1)

@@ -3,33 +3,40 @@
 Shape suffixes: K tasks.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from chorus_moe.training.tasks.losses import shares_of
+from chorus_moe.training.objectives.objective import Objective
 from chorus_moe.training.tasks.plan import TaskPlan
 
 
-class UncertaintyWeights(nn.Module):
+class UncertaintyWeights(Objective):
     """One learned log-variance `s` for each task (Kendall et al. 2018, arXiv 1705.07115, equation 10).
 
     The loss of a task with loss L and share p of the labels is `p * (exp(-s) * L + s / 2)`, as for an answer that is
-    chosen among words: at the optimum `exp(-s) = 1 / (2 L)`. All begin at 0, which is plain training.
+    chosen among words: at the optimum `exp(-s) = 1 / (2 L)`. All begin at 0, which is plain training. The first term is
+    the weight in the model's own loss; the second, which keeps variances from growing without end, is this objective.
     """
 
-    def __init__(self, num_tasks: int):
-        super().__init__()
-        self.log_variances = nn.Parameter(torch.zeros(num_tasks))
+    by_labels = True
+
+    def __init__(self, plan: TaskPlan):
+        super().__init__("task_uncertainty")
+        self.learning_rate = plan.arguments.task_learning_rate
+        self.log_variances = nn.Parameter(torch.zeros(len(plan.names)))
+        # Labels of each task in the micro-batch.
+        self.tokens_K = torch.zeros(len(plan.names))
 
     def weights(self) -> Tensor:
         """`(K,)`."""
         return torch.exp(-self.log_variances)
 
-    def regulariser(self, tokens_K: Tensor) -> Tensor:
-        """What keeps variances from growing without end, as a mean over the labels of a micro-batch."""
-        return (shares_of(tokens_K) * self.log_variances).sum() / 2
+    def forward(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
+        share_K = self.tokens_K / self.tokens_K.sum().clamp(min=1)
+        return (share_K * self.log_variances).sum() / 2
 
 
 class RateWeights:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from torchjd.scalarization import DWA, UW
 
 from chorus_moe.training.tasks.arguments import TaskArguments
@@ -17,14 +18,19 @@ def plan_of(**options: float) -> TaskPlan:
     return plan_tasks(TaskArguments(task_weighting="rate", **options), [{"task": "a"}, {"task": "b"}])
 
 
+def regulariser(weights: UncertaintyWeights, tokens: torch.Tensor) -> torch.Tensor:
+    weights.tokens_K = tokens
+    return weights(nn.Identity(), {}, None)
+
+
 def total_of(weights: UncertaintyWeights, means: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """The loss of a step of one micro-batch, from mean losses of the tasks."""
-    return (weights.weights() * means * tokens).sum() / tokens.sum() + weights.regulariser(tokens)
+    return (weights.weights() * means * tokens).sum() / tokens.sum() + regulariser(weights, tokens)
 
 
 def test_uncertainty_is_that_of_torchjd_for_twice_the_loss() -> None:
     # torchjd has the form for squared errors, exp(-s) L / 2 + s / 2, summed over tasks; equal shares make it a mean.
-    weights, theirs, means = UncertaintyWeights(2), UW(2), torch.tensor([0.3, 4.0])
+    weights, theirs, means = UncertaintyWeights(plan_of()), UW(2), torch.tensor([0.3, 4.0])
     with torch.no_grad():
         weights.log_variances.copy_(torch.tensor([0.5, -1.0]))
         theirs.log_var.copy_(weights.log_variances)
@@ -36,7 +42,7 @@ def test_uncertainty_is_that_of_torchjd_for_twice_the_loss() -> None:
 
 
 def test_the_learned_weight_is_one_over_twice_the_loss() -> None:
-    weights, means, tokens = UncertaintyWeights(2), torch.tensor([0.25, 2.0]), torch.tensor([90.0, 10.0])
+    weights, means, tokens = UncertaintyWeights(plan_of()), torch.tensor([0.25, 2.0]), torch.tensor([90.0, 10.0])
     optimizer = torch.optim.SGD(weights.parameters(), lr=2.0)
     for _ in range(400):
         optimizer.zero_grad()
@@ -46,11 +52,11 @@ def test_the_learned_weight_is_one_over_twice_the_loss() -> None:
 
 
 def test_its_regulariser_does_not_grow_with_the_number_of_micro_batches() -> None:
-    weights, tokens = UncertaintyWeights(2), torch.tensor([[6.0, 0.0], [1.0, 5.0]])
+    weights, tokens = UncertaintyWeights(plan_of()), torch.tensor([[6.0, 0.0], [1.0, 5.0]])
     with torch.no_grad():
         weights.log_variances.copy_(torch.tensor([1.0, 3.0]))
-    parts = sum(weights.regulariser(row) * row.sum() / tokens.sum() for row in tokens)
-    assert parts.item() == pytest.approx(weights.regulariser(tokens.sum(dim=0)).item())
+    parts = sum(regulariser(weights, row) * row.sum() / tokens.sum() for row in tokens)
+    assert parts.item() == pytest.approx(regulariser(weights, tokens.sum(dim=0)).item())
 
 
 def test_rates_are_those_of_torchjd() -> None:
