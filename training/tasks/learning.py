@@ -5,11 +5,11 @@ and step (rows, PCGrad's order).
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.training.collator import TASK_IDS
@@ -20,9 +20,6 @@ from chorus_moe.training.tasks.losses import TaskLoss
 from chorus_moe.training.tasks.plan import TaskPlan
 from chorus_moe.training.tasks.sampler import TaskSampler
 from chorus_moe.training.tasks.weights import RateWeights, UncertaintyWeights
-
-if TYPE_CHECKING:
-    from chorus_moe.training.trainer import ChorusTrainer
 
 MEMORY = "tasks"
 
@@ -61,7 +58,7 @@ class TaskLearning(TrainerCallback):
             gradients or whose order of rows cannot be had by task.
     """
 
-    def __init__(self, plan: TaskPlan, trainer: "ChorusTrainer"):
+    def __init__(self, plan: TaskPlan, trainer: Trainer):
         self.plan, self.trainer = plan, trainer
         self._check()
         seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
