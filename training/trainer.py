@@ -1,5 +1,6 @@
 """The Trainer of `chorus-moe train`: whole checkpoints, rates by part and depth, guarded steps, more optimizers."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,9 @@ class ChorusTrainer(WholeCheckpoints):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The last hook before the optimizer's step that knows the norm before clipping."""
         norm = super()._get_grad_norm(model, grad_norm)
-        self.objectives.average_gradients()
+        if self.objectives.objectives:
+            # They count, so that the guard sees a term that breaks.
+            norm = math.hypot(float(norm), self.objectives.settle_gradients(self.args.max_grad_norm))
         batches, self._batches = self._batches, []
         if self.guard is None or (self.accelerator.scaler is not None and not torch.isfinite(torch.as_tensor(norm))):
             # A gradient that overflowed in float16 is the scaler's: it skips the step and lowers its scale.

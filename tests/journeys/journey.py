@@ -6,13 +6,16 @@ Unusual here:
 - nothing is set for a step but the search path, so that it meets this checkout, and no variable of the tests is kept.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import re
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.fresh_process import PROGRAM, ROOT, kill, run_fresh
+from tests.fresh_process import PROGRAM, ROOT, kill, run_fresh, started
 from tests.training.export_checks import HIDE_THE_PACKAGE
 
 SCRIPTS = Path(__file__).with_name("scripts")
@@ -53,6 +56,21 @@ class Journey:
     def killed(self, *words: str | Path | int, when: Callable[[], bool]) -> None:
         """Run `chorus-moe` and kill it, as a crash does, as soon as `when` says so."""
         kill(list(map(str, words)), cwd=self.folder, when=when, environment=self._environment())
+
+    @contextlib.contextmanager
+    def served(self, model: str) -> Iterator[str]:
+        """`chorus-moe serve` on a free port; its address for OpenAI's clients."""
+        log = self.folder / "logs"
+        log.mkdir(exist_ok=True)
+        words = ["serve", model, "--port", "0"]
+        with started(PROGRAM, words, cwd=self.folder, environment=self._environment(), log=log) as process:
+            address = None
+            while process.is_alive() and not address:
+                said = (log / "stderr").read_text(encoding="utf-8") if (log / "stderr").exists() else ""
+                address = re.search(r"http://\S+/v1", said)
+                time.sleep(0.05)
+            assert address, said
+            yield address[0]
 
     def write(self, name: str, text: str) -> Path:
         path = self.folder / name

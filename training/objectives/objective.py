@@ -102,16 +102,21 @@ class ObjectiveTerms(nn.ModuleList):
         self._sums, self._counts = {}, {}
         return means
 
-    def average_gradients(self) -> None:
-        """Over ranks: the wrapper of the model, which does this for its parameters, does not know these."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return
-        for parameter in self.parameters():
-            if parameter.grad is None:
-                # All ranks must take part.
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= dist.get_world_size()
+    def settle_gradients(self, max_norm: float) -> float:
+        """Do for these parameters what wrapper and Trainer do for the model's: average over ranks, and clip.
+
+        Returns:
+            The norm of their gradients before clipping.
+        """
+        parameters = list(self.parameters())
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for parameter in parameters:
+                if parameter.grad is None:
+                    # All ranks must take part.
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+        return float(nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf))
 
     def save(self, checkpoint: str) -> None:
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}

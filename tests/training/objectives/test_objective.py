@@ -97,7 +97,8 @@ def test_own_gradients_do_not_pile_up(parts: dict[str, Any], tmp_path: Path) -> 
     parts["model"].lm_head.weight.requires_grad_(True)
     objective = Level(weight=1.0)
     trainer = trainer_of(parts, tmp_path, [objective], optim="sgd", max_steps=3, learning_rate=0.01,
-                         per_device_train_batch_size=4, lr_scheduler_type="constant")  # fmt: skip
+                         per_device_train_batch_size=4, lr_scheduler_type="constant",
+                         max_grad_norm=0.0)  # fmt: skip
     trainer.create_optimizer()
     # What is left of the model's own loss does not move it.
     trainer.optimizer.param_groups[0]["lr"] = trainer.optimizer.param_groups[1]["lr"] = 0.0
@@ -109,6 +110,15 @@ def test_own_gradients_do_not_pile_up(parts: dict[str, Any], tmp_path: Path) -> 
         level = level - 0.01 * 2 * (level.sum() - logits).mean()
     trainer.train()
     torch.testing.assert_close(objective.level.data, level, rtol=0, atol=1e-5)
+
+
+def test_own_gradients_are_clipped_and_count_in_the_norm(parts: dict[str, Any], tmp_path: Path) -> None:
+    objective = Level(weight=1000.0)
+    options = {"optim": "sgd", "max_steps": 1, "max_grad_norm": 0.5, "learning_rate": 1.0, "logging_steps": 1}
+    trainer = trainer_of(parts, tmp_path, [objective], per_device_train_batch_size=4, **options)
+    trainer.train()
+    torch.testing.assert_close((objective.level.data - 1).norm(), torch.tensor(0.5), rtol=1e-5, atol=0)
+    assert next(entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry) > 1000
 
 
 def test_the_mean_of_each_term_is_logged_by_its_name(parts: dict[str, Any], tmp_path: Path) -> None:
