@@ -34,7 +34,7 @@ class UncertaintyWeights(Objective):
         """`(K,)`."""
         return torch.exp(-self.log_variances)
 
-    def forward(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
+    def forward(self, model: nn.Module, inputs: Mapping[str, Any], outputs: object) -> Tensor:
         share_K = self.tokens_K / self.tokens_K.sum().clamp(min=1)
         return (share_K * self.log_variances).sum() / 2
 
