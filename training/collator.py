@@ -39,7 +39,7 @@ class ChorusDataCollator:
         max_bad_samples: how many may be skipped before that is an error as well.
         pad_to_multiple_of: round the length of a batch up.
         prompt_only: leave the last turn, the assistant's, out: prompts for `generate`, padded on the left, no labels.
-        more: what else a batch gets, a function of the rows that could be read and of their batch.
+        more: what else a batch gets: functions of the rows that could be read and of their batch.
 
     Raises:
         ValueError: an unknown option.
@@ -55,7 +55,7 @@ class ChorusDataCollator:
         max_bad_samples: int = 100,
         pad_to_multiple_of: int | None = None,
         prompt_only: bool = False,
-        more: MoreColumns | None = None,
+        more: Sequence[MoreColumns] = (),
     ):
         if on_bad_media not in ("raise", "skip"):
             raise ValueError(f"on_bad_media={on_bad_media!r}; choose 'raise' or 'skip'")
@@ -63,7 +63,7 @@ class ChorusDataCollator:
         self.on_bad_media = on_bad_media
         self.max_bad_samples = max_bad_samples
         self.prompt_only = prompt_only
-        self.more = more
+        self.more = tuple(more)
         # Generation goes on at the right end of a prompt.
         self.options: dict[str, Any] = {"padding": True, "padding_side": "left" if prompt_only else "right"}
         if max_length is not None:
@@ -86,8 +86,7 @@ class ChorusDataCollator:
         # the batch is tried again.
         while good:
             try:
-                batch = self._checked(self._encode(good))
-                return batch if self.more is None else batch | self.more(good, batch)
+                return self._with_more(good, self._checked(self._encode(good)))
             except MediaError as error:
                 self._skip(error)
                 # The error does not belong to a sample, so skipping one would not help.
@@ -203,10 +202,16 @@ class ChorusDataCollator:
         # A row that was no row has no text to stand for it either.
         except LayoutError:
             messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-        batch = self._encode([{"messages": messages}])
+        rows = [{"messages": messages}]
+        batch = self._encode(rows)
         # Without labels the batch teaches nothing.
         if "labels" in batch:
             batch["labels"] = torch.full_like(batch["labels"], -100)
+        return self._with_more(rows, batch)
+
+    def _with_more(self, rows: Sequence[Row], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for columns in self.more:
+            batch = batch | columns(rows, batch)
         return batch
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.training.features.rows import is_cache, read_facts, read_row, read_table
-from chorus_moe.training.layouts import LayoutError, explain, is_learned, standard_row
+from chorus_moe.training.layouts import TASK, LayoutError, explain, is_learned, standard_row
 from chorus_moe.training.loading import is_remote
 
 if TYPE_CHECKING:
@@ -73,6 +73,11 @@ class RowDataset(Dataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
+
+    def tasks(self) -> list[Any]:
+        """The `task` of every row, None where it has none; no other column is read."""
+        column = (self.columns or {}).get(TASK, TASK)
+        return list(self.table[column]) if column in self.table.column_names else [None] * len(self)
 
     def _with_paths(self, turn: Any, where: str) -> Any:
         """A turn whose parts name media by resolved paths."""

@@ -49,6 +49,8 @@ LAYOUTS = {
 }
 # Columns that the layouts above bring along.
 ALONG = ("system", "history", "input", "tools")
+# What a row is an example of, as in "parity" (see `tasks/`); it stays with the row.
+TASK = "task"
 REFUSED = {
     "chosen": "pairs of a better and a worse answer are for TRL's DPOTrainer, not for supervised training",
     "text": "plain text has no turns, so nothing says what is to be learned; write it as `messages`",
@@ -110,8 +112,8 @@ def convert(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, ma
     messages = _placed(messages, media, markers, notes)
     taken = {*layout, *ALONG, *(name for names in MEDIA_COLUMNS.values() for name in names)}
     rest = {name: value for name, value in values.items() if name not in taken}
-    if rest:
-        notes.append(f"not used: {', '.join(sorted(rest))}")
+    if unused := sorted(rest.keys() - {TASK}):
+        notes.append(f"not used: {', '.join(unused)}")
     del media["videos"]
     return Converted({**rest, "messages": messages, **media}, notes)
 

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple, NoReturn
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from chorus_moe.training.layouts import ALONG, LAYOUTS, MEDIA_COLUMNS
+from chorus_moe.training.layouts import ALONG, LAYOUTS, MEDIA_COLUMNS, TASK
 from chorus_moe.training.objectives.distillation_arguments import DistillationArguments
+from chorus_moe.training.tasks.arguments import TaskArguments
 from chorus_moe.training.yaml_files import read_yaml
 
 PRODIGY = "prodigy"
-COLUMNS = sorted({name for names in LAYOUTS for name in names} | {*MEDIA_COLUMNS, *ALONG})
+COLUMNS = sorted({name for names in LAYOUTS for name in names} | {*MEDIA_COLUMNS, *ALONG, TASK})
 
 
 @dataclass
@@ -211,6 +212,7 @@ class Recipe(NamedTuple):
     parts: PartsArguments
     guards: GuardArguments
     distillation: DistillationArguments
+    tasks: TaskArguments
     training: RunArguments
     # Names that the file or the command line gives a value; the card lists them.
     given: frozenset[str] = frozenset()
@@ -232,6 +234,7 @@ SECTIONS: dict[str, type] = {
     "parts": PartsArguments,
     "guards": GuardArguments,
     "distillation": DistillationArguments,
+    "tasks": TaskArguments,
     "training": RunArguments,
 }
 # What the stock Trainer needs with this model: raw columns reach the collator, labels have their name under any
@@ -243,7 +246,7 @@ def read_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """A recipe from a YAML file and words such as `["--learning_rate", "1e-4"]`, which win.
 
     Args:
-        path: YAML with the sections `model`, `data`, `lora`, `routing`, `parts`, `guards`, `distillation` and
+        path: YAML with the sections `model`, `data`, `lora`, `routing`, `parts`, `guards`, `distillation`, `tasks` and
             `training`, each a mapping; None for overrides alone.
 
     Raises:
@@ -268,7 +271,7 @@ def build_recipe(sections: object, where: str, overrides: Sequence[str] = ()) ->
 
 
 def read_sections(sections: object, where: str) -> dict[str, Any]:
-    """The names and values of all sections, checked; a `lora` section switches LoRA on."""
+    """The names and values of all sections, checked; a `lora` or `tasks` section switches itself on."""
     if not isinstance(sections, Mapping):
         raise ValueError(f"{where}: expected the sections {', '.join(SECTIONS)}, found {sections!r:.60}")
     values: dict[str, Any] = {}
@@ -288,6 +291,8 @@ def read_sections(sections: object, where: str) -> dict[str, Any]:
     if "lora" in sections:
         # `use_lora: false` in the section still switches it off.
         values.setdefault("use_lora", True)
+    if "tasks" in sections:
+        values.setdefault("use_tasks", True)
     return values
 
 

@@ -31,6 +31,7 @@ from chorus_moe.training.rates import Rates
 from chorus_moe.training.readiness import check_recipe, prepare_parts
 from chorus_moe.training.recipe import SECTIONS, PartsArguments, Recipe, build_recipe, field_names, nearest
 from chorus_moe.training.saving import saved_whole
+from chorus_moe.training.tasks.plan import plan_tasks
 from chorus_moe.training.train import read_config, run_training
 from chorus_moe.training.yaml_files import read_yaml
 
@@ -266,7 +267,9 @@ def check_stages(stages: Sequence[Stage]) -> None:
             rows = {}
             for source, split in ((data.train_data, data.train_split), (data.eval_data, data.eval_split)):
                 if source:
-                    rows[str(source)] = load_rows(source, split, **data.to_options())
+                    loaded = rows[str(source)] = load_rows(source, split, **data.to_options())
+                    if split == data.train_split and stage.recipe.tasks.use_tasks:
+                        plan_tasks(stage.recipe.tasks, loaded)
                 elif split == data.train_split:
                     raise ValueError("data.train_data is missing: a file, a folder or a Hub id")
             prepared = prepare_parts(model, stage.recipe, verbose=False)
@@ -318,7 +321,7 @@ def _told(stage: Stage) -> dict[str, Any]:
 def _asked(recipe: Recipe) -> dict[str, Any]:
     """What decides what a stage ends with, by name."""
     sections = {"data": recipe.data, "lora": recipe.lora, "routing": recipe.routing, "parts": recipe.parts}
-    sections["distillation"] = recipe.distillation
+    sections |= {"distillation": recipe.distillation, "tasks": recipe.tasks}
     found = {f"{section}.{key}": value for section, kind in sections.items() for key, value in vars(kind).items()}
     found |= {f"training.{name}": getattr(recipe.training, name) for name in DECISIVE}
     found["training.optim"] = str(getattr(recipe.training.optim, "value", recipe.training.optim))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForMultimodalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForMultimodalLM, AutoTokenizer, Trainer, TrainerState, TrainingArguments, set_seed
 
 from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
@@ -17,7 +17,7 @@ from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.surgery.tokenizer import add_media_tokens, build_tokenizer
-from chorus_moe.training.checkpoints import fault_of, newest_whole, numbered_checkpoints
+from chorus_moe.training.checkpoints import STATE, fault_of, newest_whole, numbered_checkpoints
 from chorus_moe.training.data import FeatureRows, RowDataset, load_rows
 from chorus_moe.training.evaluate import text_of
 from chorus_moe.training.features.checks import check_features
@@ -40,6 +40,8 @@ from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.routing.report import write_routing
 from chorus_moe.training.routing.reward import RouterRewardTrainer
 from chorus_moe.training.saving import held_model
+from chorus_moe.training.tasks.learning import check_memory, task_columns
+from chorus_moe.training.tasks.plan import plan_tasks
 from chorus_moe.training.trainer import ChorusTrainer
 
 
@@ -73,20 +75,26 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     train_rows = load_rows(recipe.data.train_data, recipe.data.train_split, **options)
     if recipe.data.eval_data:
         eval_rows = load_rows(recipe.data.eval_data, recipe.data.eval_split, **options)
+    tasks = plan_tasks(recipe.tasks, train_rows) if recipe.tasks.use_tasks else None
+    if tasks is not None and arguments.process_index == 0:
+        print(tasks, file=sys.stderr)
     checkpoint = find_checkpoint(arguments, recipe.model.model_name_or_path)
     is_new = arguments.overwrite_output_dir and checkpoint is None
     model, processor = load_or_build(recipe, train_rows, checkpoint)
     check_features(model, processor, {"data.train_data": train_rows, "data.eval_data": eval_rows})
     objectives, answers = distillation_objectives(recipe.distillation, model, processor, recipe.data.max_length)
+    more = [teacher_columns] if answers is not None else []
+    more += [task_columns(tasks.names)] if tasks is not None else []
     collator = FeatureCollator(
         processor,
         max_length=recipe.data.max_length,
         on_bad_media=recipe.data.on_bad_media,
         max_bad_samples=recipe.data.max_bad_samples,
-        more=teacher_columns,
+        more=more,
     )
     trainer = new_trainer(
         recipe,
+        tasks=tasks,
         model=model,
         args=arguments,
         train_dataset=train_rows if answers is None else TaughtRows(train_rows, answers),
@@ -99,6 +107,7 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     callback = RoutingCallback.add_to(trainer)
     skills = guard_skills(trainer, recipe.guards, eval_rows)
     if checkpoint is not None:
+        check_memory(tasks, TrainerState.load_from_json(str(Path(checkpoint) / STATE)).stateful_callbacks)
         # The Trainer would load an optimizer state on the wrong parameters without a word.
         check_resume(trainer, checkpoint)
     if is_new and trainer.is_local_process_zero():

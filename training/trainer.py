@@ -16,17 +16,20 @@ from chorus_moe.training.objectives.objective import ClearGradients, Objective, 
 from chorus_moe.training.rates import Rates, split_groups
 from chorus_moe.training.recipe import PRODIGY
 from chorus_moe.training.results.tokens import TokenAccuracy
+from chorus_moe.training.tasks.learning import TaskLearning
+from chorus_moe.training.tasks.plan import TaskPlan
 
 MEMORY = "step_guard"
 
 
 class ChorusTrainer(TokenAccuracy, WholeCheckpoints):
-    """The Trainer with whole checkpoints and token accuracy, plus rates by part, a guard of its steps, more objectives,
-    and Prodigy.
+    """The Trainer with whole checkpoints and token accuracy, plus rates by part, a guard of its steps, tasks, more
+    objectives, and Prodigy.
 
     Args:
         rates: learning rates by part and depth; None for one rate.
         guard: which steps are skipped; None takes every step.
+        tasks: the tasks of the rows, see `plan_tasks`; None for rows of one kind.
         objectives: further terms of the loss. Logs get the mean of each by its name.
     """
 
@@ -35,6 +38,7 @@ class ChorusTrainer(TokenAccuracy, WholeCheckpoints):
         *arguments: Any,
         rates: Rates | None = None,
         guard: StepGuard | None = None,
+        tasks: TaskPlan | None = None,
         objectives: Sequence[Objective] = (),
         **options: Any,
     ):
@@ -42,6 +46,10 @@ class ChorusTrainer(TokenAccuracy, WholeCheckpoints):
         # The micro-batches of the step, kept until it is taken.
         self._batches: list[dict[str, Any]] = []
         super().__init__(*arguments, **options)
+        self.tasks = TaskLearning(tasks, self) if tasks is not None else None
+        if self.tasks is not None:
+            self.add_callback(self.tasks)
+            objectives = [*objectives, *self.tasks.objectives]
         self.objectives = ObjectiveTerms(objectives).to(self.args.device)
         for objective in objectives:
             objective.check(self.model, self.processing_class)
@@ -64,8 +72,10 @@ class ChorusTrainer(TokenAccuracy, WholeCheckpoints):
         if is_new and self.rates is not None:
             trained = self.model if model is None else model
             split_groups(optimizer, trained, self.rates.of_parameters(trained, self.args.learning_rate))
-        if is_new and (own := list(self.objectives.parameters())):
-            optimizer.add_param_group({"params": own, "lr": self.args.learning_rate, "weight_decay": 0.0})
+        for objective in self.objectives.objectives if is_new else ():
+            if own := list(objective.parameters()):
+                rate = objective.learning_rate or self.args.learning_rate
+                optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
     def compute_loss(
@@ -76,25 +86,43 @@ class ChorusTrainer(TokenAccuracy, WholeCheckpoints):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         # Evaluation reports the model's own loss alone.
-        if not model.training or not len(self.objectives):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        compute = super().compute_loss
+        if not model.training or (self.tasks is None and not len(self.objectives)):
+            return compute(model, inputs, return_outputs, num_items_in_batch)
         asked = {name: value for name, value in inputs.items() if name not in self.objectives.columns}
         asked |= self.objectives.forward_options()
-        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
+        if self.tasks is not None:
+            model = self.tasks.model_for(model)
+            loss, outputs = self.tasks.compute_loss(compute, model, asked, num_items_in_batch)
+        else:
+            loss, outputs = compute(model, asked, True, num_items_in_batch)
         share, ranks = 1.0, 1
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             # The Trainer does not divide by the number of micro-batches then.
             share = 1 / self.current_gradient_accumulation_steps
             if self.args.average_tokens_across_devices:
                 ranks = self.accelerator.num_processes // self.get_tp_size()
-        terms = self.objectives.loss(model, inputs, outputs, share, num_items_in_batch, ranks)
-        loss = loss + terms.to(loss.device)
+        if len(self.objectives):
+            terms = self.objectives.loss(model, inputs, outputs, share, num_items_in_batch, ranks)
+            loss = loss + terms.to(loss.device)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Tensor:
         if self.guard is not None:
             self._batches.append(inputs)
-        return super().training_step(model, inputs, *arguments, **options)
+        loss = super().training_step(model, inputs, *arguments, **options)
+        if self.tasks is not None and self.accelerator.sync_gradients:
+            self.tasks.end_step()
+        return loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared = super()._prepare_inputs(inputs)
+        if self.tasks is not None:
+            self.tasks.take_tasks(prepared)
+        return prepared
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.tasks is None else self.tasks.sampler
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The last hook before the optimizer's step that knows the norm before clipping."""
@@ -124,6 +152,7 @@ class ChorusTrainer(TokenAccuracy, WholeCheckpoints):
         # Logs of an evaluation have no "loss".
         if "loss" in logs:
             logs |= self.objectives.take_means()
+            logs |= self.tasks.take_figures() if self.tasks is not None else {}
         super().log(logs, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

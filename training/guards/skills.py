@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from chorus_moe.training.data import RowDataset
 from chorus_moe.training.evaluate import medium_of
+from chorus_moe.training.layouts import TASK
 
 MEMORY = "skill_guard"
 
@@ -18,7 +19,7 @@ def skills_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
     skills: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         shown = medium_of(row)
-        name = f"{shown}.{row['task']}" if row.get("task") else shown
+        name = f"{shown}.{row[TASK]}" if row.get(TASK) else shown
         skills.setdefault(name, []).append(number)
     return skills
 

@@ -35,6 +35,8 @@ class Objective(nn.Module):
     by_labels = False
     # Tensors of a batch that are this objective's and not the model's.
     columns: tuple[str, ...] = ()
+    # Of its own parameters; None for that of the run.
+    learning_rate: float | None = None
 
     def __init__(self, name: str, weight: float = 1.0):
         super().__init__()
@@ -71,7 +73,7 @@ class ObjectiveTerms(nn.ModuleList):
         self,
         model: nn.Module,
         inputs: Mapping[str, Any],
-        outputs: Any,
+        outputs: object,
         share: float,
         num_items_in_batch: Tensor | int | None,
         ranks: int,

@@ -79,7 +79,7 @@ def test_files_of_all_tokens_give_the_loss_and_gradient_of_the_teacher_itself(
     write_teacher(tmp_path / "files", teacher, rows, ChorusDataCollator(processor), top_k=10**6, batch_size=3)
     files = TeacherFiles(tmp_path / "files")
     taught = TaughtRows(rows, files)
-    batch = ChorusDataCollator(processor, more=teacher_columns)([taught[index] for index in (3, 0, 2)])
+    batch = ChorusDataCollator(processor, more=[teacher_columns])([taught[index] for index in (3, 0, 2)])
     values, grads = [], []
     for origin in (teacher, files):
         student.zero_grad()
@@ -101,7 +101,7 @@ def test_files_of_few_tokens_come_close_from_below(
     for top_k in (4, 64, 10**6):
         write_teacher(tmp_path / str(top_k), teacher, rows, ChorusDataCollator(processor), top_k=top_k)
         files = TeacherFiles(tmp_path / str(top_k))
-        batch = ChorusDataCollator(processor, more=teacher_columns)(list(TaughtRows(rows, files)))
+        batch = ChorusDataCollator(processor, more=[teacher_columns])(list(TaughtRows(rows, files)))
         values.append(DistilledTokens(files)(model, batch, run(model, batch)).item())
     assert 0 < values[0] < values[1] < values[2]
 
@@ -290,7 +290,7 @@ def trainer_of(
     return ChorusTrainer(
         student,
         TrainingArguments(str(folder), **given),
-        ChorusDataCollator(processor, more=teacher_columns),
+        ChorusDataCollator(processor, more=[teacher_columns]),
         rows if answers is None else TaughtRows(rows, answers),
         processing_class=processor,
         objectives=objectives,

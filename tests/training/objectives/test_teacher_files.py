@@ -106,7 +106,7 @@ def test_other_labels_of_the_same_row_are_refused(
     tmp_path: Path, teacher: Teacher, rows: list[dict[str, Any]], processor: ChorusProcessor
 ) -> None:
     taught = TaughtRows(rows, write(tmp_path / "out", teacher, rows, processor))
-    batch = ChorusDataCollator(processor, more=teacher_columns)([taught[0], taught[1]])
+    batch = ChorusDataCollator(processor, more=[teacher_columns])([taught[0], taught[1]])
     labels = batch["labels"].clone()
     labels[1, labels[1] != -100] += 1
     with pytest.raises(ValueError, match=r"sample 1: (\d+) labelled tokens, the teacher was asked about \1 others"):
@@ -152,11 +152,11 @@ def test_a_text_teachers_files_leave_rows_with_media_out(
     files = write(tmp_path / "out", teacher, rows, processor)
     assert len(files) == 1 and not files.manifest["reads_media"]
     taught = TaughtRows(rows, files)
-    batch = ChorusDataCollator(processor, more=teacher_columns)([taught[index] for index in range(3)])
+    batch = ChorusDataCollator(processor, more=[teacher_columns])([taught[index] for index in range(3)])
     assert batch["teacher_read"].tolist() == [False, False, True]
     assert batch["teacher_log_probs"].shape[0] == 3 and not batch["teacher_log_probs"][:2].any()
     # As in evaluation, where rows bring nothing.
-    assert "teacher_read" not in ChorusDataCollator(processor, more=teacher_columns)(rows)
+    assert "teacher_read" not in ChorusDataCollator(processor, more=[teacher_columns])(rows)
 
 
 def test_rows_that_cannot_be_read_are_skipped_as_in_training(
@@ -169,7 +169,7 @@ def test_rows_that_cannot_be_read_are_skipped_as_in_training(
     files = TeacherFiles(tmp_path / "out")
     assert len(files) == 2
     assert files.find(rows[2]) is not None and files.find(broken) is None
-    batch = ChorusDataCollator(processor, on_bad_media="skip", more=teacher_columns)(list(TaughtRows(given, files)))
+    batch = ChorusDataCollator(processor, on_bad_media="skip", more=[teacher_columns])(list(TaughtRows(given, files)))
     assert batch["teacher_read"].tolist() == [True, True]
 
 
