@@ -140,7 +140,10 @@ class ChorusHead(ChorusPreTrainedModel):
         )
         self._check_graph("alignment", [query for query, _ in states], projections)
         layers = [alignment_loss(query, key, modality_BS, real_BS, scaling, is_causal, kind) for query, key in states]
-        return torch.stack([layer.to(layers[0].device) for layer in layers]).mean()
+        # Of a rank that holds some of the heads: its part of their mean, since gradients of ranks are summed.
+        share = states[0][0].shape[1] / text.num_attention_heads
+        loss = torch.stack([layer.to(layers[0].device) for layer in layers]).mean()
+        return loss if share == 1 else loss * share
 
     def _check_graph(self, term: str, sources: list[Tensor], trained: tuple[str, ...]) -> None:
         """Refuse a loss term whose sources have no graph although parameters with these names are trained."""
