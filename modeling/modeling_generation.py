@@ -88,7 +88,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         return layer, [
             name
             for name, bank in banks.items()
-            if "text" not in bank.modalities and any(p.requires_grad for p in bank.experts.parameters())
+            if "text" not in bank.modalities
+            and any(p.requires_grad for stack in bank.stacks for p in stack.parameters())
         ]
 
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs: Any) -> BaseModelOutputWithPooling:

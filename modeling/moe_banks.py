@@ -2,8 +2,8 @@
 
 A bank is addressed by name everywhere (config, LoRA, losses, statistics).
 
-Shape suffixes: T tokens, D hidden size, N banks of the layer, E experts in the bank, K experts per token, I expert
-width.
+Shape suffixes: T tokens, R rows of the bank, D hidden size, N banks of the layer, E experts in the bank, K experts per
+token, P choices (R * K), I expert width.
 """
 
 from collections.abc import Collection

@@ -319,8 +319,11 @@ def test_deeper_experts_answer_as_before_then_learn_and_are_saved(is_linear: boo
     assert torch.equal(logits_of(type(model).from_pretrained(tmp_path), batch), logits_of(model, batch))
 
 
-def test_a_deep_bank_that_is_added_changes_no_bit(batch: Batch):
+@pytest.mark.parametrize("is_linear", [False, True])
+def test_a_deep_bank_that_is_added_changes_no_bit(is_linear: bool, batch: Batch):
     model = make()
+    if is_linear:
+        surgery.unfuse_experts(model)
     before = logits_of(model, batch)
     add_bank(model, "medical", modalities=["text"], expert_depth=2)
     assert torch.equal(logits_of(model, batch), before)
