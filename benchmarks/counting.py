@@ -56,9 +56,9 @@ def pairs(held_out: bool) -> list[tuple[int, int]]:
     return [PAIRS[index] for index in (order[:cut] if held_out else order[cut:])]
 
 
-def decoder(layers: int, hidden_size: int, **text: Any) -> ChorusForConditionalGeneration:
+def decoder(layers: int, hidden_size: int, seed: int = 0, **text: Any) -> ChorusForConditionalGeneration:
     """A dense text decoder, the same at the start whatever the options."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = ChorusConfig(
         text_config={
             "vocab_size": FIRST_ID + len(LETTERS),
@@ -78,11 +78,11 @@ def decoder(layers: int, hidden_size: int, **text: Any) -> ChorusForConditionalG
     return model
 
 
-def learn(models: Mapping[str, ChorusForConditionalGeneration], steps: int, lr: float = 2e-3) -> None:
+def learn(models: Mapping[str, ChorusForConditionalGeneration], steps: int, lr: float = 2e-3, seed: int = 1) -> None:
     """Train all models on the same batches, in turns."""
     known = pairs(held_out=False)
     take_step = {name: stepper(model.train(), steps, lr) for name, model in models.items()}
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         chosen = torch.randint(len(known), (BATCH,), generator=generator).tolist()
         ids = torch.tensor([encode(text_of(*known[index])) for index in chosen])

@@ -62,7 +62,7 @@ AUDIO = {
     "intermediate_size": 64,
     "conv_kernel_size": 7,
 }
-LOSSES = {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001, "alignment_loss_coef": 0.01}
+LOSSES = {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001, "alignment_loss_coef": 0.01, "alignment": "maps"}
 BANKS = ("text", "image", "audio", "common")
 SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
 

@@ -138,11 +138,12 @@ class Attention(nn.Module):
         attention_mask: Tensor | LocalMask | None,
         plan: ForwardPlan,
         past_key_values: Cache | None = None,
+        keys_alone: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, Tensor]]:
         """Returns the output `(B, S, D)`, the attention map if the backend yields one, and the rotated queries
         `(B, H, S, C)` and keys `(B, G, S, C)` of the new tokens; a long prefill has no queries to return.
-        `position_embeddings` are [`rotary_tables`]."""
+        `position_embeddings` are [`rotary_tables`]. With `keys_alone` the cache is filled, and the states return."""
         key = self.k_norm(project(self.k_proj, hidden_states, plan).unflatten(-1, (-1, self.key_norm_size)))
         key = self._rotated(self._by_head(key), position_embeddings)
         value = self._by_head(project(self.v_proj, hidden_states, plan))
@@ -151,6 +152,8 @@ class Attention(nn.Module):
         # queries with new keys.
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if keys_alone:
+            return hidden_states, None, (None, new_key)
         # After the cache and not in it: a sliding cache would drop them first.
         if self.global_tokens is not None:
             key, value = self.global_tokens(key, value)

@@ -20,7 +20,7 @@ GATES = ("softmax", "own")
 # PEFT finds its own tensors by these words in a parameter's name, so a bank of that name is saved and loaded wrongly.
 PEFT_NAMES = ("router", "base_layer", "modules_to_save", "original_module")
 # Far above any real model: a configuration from the Hub must not make us allocate without limit.
-MAX_EXPERTS, MAX_EXPERT_WIDTH = 65_536, 1_048_576
+MAX_EXPERTS, MAX_EXPERT_WIDTH, MAX_EXPERT_DEPTH = 65_536, 1_048_576, 64
 # Router -> what keeps its load even unless a bank says otherwise. A configuration is read and checked where no model
 # code has been loaded, so these two facts stand here; the class of that name in `moe_routers` states all others.
 ROUTERS: dict[str, str] = {
@@ -41,6 +41,8 @@ class ExpertBankConfig:
         num_experts: experts in the bank; a list has one number for each layer the bank lives in, in rising order.
         num_experts_per_tok: experts that a token visits.
         intermediate_size: width of one expert.
+        expert_depth: feed-forwards of one expert, one after the other: each adds to the sum of those before it, and
+            reads what the first reads plus that sum.
         layers: indices of the sparse layers that hold the bank; all sparse layers if None.
         router: how experts are scored, one of `ROUTERS`.
         router_bias: a linear router adds a learned number to each expert's score, zero at the start.
@@ -72,6 +74,7 @@ class ExpertBankConfig:
     num_experts: int | list[int]
     num_experts_per_tok: int
     intermediate_size: int
+    expert_depth: int = 1
     modalities: list[str] = field(default_factory=list)
     layers: list[int] | None = None
     router: str = "softmax"
@@ -210,6 +213,8 @@ class LayerBankConfig(ExpertBankConfig):
             )
         if not 1 <= self.intermediate_size <= MAX_EXPERT_WIDTH:
             raise ValueError(f"{where}: intermediate_size={self.intermediate_size} is outside 1..{MAX_EXPERT_WIDTH}")
+        if not 1 <= self.expert_depth <= MAX_EXPERT_DEPTH:
+            raise ValueError(f"{where}: expert_depth={self.expert_depth} is outside 1..{MAX_EXPERT_DEPTH}")
 
     def _validate_routing(self, where: str) -> None:
         if not self.routed_scaling_factor > 0:

@@ -75,4 +75,11 @@ def _experts_plan(config: Any, styles: dict[str, str]) -> dict[str, str]:
         return {}
     # Without a matching rule every expert would stay on every rank, in silence.
     banks = {bank.name for layer in config.sparse_layers for bank in config.banks_of_layer(layer)}
-    return {f"layers.*.mlp.banks.{bank}.{name}": style for bank in sorted(banks) for name, style in styles.items()}
+    plan = {f"layers.*.mlp.banks.{bank}.{name}": style for bank in sorted(banks) for name, style in styles.items()}
+    # Each feed-forward of a deep expert is a stack of its own, whose ranks sum up before the next one reads.
+    deep = {bank.name for bank in config.banks if bank.expert_depth > 1}
+    return plan | {
+        f"layers.*.mlp.banks.{bank}.{name.replace('experts', 'deeper_experts.*', 1)}": style
+        for bank in sorted(banks & deep)
+        for name, style in styles.items()
+    }

@@ -26,6 +26,9 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 QK_NORM_SCOPES = ("head", "projection")
 NORM_PLACEMENTS = ("pre", "post")
 EXPERT_LAYOUTS = ("fused", "linear")
+# Those that compare the text's map of an image with the image's map of the text, and those that a causal model takes.
+TWO_MAPS = ("log_odds", "entropy_floor", "pooled")
+ALIGNMENTS = (*TWO_MAPS, "contrastive", "maps")
 
 
 @strict
@@ -63,7 +66,10 @@ class ChorusTextConfig(PreTrainedConfig):
         router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906) while training.
         expert_budget_loss_coef: weight, while training, of the squared distance from the budget of banks with
             `mean_experts`.
-        alignment_loss_coef: weight of the alignment of the two directions of cross-modal attention while training.
+        alignment_loss_coef: weight of the alignment of text with images and sound in cross-modal attention while
+            training.
+        alignment: what is aligned, one of `ALIGNMENTS`, see `alignment_loss`. If None: `contrastive` in a causal model,
+            where no layer computes both directions, otherwise `log_odds`.
         chunk_size_feed_forward: feed-forwards take this many tokens at a time, also in training, where each chunk is
             then computed again in the backward. 0 leaves it to the model: chunks for long inputs, at inference only.
         exit_layers: numbers of layers after which an exit stands, fewer than all. In a classifier each has a head; in a
@@ -94,6 +100,7 @@ class ChorusTextConfig(PreTrainedConfig):
         mlp_layer_types: list[str]
         cross_modal_layers: list[int]
         expert_banks: dict[str, dict]
+        alignment: str
     else:
         modalities: list[str] | None = None
         num_key_value_heads: int | None = None
@@ -102,6 +109,7 @@ class ChorusTextConfig(PreTrainedConfig):
         mlp_layer_types: list[str] | None = None
         cross_modal_layers: list[int] | None = None
         expert_banks: dict[str, dict] | str | None = None
+        alignment: str | None = None
     vocab_size: int = 32_000
     hidden_size: int = 512
     intermediate_size: int = 1_536
@@ -166,6 +174,8 @@ class ChorusTextConfig(PreTrainedConfig):
             full = [i for i, kind in enumerate(self.layer_types) if kind == "full_attention"]
             mixed = len(full) < self.num_hidden_layers
             self.cross_modal_layers = full if mixed else [self.num_hidden_layers - 1]
+        if self.alignment is None:
+            self.alignment = "contrastive" if self.is_causal else "log_odds"
         if self.skip_layers is None and self.skip_budget is not None:
             self.skip_layers = list(range(1, self.num_hidden_layers))
         if self.expert_banks is None or isinstance(self.expert_banks, str):
@@ -248,6 +258,12 @@ class ChorusTextConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"ChorusTextConfig: {name}={getattr(self, name)} must not be negative")
+        check_name("ChorusTextConfig", "alignment", self.alignment, ALIGNMENTS)
+        if self.is_causal and self.alignment in TWO_MAPS and self.alignment_loss_coef > 0:
+            raise ValueError(
+                f"ChorusTextConfig: alignment={self.alignment!r} compares how text sees an image with how the image "
+                "sees the text, and is_causal=True computes one of the two; choose 'contrastive' or is_causal=False"
+            )
 
     def validate_rope(self) -> None:
         """As in transformers, which knows no unknown `rope_type` and raises a KeyError for a key that is missing."""

@@ -7,7 +7,7 @@ layers verify (LayerSkip, arXiv 2404.16710).
 Shape suffixes: B batch, R samples still there, S sequence, D hidden size, L labels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -216,16 +216,77 @@ def check_early_exit(config: ChorusConfig, attention_mask: Tensor | None, asked:
         raise ValueError("early exit cannot be compiled: how many samples go on depends on the data")
 
 
-def check_drafts(generation_config: GenerationConfig, num_hidden_layers: int) -> None:
-    """Refuse drafts that cannot be made, before any work.
+class TokenExits:
+    """One decoding step whose tokens leave at the first of the `exit_layers` that is sure of the next token.
+
+    A token that leaves keeps its state, from which the layers above make its keys and values at once (CALM, arXiv
+    2207.07061): later tokens see it in every layer. In a batch it waits for the others, so that no answer depends on
+    them; when all have left, the layers above fill the cache and compute nothing else. That is the time saved.
+
+    Args:
+        text: the decoder's configuration.
+        answer: from states `(B, D)` to the logits of the next token.
+        threshold: a token leaves where its confidence is above.
+        batch: samples.
+
+    After the forward `left_after (B,)` says after how many layers each token left.
+    """
+
+    def __init__(self, text: ChorusTextConfig, answer: Callable[[Tensor], Tensor], threshold: float, batch: int):
+        self.layers, self.answer, self.threshold = frozenset(text.exit_layers or ()), answer, threshold
+        self.left_after = torch.full((batch,), text.num_hidden_layers)
+        self.left_B: Tensor | None = None
+        self.all_left = False
+
+    def after(self, layers: int, before_B1D: Tensor, hidden_B1D: Tensor) -> Tensor:
+        """The states after this many layers, those that had left as they were before the last one."""
+        if self.left_B is not None and not self.all_left:
+            hidden_B1D = torch.where(self.left_B[:, None, None], before_B1D, hidden_B1D)
+        if layers in self.layers and not self.all_left:
+            sure_B = confidence(self.answer(hidden_B1D[:, -1])) > self.threshold
+            leaving_B = sure_B if self.left_B is None else sure_B & ~self.left_B
+            self.left_after[leaving_B.cpu()] = layers
+            self.left_B = leaving_B if self.left_B is None else self.left_B | leaving_B
+            self.all_left = bool(self.left_B.all())
+        return hidden_B1D
+
+
+def check_token_exits(text: ChorusTextConfig, threshold: float, is_training: bool, asked: Mapping[str, Any]) -> None:
+    """Refuse an `exit_confidence` that cannot be kept.
+
+    Raises:
+        ValueError: training, a threshold outside 0..1, a model without exits, or outputs of layers that tokens do not
+            run through.
+    """
+    if is_training:
+        raise ValueError(
+            f"exit_confidence={threshold} is for decoding: in training every token runs through all layers"
+        )
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"exit_confidence={threshold} is outside 0..1")
+    if not text.exit_layers:
+        raise ValueError(f"exit_confidence={threshold} changes nothing: the model has no exit_layers")
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits", "output_compute"):
+        if asked.get(name) or (asked.get(name) is None and getattr(text, name, False)):
+            raise ValueError(f"{name}=True while tokens leave at exits: the layers above have nothing to tell of them")
+
+
+def check_drafts(generation_config: GenerationConfig, num_hidden_layers: int, threshold: float | None = None) -> None:
+    """Refuse drafts that cannot be made, and an `exit_confidence` that saves nothing, before any work.
 
     Raises:
         ValueError: an exit that the model does not have, an empty draft, or beams (transformers would leave the drafts
-            out with a warning).
+            out with a warning); an `exit_confidence` with drafts or without a cache.
     """
     exit_layer = generation_config.assistant_early_exit
+    if threshold is not None and not generation_config.use_cache:
+        raise ValueError(f"exit_confidence={threshold} saves what a cache keeps; use_cache=False computes all anew")
     if exit_layer is None:
         return
+    if threshold is not None:
+        raise ValueError(
+            f"exit_confidence={threshold} and assistant_early_exit={exit_layer}: all layers verify a draft; choose one"
+        )
     check_exit("assistant_early_exit", exit_layer, num_hidden_layers)
     if generation_config.num_assistant_tokens < 1:
         raise ValueError(

@@ -3,9 +3,11 @@
 Shape suffixes: T tokens, E experts, K experts per token, B batch, H heads, Q query tokens, P tokens of the partner.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .configuration_banks import ExpertBankConfig
@@ -129,15 +131,77 @@ def _jensen_shannon(p: Tensor, q: Tensor, mask: Tensor) -> Tensor:
     return 0.5 * (divergence(p) + divergence(q))
 
 
-def alignment_loss(
-    query: Tensor, key: Tensor, modality_BS: Tensor, real_BS: Tensor | None, scaling: float, is_causal: bool = True
-) -> Tensor:
-    """Distance between the two directions of cross-modal attention, averaged over text tokens, images and clips.
+def _maps(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> tuple[Tensor, Tensor]:
+    """The text's attention to the image, and the image's to each text token as a distribution over the image."""
+    # Not minus infinity: a column that sees nothing would be NaN, also in the gradient.
+    low = torch.finfo(torch.float32).min
+    p_HQP = there_HQP.masked_fill(~mask_QP, low).softmax(dim=-1)
+    back_HPQ = back_HPQ.masked_fill(~mask_QP.T, low).softmax(dim=-1)
+    q_HQP = back_HPQ.transpose(1, 2).masked_fill(~mask_QP, 0.0)
+    return p_HQP, q_HQP / q_HQP.sum(dim=-1, keepdim=True).clamp_min(1e-12)
 
-    For every sample and each other modality: the text-to-image map (text queries on image keys) and the transposed
-    image-to-text map (image queries on text keys), each normalised over the image's tokens, are compared by their
-    Jensen-Shannon divergence. In a causal model only pairs are compared in which the text can see the image; the
-    reverse map is computed on the same pairs.
+
+def _map_distance(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> Tensor:
+    return _jensen_shannon(*_maps(there_HQP, back_HPQ, mask_QP), mask_QP)
+
+
+def _sharp_map_distance(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> Tensor:
+    maps = _maps(there_HQP, back_HPQ, mask_QP)
+    most = math.log(max(2, mask_QP.shape[-1]))
+    entropies = [torch.special.entr(map_HQP).sum(dim=-1) / most for map_HQP in maps]
+    flat = sum((entropy_HQ - MOST_ENTROPY).clamp(min=0) for entropy_HQ in entropies)
+    return _jensen_shannon(*maps, mask_QP) + flat
+
+
+def _pooled_map_distance(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> Tensor:
+    pooled = [F.avg_pool2d(map_HQP, SPAN, ceil_mode=True) for map_HQP in _maps(there_HQP, back_HPQ, mask_QP)]
+    p_HQP, q_HQP = (map_HQP / map_HQP.sum(dim=-1, keepdim=True).clamp_min(1e-12) for map_HQP in pooled)
+    return _jensen_shannon(p_HQP, q_HQP, torch.ones_like(p_HQP, dtype=torch.bool))
+
+
+def _score_distance(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> Tensor:
+    # What a row or a column has in common is no bond between a word and a region.
+    scores = (there_HQP, back_HPQ.transpose(1, 2))
+    there_HN, back_HN = (
+        (s - s.mean(dim=1, keepdim=True) - s.mean(dim=2, keepdim=True) + s.mean((1, 2), True)).flatten(1)
+        for s in scores
+    )
+    return 1 - F.cosine_similarity(there_HN, back_HN, dim=-1, eps=1e-6)
+
+
+# The entropy, as a share of the largest, that `entropy_floor` allows; how many neighbours `pooled` puts together.
+MOST_ENTROPY, SPAN = 0.5, 4
+MAP_DISTANCES = {
+    "log_odds": _score_distance,
+    "entropy_floor": _sharp_map_distance,
+    "pooled": _pooled_map_distance,
+    "maps": _map_distance,
+}
+
+
+def alignment_loss(
+    query: Tensor,
+    key: Tensor,
+    modality_BS: Tensor,
+    real_BS: Tensor | None,
+    scaling: float,
+    is_causal: bool = True,
+    kind: str = "maps",
+) -> Tensor:
+    """How badly text and the images or clips of its sample go together in cross-modal attention.
+
+    Most kinds compare, for every sample and each other modality, the text-to-image scores (text queries on image keys)
+    with the transposed image-to-text scores (image queries on text keys), which no causal layer computes:
+
+    - `log_odds`: one minus the cosine of the two, each less the means of its rows and columns. Flat maps gain nothing;
+    - `maps`: the Jensen-Shannon divergence of the two, each normalised over the image's tokens. It falls fastest where
+      both become flat. In a causal model the pairs count in which the text can see the image;
+    - `entropy_floor`: that, plus what the entropies of the maps exceed `MOST_ENTROPY` of the largest;
+    - `pooled`: the divergence of maps that are averaged over `SPAN` neighbours of the text and of the image.
+
+    `contrastive` takes the text-to-image scores alone: those of a text on its own image must be larger than on the
+    images of the other samples, and an image's own text must look at it more than other texts do. It depends on the
+    batch, and is 0 for a single sample. In a causal model it reads the text behind the last image alone.
 
     Args:
         query: rotated queries `(B, H, S, C)` of a cross-modal layer.
@@ -147,9 +211,13 @@ def alignment_loss(
         scaling: factor on the scores.
 
     Returns:
-        A scalar between 0 and log 2; 0 where no sample has both modalities.
+        A scalar: the mean over text tokens or samples, and heads; 0 where no sample has both modalities. Divergences
+        are at most log 2.
     """
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    if kind == "contrastive":
+        return _contrast(query, key, modality_BS, real_BS, scaling, is_causal)
+    distance = MAP_DISTANCES[kind]
     total, rows = query.new_zeros((), dtype=torch.float32), 0
     for sample, modality_S in enumerate(modality_BS):
         real_S = torch.ones_like(modality_S, dtype=torch.bool) if real_BS is None else real_BS[sample].bool()
@@ -158,8 +226,6 @@ def alignment_loss(
             other = (real_S & (modality_S == value)).nonzero().squeeze(1)
             if name == "text" or len(other) == 0:
                 continue
-            # In a causal model text sees only what stands before it; the reverse map, which no layer computes there, is
-            # made for the same pairs.
             mask_QP = (other[None, :] < text[:, None]) if is_causal else text.new_ones(len(text), len(other)).bool()
             seen = mask_QP.any(dim=-1)
             if not seen.any():
@@ -167,16 +233,44 @@ def alignment_loss(
             text_seen, mask_QP = text[seen], mask_QP[seen]
             there_HQP = (query[sample][:, text_seen] @ key[sample][:, other].transpose(1, 2)).float() * scaling
             back_HPQ = (query[sample][:, other] @ key[sample][:, text_seen].transpose(1, 2)).float() * scaling
-            # Not minus infinity: a column that sees nothing would be NaN, also in the gradient.
-            low = torch.finfo(torch.float32).min
-            p_HQP = there_HQP.masked_fill(~mask_QP, low).softmax(dim=-1)
-            back_HPQ = back_HPQ.masked_fill(~mask_QP.T, low).softmax(dim=-1)
-            # The image's attention to one text token, as a distribution over the image: comparable with the text's own.
-            q_HQP = back_HPQ.transpose(1, 2).masked_fill(~mask_QP, 0.0)
-            q_HQP = q_HQP / q_HQP.sum(dim=-1, keepdim=True).clamp_min(1e-12)
-            divergence_HQ = _jensen_shannon(p_HQP, q_HQP, mask_QP)
-            total, rows = total + divergence_HQ.sum(), rows + divergence_HQ.numel()
+            distances = distance(there_HQP, back_HPQ, mask_QP)
+            total, rows = total + distances.sum(), rows + distances.numel()
     return total / max(rows, 1)
+
+
+def _contrast(
+    query: Tensor, key: Tensor, modality_BS: Tensor, real_BS: Tensor | None, scaling: float, is_causal: bool
+) -> Tensor:
+    """`contrastive`, of keys that were repeated for each query head; mean over modalities."""
+    real_BS = torch.ones_like(modality_BS, dtype=torch.bool) if real_BS is None else real_BS.bool()
+    losses = [query[:0].float().sum()]  # in the graph, also where nothing is to be told apart
+    for name, value in MODALITY_IDS.items():
+        text_BS, other_BS = real_BS & (modality_BS == MODALITY_IDS["text"]), real_BS & (modality_BS == value)
+        if is_causal:  # text that no image comes after sees all of them
+            text_BS = text_BS & (other_BS.flip(1).cumsum(dim=1).flip(1) == 0)
+        both = (text_BS.any(dim=1) & other_BS.any(dim=1)).nonzero().squeeze(1)
+        if name == "text" or len(both) < 2:
+            continue
+        losses.append(_pair_loss(pair_scores(query[both], key[both], text_BS[both], other_BS[both], scaling)))
+    return torch.stack(losses).sum() / max(1, len(losses) - 1)
+
+
+def pair_scores(query: Tensor, key: Tensor, text_BS: Tensor, other_BS: Tensor, scaling: float) -> Tensor:
+    """`(B, H, B)`: how much each text looks at the image of each sample: the mean over its tokens of the logarithm of
+    the mean over the image's tokens of the exponential of the scores."""
+    columns = []
+    for sample, other_S in enumerate(other_BS):
+        scores_BHSP = (query @ key[sample, :, other_S].transpose(1, 2)).float() * scaling
+        looks_BHS = scores_BHSP.logsumexp(dim=-1) - math.log(int(other_S.sum()))
+        columns.append((looks_BHS * text_BS[:, None]).sum(dim=-1) / text_BS.sum(dim=-1)[:, None])
+    return torch.stack(columns, dim=-1)
+
+
+def _pair_loss(scores_BHB: Tensor) -> Tensor:
+    target_B = torch.arange(len(scores_BHB), device=scores_BHB.device)
+    scores_HBB = scores_BHB.transpose(0, 1)
+    both_ways = torch.stack((scores_HBB, scores_HBB.transpose(1, 2))).flatten(0, 1)
+    return torch.stack([F.cross_entropy(scores_BB, target_B) for scores_BB in both_ways]).mean()
 
 
 def skip_budget_loss(layers: Sequence[Tensor], real_BS: Tensor | None, budget: float) -> Tensor:

@@ -1,6 +1,6 @@
 """The generative head: text, images and sound in, text out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from functools import wraps
 from inspect import signature
@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple, logging
 from .attention_masks import Masks, build_masks
 from .configuration_chorus import ChorusConfig
 from .configuration_modalities import MODALITY_IDS
-from .depth_exits import EarlyExitDrafts, check_drafts
+from .depth_exits import EarlyExitDrafts, TokenExits, check_drafts, check_token_exits
 from .losses import share_of_batch
 from .modeling_chorus import with_virtual_tokens
 from .modeling_heads import LOSS_WEIGHTS, ChorusHead
@@ -88,7 +88,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         return layer, [
             name
             for name, bank in banks.items()
-            if "text" not in bank.modalities and any(p.requires_grad for p in bank.experts.parameters())
+            if "text" not in bank.modalities
+            and any(p.requires_grad for stack in bank.stacks for p in stack.parameters())
         ]
 
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -117,6 +118,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        exit_confidence: float | None = None,
         **kwargs: Unpack[DecoderKwargs],
     ) -> ChorusLossOutput:
         """Inputs as in [`ChorusModel`].
@@ -125,6 +127,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             labels: `(B, S)`, token ids, -100 where nothing is to be learned. A batch without any label has loss 0.
             output_router_logits: also return the routing of every layer, and the balance loss and z-loss.
             logits_to_keep: compute logits for the last positions only, this many; 0 for all.
+            exit_confidence: with a cache, a single new token leaves at the first of the `exit_layers` whose answer is
+                more probable than this, see [`TokenExits`]. `generate` also reads it from `generation_config`.
             kwargs: what this call asks of routers, banks and skip gates, see [`DecoderKwargs`].
 
         Returns:
@@ -136,9 +140,16 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         if train_exits:
             # Exits read the states between layers; the caller gets them only if asked for.
             kwargs["output_hidden_states"] = True
+        token_exits = None
+        if exit_confidence is not None:
+            asked = kwargs | {"output_router_logits": output_router_logits}
+            token_exits = self._token_exits(
+                exit_confidence, input_ids if inputs_embeds is None else inputs_embeds, past_key_values, asked
+            )
         outputs, terms = self._run(
             output_router_logits,
             mm_token_type_ids,
+            **({} if token_exits is None else {"token_exits": token_exits}),
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -177,9 +188,20 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
             compute=outputs.compute,
+            left_after=None if token_exits is None else token_exits.left_after,
             **{CACHE: outputs[CACHE]} if CACHE in outputs else {},
             **terms,  # type: ignore[arg-type]
         )
+
+    def _token_exits(
+        self, threshold: float, tokens: Any, cache: Cache | None, asked: Mapping[str, Any]
+    ) -> TokenExits | None:
+        """Of a decoding step; None for a prompt, all of whose tokens run through all layers."""
+        text, norm = self.config.text_config, self.model.language_model.norm
+        check_token_exits(text, threshold, self.training, asked)
+        if tokens.shape[1] > 1 or cache is None or cache.get_seq_length() == 0:
+            return None
+        return TokenExits(text, lambda hidden_BD: self.lm_head(norm(hidden_BD)), threshold, len(tokens))
 
     def _language_loss(self, logits: Tensor, labels: Tensor, counted: Tensor, **kwargs: Any) -> Tensor:
         vocab_size = self.config.text_config.vocab_size
@@ -243,11 +265,12 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
                 "come from ChorusDataCollator(prompt_only=True); `evaluate_rows` scores answers"
             )
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        check_drafts(generation_config, self.config.text_config.num_hidden_layers)
         # transformers keeps unknown settings in the file but passes none of them to the model.
-        skip_threshold = getattr(generation_config, "skip_threshold", None)
-        if skip_threshold is not None:
-            model_kwargs["skip_threshold"] = skip_threshold
+        for name in ("skip_threshold", "exit_confidence"):
+            if (value := getattr(generation_config, name, None)) is not None:
+                model_kwargs[name] = value
+        num_layers = self.config.text_config.num_hidden_layers
+        check_drafts(generation_config, num_layers, model_kwargs.get("exit_confidence"))
         return generation_config, model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:

@@ -132,15 +132,18 @@ class ChorusHead(ChorusPreTrainedModel):
         self, states: Sequence[tuple[Tensor, Tensor]], modality_BS: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
         """Mean over the cross-modal layers, given their rotated queries and keys."""
-        scaling = self.config.text_config.head_dim**-0.5
-        is_causal = self.config.text_config.is_causal
+        text = self.config.text_config
+        scaling, is_causal, kind = text.head_dim**-0.5, text.is_causal, text.alignment
         real_BS = two_dimensional(attention_mask)
         projections = tuple(
             f"layers.{i}.self_attn.{name}" for i in self.config.text_config.cross_modal_layers for name in ("q_", "k_")
         )
         self._check_graph("alignment", [query for query, _ in states], projections)
-        layers = [alignment_loss(query, key, modality_BS, real_BS, scaling, is_causal) for query, key in states]
-        return torch.stack([layer.to(layers[0].device) for layer in layers]).mean()
+        layers = [alignment_loss(query, key, modality_BS, real_BS, scaling, is_causal, kind) for query, key in states]
+        # Of a rank that holds some of the heads: its part of their mean, since gradients of ranks are summed.
+        share = states[0][0].shape[1] / text.num_attention_heads
+        loss = torch.stack([layer.to(layers[0].device) for layer in layers]).mean()
+        return loss if share == 1 else loss * share
 
     def _check_graph(self, term: str, sources: list[Tensor], trained: tuple[str, ...]) -> None:
         """Refuse a loss term whose sources have no graph although parameters with these names are trained."""

@@ -20,7 +20,7 @@ from .attention_masks import LocalMask, build_masks, is_packed
 from .configuration_checks import check_exit
 from .configuration_services import service
 from .configuration_text import ChorusTextConfig
-from .depth_exits import ExitRun, SequenceInputs
+from .depth_exits import ExitRun, SequenceInputs, TokenExits
 from .depth_skip import SkipGate, feed_open_tokens, threshold_logit
 from .layers import GatedMLP, RMSNorm
 from .modeling_base import ChorusPreTrainedModel
@@ -65,6 +65,7 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | LocalMask | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
+        keys_alone: bool = False,
         **kwargs: Any,
     ) -> Tensor:
         attended, _, _ = self.self_attn(
@@ -73,8 +74,11 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
             attention_mask=attention_mask,
             plan=plan,
             past_key_values=past_key_values,
+            keys_alone=keys_alone,
             **kwargs,
         )
+        if keys_alone:
+            return hidden_states
         hidden_states = hidden_states + self.attention_output_norm(attended)
         del attended  # a long prefill has no room for what is added already
         fed_forward = self._feed_forward(self.post_attention_layernorm(hidden_states), plan)
@@ -149,6 +153,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
         use_cache: bool | None = None,
         exit_layer: int | None = None,
         exits: ExitRun | None = None,
+        token_exits: TokenExits | None = None,
         **kwargs: Unpack[DecoderKwargs],
     ) -> ChorusModelOutput:
         """Run the layers.
@@ -159,6 +164,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
                 without it every token is text; [`ChorusModel`] derives it from the token ids.
             exit_layer: leave after this many layers; the final norm and the cache of those layers are as ever.
             exits: heads between the layers, by which samples may leave: `last_hidden_state` is of those that stayed.
+            token_exits: exits of a decoding step; the state of a token that leaves is its `last_hidden_state`.
             output_compute: also return what was spent on each sample, see [`Computation`]; takes the whole package.
             kwargs: what this call asks of routers, banks and skip gates, see [`DecoderKwargs`].
 
@@ -190,13 +196,17 @@ class ChorusTextModel(ChorusPreTrainedModel):
         given = (past_key_values, asked, threshold_logit(skip_threshold), mm_token_type_ids is None)
         shared = self._prepare(hidden_states, tokens, *given)
         for number, layer in enumerate(self.layers[:exit_layer], start=1):
+            before, keys_alone = hidden_states, token_exits is not None and token_exits.all_left
             hidden_states = layer(
                 hidden_states,
                 **shared[self.config.layer_types[number - 1]],
                 use_cache=use_cache,
                 **{CACHE: past_key_values},
+                **({"keys_alone": True} if keys_alone else {}),
                 **kwargs,
             )
+            if token_exits is not None:
+                hidden_states = token_exits.after(number, before, hidden_states)
             staying = None if exits is None else exits.passes(number, hidden_states)
             if staying is not None:
                 # Early exit saves time only if later layers see fewer samples; plan, masks and positions are made anew

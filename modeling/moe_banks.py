@@ -2,8 +2,8 @@
 
 A bank is addressed by name everywhere (config, LoRA, losses, statistics).
 
-Shape suffixes: T tokens, D hidden size, N banks of the layer, E experts in the bank, K experts per token, I expert
-width.
+Shape suffixes: T tokens, R rows of the bank, D hidden size, N banks of the layer, E experts in the bank, K experts per
+token, P choices (R * K), I expert width.
 """
 
 from collections.abc import Collection
@@ -112,34 +112,64 @@ class ExpertBank(nn.Module):
         self.modalities = bank.modalities
         self.num_experts = bank.num_experts
         self.router = ROUTER_CLASSES[bank.router](config.hidden_size, bank)
-        self.experts = EXPERT_CLASSES[config.experts_layout](config, bank)
+        stack = EXPERT_CLASSES[config.experts_layout]
+        self.experts = stack(config, bank)
+        # Apart from the first feed-forwards, which so keep the names that every checkpoint has.
+        self.deeper_experts = nn.ModuleList(stack(config, bank) for _ in range(bank.expert_depth - 1))
         self.gate = OwnGate(config.hidden_size) if bank.has_own_gate else None
         self.may_skip_slots = bank.adaptive_experts or bank.expert_capacity is not None
         self.chunk_size = config.chunk_size_feed_forward
         # As many rows as give each expert enough of them to be worth reading.
         self.automatic_chunk = max(CHUNK, ROWS_OF_AN_EXPERT * bank.num_experts // bank.num_experts_per_tok)
 
-    def _stacked_experts(self) -> ChorusExperts:
+    @property
+    def stacks(self) -> list[Any]:
+        """The feed-forwards of all experts, those that come first in front; an adapter may be wrapped around each."""
+        return [self.experts, *self.deeper_experts]
+
+    @staticmethod
+    def _stacked_experts(experts: nn.Module) -> ChorusExperts:
         """The experts themselves, also where an adapter is wrapped around them."""
-        if isinstance(self.experts, ChorusExperts):
-            return self.experts
-        return next(module for module in self.experts.modules() if isinstance(module, ChorusExperts))
+        if isinstance(experts, ChorusExperts):
+            return experts
+        return next(module for module in experts.modules() if isinstance(module, ChorusExperts))
+
+    def run_expert(self, expert: int, hidden_states: Tensor) -> Tensor:
+        """The output of one expert, unweighted."""
+        output = self.experts.run_expert(expert, hidden_states)
+        for stack in self.stacks[1:]:
+            output = output + stack.run_expert(expert, hidden_states + output)
+        return output
 
     def _feed(self, hidden_RD: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
-        is_stacked = not isinstance(self.experts, LinearExperts)
-        if is_stacked and self._stacked_experts().num_experts != self.num_experts:
-            return self.experts(hidden_RD, index_RK, weights_RK)  # spread over ranks, which all make the same calls
+        run = self._feed_deeply if len(self.deeper_experts) else self.experts
         inputs = (hidden_RD, index_RK, weights_RK)
-        return in_chunks(self.experts, inputs, self.chunk_size, self.automatic_chunk)
+        is_stacked = not isinstance(self.experts, LinearExperts)
+        if is_stacked and self._stacked_experts(self.experts).num_experts != self.num_experts:
+            return run(*inputs)  # spread over ranks, which all make the same calls
+        return in_chunks(run, inputs, self.chunk_size, self.automatic_chunk)
+
+    def _feed_deeply(self, hidden_RD: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
+        """Experts of several feed-forwards. Every choice is a row of its own that visits one expert with weight 1, so
+        each implementation of experts returns what the next feed-forward reads."""
+        start_PD = hidden_RD.repeat_interleave(index_RK.shape[1], dim=0)
+        index_P1 = index_RK.reshape(-1, 1)
+        # An unused slot visits nothing, and implementations may leave anything in its row.
+        used_P1 = (index_P1 < self.num_experts).to(weights_RK.dtype)
+        output_PD = self.experts(start_PD, index_P1, used_P1)
+        for stack in self.deeper_experts:
+            output_PD = output_PD + stack(start_PD + output_PD, index_P1, used_P1)
+        return (output_PD.unflatten(0, index_RK.shape) * weights_RK[..., None]).sum(dim=1)
 
     def _visitable(self, index_RK: Tensor) -> Tensor:
         """Choices with sentinels, as the experts can take them."""
         if isinstance(self.experts, LinearExperts):
             return index_RK
-        experts: Any = self._stacked_experts()
-        # transformers' functions skip an id of E or more, and mask its gradient, only where this flag is set.
-        if not experts._is_expert_parallel:
-            experts._is_expert_parallel = True
+        for stack in self.stacks:
+            experts: Any = self._stacked_experts(stack)
+            # transformers' functions skip an id of E or more, and mask its gradient, only where this flag is set.
+            if not experts._is_expert_parallel:
+                experts._is_expert_parallel = True
         # Experts spread over ranks: each rank has fewer than E, and the exchange of tokens has no sentinel id. There an
         # unused slot visits expert 0 with weight 0.
         return index_RK if experts.num_experts == self.num_experts else index_RK.remainder(self.num_experts)

@@ -8,7 +8,7 @@ if __name__ == "surgery":
     raise ImportError("import chorus_moe.surgery, not surgery: the bare name would load every class twice")
 
 from chorus_moe.surgery.bank_files import load_bank, save_bank
-from chorus_moe.surgery.banks import add_bank, add_experts, close_bank, open_bank
+from chorus_moe.surgery.banks import add_bank, add_experts, close_bank, deepen_experts, open_bank
 from chorus_moe.surgery.compose_plan import Composed, compose, compose_checkpoint
 from chorus_moe.surgery.compose_processor import compose_processor
 from chorus_moe.surgery.depth import add_exits, add_skip_gates
@@ -37,6 +37,7 @@ __all__ = [
     "compose",
     "compose_checkpoint",
     "compose_processor",
+    "deepen_experts",
     "export_experts",
     "freeze",
     "fuse_experts",

@@ -6,7 +6,7 @@ Unusual here:
   products bit for bit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from chorus_moe.modeling.configuration_banks import ExpertBankConfig, check_name, read_expert_banks
 from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.modeling.modeling_text import ChorusTextModel
-from chorus_moe.modeling.moe_banks import ExpertBank
+from chorus_moe.modeling.moe_banks import EXPERT_CLASSES, ExpertBank
 from chorus_moe.surgery.parts import decoder_of, part_patterns
 from chorus_moe.surgery.report import OperationReport, count_parameters, refuse_adapters
 
@@ -127,6 +127,58 @@ def add_experts(
     return _grow(model, "add_experts", bank, new, [note])
 
 
+def deepen_experts(model: ChorusPreTrainedModel, bank: str, expert_depth: int) -> OperationReport:
+    """Let each expert of a bank have more feed-forwards. Outputs stay as they are, up to rounding, until the new ones
+    are trained: their last projections start as zeros.
+
+    Args:
+        expert_depth: feed-forwards of one expert, more than before.
+
+    Raises:
+        ValueError: adapters are active, an unknown bank, or a depth that is not above the present one. Nothing has
+            been changed then.
+    """
+    refuse_adapters(model, "deepen_experts")
+    decoder, before = decoder_of(model), count_parameters(model)
+    config, sparse = decoder.config, decoder.config.sparse_layers
+    banks = {found.name: found for found in config.banks}
+    check_name("deepen_experts", "bank", bank, banks)
+    old = banks[bank]
+    if expert_depth <= old.expert_depth:
+        raise ValueError(f"deepen_experts: bank {bank!r} has expert_depth={old.expert_depth}, found {expert_depth}")
+    new = replace(old, expert_depth=expert_depth)
+    new.validate(sparse, config.modalities)
+    for layer in new.layers_among(sparse):
+        mixture, of_layer = decoder.layers[layer].mlp, new.of_layer(layer, sparse)
+        module = mixture.banks[bank]
+        like = next(module.experts.parameters())
+        for _ in range(expert_depth - old.expert_depth):
+            stack = EXPERT_CLASSES[config.experts_layout](config, of_layer).to(like.device, like.dtype)
+            for part in stack.modules():
+                decoder._init_weights(part)
+            module.deeper_experts.append(stack.train(module.training))
+        silence(module.stacks[old.expert_depth :])
+        module.router.bank = of_layer
+        mixture.bank_gate.banks = [of_layer if b.name == bank else b for b in mixture.bank_gate.banks]
+    write_bank(decoder, new)
+    return OperationReport(
+        operation="deepen_experts",
+        subject=bank,
+        parameters_before=before,
+        parameters_after=count_parameters(model),
+        notes=[f"expert_depth: {old.expert_depth} -> {expert_depth}"],
+    )
+
+
+@torch.no_grad()
+def silence(stacks: Iterable[nn.Module]) -> None:
+    """Let experts, stacked or linear, add zero: their last projections become zeros."""
+    for stack in stacks:
+        for name, parameter in stack.named_parameters():
+            if "down_proj" in name:
+                parameter.zero_()
+
+
 def _grow(model: nn.Module, operation: str, subject: str, bank: ExpertBankConfig, notes: list[str]) -> OperationReport:
     decoder, before = decoder_of(model), count_parameters(model)
     bank.validate(decoder.config.sparse_layers, decoder.config.modalities)
@@ -135,7 +187,7 @@ def _grow(model: nn.Module, operation: str, subject: str, bank: ExpertBankConfig
         for layer in changes:
             # Zero output, non-zero input side: the bank adds exactly zero, and the first training step moves only this
             # matrix. If all of them were zero, no gradient would ever arrive.
-            decoder.layers[layer].mlp.banks[bank.name].experts.down_proj.zero_()
+            silence(decoder.layers[layer].mlp.banks[bank.name].stacks)
     return OperationReport(
         operation=operation,
         subject=subject,

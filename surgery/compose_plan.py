@@ -25,6 +25,7 @@ from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_media import MEDIA
+from chorus_moe.surgery.banks import silence
 from chorus_moe.surgery.checkpoint_writer import PlannedTensor, Recipe, write_checkpoint
 from chorus_moe.surgery.compose_processor import compose_processor, parent_tokenizer
 from chorus_moe.surgery.compose_recipes import EMBEDDINGS, RecipeFinder, Tower
@@ -150,6 +151,9 @@ def plan_composition(
     # the parent computes something that the decoder does not.
     parent.check_tensors(finder.used)
     _start_new(model, recipes, seed)
+    for layer in config.text_config.sparse_layers:  # type: ignore[union-attr]
+        for bank in model.model.language_model.layers[layer].mlp.banks.values():
+            silence(bank.deeper_experts)  # an expert starts as the parent's feed-forward, its first
     if options.expert_split > 1:
         # After the random start of the routers: slices of one copy must get equal scores, or a copy would be taken in
         # parts.

@@ -108,8 +108,8 @@ class RecipeFinder:
         self, name: str, layer: int, bank_name: str, part: str, parameter: str, shape: tuple[int, ...]
     ) -> Recipe | None:
         parent, bank = self.parent, self._banks[layer, bank_name]
-        if part == "gate":
-            # No parent has a gate of a bank's own: it is newly initialised.
+        if part in ("gate", "deeper_experts"):
+            # No parent has a gate of a bank's own, or experts of several feed-forwards: these are newly initialised.
             return None
         if part == "router":
             # A dense parent has no router, and a correction bias starts at zero: both are newly initialised.

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
-from chorus_moe.modeling.moe_banks import EXPERT_CLASSES, ExpertBank
+from chorus_moe.modeling.moe_banks import EXPERT_CLASSES, ChorusExperts, ExpertBank, LinearExperts
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.surgery.checkpoint_writer import PlannedTensor, write_checkpoint
 from chorus_moe.surgery.parts import decoder_of
@@ -63,7 +64,8 @@ def _convert(
         bank for layer in config.sparse_layers for bank in decoder.layers[layer].mlp.banks.values()
     ]
     for bank in banks:
-        for name, parameter in bank.experts.named_parameters():
+        experts = (parameter for stack in bank.stacks for parameter in stack.named_parameters())
+        for name, parameter in experts:
             # Quantised and sharded parameters are subclasses of `Parameter` or hold integers; slices of them mean
             # something else.
             if not parameter.is_floating_point() or type(parameter) is not nn.Parameter:
@@ -74,23 +76,33 @@ def _convert(
     # Every bank is checked before the first one is converted: a model of two layouts would not load.
     config.experts_layout = layout
     for bank in banks:
-        old: Any = bank.experts
-        # Structure only. Its parameters are replaced one by one below, so old and new experts of one bank at most are
-        # in memory together.
-        with torch.device("meta"):
-            new = EXPERT_CLASSES[layout](config, bank.router.bank)
-        # Frozen experts stay frozen.
-        is_trained = any(parameter.requires_grad for parameter in old.parameters())
-        for name, tensor in tensors_of(old).items():
-            owner, _, key = name.rpartition(".")
-            setattr(new.get_submodule(owner), key, nn.Parameter(tensor, is_trained))
-        bank.experts = new.train(old.training)
+        # One by one, so that old and new experts of one bank at most are in memory together.
+        bank.experts = _converted(config, bank, bank.experts, layout, tensors_of)
+        for index, stack in enumerate(bank.deeper_experts):
+            bank.deeper_experts[index] = _converted(config, bank, stack, layout, tensors_of)
     return OperationReport(
         operation=operation,
         subject=f"{len(banks)} banks",
         parameters_before=before,
         parameters_after=count_parameters(model),
     )
+
+
+def _converted(
+    config: ChorusTextConfig,
+    bank: ExpertBank,
+    old: nn.Module,
+    layout: str,
+    tensors_of: Callable[[nn.Module], dict[str, Tensor]],
+) -> ChorusExperts | LinearExperts:
+    with torch.device("meta"):  # structure only
+        new = EXPERT_CLASSES[layout](config, bank.router.bank)
+    # Frozen experts stay frozen.
+    is_trained = any(parameter.requires_grad for parameter in old.parameters())
+    for name, tensor in tensors_of(old).items():
+        owner, _, key = name.rpartition(".")
+        setattr(new.get_submodule(owner), key, nn.Parameter(tensor, is_trained))
+    return new.train(old.training)
 
 
 def _linear_tensors(experts: Any) -> dict[str, Tensor]:
@@ -166,9 +178,9 @@ def _exported(model: Any) -> Iterator[tuple[str, Tensor]]:
     state = model.state_dict()
     for name, tensor in state.items():
         # `down_proj` is written with its `gate_up_proj`, expert by expert; a tied weight is stored once.
-        if name in tied or name.endswith(".experts.down_proj"):
+        if name in tied or name.endswith(".down_proj"):
             continue
-        if not name.endswith(".experts.gate_up_proj"):
+        if not name.endswith(".gate_up_proj"):
             yield name, tensor
             continue
         prefix = name.removesuffix("gate_up_proj")

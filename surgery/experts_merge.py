@@ -22,7 +22,7 @@ from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.modeling.moe_banks import ExpertBank
 from chorus_moe.surgery.experts_prune import ExpertScores, get_tensor, read_scores
 from chorus_moe.surgery.experts_resize import (
-    EXPERT_TENSORS,
+    expert_tensors,
     layers_of_bank,
     replace_experts,
     router_tensors,
@@ -54,8 +54,8 @@ def merge_experts(
             which is quick where there are very many experts.
 
     Raises:
-        ValueError: adapters are active, an unknown bank or layer, counts that are missing or of another number, or
-            a number that no bank can have. Nothing has been changed then.
+        ValueError: adapters are active, deep experts, an unknown bank or layer, counts that are missing or of
+            another number, or a number that no bank can have. Nothing has been changed then.
         ImportError: scipy is not installed.
     """
     refuse_adapters(model, OPERATION)
@@ -63,6 +63,12 @@ def merge_experts(
     layers = layers_of_bank(model, bank, OPERATION)
     asked = num_experts if isinstance(num_experts, Mapping) else dict.fromkeys(layers, num_experts)
     uses = {}
+    if deep := [module for module in layers.values() if len(module.deeper_experts)]:
+        # One order of neurons and one similarity serve one feed-forward.
+        raise ValueError(
+            f"{OPERATION}: the experts of bank {bank!r} have expert_depth={1 + len(deep[0].deeper_experts)}; only "
+            "experts of one feed-forward can be merged; prune_experts takes them"
+        )
     for layer, count in asked.items():
         if layer not in layers:
             raise ValueError(f"{OPERATION}: layer {layer} does not hold bank {bank!r}, which is in {list(layers)}")
@@ -95,7 +101,7 @@ def merge_experts(
 
 def expert_neurons(bank: ExpertBank) -> Tensor:
     """`(E, I, 3D)` float64 on the CPU: a neuron's row in the gate, in the up and its column in the down projection."""
-    gate_up_EHD, down_EDI = (get_tensor(bank, path).detach().double().cpu() for path in EXPERT_TENSORS)
+    gate_up_EHD, down_EDI = (get_tensor(bank, path).detach().double().cpu() for path in expert_tensors(bank))
     return torch.cat((*gate_up_EHD.chunk(2, dim=1), down_EDI.transpose(1, 2)), dim=2)
 
 

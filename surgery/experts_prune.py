@@ -18,8 +18,8 @@ from chorus_moe.modeling.configuration_banks import LayerBankConfig
 from chorus_moe.modeling.moe_banks import ExpertBank
 from chorus_moe.modeling.moe_routers import ROUTER_CLASSES
 from chorus_moe.surgery.experts_resize import (
-    EXPERT_TENSORS,
     NewTensors,
+    expert_tensors,
     layers_of_bank,
     replace_experts,
     router_tensors,
@@ -85,7 +85,7 @@ def prune_experts(model: nn.Module, keep: Mapping[str, Keep], scores: ExpertScor
 
 def rows_of(bank: ExpertBank, index_N: Tensor) -> dict[str, Tensor]:
     """The tensors of some experts of a bank."""
-    tensors = {path: get_tensor(bank, path) for path in (*EXPERT_TENSORS, *router_tensors(bank))}
+    tensors = {path: get_tensor(bank, path) for path in (*expert_tensors(bank), *router_tensors(bank))}
     return {path: tensor.detach()[index_N.to(tensor.device)] for path, tensor in tensors.items()}
 
 

@@ -12,7 +12,7 @@ from chorus_moe.modeling.moe_banks import ChorusExperts, ExpertBank
 from chorus_moe.surgery.parts import decoder_of
 from chorus_moe.surgery.report import OperationReport, count_parameters
 
-EXPERT_TENSORS = ("experts.gate_up_proj", "experts.down_proj")
+EXPERT_TENSORS = ("gate_up_proj", "down_proj")
 NewTensors = dict[int, dict[str, Tensor]]
 
 
@@ -28,9 +28,9 @@ def layers_of_bank(model: nn.Module, name: str, operation: str) -> dict[int, Exp
     layers = {i: decoder.layers[i].mlp.banks[name] for i in banks[name].layers_among(decoder.config.sparse_layers)}
     for layer, bank in layers.items():
         # Exact type: subclasses and wrappers (quantised, linear) store their experts differently.
-        if type(bank.experts) is not ChorusExperts:
+        if other := [stack for stack in bank.stacks if type(stack) is not ChorusExperts]:
             raise ValueError(
-                f"{operation}: bank {name!r} of layer {layer} holds {type(bank.experts).__name__}; stack its experts "
+                f"{operation}: bank {name!r} of layer {layer} holds {type(other[0]).__name__}; stack its experts "
                 "with fuse_experts() first"
             )
         if bank.experts.num_experts != bank.num_experts:
@@ -39,6 +39,12 @@ def layers_of_bank(model: nn.Module, name: str, operation: str) -> dict[int, Exp
                 f"{bank.num_experts} experts on this rank; load the whole model on one rank"
             )
     return layers
+
+
+def expert_tensors(bank: ExpertBank) -> list[str]:
+    """Names of the experts' tensors, each with one row per expert; the first feed-forward's first."""
+    stacks = ["experts", *(f"deeper_experts.{index}" for index in range(len(bank.deeper_experts)))]
+    return [f"{stack}.{name}" for stack in stacks for name in EXPERT_TENSORS]
 
 
 def router_tensors(bank: ExpertBank) -> list[str]:
@@ -93,7 +99,9 @@ def replace_experts(
             resolved = changed[name].of_layer(layer, config.sparse_layers)
             # Bank, experts, router and gate each hold the size or the resolved settings. All change together, or
             # routing would index rows that are gone.
-            bank.num_experts = bank.experts.num_experts = counts[name][layer]
+            bank.num_experts = counts[name][layer]
+            for stack in bank.stacks:
+                stack.num_experts = bank.num_experts
             bank.router.bank = resolved
             mixture.bank_gate.banks = [resolved if b.name == name else b for b in mixture.bank_gate.banks]
     config.expert_banks = config.expert_banks | {name: bank.to_dict() for name, bank in changed.items()}

@@ -77,7 +77,8 @@ def _count(model: nn.Module) -> ParameterReport:
             continue
         bank = banks[place.layer][place.bank]
         # A token visits K of E experts. Router and gate see every token of the bank.
-        share = bank.num_experts_per_tok / bank.num_experts if place.part.startswith("experts.") else 1.0
+        is_expert = place.part.startswith(("experts.", "deeper_experts."))
+        share = bank.num_experts_per_tok / bank.num_experts if is_expert else 1.0
         by_bank[place.bank]["total"] += size
         by_bank[place.bank]["active"] += size * share
         for modality in set(bank.modalities) & set(modalities):

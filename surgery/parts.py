@@ -100,7 +100,8 @@ def part_patterns(text: ChorusTextConfig) -> dict[str, str]:
         path = rf"mlp\.banks\.{bank.name}\."
         layers = bank.layers_among(text.sparse_layers)
         # `add_bank` refuses a bank with the name of a part, so no pattern here replaces another.
-        patterns |= {f"{part}:{bank.name}": in_layers(layers, rf"{path}{part}\..+") for part in ("router", "experts")}
+        within = {"router": r"router\..+", "experts": r"(?:deeper_)?experts\..+"}
+        patterns |= {f"{part}:{bank.name}": in_layers(layers, path + pattern) for part, pattern in within.items()}
         patterns[bank.name] = in_layers(layers, path + ".+")
         patterns[f"banks.{bank.name}"] = patterns[bank.name]
     return patterns

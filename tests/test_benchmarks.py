@@ -10,7 +10,9 @@ import torch
 
 from benchmarks import (
     adaptive_experts,
+    alignment,
     decode,
+    deep_experts,
     distillation,
     draft_and_verify,
     early_exit,
@@ -26,6 +28,7 @@ from benchmarks import (
     serving,
     sparse_layer,
     timing,
+    token_exit,
     train_step,
     upcycle,
 )
@@ -39,7 +42,10 @@ EXPECTED = {
     routing_options: {f"{name}_ratio" for name in routing_options.OPTIONS} - {"chorus_ratio"}
     | {"chorus_ms", "sampled_spread_ratio"},
     adaptive_experts: {"adaptive_simple_ratio", "adaptive_mixed_used", "adaptive_experts", "half_accuracy",
-                       "chorus_mflops", "adaptive_loss"},
+                       "chorus_mflops", "adaptive_loss", "mean_1.5_experts", "top_p_40_right", "mean_2_spread"},
+    alignment: {"chorus_accuracy", "log_odds_entropy", "maps_distance", "contrastive_retrieval", "pooled_on_place"},
+    deep_experts: {"chorus_active", "depth_2_loss", "depth_3_right", "depth_2_ratio", "chorus_ms"},
+    token_exit: {"chorus_tokens_per_second", "exit_95_depth", "exit_80_changed", "drafts_right"},
     gpu_layers: {"qwen3_moe_ratio", "grouped_mm_ratio", "batched_mm_ratio", "dense_active_ratio", "ernie_masks_ratio",
                  "flash_ratio", "dense_mask_ratio", "chorus_ms", "chorus_mib"},
     early_exit: {"left_in_first_5", "went_deep", "time_saving_ratio", "compute_saving_ratio", "accuracy_drop",

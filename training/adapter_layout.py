@@ -31,8 +31,9 @@ from chorus_moe.surgery.parts import decoder_of
 from chorus_moe.training.lora import full_path_regex
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-STACKED = re.compile(r"(.*\.layers\.(\d+)\.mlp\.banks\.(\w+)\.experts)\.((?:base_layer\.)?)lora_A\.weight")
-LINEAR = re.compile(r"(.*\.layers\.\d+\.mlp\.banks\.\w+\.experts)\.(\d+)\.(gate|up|down)_proj\.lora_([AB])\.weight")
+EXPERTS = r"(?:experts|deeper_experts\.\d+)"
+STACKED = re.compile(rf"(.*\.layers\.(\d+)\.mlp\.banks\.(\w+)\.{EXPERTS})\.((?:base_layer\.)?)lora_A\.weight")
+LINEAR = re.compile(rf"(.*\.layers\.\d+\.mlp\.banks\.\w+\.{EXPERTS})\.(\d+)\.(gate|up|down)_proj\.lora_([AB])\.weight")
 Tensors = dict[str, Tensor]
 
 

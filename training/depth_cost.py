@@ -126,7 +126,8 @@ def computation(
             rows, visits = bank_rows(decided[bank.name], real_T)
             samples = there[rows // num_queries]
             experts_B.index_add_(0, samples, visits)
-            of_visit, of_row = gated_flops(text, bank.intermediate_size), router_flops(text.hidden_size, bank)
+            of_visit = gated_flops(text, bank.expert_depth * bank.intermediate_size)
+            of_row = router_flops(text.hidden_size, bank)
             flops_B.index_add_(0, samples, visits * of_visit + of_row)
     return Computation(layers_B, experts_B, flops_B)
 

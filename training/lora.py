@@ -320,7 +320,8 @@ def _banks(text: Any, banks: Banks) -> dict[str, list[int]]:
 
 
 def _bank_group(modules: Mapping[str, nn.Module], name: str, layers: Sequence[int]) -> LoraGroup:
-    paths = [f"language_model.layers.{layer}.mlp.banks.{name}.experts" for layer in layers]
+    stacks = in_layers(layers, rf"mlp\.banks\.{name}\.(?:experts|deeper_experts\.\d+)")
+    paths = [path for path in modules if re.fullmatch(stacks, path)]
     if isinstance(modules[paths[0]], nn.ModuleList):  # experts_layout="linear"
         choice = "|".join(re.escape(path) for path in paths)
         return LoraGroup(f"bank {name}", _linears(modules, rf"(?:{choice})\..+"))

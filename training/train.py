@@ -18,6 +18,7 @@ from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.surgery.tokenizer import add_media_tokens, build_tokenizer
 from chorus_moe.training.checkpoints import STATE, fault_of, newest_whole, numbered_checkpoints
+from chorus_moe.training.collator import MoreColumns
 from chorus_moe.training.data import FeatureRows, RowDataset, load_rows
 from chorus_moe.training.evaluate import text_of
 from chorus_moe.training.features.checks import check_features
@@ -83,7 +84,7 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     model, processor = load_or_build(recipe, train_rows, checkpoint)
     check_features(model, processor, {"data.train_data": train_rows, "data.eval_data": eval_rows})
     objectives, answers = distillation_objectives(recipe.distillation, model, processor, recipe.data.max_length)
-    more = [teacher_columns] if answers is not None else []
+    more: list[MoreColumns] = [teacher_columns] if answers is not None else []
     more += [task_columns(tasks.names)] if tasks is not None else []
     collator = FeatureCollator(
         processor,

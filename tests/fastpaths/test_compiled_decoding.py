@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sigmoid router": {"expert_banks": {"text": {"router": "sigmoid"}, "common": {}}},
     "attention router": {"expert_banks": {"text": {}, "common": {"router": "attention"}}},
     "adaptive experts": {"expert_banks": {"text": {"adaptive_experts": True}, "common": {}}},
+    "deep experts": {"expert_banks": {"text": {"expert_depth": 2, "adaptive_experts": True}, "common": {}}},
     "groups": {"expert_banks": {"text": {"num_experts": 4, "num_groups": 2, "topk_groups": 1}}},
     "balance bias": {"expert_banks": {"text": {"balance": "bias"}, "common": {}}},
     "own gate": {

@@ -47,7 +47,7 @@ ROUTING: dict[str, Any] = {
     "text": {"router": "sigmoid", "num_groups": 2, "topk_groups": 1},
     "image": {"router": "attention", "balance": "cv2", "adaptive_experts": True},
     "audio": {"expert_capacity": 1.5, "capacity_overflow": "drop"},
-    "common": {"balance": "variance", "expert_capacity": 4},
+    "common": {"balance": "variance", "expert_capacity": 4, "expert_depth": 2},
 }
 
 

@@ -33,6 +33,7 @@ def bank(**values: Any) -> Any:
             "num_experts_per_tok=3 must be between 1 and num_experts=2",
         ),
         ({"num_experts": [8, 6], "layers": [2, 4], "num_groups": 4}, "num_groups=4 does not divide num_ex"),
+        ({"expert_depth": 0}, r"expert_depth=0 is outside 1\.\.64"),
         ({"num_groups": 3}, "num_groups=3 does not divide num_experts=8"),
         ({"num_groups": 0}, "num_groups=0 does not divide num_experts=8"),
         ({"num_groups": 4, "topk_groups": 5}, "topk_groups=5 must be between 1 and num_groups=4"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling.configuration_banks import read_expert_banks
+from chorus_moe.modeling.configuration_text import ALIGNMENTS
 from chorus_moe.modeling.losses import (
     BALANCE_LOSSES,
     alignment_loss,
@@ -21,7 +22,7 @@ from chorus_moe.modeling.losses import (
 )
 from chorus_moe.modeling.modeling_outputs import BankRouting
 from chorus_moe.modeling.moe_selection import count_choices
-from tests.conftest import tiny_batch
+from tests.conftest import tiny_batch, tiny_config
 
 
 def routing(logits: Tensor, top_k: int = 2, mask: Tensor | None = None) -> BankRouting:
@@ -278,7 +279,121 @@ def test_text_before_its_image_has_no_alignment_in_a_causal_model():
     assert alignment_loss(query, key, modality.flip(1), None, 0.5, False).item() > 0.0
 
 
-def test_alignment_falls_under_training(model: ChorusForConditionalGeneration):
+def slow_log_odds(query: Tensor, key: Tensor, texts: list[int], places: list[int]) -> Tensor:
+    """One minus the correlation of the two directions' scores, rows and columns taken out, by least squares."""
+    values = []
+    for head in range(query.shape[1]):
+        there = query[0, head, texts] @ key[0, 0, places].T
+        back = (query[0, head, places] @ key[0, 0, texts].T).T
+        # What rows and columns explain together is a linear model of their indicators.
+        rows = torch.eye(len(texts), dtype=there.dtype).repeat_interleave(len(places), dim=0)
+        columns = torch.eye(len(places), dtype=there.dtype).repeat(len(texts), 1)
+        design = torch.cat((rows, columns), dim=1)
+        left = [s.flatten() - design @ (torch.linalg.pinv(design) @ s.flatten()) for s in (there, back)]
+        values.append(1 - left[0] @ left[1] / (left[0].norm() * left[1].norm()))
+    return torch.stack(values).mean()
+
+
+def test_log_odds_are_one_minus_the_correlation_and_flat_maps_gain_nothing():
+    query, key, modality = (part.double() if part.is_floating_point() else part for part in states())
+    expected = slow_log_odds(query, key, [3, 4, 5, 6, 7], [0, 1, 2])
+    for scaling in (0.01, 0.5, 3.0):
+        found = alignment_loss(query, key, modality, None, scaling, False, "log_odds")
+        assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+    # The divergence of the same maps falls with their sharpness.
+    flat, sharp = (alignment_loss(query, key, modality, None, s, False, "maps").item() for s in (0.01, 3.0))
+    assert flat < 0.001 < 0.1 < sharp
+    assert alignment_loss(query, query[:, :1], modality, None, 0.5, False, "log_odds")[None].isfinite().all()
+    same = alignment_loss(query[:, :1], query[:, :1], modality, None, 0.5, False, "log_odds")
+    assert same.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_an_entropy_floor_adds_what_maps_are_too_flat_by():
+    query, key, modality = states()
+    maps, floor = (alignment_loss(query, key, modality, None, 0.0, False, kind) for kind in ("maps", "entropy_floor"))
+    # Scores of zero: both maps are as flat as can be, half of the entropy too flat each.
+    assert (floor - maps).item() == pytest.approx(2 * (1 - 0.5), abs=1e-5)
+    sharp = [alignment_loss(query * 100, key, modality, None, 5.0, False, kind) for kind in ("maps", "entropy_floor")]
+    assert sharp[1].item() == pytest.approx(sharp[0].item(), abs=0.05)
+
+
+def test_pooled_maps_are_those_of_neighbours_together():
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 1, 14, 4, generator=generator) for _ in range(2))
+    modality = torch.tensor([[1] * 8 + [0] * 6])
+    there = (query[0, 0, 8:] @ key[0, 0, :8].T).softmax(dim=-1)
+    back = (query[0, 0, :8] @ key[0, 0, 8:].T).softmax(dim=-1).T
+    maps = [there, back / back.sum(dim=1, keepdim=True)]
+    # Six words are four and two, eight places four and four.
+    pooled = [torch.stack((m[:4].mean(dim=0), m[4:].mean(dim=0))).view(2, 2, 4).mean(dim=2) for m in maps]
+    p, q = (m / m.sum(dim=1, keepdim=True) for m in pooled)
+    expected = sum(0.5 * (x * (x / ((p + q) / 2)).log()).sum(dim=1) for x in (p, q)).mean()
+    found = alignment_loss(query, key, modality, None, 1.0, False, "pooled")
+    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def pairs_of_samples() -> tuple[Tensor, Tensor, Tensor]:
+    """Three samples of three places and five words, and a fourth without an image."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(4, 2, 8, 4, generator=generator), torch.randn(4, 1, 8, 4, generator=generator)
+    return query, key, torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]] * 3 + [[0] * 8])
+
+
+def test_the_contrast_is_the_cross_entropy_of_whose_image_a_text_looks_at():
+    query, key, modality = pairs_of_samples()
+    scores = torch.zeros(2, 3, 3)
+    for head in range(2):
+        for text in range(3):
+            for image in range(3):
+                looks = query[text, head, 3:] @ key[image, 0, :3].T * 0.5
+                scores[head, text, image] = looks.exp().mean(dim=1).log().mean()
+    expected = -torch.stack([(s.log_softmax(d)).diagonal(dim1=1, dim2=2) for s in [scores] for d in (1, 2)]).mean()
+    for is_causal in (True, False):
+        found = alignment_loss(query, key, modality, None, 0.5, is_causal, "contrastive")
+        assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_the_contrast_reads_nothing_that_no_causal_layer_computes():
+    query, key, modality = pairs_of_samples()
+    query.requires_grad_(), key.requires_grad_()
+    alignment_loss(query, key, modality, None, 0.5, True, "contrastive").backward()
+    # Of an image in front, queries read no text, and of the text, keys are read by no image.
+    assert not query.grad[:, :, :3].any()
+    assert not key.grad[:, :, 3:].any()
+    assert query.grad[:3, :, 3:].any()
+    # Text in front of its image sees nothing of it.
+    behind = alignment_loss(query, key, modality.flip(1), None, 0.5, True, "contrastive")
+    assert behind.item() == 0.0
+    behind.backward()  # in the graph all the same
+    assert alignment_loss(query[:1], key[:1], modality[:1], None, 0.5, True, "contrastive").item() == 0.0
+
+
+@pytest.mark.parametrize("kind", ALIGNMENTS)
+def test_every_kind_ignores_padding_and_has_a_finite_gradient(kind: str):
+    query, key, modality = pairs_of_samples()
+    plain = alignment_loss(query, key, modality, None, 0.5, False, kind)
+    pad = (0, 0, 3, 0)
+    padded = [torch.nn.functional.pad(x, pad, value=7.0).requires_grad_() for x in (query, key)]
+    longer, real = torch.nn.functional.pad(modality, (3, 0), value=1), torch.arange(11).expand(4, 11) >= 3
+    value = alignment_loss(*padded, longer, real, 0.5, False, kind)
+    torch.testing.assert_close(value, plain, rtol=1e-6, atol=1e-7)
+    value.backward()
+    assert all(part.grad.isfinite().all() and not part.grad[:, :, :3].any() for part in padded)
+
+
+def test_a_causal_model_is_not_asked_for_two_directions():
+    assert tiny_config().text_config.alignment == "contrastive"
+    assert tiny_config(is_causal=False).text_config.alignment == "log_odds"
+    with pytest.raises(Exception, match=r"alignment='log_odds' compares .* is_causal=True computes one of the two"):
+        tiny_config(alignment="log_odds", alignment_loss_coef=0.1)
+    with pytest.raises(Exception, match="unknown alignment 'contrast'; did you mean 'contrastive'"):
+        tiny_config(alignment="contrast")
+
+
+@pytest.mark.parametrize("kind", ["contrastive", "maps"])
+def test_alignment_falls_under_training(kind: str):
+    torch.manual_seed(0)
+    model = ChorusForConditionalGeneration(tiny_config(alignment=kind))
     text = model.config.text_config
     text.alignment_loss_coef, text.router_aux_loss_coef = 1.0, 0.0
     layer = model.model.language_model.layers[-1].self_attn

@@ -9,6 +9,7 @@ from chorus_moe import MODALITY_IDS, ChorusForConditionalGeneration
 from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
 from chorus_moe.modeling.moe_banks import BankGate, LinearExperts, MixtureOfBanks
 from chorus_moe.modeling.moe_plan import ForwardPlan, RoutingOptions
+from chorus_moe.surgery import unfuse_experts
 from tests.conftest import moved, tiny_batch, tiny_config
 
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm", CPU_EXPERTS]
@@ -36,7 +37,8 @@ def capacity_options(modalities: list[int], banks: tuple[str, ...] = ("text", "a
 
 def use(mlp: MixtureOfBanks, implementation: str) -> None:
     for bank in mlp.banks.values():
-        bank.experts.config._experts_implementation = implementation
+        for stack in bank.stacks:
+            stack.config._experts_implementation = implementation
 
 
 MIXED = [0, 0, 1, 1, 1, 3, 0, 3, 0, 0]
@@ -233,3 +235,80 @@ def test_linear_experts_are_the_weighted_sum_of_the_chosen_feed_forwards():
         gate, up = (projection.weight @ hidden[token] for projection in (chosen.gate_proj, chosen.up_proj))
         expected[token] += scores[token, slot] * (chosen.down_proj.weight @ (torch.nn.functional.silu(gate) * up))
     torch.testing.assert_close(experts(hidden, index, scores), expected, rtol=1e-5, atol=ATOL)
+
+
+DEEP = {name: {"expert_depth": 3} for name in ("text", "image", "audio", "common")}
+
+
+def test_a_deep_expert_is_the_sum_of_its_feed_forwards_each_on_the_input_and_the_sum_so_far():
+    mlp = mixture(expert_banks={"common": {"expert_depth": 3}}, shared_expert_intermediate_size=0)
+    hidden, plan = tokens([0] * 7)
+    output, routing = mlp(hidden, plan)
+    bank, choice = mlp.banks["common"], routing["common"]
+    for token in range(7):
+        expected = torch.zeros(64)
+        for expert, weight in zip(choice.selected_experts[token], choice.routing_weights[token], strict=True):
+            total = torch.zeros(64)
+            for stack in (bank.experts, *bank.deeper_experts):
+                gate, up = (stack.gate_up_proj[expert] @ (hidden[0, token] + total)).chunk(2)
+                total = total + stack.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+            torch.testing.assert_close(bank.run_expert(int(expert), hidden[0, token]), total)
+            expected += weight * total
+        torch.testing.assert_close(output[0, token], expected, rtol=1e-5, atol=ATOL)
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS[1:], "linear"])
+@pytest.mark.parametrize("modalities", [MIXED, [3]], ids=["mixed", "one audio token"])
+def test_implementations_and_layouts_agree_on_deep_experts(implementation: str, modalities: list[int]):
+    torch.manual_seed(0)
+    model = ChorusForConditionalGeneration(tiny_config(expert_banks=DEEP))
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    mlp = model.model.language_model.layers[1].mlp
+    results = {}
+    for name in ("eager", implementation):
+        if name == "linear":
+            unfuse_experts(model)
+        else:
+            model.set_experts_implementation(name)
+        mlp.zero_grad()
+        hidden, plan = tokens(modalities)
+        hidden.requires_grad_()
+        output, _ = mlp(hidden, plan)
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        assert all(parameter.grad is not None for parameter in mlp.parameters())
+        routers = [bank.router.weight.grad for bank in mlp.banks.values()]
+        results[name] = [output, hidden.grad, *routers]
+    for expected, found in zip(results["eager"], results[implementation], strict=True):
+        # float32 sums in another order, three feed-forwards deep.
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()) + ATOL)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_deep_experts_leave_unused_slots_alone(implementation: str):
+    settings = UNUSED | {"expert_depth": 2}
+    mlp = mixture(expert_banks={name: settings for name in ("text", "audio", "common")}).train()
+    results = []
+    for name in ("eager", implementation):
+        use(mlp, name)
+        hidden, plan = tokens(MIXED, options=capacity_options(MIXED))
+        output, routing = mlp(hidden * 30.0, plan)
+        assert any((bank.selected_experts == 4).any() for bank in routing.values())
+        results.append(output)
+    assert results[1].isfinite().all()
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5 * float(results[0].detach().abs().max()))
+
+
+def test_a_deep_expert_answers_alike_with_a_cache_alone_and_in_a_batch(batch: dict[str, Tensor]):
+    torch.manual_seed(0)
+    model = ChorusForConditionalGeneration(tiny_config(expert_banks=DEEP)).eval()
+    model.generation_config.eos_token_id = None
+    ids = batch["input_ids"].masked_fill(batch["mm_token_type_ids"] > 0, 7)[:2]
+    texts = [
+        model.generate(input_ids=rows, attention_mask=torch.ones_like(rows), max_new_tokens=6, use_cache=use_cache)
+        for rows in (ids, ids[:1])
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0][:1], texts[2])
+    assert torch.equal(texts[2], texts[3])

@@ -21,6 +21,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "default": {},
     "balance bias": {"expert_banks": {"text": {"router": "sigmoid", "num_experts": [3, 5]}, "image": {}, "common": {}}},
     "one bank": {"expert_banks": {"text": {}}},
+    "deep experts": {"expert_banks": {"text": {"expert_depth": 2}, "image": {}, "common": {"expert_depth": 3}}},
 }
 
 

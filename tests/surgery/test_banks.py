@@ -297,3 +297,39 @@ def test_adapters_refuse_the_operation(operation: str):
 def test_a_wrong_name_of_a_closed_bank_is_an_error(options: dict[str, Any], message: str, batch: Batch):
     with pytest.raises(ValueError, match=message):
         logits_of(make(), batch, **options)
+
+
+@pytest.mark.parametrize("is_linear", [False, True])
+def test_deeper_experts_answer_as_before_then_learn_and_are_saved(is_linear: bool, batch: Batch, tmp_path: Path):
+    model = make(expert_banks={"text": {"num_experts": [3, 5]}, "common": {}})
+    if is_linear:
+        surgery.unfuse_experts(model)
+    before = logits_of(model, batch)
+    report = surgery.deepen_experts(model, "text", 3)
+    # One product of a choice at a time where a token's choices were summed by the implementation: rounding.
+    torch.testing.assert_close(logits_of(model, batch), before, rtol=0, atol=1e-6)
+    assert report.parameters_after - report.parameters_before == 2 * (3 + 5) * 3 * 64 * 32
+    freeze(model, "all")
+    unfreeze(model, "experts:text")
+    bank = model.model.language_model.layers[1].mlp.banks["text"]
+    assert all(parameter.requires_grad for parameter in bank.deeper_experts.parameters())
+    train(model, batch)
+    assert (logits_of(model, batch) - before).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(type(model).from_pretrained(tmp_path), batch), logits_of(model, batch))
+
+
+@pytest.mark.parametrize("is_linear", [False, True])
+def test_a_deep_bank_that_is_added_changes_no_bit(is_linear: bool, batch: Batch):
+    model = make()
+    if is_linear:
+        surgery.unfuse_experts(model)
+    before = logits_of(model, batch)
+    add_bank(model, "medical", modalities=["text"], expert_depth=2)
+    assert torch.equal(logits_of(model, batch), before)
+
+
+def test_experts_do_not_become_shallower():
+    model = make(expert_banks={"common": {"expert_depth": 2}})
+    with pytest.raises(ValueError, match=r"deepen_experts: bank 'common' has expert_depth=2, found 2"):
+        surgery.deepen_experts(model, "common", 2)

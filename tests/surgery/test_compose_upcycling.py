@@ -246,3 +246,16 @@ def test_tied_rows_are_those_of_the_first_slice(compose: Compose):
         assert torch.equal(rows[::2], before[name][::2])
         assert torch.equal(rows[1::2], before[name][::2])
     assert torch.equal(router.query, before["query"])
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_the_further_feed_forwards_of_an_expert_start_without_a_word(
+    split: int, compose: Compose, llama: tuple[Path, Any]
+):
+    model = compose(experts=two_banks(num_experts_per_tok=4, expert_depth=3), expert_split=split)
+    assert text_difference(model, llama[1]) < ATOL
+    bank = mixture(model).banks["text"]
+    assert len(bank.deeper_experts) == 2
+    for stack in bank.deeper_experts:
+        assert not stack.down_proj.any()
+        assert stack.gate_up_proj.std() > 0.01  # or no gradient would ever arrive

@@ -17,7 +17,11 @@ from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.surgery.tokenizer import build_tokenizer
 from tests.conftest import tiny_batch, tiny_config
 
-BANKS = {"text": {"num_experts": [3, 5]}, "image": {"layers": [2], "intermediate_size": 16}, "common": {}}
+BANKS = {
+    "text": {"num_experts": [3, 5]},
+    "image": {"layers": [2], "intermediate_size": 16},
+    "common": {"expert_depth": 2},
+}
 
 
 def make(**text: Any) -> ChorusForConditionalGeneration:
@@ -85,7 +89,7 @@ def test_a_saved_linear_model_loads_linear_and_equal(tmp_path: Path) -> None:
     unfuse_experts(model)
     model.save_pretrained(tmp_path)
     loaded = ChorusForConditionalGeneration.from_pretrained(tmp_path).eval()
-    assert sum(isinstance(module, LinearExperts) for module in loaded.modules()) == 5
+    assert sum(isinstance(module, LinearExperts) for module in loaded.modules()) == 7  # two more of deep experts
     assert_same(model, loaded)
     assert torch.equal(logits_of(model), logits_of(loaded))
 
@@ -107,6 +111,7 @@ def test_an_exported_checkpoint_has_one_tensor_an_expert_and_comes_back_bit_for_
     prefix = "model.language_model.layers.1.mlp.banks.text.experts"
     found = sorted(name.removeprefix(f"{prefix}.") for name in names if name.startswith(prefix))
     assert found == [f"{e}.{part}_proj.weight" for e in range(3) for part in ("down", "gate", "up")]
+    assert "model.language_model.layers.2.mlp.banks.common.deeper_experts.0.3.up_proj.weight" in names
     if len(files) > 1:
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
         assert sorted(index) == sorted(names)

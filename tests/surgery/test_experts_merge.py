@@ -193,3 +193,9 @@ def test_what_cannot_be_done_is_refused_and_nothing_changes(arguments: Any, word
         merge_experts(model, *arguments)
     left, right = model.state_dict(), twin.state_dict()
     assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def test_deep_experts_are_refused_by_their_depth() -> None:
+    model = ChorusForConditionalGeneration(tiny_config(expert_banks={"common": {"expert_depth": 2}}))
+    with pytest.raises(ValueError, match=r"bank 'common' have expert_depth=2.*prune_experts"):
+        merge_experts(model, "common", 2)

@@ -212,3 +212,22 @@ def test_active_adapters_are_refused() -> None:
     get_peft_model(model, LoraConfig(target_modules=["q_proj.weight", "o_proj"]))
     with pytest.raises(ValueError, match="prune_experts: .* carry adapters"):
         prune_experts(model, {"text": 3}, GOOD)
+
+
+@pytest.mark.parametrize("implementation", ["cpu_mm", "eager"])
+def test_deep_experts_are_pruned_whole(implementation: str, tmp_path: Path) -> None:
+    model = make(expert_depth=3)
+    model.set_experts_implementation(implementation)
+    scores = idle(model)
+    before = logits_of(model)
+    old = [stack.down_proj.detach().clone() for stack in model.model.language_model.layers[1].mlp.banks["text"].stacks]
+    prune_experts(model, {"text": "used"}, scores)
+    kept = [expert for expert in range(14) if expert not in IDLE]
+    for stack, down in zip(model.model.language_model.layers[1].mlp.banks["text"].stacks, old, strict=True):
+        assert torch.equal(stack.down_proj, down[kept])
+        assert stack.num_experts == 11
+    # Float32 sums in another order, at logits of about 1.
+    torch.testing.assert_close(logits_of(model), before, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = ChorusForConditionalGeneration.from_pretrained(tmp_path, experts_implementation=implementation).eval()
+    assert torch.equal(logits_of(loaded), logits_of(model))

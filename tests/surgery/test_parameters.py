@@ -106,3 +106,9 @@ def test_the_printed_report_names_every_bank_and_modality() -> None:
 def test_the_report_is_plain_data() -> None:
     report = parameter_report(tiny_config()).to_dict()
     assert set(report) == {"total", "active", "parts", "banks"}
+
+
+def test_deep_experts_count_each_feed_forward_and_are_active_by_their_share() -> None:
+    report = parameter_report(tiny_config(expert_banks={"common": {"expert_depth": 3}}))
+    expert, router = 3 * 3 * 64 * 32, 4 * 64
+    assert report.banks["common"] == {"total": 2 * (router + 4 * expert), "active": 2 * (router + 2 * expert)}

@@ -14,7 +14,7 @@ from chorus_moe.training.adapter_layout import WEIGHTS, convert_adapter, fuse_ad
 from chorus_moe.training.lora import lora_config
 from tests.conftest import tiny_batch, tiny_config
 
-BANKS: dict[str, Any] = {"text": {"num_experts": [3, 5]}, "common": {"intermediate_size": 16}}
+BANKS: dict[str, Any] = {"text": {"num_experts": [3, 5]}, "common": {"intermediate_size": 16, "expert_depth": 2}}
 
 
 def make(is_linear: bool = False) -> ChorusForConditionalGeneration:

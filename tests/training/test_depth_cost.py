@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from chorus_moe import ChorusForConditionalGeneration, ChorusForSequenceClassification
 from chorus_moe.modeling.attention import Attention
 from chorus_moe.modeling.layers import TokenGate
-from chorus_moe.modeling.moe_banks import BankGate, ChorusExperts
+from chorus_moe.modeling.moe_banks import BankGate, ChorusExperts, ExpertBank
 from chorus_moe.modeling.moe_routers import Router
 from tests.conftest import tiny_batch, tiny_config
 
@@ -60,6 +60,8 @@ def counted_by_hooks(model: Any, batch: dict[str, Tensor]) -> tuple[int, int]:
     """Visits and operations in the layers, by what the modules were given; attention by its maps."""
     flops = visits = 0
 
+    first = {id(bank.experts) for bank in model.modules() if isinstance(bank, ExpertBank)}
+
     def add(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal flops, visits
         rows = args[0].shape[:-1].numel() if args else 0
@@ -67,7 +69,7 @@ def counted_by_hooks(model: Any, batch: dict[str, Tensor]) -> tuple[int, int]:
             flops += 2 * rows * module.weight.numel()
         elif isinstance(module, ChorusExperts):
             visited = int((args[1] < module.num_experts).sum())
-            visits += visited
+            visits += visited * (id(module) in first)  # further feed-forwards of an expert are no visits of their own
             flops += visited * 2 * (module.gate_up_proj[0].numel() + module.down_proj[0].numel())
         elif isinstance(module, (Router, TokenGate)) or (isinstance(module, BankGate) and module.weight is not None):
             flops += 2 * rows * module.weight.numel()
@@ -80,10 +82,11 @@ def counted_by_hooks(model: Any, batch: dict[str, Tensor]) -> tuple[int, int]:
     return visits, flops
 
 
+DEEP = {"expert_banks": {"text": {"expert_depth": 3, "adaptive_experts": True}, "common": {"expert_depth": 2}}}
 ADAPTIVE = {name: {"adaptive_experts": True} for name in ("text", "common")}
 
 
-@pytest.mark.parametrize("text", [{}, WINDOWS, WINDOWS | {"is_causal": False}, {"expert_banks": ADAPTIVE}])
+@pytest.mark.parametrize("text", [{}, WINDOWS, WINDOWS | {"is_causal": False}, {"expert_banks": ADAPTIVE}, DEEP])
 @pytest.mark.parametrize("row", [0, 2])
 def test_visits_and_operations_are_those_that_hooks_see(row: int, text: dict[str, Any]):
     model = generator(**text)

@@ -14,9 +14,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusForSequenceClassification, ChorusModel, ChorusProcessor
-from chorus_moe.surgery import add_exits, add_skip_gates
+from chorus_moe.surgery import add_exits, add_skip_gates, unfuse_experts
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.lora import LoraTargets, full_path_regex, lora_config
+from tests.conftest import tiny_batch, tiny_config
 from tests.training.conftest import make_model, make_rows
 
 # The same bits in other memory: equal on processors with AVX-512; on AVX2, torch's attention of the audio tower differs
@@ -378,3 +379,22 @@ def test_a_disabled_adapter_leaves_the_base_as_it_was(
     base = ChorusForConditionalGeneration.from_pretrained(folder / "base")
     with adapted.disable_adapter():
         torch.testing.assert_close(logits(adapted, batch), logits(base, batch), atol=LAST_BIT, rtol=0)
+
+
+@pytest.mark.parametrize("is_linear", [False, True])
+def test_a_lora_reaches_every_feed_forward_of_a_deep_expert(is_linear: bool) -> None:
+    config = tiny_config(expert_banks={"common": {"expert_depth": 2}})
+    torch.manual_seed(0)
+    model = ChorusForConditionalGeneration(config)
+    if is_linear:
+        unfuse_experts(model)
+    adapted = get_peft_model(model, lora_config(model, banks=["common"], r=2))
+    train_steps(adapted, tiny_batch(config))
+    moved = {plain_name(n) for n, p in adapted.named_parameters() if ".lora_B" in n and p.any()}
+    per_bank = 2 * 4 * 3 if is_linear else 2  # stacks that PEFT nests have one plain name
+    assert len(moved) == 2 * per_bank
+    with torch.no_grad():
+        before = adapted.eval()(**tiny_batch(config)).logits
+        merged = adapted.merge_and_unload()(**tiny_batch(config)).logits
+    # Float32 sums in another order.
+    torch.testing.assert_close(merged, before, rtol=0, atol=1e-4)

@@ -121,7 +121,9 @@ def test_router_gradients_do_not_depend_on_accumulation(
     """Equal samples, because the balance loss of a batch is no sum over its samples."""
     recorded = []
     for accumulation in (1, 2, 4):
-        model = make_model(tokenizer, router_aux_loss_coef=1.0, router_z_loss_coef=0.1, alignment_loss_coef=1.0)
+        model = make_model(
+            tokenizer, router_aux_loss_coef=1.0, router_z_loss_coef=0.1, alignment_loss_coef=1.0, alignment="maps"
+        )
         settings = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
         trainer = new_trainer(
             model,

@@ -103,7 +103,7 @@ def weighted_norms(bank: ExpertBank, hidden_TD: Tensor, routing: BankRouting) ->
     # No forward keeps the output of a single expert, so each is run again on its rows.
     for expert in range(bank.num_experts):
         row, slot = torch.where(routing.selected_experts == expert)
-        output_RD = bank.experts.run_expert(expert, hidden_RD[row])
+        output_RD = bank.run_expert(expert, hidden_RD[row])
         norm_E[expert] = (weight_RK[row, slot].double() * output_RD.double().norm(dim=-1)).sum()
     return norm_E
 

@@ -10,24 +10,27 @@ from chorus_moe.modeling.moe_banks import ExpertBank
 from chorus_moe.surgery import prune_experts
 from chorus_moe.training.routing.report import count_rows
 from chorus_moe.training.routing.saliency import SaliencyObserver, expert_saliency
-from tests.conftest import tiny_batch
+from tests.conftest import tiny_batch, tiny_config
 
 Rows = list[dict[str, Any]]
 
 
-def test_saliency_is_the_mean_weighted_norm_of_what_an_expert_adds(model: ChorusForConditionalGeneration) -> None:
+@pytest.mark.parametrize("depth", [1, 2])
+def test_saliency_is_the_mean_weighted_norm_of_what_an_expert_adds(depth: int) -> None:
     """What the bank adds when all weights but one expert's are zero, token by token, gives the same numbers."""
+    torch.manual_seed(0)
+    banks = {"text": {}, "image": {}, "audio": {}, "common": {"expert_depth": depth}}
+    model = ChorusForConditionalGeneration(tiny_config(expert_banks=banks)).eval()
     batch = {**tiny_batch(model.config), "attention_mask": None}
     bank, added = model.model.language_model.layers[1].mlp.banks["common"], []
     handle = bank.register_forward_hook(lambda _, inputs, outputs: added.append(outputs[0] - inputs[0]))
     with torch.no_grad():
         with SaliencyObserver(model) as observer:
             model(**batch)
-        down = bank.experts.down_proj.data.clone()
-        bank.experts.down_proj.data[[0, 1, 3]] = 0.0
+        for stack in bank.stacks:
+            stack.down_proj.data[[0, 1, 3]] = 0.0
         added.clear()
         model(**batch)
-        bank.experts.down_proj.data.copy_(down)
     handle.remove()
     expected = added[0].norm(dim=-1).sum()
     # The hook subtracts two float32 streams of size 1.
