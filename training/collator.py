@@ -39,7 +39,7 @@ class ChorusDataCollator:
         max_bad_samples: how many may be skipped before that is an error as well.
         pad_to_multiple_of: round the length of a batch up.
         prompt_only: leave the last turn, the assistant's, out: prompts for `generate`, padded on the left, no labels.
-        more: what else a batch gets: functions of the rows that could be read and of their batch.
+        more: what else a batch gets: functions of the rows that could be read, perhaps none, and of their batch.
 
     Raises:
         ValueError: an unknown option.
@@ -202,12 +202,12 @@ class ChorusDataCollator:
         # A row that was no row has no text to stand for it either.
         except LayoutError:
             messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-        rows = [{"messages": messages}]
-        batch = self._encode(rows)
+        batch = self._encode([{"messages": messages}])
         # Without labels the batch teaches nothing.
         if "labels" in batch:
             batch["labels"] = torch.full_like(batch["labels"], -100)
-        return self._with_more(rows, batch)
+        # It stands for no row.
+        return self._with_more((), batch)
 
     def _with_more(self, rows: Sequence[Row], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for columns in self.more:

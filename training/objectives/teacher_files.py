@@ -165,7 +165,7 @@ def write_teacher(
         keys.extend(digest_of_row(row) for row in good)
         return {}
 
-    collator.more = remember
+    collator.more = (remember,)
     manifest: dict[str, Any] = {
         "version": 1,
         "teachers": [{"source": source, "sha256": digest_of_teacher(source)} for source in teacher.sources],

@@ -35,7 +35,8 @@ def task_columns(names: Sequence[str]) -> MoreColumns:
 
 
 def _task_ids(numbers: Mapping[str, int], rows: Sequence[Row], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {TASK_IDS: torch.tensor([numbers.get(str(row.get(TASK)), -1) for row in rows])}
+    # The one row of a batch of which nothing could be read has no task.
+    return {TASK_IDS: torch.tensor([numbers.get(str(row.get(TASK)), -1) for row in rows] or [-1])}
 
 
 def check_memory(plan: TaskPlan | None, remembered: Mapping[str, Any]) -> None:
