@@ -22,8 +22,6 @@ from chorus_moe.training.loading import is_remote
 if TYPE_CHECKING:
     import datasets
 
-    from chorus_moe.training.features.rows import FeatureRow
-
 # Column of a table -> the type of the parts that its items belong to.
 MEDIA_KINDS = {row.column: name for name, row in MEDIA.items()}
 FORMATS = (".jsonl", ".json", ".parquet")
@@ -135,7 +133,7 @@ class FeatureRows(RowDataset):
         self.facts = read_facts(folder)
         super().__init__(read_table(folder, split, self.facts), folder)
 
-    def __getitem__(self, index: int) -> "FeatureRow":
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return read_row(self.table[int(index)], self.facts)
 
 

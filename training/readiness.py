@@ -79,7 +79,7 @@ def four_bits() -> BitsAndBytesConfig:
         ImportError: bitsandbytes is not installed.
     """
     if not is_bitsandbytes_available():
-        raise ImportError("model.load_in_4bit: bitsandbytes is not installed; pip install bitsandbytes")
+        raise ImportError("model.load_in_4bit: bitsandbytes is not installed; pip install 'chorus-moe[qlora]'")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -1,6 +1,7 @@
 """Stages run one after the other, go on where they stopped, and are refused before any work."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,12 +12,16 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
+from transformers.utils import is_bitsandbytes_available
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
+from chorus_moe.training import readiness
 from chorus_moe.training.checkpoints import numbered_checkpoints
+from chorus_moe.training.data import load_rows
 from chorus_moe.training.loading import load_model
 from chorus_moe.training.stages import read_stages, run_stages, shipped_recipes
 from tests.fresh_process import kill
+from chorus_moe.training.train import load_or_build
 from tests.training.test_data import write_splits
 from tests.training.test_train import assert_equal
 
@@ -187,7 +192,11 @@ def test_an_override_reaches_all_stages_or_one(recipe: Path) -> None:
 SMALL = ["--use_cpu", "true", "--disable_tqdm", "true", "--max_steps", "1", "--per_device_train_batch_size", "2"]
 
 
-@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+needs_bitsandbytes = pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
+NAMES = [pytest.param(n, marks=needs_bitsandbytes if n == "qlora" else ()) for n in sorted(shipped_recipes())]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_recipe_runs_on_small_data(
     name: str, base: Path, data: Path, model: ChorusForConditionalGeneration, processor: ChorusProcessor
 ) -> None:
@@ -198,17 +207,37 @@ def test_a_shipped_recipe_runs_on_small_data(
         windows = {"num_global_tokens": 2, "layer_types": ["sliding_attention"] * 3, "sliding_window": 8}
         make_model(processor.tokenizer, **windows, cross_modal_layers=[]).save_pretrained(base)
     stages = read_stages(shipped_recipes()[name], words)
-    if name == "qlora":
-        from transformers.utils import is_bitsandbytes_available
-
-        if not is_bitsandbytes_available():
-            with pytest.raises(ImportError, match="model.load_in_4bit: bitsandbytes is not installed"):
-                run_stages(stages)
-            return
     run_stages(stages)
     loaded, _ = load_model(data / "out")
     if name == "new_domain_bank":
         assert "domain" in loaded.config.text_config.expert_banks
+
+
+@needs_bitsandbytes
+def test_qlora_trains_an_adapter_on_weights_in_four_bits(base: Path, data: Path) -> None:
+    words = ["--model_name_or_path", str(base), "--train_data", str(data), "--output_dir", str(data / "out"), *SMALL]
+    [stage] = read_stages(shipped_recipes()["qlora"], [*words, "--max_steps", "4", "--learning_rate", "1e-2"])
+    model, _ = load_or_build(stage.recipe, load_rows(data))
+    projections = {name: module for name, module in model.named_modules() if name.endswith("q_proj.base_layer")}
+    assert projections
+    assert all(module.weight.quant_state.quant_type == "nf4" for module in projections.values())
+    # Two weights a byte.
+    shapes = {name.rpartition(".q_proj")[2]: module.weight.shape for name, module in projections.items()}
+    assert set(shapes.values()) == {(64 * 64 // 2, 1)}
+    run_stages([stage])
+    history = json.loads((data / "out" / "trainer_state.json").read_text())["log_history"]
+    assert math.isfinite(history[-1]["train_loss"])
+    # The adapter has moved from where LoRA starts, at zero, and goes onto the weights as they were.
+    adapter = load_file(data / "out" / "adapter_model.safetensors")
+    assert all(tensor.any() for name, tensor in adapter.items() if "q_proj.lora_B" in name)
+    load_model(data / "out", merge=True)
+
+
+def test_four_bits_without_bitsandbytes_are_refused(base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "is_bitsandbytes_available", lambda: False)
+    words = ["--model_name_or_path", str(base), "--train_data", str(data), "--output_dir", str(data / "out"), *SMALL]
+    with pytest.raises(ImportError, match=r"bitsandbytes is not installed; pip install 'chorus-moe\[qlora\]'"):
+        run_stages(read_stages(shipped_recipes()["qlora"], words))
 
 
 def test_variables_fill_a_recipe_in(tmp_path: Path) -> None:

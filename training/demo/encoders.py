@@ -154,7 +154,7 @@ def learn_alone(
     model: ChorusForConditionalGeneration,
     modality: str,
     items: LoneDigits,
-    train: Callable[[EncoderLesson, LoneDigits], None],
+    train: Callable[[EncoderLesson, LoneDigits], object],
     teachers: int = 0,
 ) -> EncoderLesson:
     """Let `train` teach tower and connector of one modality their medium, after as many `teachers`; they are frozen.

@@ -181,8 +181,8 @@ def train(
     steps: int,
     lr: float,
     settings: DemoSettings,
-) -> None:
-    """One stage under the stock Trainer."""
+) -> list[dict[str, float]]:
+    """One stage under the stock Trainer; what it has logged."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -209,6 +209,7 @@ def train(
     if not isinstance(model, EncoderLesson):
         RoutingCallback.add_to(trainer)
     trainer.train()
+    return trainer.state.log_history
 
 
 def accuracy_by_skill(samples: Sequence[dict[str, Any]], answers: Sequence[str]) -> dict[str, list[bool]]:
@@ -278,7 +279,11 @@ def run_demo(
     smooth_labels(model, settings.label_smoothing)
     drop_tokens(model.model.audio_connector, settings.token_dropout)
     questions = ChorusDataCollator(processor)
-    train(model, data.base, questions, out / "stage1", settings.base_steps, settings.base_lr, settings)
+    logs = {
+        "stage 1, base": train(
+            model, data.base, questions, out / "stage1", settings.base_steps, settings.base_lr, settings
+        )
+    }
     model.save_pretrained(out / "base")
     processor.save_pretrained(out / "base")
     finish("stage 1, base model from nothing")
@@ -295,7 +300,9 @@ def run_demo(
         r=settings.lora_rank, lora_alpha=2 * settings.lora_rank,
     )  # fmt: skip
     adapted = get_peft_model(model, chosen)
-    train(adapted, data.adaptation, questions, out / "stage2", settings.lora_steps, settings.lora_lr, settings)
+    logs["stage 2, LoRA"] = train(
+        adapted, data.adaptation, questions, out / "stage2", settings.lora_steps, settings.lora_lr, settings
+    )
     with saved_whole(out / "adapter") as aside:
         adapted.save_pretrained(aside)
     merged = adapted.merge_and_unload()
@@ -332,6 +339,7 @@ def run_demo(
         },
         new_skill=NEW_SKILL,
         voices=data.voices,
+        logs=logs,
         agreement=(len(by_adapter_full) - differing, len(by_adapter_full)),
         stages=stages,
         seconds=time.monotonic() - started,

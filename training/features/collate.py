@@ -8,9 +8,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from chorus_moe.modeling.tower_audio import ChorusAudioOutput
+from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.processors.processing_rows import IGNORED_LABEL, pad_rows, truncate_rows
 from chorus_moe.training.collator import ChorusDataCollator, Row
-from chorus_moe.training.features.rows import FeatureRow
+from chorus_moe.training.features.rows import SHAPES, is_feature_row
 
 
 class FeatureCollator(ChorusDataCollator):
@@ -20,7 +21,7 @@ class FeatureCollator(ChorusDataCollator):
     """
 
     def _encode(self, rows: Sequence[Row]) -> dict[str, Any]:
-        cached = [row for row in rows if isinstance(row, FeatureRow)]
+        cached = [row for row in rows if is_feature_row(row)]
         if not cached:
             return super()._encode(rows)
         if len(cached) < len(rows):
@@ -40,15 +41,15 @@ class FeatureCollator(ChorusDataCollator):
         return batch | {"mm_encoder_outputs": encoder_outputs(cached)}
 
 
-def encoder_outputs(rows: Sequence[FeatureRow]) -> dict[str, Any]:
+def encoder_outputs(rows: Sequence[Row]) -> dict[str, Any]:
     """What the towers gave for the media of some rows, in their order.
 
     A modality of which the rows have nothing has an output of no items: its tower, which would otherwise take an idle
     step in training, rests on every rank.
     """
     outputs: dict[str, Any] = {}
-    for name, shape in rows[0].shapes.items():
-        pieces = [piece for row in rows for piece in row.states[name]]
+    for name, shape in rows[0][SHAPES].items():
+        pieces = [piece for row in rows for piece in row[MEDIA[name].column]]
         # Images all have one length; windows of sound are zero where padded.
         states_NLD = pad_sequence(pieces, batch_first=True) if pieces else torch.zeros(0, *shape)
         if name == "image":

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import safetensors.torch
 from torch import Tensor
 
+from chorus_moe.processors.processing_media import MEDIA
+
 if TYPE_CHECKING:
     import datasets
 
 FACTS = "features.json"
 VERSION = 1
+# Key of a row under which the shapes of its states stand; no other row has it.
+SHAPES = "feature_shapes"
 
 
 class Facts(NamedTuple):
@@ -33,20 +37,6 @@ class Facts(NamedTuple):
     shapes: dict[str, list[int]]
     splits: dict[str, int]
     version: int = VERSION
-
-
-class FeatureRow(dict[str, Any]):
-    """A row with `input_ids` and `labels`, lists of equal length, its `images` and `audio` as states of the towers, and
-    all other columns of the row that it was made of.
-
-    Args:
-        shapes: of the states, as in `Facts`, of all towers of the model.
-        states: modality -> states `(tokens, width)` of each image or window of sound.
-    """
-
-    def __init__(self, values: Mapping[str, Any], shapes: dict[str, list[int]], states: dict[str, list[Tensor]]):
-        super().__init__(values)
-        self.shapes, self.states = shapes, states
 
 
 def is_cache(folder: Path) -> bool:
@@ -95,10 +85,13 @@ def unpack(packed: bytes) -> list[Tensor]:
     return [found[str(index)] for index in range(len(found))]
 
 
-def read_row(row: Mapping[str, Any], facts: Facts) -> FeatureRow:
-    """A row of the table with its states."""
-    states = {name: unpack(row[name]) for name in facts.towers}
-    media = {"images": states.get("image", []), "audio": states.get("audio", [])}
-    rest = json.loads(row["rest"])
-    found = {name: row[name] for name in ("input_ids", "labels", "task")}
-    return FeatureRow({**rest, **found, **media}, facts.shapes, states)
+def read_row(row: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+    """A row of the table: `input_ids` and `labels`, lists of equal length, its `images` and `audio` as states `(tokens,
+    width)` of each image or window of sound, the `SHAPES` of all towers, and the columns of the row it was made of."""
+    media = {medium.column: unpack(row[name]) if name in facts.towers else [] for name, medium in MEDIA.items()}
+    tokens = {name: row[name] for name in ("input_ids", "labels", "task")}
+    return {**json.loads(row["rest"]), **tokens, **media, SHAPES: facts.shapes}
+
+
+def is_feature_row(row: Mapping[str, Any]) -> bool:
+    return SHAPES in row

@@ -1,5 +1,6 @@
 """Pictures of results: a confusion, and the curves of a run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +52,9 @@ def draw_curves(path: Path, curves: Curves) -> Path | None:
             # A series that was logged once is a point, which a line would not show.
             axes.plot(*zip(*points, strict=True), label=name, color=COLOURS[name], marker="o", markersize=3)
         axes.set(xlabel="step", ylabel=metric)
-        axes.set_ylim(bottom=0)
+        heights = [value for points in series.values() for _, value in points if math.isfinite(value)]
+        # From zero, and room above the first point, which is mostly the highest.
+        axes.set_ylim(min(0.0, *heights, 0.0), 1.08 * max(heights, default=0.0) or 1.0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)

@@ -48,9 +48,15 @@ def test_the_demo_trains_adapts_reloads_and_reports(tmp_path: Path, small_speech
     for figures in result["skills"].values():
         assert set(figures) == {"n", "before", "after", "image_withheld", "audio_withheld"}
     assert 0 < result["parameters"]["active"] < result["parameters"]["total"]
-    for name in ("accuracy.png", "routing.png", "examples.png"):
+    # Four and two steps, all of which are logged.
+    assert {name: [step for step, _ in points] for name, points in result["losses"].items()} == {
+        "loss, stage 1, base": [1, 2, 3, 4],
+        "loss, stage 2, LoRA": [1, 2],
+    }
+    for name in ("accuracy.png", "routing.png", "examples.png", "curves.png"):
         with Image.open(tmp_path / "out" / name) as picture:
             picture.verify()
+    assert "](curves.png)" in (tmp_path / "out" / "report.md").read_text()
     assert f"{result['parameters']['total']:,}" in card.read_text()
     assert "(routing.png)" in card.read_text()
     shown = [tmp_path / "routing.png", tmp_path / "out" / "merged" / "routing.png"]

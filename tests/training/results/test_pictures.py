@@ -31,5 +31,9 @@ def test_a_picture_is_drawn_of_two_points_and_none_of_one(tmp_path: Path, monkey
     assert draw_curves(path, curves_of(HISTORY)) == path
     with Image.open(path) as picture:
         picture.verify()
+    # A loss that is not finite, or below zero, is no reason to fail after a long run.
+    broken = [{"loss": float("nan"), "step": 1}, {"loss": float("inf"), "step": 2}, {"loss": -1.0, "step": 3}]
+    assert draw_curves(path, curves_of(broken)) == path
+    assert draw_curves(path, curves_of(broken[:2])) == path
     monkeypatch.setattr("chorus_moe.training.results.pictures.can_draw", lambda: False)
     assert draw_curves(path, curves_of(HISTORY)) is None
