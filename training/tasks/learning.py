@@ -217,7 +217,8 @@ class TaskLearning(TrainerCallback):
         sums = accelerator.reduce(self._of_step, "sum")
         if self.rate is not None:
             self.rate.add(*sums)
-        self._logged += sums
+        # A step that the guard skips would be all that the log says until the next one.
+        self._logged += torch.where(torch.isfinite(sums).all(), sums, torch.zeros_like(sums))
         self._of_step = torch.zeros_like(self._of_step)
 
     def take_figures(self) -> dict[str, float]:
