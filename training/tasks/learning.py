@@ -184,7 +184,8 @@ class TaskLearning(TrainerCallback):
             raise ValueError("tasks: the batches name no tasks; make the collator with tasks=plan.names")
         with self.loss.of(self.task_B, self.weights(), is_apart=self.gradients is not None):
             loss, outputs = compute(model, inputs, True, num_items_in_batch)
-        found = self.loss.found
+        # Taken, since it holds the graph of the step.
+        found, self.loss.found = self.loss.found, None
         if found is None:
             raise ValueError("tasks: the model was given no labels, so no task has a loss")
         self._of_step += torch.stack([found.sums_K, found.tokens_K])
