@@ -79,10 +79,9 @@ class TaskLearning(TrainerCallback):
         if not isinstance(base, ChorusForConditionalGeneration):
             raise ValueError(f"tasks: {type(base).__name__} predicts no tokens, so there is no loss to divide by task")
         rows: Any = trainer.train_dataset
-        if not hasattr(rows, "__len__"):
-            raise ValueError("tasks: rows that stream have no tasks before they are read; save them as a table first")
-        if len(rows) != self.plan.num_rows:
-            raise ValueError(f"tasks: the plan is for {self.plan.num_rows:,} rows, the Trainer has {len(rows):,}")
+        count = len(rows) if hasattr(rows, "__len__") else "a stream"
+        if count != self.plan.num_rows:
+            raise ValueError(f"tasks: the plan is for {self.plan.num_rows} rows, the Trainer has {count}")
         if arguments.train_sampling_strategy != "random":
             raise ValueError(
                 f"tasks: training.train_sampling_strategy={arguments.train_sampling_strategy!r} orders the rows, which "
