@@ -62,8 +62,9 @@ def plan_tasks(arguments: TaskArguments, rows: RowDataset | Sequence[Mapping[str
     """The plan for the rows of a run.
 
     Raises:
-        ValueError: rows that stream, a row without a task, a task without rows, fewer than two tasks where they would be weighed against
-            each other, a method that is unknown or whose library is missing, or a number that makes no sense.
+        ValueError: rows that stream, a row without a task, a task without rows, fewer than two tasks where they would
+            be weighed against each other, a method that is unknown or whose library is missing, or a number that makes
+            no sense.
     """
     _check_methods(arguments)
     if not hasattr(rows, "__len__"):
