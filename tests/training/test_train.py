@@ -245,6 +245,22 @@ FIXED = [
 ]
 
 
+def test_the_rate_falls_on_a_plateau_and_stays_low_after_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
+    # No loss is better by 10: every evaluation but the first is on a plateau.
+    kwargs = '{"factor": 0.5, "patience": 0, "threshold": 10, "threshold_mode": "abs"}'
+    words = ["--lr_scheduler_type", "reduce_lr_on_plateau", "--lr_scheduler_kwargs", kwargs, "--eval_strategy", "steps"]
+    words += ["--eval_steps", "1", "--save_steps", "2", "--logging_steps", "1"]
+    folders = [tmp_path / "whole", tmp_path / "resumed"]
+    run_training(read_recipe(recipe, [*words, "--output_dir", str(folders[0])]))
+    run_training(read_recipe(recipe, [*words, "--output_dir", str(folders[1]), "--max_steps", "2"]))
+    resumed = [*words, "--output_dir", str(folders[1]), "--resume_from_checkpoint", "auto"]
+    run_training(read_recipe(recipe, resumed))
+    for folder in folders:
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        assert [entry["learning_rate"] for entry in log if "learning_rate" in entry] == [1e-2, 1e-2, 5e-3, 2.5e-3]
+    assert_equal(*map(AutoModelForMultimodalLM.from_pretrained, folders))
+
+
 def test_what_a_resumed_run_cannot_change_is_refused_by_name(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run_training(read_recipe(recipe, words_of(out)))

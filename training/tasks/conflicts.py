@@ -104,8 +104,7 @@ class TaskGradients:
         for parameter, slots in zip(self.parameters.values(), self._gradients, strict=True):
             for task, gradient in enumerate(slots):
                 slots[task] = average(torch.zeros_like(parameter) if gradient is None else gradient)
-            if parameter.grad is not None:
-                parameter.grad = average(parameter.grad)
+            parameter.grad = average(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
     def _gramian(self, slots: Sequence[Tensor | None]) -> Tensor:
         """`(K, K)` float64 on the CPU."""

@@ -94,10 +94,9 @@ class TaskLearning(TrainerCallback):
         if not isinstance(base, ChorusForConditionalGeneration):
             raise ValueError(f"tasks: {type(base).__name__} predicts no tokens, so there is no loss to divide by task")
         rows: Any = trainer.train_dataset
-        if not hasattr(rows, "__len__"):
-            raise ValueError("tasks: rows that stream have no tasks before they are read; save them as a table first")
-        if len(rows) != self.plan.num_rows:
-            raise ValueError(f"tasks: the plan is for {self.plan.num_rows:,} rows, the Trainer has {len(rows):,}")
+        count = len(rows) if hasattr(rows, "__len__") else "a stream"
+        if count != self.plan.num_rows:
+            raise ValueError(f"tasks: the plan is for {self.plan.num_rows} rows, the Trainer has {count}")
         if arguments.train_sampling_strategy != "random":
             raise ValueError(
                 f"tasks: training.train_sampling_strategy={arguments.train_sampling_strategy!r} orders the rows, which "
@@ -199,7 +198,8 @@ class TaskLearning(TrainerCallback):
             raise ValueError("tasks: the batches name no tasks; make the collator with more=[task_columns(plan.names)]")
         with self.loss.of(self.task_B, self.weights(), is_apart=self.gradients is not None):
             loss, outputs = compute(model, inputs, True, num_items_in_batch)
-        found = self.loss.found
+        # Taken, since it holds the graph of the step.
+        found, self.loss.found = self.loss.found, None
         if found is None:
             raise ValueError("tasks: the model was given no labels, so no task has a loss")
         self._of_step += torch.stack([found.sums_K, found.tokens_K])
@@ -232,7 +232,8 @@ class TaskLearning(TrainerCallback):
         sums = accelerator.reduce(self._of_step, "sum")
         if self.rate is not None:
             self.rate.add(*sums)
-        self._logged += sums
+        # A step that the guard skips would be all that the log says until the next one.
+        self._logged += torch.where(torch.isfinite(sums).all(), sums, torch.zeros_like(sums))
         self._of_step = torch.zeros_like(self._of_step)
 
     def take_figures(self) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -58,14 +58,17 @@ class TaskPlan(NamedTuple):
         return f"tasks: {told}" + (f"; {left_out:,} rows of other tasks are left out" if left_out else "")
 
 
-def plan_tasks(arguments: TaskArguments, rows: RowDataset | Iterable[Mapping[str, Any]]) -> TaskPlan:
+def plan_tasks(arguments: TaskArguments, rows: RowDataset | Sequence[Mapping[str, Any]]) -> TaskPlan:
     """The plan for the rows of a run.
 
     Raises:
-        ValueError: a row without a task, a task without rows, fewer than two tasks where they would be weighed against
-            each other, a method that is unknown or whose library is missing, or a number that makes no sense.
+        ValueError: rows that stream, a row without a task, a task without rows, fewer than two tasks where they would
+            be weighed against each other, a method that is unknown or whose library is missing, or a number that makes
+            no sense.
     """
     _check_methods(arguments)
+    if not hasattr(rows, "__len__"):
+        raise ValueError("tasks: rows that stream have no tasks before they are read; save them as a table first")
     found = tasks_of(rows)
     for number, name in enumerate(found):
         if not isinstance(name, str) or not name.strip():
@@ -98,7 +101,7 @@ def plan_tasks(arguments: TaskArguments, rows: RowDataset | Iterable[Mapping[str
     return plan
 
 
-def tasks_of(rows: RowDataset | Iterable[Mapping[str, Any]]) -> list[Any]:
+def tasks_of(rows: RowDataset | Sequence[Mapping[str, Any]]) -> list[Any]:
     """The task of every row, None where it has none."""
     return rows.tasks() if isinstance(rows, RowDataset) else [row.get(TASK) for row in rows]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from chorus_moe import ChorusProcessor
 from chorus_moe.training.collator import ChorusDataCollator
@@ -86,6 +86,42 @@ def test_its_batch_and_a_report_are_kept(
     with safe_open(tmp_path / "guards" / "step-12-rank-0.safetensors", framework="pt") as file:
         assert {"0.input_ids", "1.input_ids", "0.labels"} <= set(file.keys())
         assert file.metadata()["step"] == "12"
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def pretend_float16(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
+    """Mixed precision with a loss scaler, which accelerate has for GPUs alone and torch for the CPU as well."""
+    # With torch's first scale, 65,536, a gradient of 1 overflows.
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")
+    trainer.accelerator.native_amp, trainer.accelerator.scaler = True, scaler
+    return scaler
+
+
+def test_an_overflow_in_float16_is_the_scalers(
+    tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_steps": 3, "save_strategy": "no", "logging_steps": 1}
+    trainer = trainer_of(tokenizer, processor, tmp_path, {2: 1e36}, StepGuard(20, max_skipped_steps=0), **settings)
+    scaler = pretend_float16(trainer, monkeypatch)
+    first = scaler.get_scale()
+    trainer.train()
+    # Skipped and scaled down once; the guard saw norms without the scale, and nothing to mind in them.
+    assert scaler.get_scale() == first / 2
+    assert trainer.num_skipped_steps == 0
+    assert not (tmp_path / "guards").exists()
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [norm < 100 for norm in norms] == [True, False, True]
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_in_bfloat16_the_guard_skips_what_is_not_finite(
+    tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor, tmp_path: Path
+) -> None:
+    settings = {"max_steps": 3, "save_strategy": "no", "bf16": True}
+    trainer = trainer_of(tokenizer, processor, tmp_path, {2: torch.inf}, StepGuard(), **settings)
+    trainer.train()
+    assert trainer.num_skipped_steps == 1
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 

@@ -1,5 +1,6 @@
 """Runs with tasks: the same at any accumulation and number of processes, to the bit after a checkpoint."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +26,13 @@ from chorus_moe.training.tasks.plan import plan_tasks
 from chorus_moe.training.train import run_training
 from chorus_moe.training.trainer import ChorusTrainer
 from tests.training.conftest import make_model, make_rows, make_tokenizer
+from tests.training.guards.test_steps import pretend_float16
 from tests.training.test_data import write_jsonl
 from tests.training.test_train import GradientRecorder, assert_equal, recipe  # noqa: F401  a fixture
 
 TASKS = ("see", "hear", "both")
+# What two processes are tried with; `aligned_mtl` exchanges what `pcgrad` does.
+DISTRIBUTED = ("fixed", "rate", "uncertainty", "pcgrad")
 KINDS: dict[str, dict[str, Any]] = {
     "fixed": {"task_weights": '{"see": 2.5}', "task_temperature": 3.0},
     "rate": {"task_weighting": "rate", "task_rate_steps": 1},
@@ -235,6 +239,30 @@ def test_conflicts_are_resolved_in_other_numbers_and_with_checkpointing(
     assert difference / norm < (0.05 if "bf16" in settings else 1e-5)
 
 
+def test_the_scale_of_float16_is_none_of_the_tasks_business(
+    tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, settings = KINDS["pcgrad"] | KINDS["uncertainty"], ONE_STEP | {"max_grad_norm": 1e9}
+    plain = gradients_of(trainer_of(make_model(tokenizer), processor, tmp_path, options, **settings))
+    trainer = trainer_of(make_model(tokenizer), processor, tmp_path, options, **settings)
+    assert pretend_float16(trainer, monkeypatch).get_scale() == 1024
+    found = gradients_of(trainer)
+    norm = torch.stack([gradient.norm() for gradient in plain.values()]).norm()
+    assert torch.stack([(found[name] - plain[name]).norm() for name in plain]).norm() / norm < 0.01
+
+
+def test_rewarded_routers_learn_beside_tasks(
+    recipe: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    path = recipe_with_tasks(recipe, tmp_path, {"task_conflicts": "pcgrad"})
+    words = ["--router_reward_banks", "common", "--max_steps", "2", "--logging_steps", "1"]
+    words += ["--per_device_train_batch_size", "6"]
+    run_training(read_recipe(path, words))
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert {"router_gain", "task_loss/count", "grad_cosine/common/count-name"} <= set(log[0])
+
+
 def test_a_step_that_is_not_finite_is_skipped(
     tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor, tmp_path: Path
 ) -> None:
@@ -259,14 +287,14 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert (tmp_path / "rank1.pt").is_file(), done.stderr[-3000:]
     found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    for kind, options in KINDS.items():
+    for kind in DISTRIBUTED:
         one, two = (rank[kind] for rank in found)
         for name, weight in one["weights"].items():
             assert weight.equal(two["weights"][name]), f"{kind}: the ranks differ in {name}"
         assert len(one["rows"]) == 6
         assert not set(one["rows"]) & set(two["rows"])
         # The same micro-batches, one after the other.
-        alone = distributed_trainer(tmp_path / "alone", options, gradient_accumulation_steps=2)
+        alone = distributed_trainer(tmp_path / "alone", KINDS[kind], gradient_accumulation_steps=2)
         alone.train()
         for name, weight in alone.model.state_dict().items():
             torch.testing.assert_close(one["weights"][name], weight, atol=1e-5, rtol=1e-3, msg=f"{kind} {name}")

@@ -73,6 +73,11 @@ def test_a_row_without_a_task_is_named(name: object) -> None:
         plan_tasks(TaskArguments(), [{"task": "a"}, {"task": name}])
 
 
+def test_rows_that_stream_are_refused_before_they_are_read() -> None:
+    with pytest.raises(ValueError, match="tasks: rows that stream have no tasks before they are read"):
+        plan_tasks(TaskArguments(), iter(ROWS))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("method", ["pcgrad", "aligned_mtl", "upgrad"])
 def test_a_missing_library_is_named(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
