@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -117,22 +118,28 @@ class Lesson:
         self.settings, self.seed = settings, seed
         torch.manual_seed(seed)
         self.teacher, self.processor = build_demo(corpus())
-        augment, items = PictureAugment(), settings.encoder_steps * settings.batch_size
+        self.media, augment, items = found, PictureAugment(), settings.encoder_steps * settings.batch_size
         self._learn_alone("image", LoneDigits(found.pictures, items, seed=seed, picture_augment=augment))
         self._learn_alone("audio", LoneDigits(found.clips, items, seed=seed))
         self.teacher.eval().requires_grad_(False)
         self.collator = ChorusDataCollator(self.processor)
-        self.questions = DigitQuestions(
-            found.pictures,
-            found.clips,
-            SKILLS,
-            settings.steps * settings.batch_size,
-            seed=seed,
-            picture_augment=augment,
-        )
+        self.questions = self._questions(seed)
         held_out = settings.questions_per_skill * len(BASE_SKILLS)
         test = DigitQuestions(found.test_pictures, found.test_clips, BASE_SKILLS, held_out, seed=seed + 7)
         self.test: list[Sample] = [test[index] for index in range(held_out)]
+
+    def _questions(self, seed: int) -> DigitQuestions:
+        count = self.settings.steps * self.settings.batch_size
+        return DigitQuestions(
+            self.media.pictures, self.media.clips, SKILLS, count, seed=seed, picture_augment=PictureAugment()
+        )
+
+    def again(self, seed: int, steps: int) -> "Lesson":
+        """Another seed behind the same encoders: other questions to learn and other decoders, the same test."""
+        other = copy(self)
+        other.seed, other.settings = seed, replace(self.settings, steps=steps)
+        other.questions = other._questions(seed)
+        return other
 
     def _learn_alone(self, modality: str, digits: LoneDigits) -> None:
         lesson, collate = (

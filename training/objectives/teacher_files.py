@@ -15,7 +15,7 @@ Shape suffixes: B batch, P labelled positions of a sample at most, N positions o
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,14 +158,7 @@ def write_teacher(
         raise ValueError("there are no rows to ask the teacher about")
     if folder.is_dir() and any(path.name != INCOMPLETE for path in folder.iterdir()):
         raise ValueError(f"{str(folder)!r} holds something already; choose another distillation.teacher_logits")
-    top_k, collator, keys = min(top_k, teacher.num_shared), copy(collator), list[bytes]()
-
-    def remember(good: Sequence[Row], _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # Only these rows are in the batch: others could not be read.
-        keys.extend(digest_of_row(row) for row in good)
-        return {}
-
-    collator.more = (remember,)
+    top_k = min(top_k, teacher.num_shared)
     manifest: dict[str, Any] = {
         "version": 1,
         "teachers": [{"source": source, "sha256": digest_of_teacher(source)} for source in teacher.sources],
@@ -178,32 +171,54 @@ def write_teacher(
     with saved_whole(folder) as aside:
         shard = _Shard(aside, has_rest=top_k < teacher.num_shared)
         seen, skipped = set[bytes](), set[bytes]()
-        for start in tqdm(range(0, size, batch_size), desc="teacher", unit="batch", disable=not progress):
-            keys.clear()
-            chosen = [rows[index] for index in range(start, min(start + batch_size, size))]
-            batch = collator(chosen)
-            if len(keys) < len(chosen):
-                skipped |= {digest_of_row(row) for row in chosen if row.get("error") is None} - set(keys)
-            inputs = {name: value if device is None else value.to(device) for name, value in batch.items()}
-            output = teacher.read(inputs)
-            if output is None or not keys:
-                continue
-            tokens = output.tokens.top(top_k).each(Tensor.cpu)
-            counts, stop = output.positions.sum(dim=1).tolist(), 0
-            for sample, (key, count) in enumerate(zip(keys, counts, strict=True)):
-                begin, stop = stop, stop + count
-                if key in seen or not output.samples[sample]:
-                    continue
+        steps = tqdm(range(0, size, batch_size), desc="teacher", unit="batch", disable=not progress)
+        batches = ([rows[index] for index in range(start, min(start + batch_size, size))] for start in steps)
+        for key, row in answers(teacher, batches, collator, top_k, device):
+            if row is None:
+                skipped.add(key)
+            elif key not in seen:
                 seen.add(key)
-                labels_n = batch["labels"][sample, 1:]
-                of_row = slice(begin, stop)
-                found = tokens.each(lambda part, of_row=of_row: part[of_row])  # type: ignore[misc]
-                shard.add(key, RowTokens(found, labels_n[labels_n != -100]))
+                shard.add(key, row)
         shard.write()
         manifest |= {"rows": len(seen), "positions": shard.positions, "shards": shard.names}
         manifest["skipped"] = sorted(key.hex() for key in skipped)
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
+
+
+def answers(
+    teacher: Teacher,
+    batches: Iterable[list[Row]],
+    collator: ChorusDataCollator,
+    top_k: int,
+    device: torch.device | None = None,
+) -> Iterator[tuple[bytes, RowTokens | None]]:
+    """Hash of a row and what the teacher says of it, None for a row that cannot be read; rows with media are left out
+    if it reads text alone."""
+    collator, keys = copy(collator), list[bytes]()
+
+    def remember(good: Sequence[Row], _: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # Only these rows are in the batch.
+        keys.extend(digest_of_row(row) for row in good)
+        return {}
+
+    collator.more = (remember,)
+    for rows in batches:
+        keys.clear()
+        batch = collator(rows)
+        if len(keys) < len(rows):
+            unread = {digest_of_row(row) for row in rows if row.get("error") is None} - set(keys)
+            yield from ((key, None) for key in unread)
+        output = teacher.read({name: value if device is None else value.to(device) for name, value in batch.items()})
+        if output is None or not keys:
+            continue
+        tokens, stop = output.tokens.top(top_k).each(Tensor.cpu), 0
+        for sample, (key, count) in enumerate(zip(keys, output.positions.sum(dim=1).tolist(), strict=True)):
+            of_row, stop = slice(stop, stop + count), stop + count
+            if output.samples[sample]:
+                labels_n = batch["labels"][sample, 1:]
+                found = tokens.each(lambda part, of_row=of_row: part[of_row])  # type: ignore[misc]
+                yield key, RowTokens(found, labels_n[labels_n != -100])
 
 
 class _Shard:

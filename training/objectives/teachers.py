@@ -93,7 +93,7 @@ class Teacher:
         # How many ids all have in common, and whether all read what the student reads; `check` sets them.
         self.num_shared = min(base_model(model).config.get_text_config().vocab_size for model in self.models)
         self.reads_media = True
-        self._checked: tuple[int, int] | None = None
+        self._checked: tuple[object, object] = (None, None)
         # Several objectives ask about one batch.
         self._last: tuple[Tensor, TeacherOutput | None] | None = None
 
@@ -103,7 +103,7 @@ class Teacher:
         Raises:
             ValueError: another tokenizer, or pictures or sound in another form than the student's.
         """
-        if self._checked == (id(student), id(processor)):
+        if self._checked[0] is student and self._checked[1] is processor:
             return
         modalities = set(student.modalities) - {"text"}
         for source, model in zip(self.sources, self.models, strict=True):
@@ -115,14 +115,14 @@ class Teacher:
                 )
             self.num_shared = min(self.num_shared, shared)
             if modalities <= set(getattr(config, "modalities", ())):
-                _compare_media(source, load_processor(source), processor, modalities)
+                _compare_media(source, load_processor(source, base_of(source)), processor, modalities)
             else:
                 self.reads_media = False
                 logger.warning(
                     f"teacher {source!r} does not read all of {', '.join(sorted(modalities))}: rows with media "
                     "learn from their labels alone"
                 )
-        self._checked = (id(student), id(processor))
+        self._checked = (student, processor)
 
     @torch.no_grad()
     def read(self, inputs: Mapping[str, Any]) -> TeacherOutput | None:
@@ -207,7 +207,7 @@ def load_teacher(source: str, dtype: str = "auto") -> ModelOrAdapter:
                 raise ValueError(f"teacher {source!r} is a {name}, which predicts no tokens")
         model, _ = load_model(source, dtype=dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
     try:
         check_weights(model)
     except ValueError as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.distributions import Categorical
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -13,6 +14,7 @@ from chorus_moe import ChorusForConditionalGeneration, ChorusForSequenceClassifi
 from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.surgery.tokenizer import add_media_tokens
 from chorus_moe.training.collator import ChorusDataCollator
+from chorus_moe.training.objectives.teacher_files import digest_of_teacher
 from chorus_moe.training.objectives.teachers import Teacher, load_teacher, shared_vocabulary
 from tests.conftest import tiny_config
 from tests.parents import SIZES, plain_tokenizer
@@ -157,6 +159,28 @@ def test_a_teacher_is_frozen_and_in_evaluation_mode(tmp_path: Path, tokenizer: P
     model = load_teacher(str(tmp_path), "bfloat16")
     assert not model.training and model.dtype == torch.bfloat16
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["chorus", "llama"])
+def test_an_adapter_is_a_teacher_as_well(
+    kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor
+) -> None:
+    folder = tmp_path / "base"
+    base = save_chorus(folder, tokenizer) if kind == "chorus" else save_llama(folder, tokenizer, len(tokenizer))
+    # Random from the start, so that the adapter changes what is said.
+    config = LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
+    adapted = get_peft_model(base, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(folder)
+    adapted.save_pretrained(tmp_path / "adapter")
+    teacher = Teacher([str(tmp_path / "adapter")])
+    teacher.check(make_model(tokenizer).config, processor)
+    inputs = ChorusDataCollator(processor)([text_row(0), text_row(1)])
+    answer = teacher.read(inputs)
+    assert answer is not None and teacher.reads_media is (kind == "chorus")
+    known = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": inputs["labels"]}
+    torch.testing.assert_close(answer.tokens.log_probs.exp(), expected(adapted, known), atol=ATOL, rtol=0)
+    assert not any(parameter.requires_grad for parameter in teacher.models[0].parameters())
+    assert digest_of_teacher(str(tmp_path / "adapter")) != digest_of_teacher(str(folder))
 
 
 def test_what_predicts_no_tokens_is_no_teacher(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
