@@ -146,8 +146,8 @@ class ChorusHead(ChorusPreTrainedModel):
             states = [state for state, full in zip(states, is_full, strict=True) if full]
         if not states:
             raise ValueError(
-                f"alignment_loss_coef={text.alignment_loss_coef}: {kind!r} needs a cross-modal layer with full attention; "
-                f"cross_modal_layers={text.cross_modal_layers}, layer_types={text.layer_types}"
+                f"alignment_loss_coef={text.alignment_loss_coef}: {kind!r} needs a cross-modal layer with full "
+                f"attention; cross_modal_layers={text.cross_modal_layers}, layer_types={text.layer_types}"
             )
         layers = [alignment_loss(query, key, modality_BS, real_BS, scaling, is_causal, kind) for query, key in states]
         # Of a rank that holds some of the heads: its part of their mean, since gradients of ranks are summed.
