@@ -73,11 +73,9 @@ def classifier(seed: int, coefficient: float, is_causal: bool, kind: str | None)
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "mlp_layer_types": ["dense", "sparse"],
+        "mlp_layer_types": ["dense", "dense"],
+        "expert_banks": {"common": {}},
         "cross_modal_layers": [1],
-        "num_experts": 4,
-        "moe_intermediate_size": 64,
-        "shared_expert_intermediate_size": 64,
         "max_position_embeddings": 64,
         "pad_token_id": 0,
         "modalities": ["text", "image"],
@@ -87,7 +85,7 @@ def classifier(seed: int, coefficient: float, is_causal: bool, kind: str | None)
     }
     vision = {
         "architecture": "vit_tiny_patch16_224",
-        "model_args": {"img_size": 16, "patch_size": 16 // SIDE, "embed_dim": 48, "depth": 2, "num_heads": 4},
+        "model_args": {"img_size": 16, "patch_size": 16 // SIDE, "embed_dim": 48, "depth": 1, "num_heads": 4},
         "image_size": 16,
         "pool_size": 1,
     }
@@ -153,7 +151,7 @@ def arms(parsed: argparse.Namespace, report: Report, is_causal: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options = (
-        ("--steps", {"type": int, "default": 300, "help": "training steps of an arm (default 300)"}),
+        ("--steps", {"type": int, "default": 150, "help": "training steps of an arm (default 150)"}),
         ("--seeds", {"type": int, "nargs": "+", "default": [0, 1, 2]}),
         ("--coefficient", {"type": float, "default": 0.3, "help": "alignment_loss_coef (default 0.3)"}),
         ("--parts", {"nargs": "+", "choices": ["bidirectional", "causal"], "default": ["bidirectional", "causal"]}),

@@ -139,6 +139,16 @@ class ChorusHead(ChorusPreTrainedModel):
             f"layers.{i}.self_attn.{name}" for i in self.config.text_config.cross_modal_layers for name in ("q_", "k_")
         )
         self._check_graph("alignment", [query for query, _ in states], projections)
+        if kind != "maps":
+            # A window sees some of the pairs alone, and what no layer computes is not to be compared.
+            cross_modal = sorted(set(text.cross_modal_layers))
+            is_full = [text.layer_types[layer] == "full_attention" for layer in cross_modal]
+            states = [state for state, full in zip(states, is_full, strict=True) if full]
+        if not states:
+            raise ValueError(
+                f"alignment_loss_coef={text.alignment_loss_coef}: {kind!r} needs a cross-modal layer with full "
+                f"attention; cross_modal_layers={text.cross_modal_layers}, layer_types={text.layer_types}"
+            )
         layers = [alignment_loss(query, key, modality_BS, real_BS, scaling, is_causal, kind) for query, key in states]
         # Of a rank that holds some of the heads: its part of their mean, since gradients of ranks are summed.
         share = states[0][0].shape[1] / text.num_attention_heads

@@ -390,6 +390,30 @@ def test_a_causal_model_is_not_asked_for_two_directions():
         tiny_config(alignment="contrast")
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_only_layers_that_see_all_pairs_are_aligned(is_causal: bool):
+    windows = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
+    losses = []
+    for layers in ([1], [1, 2]):
+        torch.manual_seed(0)
+        model = ChorusForConditionalGeneration(
+            tiny_config(**windows, is_causal=is_causal, cross_modal_layers=layers, alignment_loss_coef=0.1)
+        ).train()
+        # The first two layers are alike; what the third one is must not matter.
+        state = {
+            n: torch.full_like(p, 0.02) * torch.arange(1, p.numel() + 1).view_as(p).sin()
+            for n, p in model.state_dict().items()
+            if p.is_floating_point()
+        }
+        model.load_state_dict(state, strict=False)
+        losses.append(model(**tiny_batch(model.config)).alignment_loss)
+    assert losses[0].item() > 0
+    assert torch.equal(*losses)
+    alone = ChorusForConditionalGeneration(tiny_config(**windows, cross_modal_layers=[2], alignment_loss_coef=0.1))
+    with pytest.raises(ValueError, match=r"needs a cross-modal layer with full attention; cross_modal_layers=\[2\]"):
+        alone.train()(**tiny_batch(alone.config))
+
+
 @pytest.mark.parametrize("kind", ["contrastive", "maps"])
 def test_alignment_falls_under_training(kind: str):
     torch.manual_seed(0)
