@@ -131,7 +131,9 @@ def test_a_contrastive_loss_brings_pairs_together(loss: str):
 
 
 def test_an_unknown_contrastive_loss_is_refused():
-    with pytest.raises(StrictDataclassClassValidationError, match="unknown contrastive_loss 'infonse'; did you mean 'infonce'"):
+    with pytest.raises(
+        StrictDataclassClassValidationError, match="unknown contrastive_loss 'infonse'; did you mean 'infonce'"
+    ):
         ChorusConfig(text_config=TEXT, contrastive_loss="infonse")
     # The configuration ships without the losses, so it names them once more.
     for name in CONTRASTIVE_LOSSES:
