@@ -101,7 +101,7 @@ class ChorusModel(ChorusPreTrainedModel):
             raise ValueError(f"got {len(pixel_values)} images but this model has no vision tower")
         with no_graph_if_frozen(self.vision_tower, pixel_values), all_loaded(self.vision_tower):
             tokens = self.vision_tower(pixel_values=pixel_values.to(self.vision_tower.dtype)).last_hidden_state
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=self.vision_connector(tokens))
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=self._connected("image", tokens))
 
     @can_return_tuple
     def get_audio_features(
@@ -126,9 +126,16 @@ class ChorusModel(ChorusPreTrainedModel):
             encoded = self.audio_tower(
                 input_features=input_features.to(self.audio_tower.dtype), input_features_mask=input_features_mask
             )
-        tokens, mask = self.audio_connector(encoded.last_hidden_state, encoded.attention_mask)
-        pieces = [row[keep] for row, keep in zip(tokens, mask.bool(), strict=True)]
+        pieces = self._connected("audio", encoded.last_hidden_state, encoded.attention_mask)
         return BaseModelOutputWithPooling(last_hidden_state=encoded.last_hidden_state, pooler_output=pieces)
+
+    def _connected(self, name: str, states: Tensor, mask: Tensor | None = None) -> Any:
+        """Tokens of the decoder from the states of a tower, as `pooler_output` holds them."""
+        if name == "image":
+            return self.vision_connector(states)
+        tokens, mask = self.audio_connector(states, mask)
+        # Without any clip the empty tensor, which keeps the connector in the graph.
+        return [row[keep] for row, keep in zip(tokens, mask.bool(), strict=True)] or tokens
 
     def _placeholders(self) -> dict[str, int | None]:
         return {row.name: getattr(self.config, row.token_id) for row in ENCODED}
@@ -174,7 +181,8 @@ class ChorusModel(ChorusPreTrainedModel):
             pixel_values: images of the whole batch in the order of their placeholders, `(images, C, H, W)`.
             input_features, input_features_mask: clips of the whole batch in order, see `get_audio_features`.
             mm_encoder_outputs: outputs of `get_image_features` ("image") and `get_audio_features` ("audio") computed
-                earlier, instead of the raw inputs.
+                earlier, instead of the raw inputs. One without `pooler_output`, as towers return it, goes through the
+                connector.
 
         Raises:
             ValueError: placeholders and features do not match, naming the sample and both numbers.
@@ -233,7 +241,11 @@ class ChorusModel(ChorusPreTrainedModel):
         for name, raw in (("image", pixel_values), ("audio", input_features)):
             if raw is not None and encoded.get(name) is not None:
                 raise ValueError(f"got raw {name} inputs and mm_encoder_outputs for {name}; give one of them")
-        features = {name: output.pooler_output for name, output in encoded.items() if output is not None}
+        features = {}
+        for name, output in encoded.items():
+            if output is not None:
+                pooled, mask = (getattr(output, key, None) for key in ("pooler_output", "attention_mask"))
+                features[name] = self._connected(name, output.last_hidden_state, mask) if pooled is None else pooled
         idle = []
         if pixel_values is not None and len(pixel_values):
             features["image"] = self.get_image_features(pixel_values).pooler_output

@@ -72,18 +72,66 @@ def evaluate(
     base: BaseName = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    out: Annotated[Path | None, typer.Option(help="folder for every answer, mistakes first, and tables")] = None,
     device: DeviceName = None,
     dtype: DtypeName = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Exact-match accuracy by generation, and loss."""
+    """Exact-match accuracy by generation, in all and by task and medium, and loss."""
     from chorus_moe.training.data import load_rows
     from chorus_moe.training.evaluate import evaluate_rows
+    from chorus_moe.training.results.answers import write_results
+    from chorus_moe.training.results.pictures import NO_PICTURES, can_draw
 
+    if out is not None and out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out {str(out)!r} is a file; give a folder")
     rows = load_rows(data, split)
     loaded = load(model, base, device, dtype)
     result = evaluate_rows(*loaded, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=not as_json)
     print_values(result.to_dict(), as_json)
+    if out is not None:
+        written = write_results(out, result, {"model": model, "data": data, "split": split})
+        print(
+            f"wrote {', '.join(map(str, written))}", *([] if can_draw() else [NO_PICTURES]), sep="\n", file=sys.stderr
+        )
+
+
+@app.command("cache-features")
+def cache_features_command(
+    model: ModelName,
+    data: Annotated[str, typer.Argument(help="rows with media: file, folder or Hub id")],
+    out: Annotated[Path, typer.Argument(help="new folder, which data.train_data of a recipe takes")],
+    split: Annotated[list[str] | None, typer.Option(help="may be repeated; train if left out")] = None,
+    columns: Annotated[str | None, typer.Option(help="as data.columns in a recipe")] = None,
+    media_markers: Annotated[str, typer.Option(help="as in a recipe")] = "media",
+    media_folder: Annotated[str | None, typer.Option(help="as in a recipe")] = None,
+    on_bad_media: Annotated[str, typer.Option(help="raise, or skip rows that cannot be read")] = "raise",
+    max_bad_samples: Annotated[int, typer.Option(min=0)] = 100,
+    base: BaseName = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    device: DeviceName = None,
+    dtype: DtypeName = "auto",
+) -> None:
+    """Run the frozen towers once over data, so that training reads their outputs instead of media."""
+    from chorus_moe.training.data import load_rows
+    from chorus_moe.training.features.cache import cache_features
+    from chorus_moe.training.recipe import DataArguments
+
+    options = DataArguments(columns=columns, media_markers=media_markers, media_folder=media_folder).to_options()
+    splits = {name: load_rows(data, name, **options) for name in dict.fromkeys(split or ["train"])}
+    loaded = load(model, base, device, dtype)
+    facts = cache_features(
+        *loaded,
+        splits,
+        out,
+        source=Path(model).name,
+        batch_size=batch_size,
+        on_bad_media=on_bad_media,
+        max_bad_samples=max_bad_samples,
+    )
+    rows = ", ".join(f"{name} {count:,}" for name, count in facts.splits.items())
+    size = sum(path.stat().st_size for path in out.iterdir()) / 2**20
+    print(f"wrote {out}: {rows} rows, {size:,.1f} MiB, features of {' and '.join(facts.towers)}")
 
 
 @app.command()
@@ -294,8 +342,14 @@ def print_values(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(values, indent=2))
         return
-    for name, value in values.items():
-        print(f"{name:<12}{value:>12.4f}" if isinstance(value, float) else f"{name:<12}{value:>12,}")
+    # What is by task or medium stands in lines of its own.
+    flat = {name: value for name, value in values.items() if not isinstance(value, dict)}
+    for name, group in values.items():
+        if isinstance(group, dict):
+            flat |= {f"{name.partition('_by_')[0]} {key or '(none)'}": value for key, value in group.items()}
+    width = max(12, *(len(name) + 2 for name in flat))
+    for name, value in flat.items():
+        print(f"{name:<{width}}{value:>12.4f}" if isinstance(value, float) else f"{name:<{width}}{value:>12,}")
 
 
 def main() -> None:

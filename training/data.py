@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Dataset
 
 from chorus_moe.processors.processing_media import MEDIA
+from chorus_moe.training.features.rows import is_cache, read_facts, read_row, read_table
 from chorus_moe.training.layouts import LayoutError, explain, is_learned, standard_row
 from chorus_moe.training.loading import is_remote
 
 if TYPE_CHECKING:
     import datasets
+
+    from chorus_moe.training.features.rows import FeatureRow
 
 # Column of a table -> the type of the parts that its items belong to.
 MEDIA_KINDS = {row.column: name for name, row in MEDIA.items()}
@@ -116,6 +119,21 @@ class RowDataset(Dataset):
         return str(found)
 
 
+class FeatureRows(RowDataset):
+    """Rows that `cache-features` has written, for `FeatureCollator`: features of frozen towers in the place of media.
+
+    Raises:
+        ValueError: no such split, or a file that is not whole.
+    """
+
+    def __init__(self, folder: Path, split: str):
+        self.facts = read_facts(folder)
+        super().__init__(read_table(folder, split, self.facts), folder)
+
+    def __getitem__(self, index: int) -> "FeatureRow":
+        return read_row(self.table[int(index)], self.facts)
+
+
 def load_rows(
     source: str | os.PathLike[str],
     split: str = "train",
@@ -130,7 +148,7 @@ def load_rows(
 
     Args:
         source: a .jsonl, .json or .parquet file; a folder with `{split}.jsonl` and so on, or one that
-            `Dataset.save_to_disk` wrote; or the id of a data set on the Hub.
+            `Dataset.save_to_disk` or `cache-features` wrote; or the id of a data set on the Hub.
         split: which part, where `source` has several.
         columns: our name of a column -> its name in the data, such as `{"messages": "dialogue"}`.
         media_markers: what `<image>` and `<audio>` in a string are: the places of "media", or "text".
@@ -145,6 +163,13 @@ def load_rows(
 
     path = Path(source)
     folder: Path | None
+    if is_cache(path):
+        if columns or media_folder is not None or media_markers != "media":
+            raise ValueError(
+                f"{source}: columns, media_markers and media_folder were read when the features were cached; leave "
+                "them out"
+            )
+        return FeatureRows(path, split)
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
         table, folder = datasets.load_from_disk(str(path)), path
         if isinstance(table, datasets.DatasetDict):

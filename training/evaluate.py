@@ -1,6 +1,6 @@
 """Accuracy by generation, and loss, on rows that end with the right answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from tqdm.auto import tqdm
 
 from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.training.answers import answer_rows
 from chorus_moe.training.collator import ChorusDataCollator, clean_messages
 from chorus_moe.training.data import RowDataset
@@ -22,6 +23,8 @@ class Evaluation:
     Args:
         accuracy: share of answers equal to the reference, ignoring case and spaces.
         loss: mean over the labelled tokens.
+        questions, tasks, media: of each row the last turn before the answer, its `task` if it has one, and what it
+            shows, see `medium_of`.
     """
 
     accuracy: float
@@ -29,9 +32,31 @@ class Evaluation:
     num_rows: int
     answers: list[str] = field(repr=False)
     references: list[str] = field(repr=False)
+    questions: list[str] = field(repr=False)
+    tasks: list[str | None] = field(repr=False)
+    media: list[str] = field(repr=False)
 
-    def to_dict(self) -> dict[str, float | int]:
-        return {"accuracy": self.accuracy, "loss": self.loss, "num_rows": self.num_rows}
+    def marks_by(self, group: Callable[[int], str | None]) -> dict[str | None, list[bool]]:
+        """Group -> whether each answer is right; `group` names that of a row. In the order of names, None last."""
+        marks: dict[str | None, list[bool]] = {}
+        for number, (answer, reference) in enumerate(zip(self.answers, self.references, strict=True)):
+            marks.setdefault(group(number), []).append(is_same(answer, reference))
+        return {name: marks[name] for name in sorted(marks, key=lambda name: (name is None, str(name)))}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Figures; accuracy by medium, and by task where rows have one (rows without one are under "")."""
+        by_task = self.marks_by(lambda number: self.tasks[number]) if any(self.tasks) else {}
+        by_medium = self.marks_by(lambda number: self.media[number])
+        return {
+            "accuracy": self.accuracy,
+            "loss": self.loss,
+            "num_rows": self.num_rows,
+            **{
+                f"accuracy_by_{title}": {name or "": sum(right) / len(right) for name, right in marks.items()}
+                for title, marks in (("task", by_task), ("medium", by_medium))
+                if marks
+            },
+        }
 
 
 def evaluate_rows(
@@ -59,6 +84,7 @@ def evaluate_rows(
         raise ValueError("there are no rows to evaluate")
     collator = ChorusDataCollator(processor)
     answers, references = [], []
+    questions, tasks, media = [], [], []
     loss_sum, num_labels = 0.0, 0
     for start in tqdm(range(0, len(rows), batch_size), desc="evaluate", unit="batch", disable=not progress):
         batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
@@ -66,6 +92,9 @@ def evaluate_rows(
         prompts = [prompt for prompt, _ in split]
         answers += answer_rows(model, processor, prompts, max_new_tokens=max_new_tokens, **options)
         references += [reference for _, reference in split]
+        questions += [text_of(prompt["messages"][-1]) if prompt["messages"] else "" for prompt in prompts]
+        tasks += [None if row.get("task") is None else str(row["task"]) for row in batch]
+        media += [medium_of(prompt) for prompt in prompts]
         inputs = {name: value.to(device_of(model)) for name, value in collator(batch).items()}
         # Counted as the loss counts them: the first position predicts nothing.
         labels = int((inputs["labels"][:, 1:] != -100).sum())
@@ -75,7 +104,8 @@ def evaluate_rows(
             loss_sum += float(model(**inputs).loss) * labels
         num_labels += labels
     correct = sum(is_same(answer, reference) for answer, reference in zip(answers, references, strict=True))
-    return Evaluation(correct / len(rows), loss_sum / max(num_labels, 1), len(rows), answers, references)
+    figures = (correct / len(rows), loss_sum / max(num_labels, 1), len(rows))
+    return Evaluation(*figures, answers, references, questions, tasks, media)
 
 
 def split_answer(row: Mapping[str, Any], index: int) -> tuple[dict[str, Any], str]:
@@ -85,6 +115,17 @@ def split_answer(row: Mapping[str, Any], index: int) -> tuple[dict[str, Any], st
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"row {index}: the last turn must be the assistant's, found {messages[-1]['role']!r}")
     return {**row, "messages": messages[:-1]}, text_of(messages[-1])
+
+
+def medium_of(row: Mapping[str, Any]) -> str:
+    """What a row shows: "text", "image", "audio" or "image+audio", from its columns or from parts that hold data."""
+    turns = (turn.get("content") for turn in row.get("messages") or ())
+    parts = (part for content in turns if isinstance(content, list | tuple) for part in content)
+    # OpenAI's types of parts: image_url, audio_url, input_audio.
+    types = (str(part.get("type")) for part in parts if isinstance(part, Mapping))
+    kinds = {kind.removesuffix("_url").removeprefix("input_") for kind in types}
+    shown = [name for name, medium in MEDIA.items() if name in kinds or len(row.get(medium.column) or ())]
+    return "+".join(shown) or "text"
 
 
 def text_of(message: Mapping[str, Any]) -> str:

@@ -52,6 +52,7 @@ ALONG = ("system", "history", "input", "tools")
 REFUSED = {
     "chosen": "pairs of a better and a worse answer are for TRL's DPOTrainer, not for supervised training",
     "text": "plain text has no turns, so nothing says what is to be learned; write it as `messages`",
+    "input_ids": "token ids, as `cache-features` writes them, are for training; give the rows that they were made of",
     "prompt": "a prompt without a `completion` holds no answer to learn",
 }
 

@@ -30,6 +30,8 @@ def run_card(
     parents: Sequence[Parent] = (),
     notes: Sequence[str] = (),
     stages: Sequence[Mapping[str, Any]] = (),
+    curves: Path | None = None,
+    run: Sequence[str] = (),
 ) -> str:
     """Markdown with metadata for a model or an adapter.
 
@@ -40,6 +42,8 @@ def run_card(
         parents: of a composed model; of a folder only the last name is told.
         notes: what else to say about it, a line each.
         stages: of a run in stages, each with `name`, `trained`, `data`, `learning_rate` and `steps`.
+        curves: a picture of the run's losses that lies beside the card.
+        run: lines on how the weights came about, see `results/provenance.py`.
     """
     base = base_model(model)
     is_adapter = base is not model
@@ -85,7 +89,15 @@ def run_card(
         lines += [f"The adapter holds {trained:,} trained parameters.", ""]
     if rows:
         lines += ["| figure | value |", "| --- | --- |", *rows, ""]
-    return "\n".join([*lines, *stages_section(stages), *ancestry, *routing_section(picture)])
+    sections = [*stages_section(stages), *curves_section(curves), *run, *ancestry, *routing_section(picture)]
+    return "\n".join([*lines, *sections])
+
+
+def curves_section(curves: Path | None) -> list[str]:
+    """Lines of a card that show the curves of the run; none without a picture."""
+    if curves is None:
+        return []
+    return ["## Curves", "", f"![Loss and token accuracy by step, in training and evaluation]({curves.name})", ""]
 
 
 def stages_section(stages: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -210,6 +210,8 @@ class Recipe(NamedTuple):
     parts: PartsArguments
     guards: GuardArguments
     training: RunArguments
+    # Names that the file or the command line gives a value; the card lists them.
+    given: frozenset[str] = frozenset()
 
 
 class RecipeParser(HfArgumentParser):
@@ -254,7 +256,12 @@ def build_recipe(sections: object, where: str, overrides: Sequence[str] = ()) ->
     words = to_words(TRAINER_SETTINGS) + to_words(values) + with_underscores(overrides)
     # Abbreviations would make a misspelt option a valid one.
     parser = RecipeParser(list(SECTIONS.values()), allow_abbrev=False)
-    return Recipe(*parser.parse_args_into_dataclasses(args=words))
+    parsed = parser.parse_args_into_dataclasses(args=words)
+    said = {word[2:] for word in with_underscores(overrides) if word.startswith("--")}
+    names = {name for kind in SECTIONS.values() for name in field_names(kind)}
+    # `--no_NAME` says something about NAME.
+    given = frozenset({*values, *(name if name in names else name.removeprefix("no_") for name in said)})
+    return Recipe(*parsed)._replace(given=given)
 
 
 def read_sections(sections: object, where: str) -> dict[str, Any]:

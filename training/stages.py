@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.training.data import load_rows
+from chorus_moe.training.features.checks import check_frozen, trained_towers
 from chorus_moe.training.loading import check_source, load_model
 from chorus_moe.training.rates import Rates
 from chorus_moe.training.readiness import check_recipe, prepare_parts
@@ -250,17 +251,20 @@ def check_stages(stages: Sequence[Stage]) -> None:
     Raises:
         ValueError: no data, an unknown part, nothing to train, and all else that `check_recipe` refuses.
     """
-    model = _skeleton(stages[0].recipe)
+    model, trained = _skeleton(stages[0].recipe), set[str]()
     for stage in stages:
         try:
             check_recipe(stage.recipe)
             data = stage.recipe.data
+            rows = {}
             for source, split in ((data.train_data, data.train_split), (data.eval_data, data.eval_split)):
                 if source:
-                    load_rows(source, split, **data.to_options())
+                    rows[str(source)] = load_rows(source, split, **data.to_options())
                 elif split == data.train_split:
                     raise ValueError("data.train_data is missing: a file, a folder or a Hub id")
             prepared = prepare_parts(model, stage.recipe, verbose=False)
+            check_frozen(prepared, rows, trained)
+            trained |= trained_towers(prepared)
             if rates := Rates.of(stage.recipe.parts):
                 rates.of_parameters(prepared, stage.recipe.training.learning_rate)
         except (ValueError, TypeError, ImportError) as error:

@@ -18,9 +18,10 @@ from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.surgery.tokenizer import add_media_tokens, build_tokenizer
 from chorus_moe.training.checkpoints import fault_of, newest_whole, numbered_checkpoints
-from chorus_moe.training.collator import ChorusDataCollator
-from chorus_moe.training.data import RowDataset, load_rows
+from chorus_moe.training.data import FeatureRows, RowDataset, load_rows
 from chorus_moe.training.evaluate import text_of
+from chorus_moe.training.features.checks import check_features
+from chorus_moe.training.features.collate import FeatureCollator
 from chorus_moe.training.guards.skills import SkillGuard
 from chorus_moe.training.guards.steps import StepGuard
 from chorus_moe.training.label_smoothing import smooth_labels
@@ -28,6 +29,8 @@ from chorus_moe.training.loading import ModelOrAdapter, base_model, check_source
 from chorus_moe.training.rates import Rates
 from chorus_moe.training.readiness import check_recipe, check_weights, four_bits, prepare_parts
 from chorus_moe.training.recipe import GuardArguments, ModelArguments, Recipe
+from chorus_moe.training.results.pictures import CURVES, NO_PICTURES, can_draw, curves_of, draw_curves
+from chorus_moe.training.results.provenance import run_section
 from chorus_moe.training.resume import check_resume
 from chorus_moe.training.routing.callback import RoutingCallback
 from chorus_moe.training.routing.counters import RoutingCounters
@@ -71,7 +74,8 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     checkpoint = find_checkpoint(arguments, recipe.model.model_name_or_path)
     is_new = arguments.overwrite_output_dir and checkpoint is None
     model, processor = load_or_build(recipe, train_rows, checkpoint)
-    collator = ChorusDataCollator(
+    check_features(model, processor, {"data.train_data": train_rows, "data.eval_data": eval_rows})
+    collator = FeatureCollator(
         processor,
         max_length=recipe.data.max_length,
         on_bad_media=recipe.data.on_bad_media,
@@ -112,7 +116,8 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     if is_new and trainer.is_local_process_zero():
         _remove_earlier(Path(arguments.output_dir), is_adapter=base_model(model) is not model)
     if trainer.is_world_process_zero():
-        _publish(model, processor, metrics, trainer, counters, stages)
+        run = run_section(recipe, trainer, train_rows, eval_rows)
+        _publish(model, processor, metrics, trainer, counters, stages, run)
     return metrics
 
 
@@ -181,18 +186,22 @@ def _publish(
     trainer: Trainer,
     counters: RoutingCounters | None,
     stages: Sequence[Mapping[str, Any]],
+    run: Sequence[str],
 ) -> None:
-    """Write the card and its picture of routing (of the evaluation data, or without them of the last logged steps) into
-    the output folder; upload model, processor and card when the recipe asks for it."""
+    """Write the card and its pictures, curves and routing (of the evaluation data, or without them of the last logged
+    steps), into the output folder; upload model, processor and card when the recipe asks for it."""
     from chorus_moe.training.hub import push_to_hub
     from chorus_moe.training.model_card import run_card
 
     folder = Path(trainer.args.output_dir)
     picture = write_routing(folder, counters) if counters is not None and counters.num_tokens else None
-    card = run_card(model, metrics, picture=picture, stages=stages)
+    curves = draw_curves(folder / CURVES, curves_of(trainer.state.log_history))
+    if not can_draw():
+        print(NO_PICTURES, file=sys.stderr)
+    card = run_card(model, metrics, picture=picture, stages=stages, curves=curves, run=run)
     (folder / "README.md").write_text(card, encoding="utf-8")
     if trainer.args.push_to_hub:
-        pictures = [picture] if picture else []
+        pictures = [path for path in (picture, curves) if path]
         push_to_hub(model, processor, trainer.hub_model_id, card=card, files=pictures, token=trainer.args.hub_token)
 
 
@@ -203,6 +212,8 @@ def load_or_build(
     given = recipe.model
     if (given.model_name_or_path is None) == (given.config is None):
         raise ValueError("give exactly one of model.model_name_or_path and model.config")
+    if given.config is not None and isinstance(rows, FeatureRows):
+        raise ValueError("data.train_data holds cached features, which new towers have not made: leave model.config")
     names = ("attn_implementation", "experts_implementation")
     options = {name: getattr(given, name) for name in names if getattr(given, name)}
     if recipe.lora.use_lora and given.model_name_or_path is None:

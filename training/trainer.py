@@ -1,4 +1,5 @@
-"""The Trainer of `chorus-moe train`: whole checkpoints, rates by part and depth, guarded steps, more optimizers."""
+"""The Trainer of `chorus-moe train`: whole checkpoints, rates by part and depth, guarded steps, more optimizers, token
+accuracy."""
 
 import math
 from collections.abc import Sequence
@@ -14,12 +15,14 @@ from chorus_moe.training.guards.steps import FOLDER, StepGuard, keep_batch
 from chorus_moe.training.objectives.objective import ClearGradients, Objective, ObjectiveTerms
 from chorus_moe.training.rates import Rates, split_groups
 from chorus_moe.training.recipe import PRODIGY
+from chorus_moe.training.results.tokens import TokenAccuracy
 
 MEMORY = "step_guard"
 
 
-class ChorusTrainer(WholeCheckpoints):
-    """The Trainer with whole checkpoints, plus rates by part, a guard of its steps, more objectives, and Prodigy.
+class ChorusTrainer(TokenAccuracy, WholeCheckpoints):
+    """The Trainer with whole checkpoints and token accuracy, plus rates by part, a guard of its steps, more objectives,
+    and Prodigy.
 
     Args:
         rates: learning rates by part and depth; None for one rate.

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration, ChorusModel
 from chorus_moe.modeling.modeling_chorus import check_placeholders, frozen_batch_norm
+from chorus_moe.modeling.tower_audio import ChorusAudioOutput
 from tests.conftest import AUDIO_TOKEN, IMAGE_TOKEN, tiny_config
 
 Batch = dict[str, Tensor]
@@ -100,6 +102,38 @@ def test_raw_inputs_and_encoder_outputs_together_are_an_error(model: ChorusForCo
     encoded = {"image": model.get_image_features(batch["pixel_values"])}
     with pytest.raises(ValueError, match="raw image inputs and mm_encoder_outputs for image"):
         model(**batch, mm_encoder_outputs=encoded)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_outputs_of_the_towers_go_through_the_connectors(
+    training: bool, model: ChorusForConditionalGeneration, batch: Batch
+):
+    raw = {name: batch.pop(name) for name in ("pixel_values", "input_features", "input_features_mask")}
+    below = model.train(training).model
+    with torch.no_grad():
+        states = {
+            "image": below.vision_tower(raw["pixel_values"]),
+            "audio": below.audio_tower(raw["input_features"], raw["input_features_mask"]),
+        }
+        expected = model(**batch, **raw).loss
+        assert torch.equal(model(**batch, mm_encoder_outputs=states).loss, expected)
+
+
+def test_outputs_of_no_items_let_the_towers_rest_and_keep_the_connectors_in_the_graph(
+    model: ChorusForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+):
+    for tower in (model.model.vision_tower, model.model.audio_tower):
+        monkeypatch.setattr(tower, "forward", None)
+    none = {
+        "image": BaseModelOutputWithPooling(last_hidden_state=torch.zeros(0, 16, 32)),
+        "audio": ChorusAudioOutput(torch.zeros(0, 1, 32), torch.zeros(0, 1, dtype=torch.bool)),
+    }
+    ids = torch.arange(5, 15)[None]
+    model.train()(input_ids=ids, labels=ids, mm_encoder_outputs=none).loss.backward()
+    connectors = [model.model.vision_connector, model.model.audio_connector]
+    gradients = [parameter.grad for connector in connectors for parameter in connector.parameters()]
+    # Zeros and not None: other ranks wait for them.
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("given", [{}, {"input_ids", "inputs_embeds"}])

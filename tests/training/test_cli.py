@@ -273,6 +273,31 @@ def test_evaluate_prints_accuracy_and_loss(folder: Path, tmp_path: Path) -> None
     values = json.loads(invoke("evaluate", "--model", folder, "--data", data, "--max-new-tokens", 2, "--json"))
     assert values["num_rows"] == 2
     assert values["loss"] > 0
+    assert values["accuracy_by_medium"].keys() == {"text"}
+    printed = invoke("evaluate", "--model", folder, "--data", data, "--max-new-tokens", 2)
+    assert [line.rsplit(maxsplit=1)[0] for line in printed.splitlines()[-4:]] == [
+        "accuracy", "loss", "num_rows", "accuracy text"
+    ]  # fmt: skip
+
+
+def test_evaluate_writes_every_answer_with_mistakes_first(folder: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "test.jsonl", [{"messages": PLAIN, "task": "greet"}] * 2)
+    out = tmp_path / "results"
+    words = ["evaluate", "--model", folder, "--data", data, "--max-new-tokens", 2, "--out", out, "--json"]
+    values = json.loads(invoke(*words))
+    rows = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["task"], row["medium"], row["question"]) for row in rows] == [
+        (0, "greet", "text", "hi"), (1, "greet", "text", "hi")
+    ]  # fmt: skip
+    figures = json.loads((out / "results.json").read_text())
+    assert figures == {"model": str(folder), "data": str(data), "split": "test"} | values
+    assert "| greet | 2 |" in (out / "results.md").read_text()
+
+
+def test_results_are_not_written_over_a_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_jsonl(tmp_path / "test.jsonl", [{"messages": PLAIN}])
+    message = error_of(monkeypatch, "evaluate", "--model", folder, "--data", data, "--out", data)
+    assert "test.jsonl' is a file; give a folder" in message
 
 
 def test_generate_answers_pictures_and_sound(folder: Path, tmp_path: Path) -> None:

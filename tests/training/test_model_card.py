@@ -1,5 +1,7 @@
 """Cards carry the metadata the Hub and `pipeline` read."""
 
+from pathlib import Path
+
 from huggingface_hub import ModelCard
 from peft import get_peft_model
 
@@ -14,6 +16,16 @@ def test_a_card_names_the_task_and_the_measured_figures(model: ChorusForConditio
     assert "| eval_loss | 0.25 |" in card.text
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card.text
     assert "note" not in card.text
+
+
+def test_a_card_shows_the_curves_beside_it_and_how_the_weights_came_about(
+    model: ChorusForConditionalGeneration, tmp_path: Path
+) -> None:
+    text = run_card(model, curves=tmp_path / "curves.png", run=["## How it was trained", ""])
+    assert "evaluation](curves.png)" in text
+    assert text.index("## Curves") < text.index("## How it was trained")
+    assert str(tmp_path) not in text
+    assert "curves" not in run_card(model)
 
 
 def test_the_card_of_an_adapter_names_its_base(model: ChorusForConditionalGeneration) -> None:

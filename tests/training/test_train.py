@@ -176,7 +176,8 @@ def test_a_recipe_builds_trains_and_then_adapts_a_model(recipe: Path, tmp_path: 
     assert metrics["eval_loss"] > 0
     assert metrics["num_bad_samples"] == 0
     base = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out")
-    assert "eval_loss" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(name in card for name in ("| eval_loss |", "| eval_token_accuracy |", "| starts from | new weights |"))
 
     sections = yaml.safe_load(recipe.read_text())
     sections["model"] = {"model_name_or_path": str(tmp_path / "out")}

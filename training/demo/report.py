@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from chorus_moe.training.demo.card import write_model_card
 from chorus_moe.training.demo.data import SKILLS, Sample, best_blind_accuracy
 from chorus_moe.training.demo.pictures import draw_accuracy, draw_examples
 from chorus_moe.training.loading import ModelOrAdapter
+from chorus_moe.training.results.answers import wilson_interval
 from chorus_moe.training.routing.report import count_rows, routing_table, write_routing
 from chorus_moe.training.routing.statistics import summarise
 
@@ -24,15 +24,6 @@ EXTRA = {
     "new_phrasings": "The old skills, asked in phrasings that neither stage has seen",
 }
 WITHHELD = ("image_withheld", "audio_withheld")
-
-
-def wilson_interval(marks: Sequence[bool], z: float = 1.96) -> tuple[float, float]:
-    """95% interval of an accuracy (Wilson 1927), which stays within 0..1 also at 100%."""
-    n, p = len(marks), sum(marks) / len(marks)
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    # Not the normal interval, which has width zero at 100%.
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def rate(marks: Sequence[bool]) -> float:

@@ -6,8 +6,8 @@ from typing import Any
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.training.data import RowDataset
+from chorus_moe.training.evaluate import medium_of
 
 MEMORY = "skill_guard"
 
@@ -17,7 +17,7 @@ def skills_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
     in "image.colours"."""
     skills: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
-        shown = "+".join(name for name, medium in MEDIA.items() if len(row.get(medium.column) or ())) or "text"
+        shown = medium_of(row)
         name = f"{shown}.{row['task']}" if row.get("task") else shown
         skills.setdefault(name, []).append(number)
     return skills

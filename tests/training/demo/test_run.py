@@ -10,7 +10,6 @@ from PIL import Image
 from chorus_moe.training.demo import run as demo
 from chorus_moe.training.demo.answers import load_questions, save_questions, variants_of
 from chorus_moe.training.demo.data import BASE_SKILLS, DigitQuestions, handwritten_digits
-from chorus_moe.training.demo.report import wilson_interval
 from chorus_moe.training.demo.speech import SpeechClips
 from chorus_moe.training.demo.speech_sets import SpeechSets
 
@@ -82,11 +81,3 @@ def test_withheld_variants_hold_neither_the_medium_nor_its_placeholder() -> None
         row = variants[variant][0]
         assert row[column] == []
         assert kind not in {part["type"] for turn in row["messages"] for part in turn["content"]}
-
-
-def test_the_interval_holds_the_accuracy_and_stays_within_0_and_1() -> None:
-    low, high = wilson_interval([True] * 97 + [False] * 3)
-    assert low < 0.97 < high
-    assert wilson_interval([True] * 50)[1] == pytest.approx(1.0)
-    # Wilson's interval for 0 of 50 at 95%: 0 to 0.071.
-    assert wilson_interval([False] * 50)[1] == pytest.approx(0.0713, abs=1e-3)

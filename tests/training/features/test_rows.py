@@ -1,0 +1,69 @@
+"""A folder of features is recognised, read as it was written, and refused where it is not whole."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
+from chorus_moe.training.data import FeatureRows, load_rows
+from chorus_moe.training.evaluate import medium_of
+from chorus_moe.training.features.rows import pack, unpack
+from chorus_moe.training.guards.skills import skills_of
+
+
+def test_states_come_back_with_shape_and_type() -> None:
+    states = [torch.randn(3, 4), torch.randn(2, 4).bfloat16(), torch.zeros(0, 4), *torch.randn(9, 1, 4)]
+    for before, after in zip(states, unpack(pack(states)), strict=True):
+        assert before.dtype == after.dtype
+        assert torch.equal(before, after)
+    assert unpack(pack([])) == []
+
+
+def test_rows_keep_their_number_media_and_further_columns(cache: Path) -> None:
+    rows = load_rows(cache, "train")
+    assert isinstance(rows, FeatureRows)
+    assert len(rows) == 6
+    assert [len(rows[n]["images"]) for n in range(6)] == [1, 0, 1, 0, 2, 1]
+    assert [medium_of(row) for row in rows] == ["image", "audio", "image+audio", "text", "image", "image+audio"]
+    assert skills_of(load_rows(cache, "test")) == {"image.see": [0], "audio.hear": [1], "image+audio": [2]}
+
+
+def test_what_cannot_be_trained_on_is_refused(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no split 'validation'; it has train, test"):
+        load_rows(cache, "validation")
+    with pytest.raises(ValueError, match="columns, media_markers and media_folder were read when"):
+        load_rows(cache, media_folder=tmp_path)
+
+    def change(**values: Any) -> Path:
+        broken = tmp_path / "broken"
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(cache, broken)
+        facts = json.loads((broken / "features.json").read_text())
+        (broken / "features.json").write_text(json.dumps(facts | values))
+        return broken
+
+    with pytest.raises(ValueError, match=r"features.json: not what cache-features writes: version 9"):
+        load_rows(change(version=9))
+    with pytest.raises(ValueError, match=r"train.arrow: found 6 rows, features.json says 7"):
+        load_rows(change(splits={"train": 7}))
+    broken = change()
+    whole = (broken / "train.arrow").read_bytes()
+    (broken / "train.arrow").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"train.arrow"):
+        load_rows(broken)
+    (broken / "features.json").write_text("{")
+    with pytest.raises(ValueError, match="not what cache-features writes"):
+        load_rows(broken)
+
+
+def test_generation_wants_the_rows_with_media(
+    model: ChorusForConditionalGeneration, processor: ChorusProcessor, cache: Path
+) -> None:
+    from chorus_moe.training.evaluate import evaluate_rows
+
+    with pytest.raises(ValueError, match="key 'input_ids': token ids, as `cache-features` writes them"):
+        evaluate_rows(model, processor, load_rows(cache), progress=False)

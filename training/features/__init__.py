@@ -1,0 +1,1 @@
+"""Outputs of frozen towers, computed once and trained on many times."""
