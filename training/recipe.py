@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from chorus_moe.training.layouts import ALONG, LAYOUTS, MEDIA_COLUMNS
+from chorus_moe.training.objectives.arguments import ObjectiveArguments
 from chorus_moe.training.yaml_files import read_yaml
 
 PRODIGY = "prodigy"
@@ -209,6 +210,7 @@ class Recipe(NamedTuple):
     routing: RoutingArguments
     parts: PartsArguments
     guards: GuardArguments
+    objectives: ObjectiveArguments
     training: RunArguments
     # Names that the file or the command line gives a value; the card lists them.
     given: frozenset[str] = frozenset()
@@ -229,6 +231,7 @@ SECTIONS: dict[str, type] = {
     "routing": RoutingArguments,
     "parts": PartsArguments,
     "guards": GuardArguments,
+    "objectives": ObjectiveArguments,
     "training": RunArguments,
 }
 # What the stock Trainer needs with this model: raw columns reach the collator, labels have their name under any
@@ -240,8 +243,8 @@ def read_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """A recipe from a YAML file and words such as `["--learning_rate", "1e-4"]`, which win.
 
     Args:
-        path: YAML with the sections `model`, `data`, `lora`, `routing`, `parts`, `guards` and `training`, each a
-            mapping; None for overrides alone.
+        path: YAML with the sections `model`, `data`, `lora`, `routing`, `parts`, `guards`, `objectives` and
+            `training`, each a mapping; None for overrides alone.
 
     Raises:
         ValueError: no YAML, an unknown section or name (naming the nearest one), or a value of another type.

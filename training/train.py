@@ -26,6 +26,7 @@ from chorus_moe.training.guards.skills import SkillGuard
 from chorus_moe.training.guards.steps import StepGuard
 from chorus_moe.training.label_smoothing import smooth_labels
 from chorus_moe.training.loading import ModelOrAdapter, base_model, check_source, load_processor
+from chorus_moe.training.objectives.terms import build_objectives, weigh_tokens
 from chorus_moe.training.rates import Rates
 from chorus_moe.training.readiness import check_recipe, check_weights, four_bits, prepare_parts
 from chorus_moe.training.recipe import GuardArguments, ModelArguments, Recipe
@@ -89,6 +90,7 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
         eval_dataset=eval_rows,
         data_collator=collator,
         processing_class=processor,
+        objectives=build_objectives(recipe.objectives, model),
     )
     # In front of the trackers, so that they see its metrics.
     callback = RoutingCallback.add_to(trainer)
@@ -134,6 +136,8 @@ def new_trainer(recipe: Recipe, **parts: Any) -> ChorusTrainer:
         # A part that is not there is found before the first step.
         trainer.rates.of_parameters(trainer.model, trainer.args.learning_rate)
     smooth_labels(trainer)
+    # Last, so that a smoothed loss is weighed too.
+    weigh_tokens(trainer.model, recipe.objectives.next_token_weight)
     return trainer
 
 
