@@ -8,6 +8,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_bitsandbytes_available
 
 from chorus_moe.surgery import add_bank, freeze, unfreeze
+from chorus_moe.training.contrast.setup import check_head
 from chorus_moe.training.loading import ModelOrAdapter, is_finite
 from chorus_moe.training.objectives.arguments import weights_of
 from chorus_moe.training.rates import Rates
@@ -39,6 +40,7 @@ def check_recipe(recipe: Recipe) -> None:
         except (ImportError, RuntimeError) as error:
             raise ValueError(f"training.report_to: {error} Or leave it out: report_to none") from error
     weights_of(recipe.objectives)
+    check_head(recipe)
     check_optimizer(arguments, has_rates=Rates.of(parts) is not None)
     if recipe.lora.use_lora and parts.freeze:
         raise ValueError(f"freeze={parts.freeze} beside a LoRA: only what the LoRA names is trained; leave it out")

@@ -21,7 +21,7 @@ from chorus_moe.training.objectives.arguments import ObjectiveArguments
 from chorus_moe.training.yaml_files import read_yaml
 
 PRODIGY = "prodigy"
-COLUMNS = sorted({name for names in LAYOUTS for name in names} | {*MEDIA_COLUMNS, *ALONG})
+COLUMNS = sorted({name for names in LAYOUTS for name in names} | {*MEDIA_COLUMNS, *ALONG, "text"})
 
 
 @dataclass
@@ -40,6 +40,10 @@ class ModelArguments:
         metadata={"help": "expert bank to add before training, what `add_bank` takes: {name: legal, num_experts: 4}"},
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "4-bit weights (bitsandbytes) below a LoRA"})
+    head: str = field(
+        default="generation",
+        metadata={"help": "generation, or contrastive: one vector a modality, learned from rows of pairs"},
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
     experts_implementation: str | None = field(default=None, metadata={"help": "eager, batched_mm, grouped_mm, ..."})
 

@@ -7,21 +7,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForMultimodalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.configuration_modalities import ENCODED
+from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.surgery.tokenizer import add_media_tokens, build_tokenizer
 from chorus_moe.training.checkpoints import fault_of, newest_whole, numbered_checkpoints
-from chorus_moe.training.data import FeatureRows, RowDataset, load_rows
+from chorus_moe.training.contrast.setup import (
+    collator_of,
+    is_contrastive,
+    kind_of,
+    loss_of,
+    pretrained,
+    reader_of,
+    set_temperature,
+)
+from chorus_moe.training.data import FeatureRows, RowDataset
 from chorus_moe.training.evaluate import text_of
 from chorus_moe.training.features.checks import check_features
-from chorus_moe.training.features.collate import FeatureCollator
 from chorus_moe.training.guards.skills import SkillGuard
 from chorus_moe.training.guards.steps import StepGuard
 from chorus_moe.training.label_smoothing import smooth_labels
@@ -69,19 +78,18 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
         check_source(recipe.model.model_name_or_path)
     check_recipe(recipe)
     options, eval_rows = recipe.data.to_options(), None
-    train_rows = load_rows(recipe.data.train_data, recipe.data.train_split, **options)
+    read = reader_of(recipe)
+    train_rows = read(recipe.data.train_data, recipe.data.train_split, **options)
     if recipe.data.eval_data:
-        eval_rows = load_rows(recipe.data.eval_data, recipe.data.eval_split, **options)
+        eval_rows = read(recipe.data.eval_data, recipe.data.eval_split, **options)
+    if is_contrastive(recipe):
+        # Otherwise evaluation waits for labels before it reports a loss.
+        arguments.label_names = []
     checkpoint = find_checkpoint(arguments, recipe.model.model_name_or_path)
     is_new = arguments.overwrite_output_dir and checkpoint is None
     model, processor = load_or_build(recipe, train_rows, checkpoint)
     check_features(model, processor, {"data.train_data": train_rows, "data.eval_data": eval_rows})
-    collator = FeatureCollator(
-        processor,
-        max_length=recipe.data.max_length,
-        on_bad_media=recipe.data.on_bad_media,
-        max_bad_samples=recipe.data.max_bad_samples,
-    )
+    collator = collator_of(recipe, processor)
     trainer = new_trainer(
         recipe,
         model=model,
@@ -225,19 +233,29 @@ def load_or_build(
     if given.load_in_4bit:
         options["quantization_config"] = four_bits()
     if given.model_name_or_path is not None:
-        model = AutoModelForMultimodalLM.from_pretrained(given.model_name_or_path, **options)
+        model = pretrained(recipe, **options)
         processor = load_processor(given.model_name_or_path)
     else:
-        model, processor = build_model(given, rows, checkpoint, **options)
+        model, processor = build_model(given, rows, checkpoint, kind_of(recipe), loss_of(recipe), **options)
+    if is_contrastive(recipe):
+        set_temperature(model, recipe.objectives)
     check_weights(model)
     # The table once, not once on each rank.
     return prepare_parts(model, recipe, verbose=recipe.training.process_index == 0), processor
 
 
 def build_model(
-    given: ModelArguments, rows: RowDataset, checkpoint: str | None = None, **options: Any
-) -> tuple[ChorusForConditionalGeneration, ChorusProcessor]:
+    given: ModelArguments,
+    rows: RowDataset,
+    checkpoint: str | None = None,
+    kind: type[ChorusPreTrainedModel] = ChorusForConditionalGeneration,
+    fields: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[ChorusPreTrainedModel, ChorusProcessor]:
     """A new model and its processor. Vocabulary and token ids that the configuration leaves out are the tokenizer's.
+
+    Args:
+        fields: of the configuration, which win over `given.config`.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
@@ -251,7 +269,7 @@ def build_model(
         tokenizer = build_tokenizer(texts_of(rows), given.tokenizer_vocab_size)
     add_media_tokens(tokenizer)
     assert given.config is not None  # `build_model` has checked it
-    values = read_config(given.config)
+    values = {**read_config(given.config), **(fields or {})}
     text = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -268,8 +286,7 @@ def build_model(
         if values.get(row.config) is not None
     }
     config = ChorusConfig(**{**ids, **values, "text_config": text})
-    model = ChorusForConditionalGeneration._from_config(config, **options)
-    return model, processor_from_config(config, tokenizer)
+    return kind._from_config(config, **options), processor_from_config(config, tokenizer)
 
 
 def read_config(source: str) -> dict[str, Any]:
@@ -286,8 +303,8 @@ def read_config(source: str) -> dict[str, Any]:
 def texts_of(rows: RowDataset) -> Iterator[str]:
     """All texts of all rows, to train a tokenizer on."""
     for row in rows:
-        for message in row["messages"]:
-            yield text_of(message)
+        # Of a pair the text itself, if it has one.
+        yield from [text_of(message) for message in row["messages"]] if "messages" in row else [row.get("text") or ""]
 
 
 def find_checkpoint(arguments: TrainingArguments, start: str | None = None) -> str | None:

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig
 
 from chorus_moe.modeling.modeling_heads import ChorusForContrastive
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.contrast.collator import PairCollator
-from chorus_moe.training.contrast.pairs import MODALITIES
+from chorus_moe.training.contrast.pairs import MODALITIES, PairDataset
 from chorus_moe.training.loading import ModelOrAdapter, base_model, device_of
 
 # Modality -> what the model's `get_{modality}_features` takes.
@@ -39,7 +38,7 @@ class Embedded(NamedTuple):
 def embed_pairs(
     model: ModelOrAdapter,
     processor: ChorusProcessor,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]] | PairDataset,
     *,
     batch_size: int = 64,
     progress: bool = True,
@@ -75,8 +74,6 @@ def embed_pairs(
                 embed = getattr(head, f"get_{name}_features")
                 found = embed(**{key: value[new].to(device_of(model)) for key, value in inputs.items()})
                 vectors.setdefault(name, []).append(found.float().cpu())
-    if len(vectors) < 2 and len(items) < 2:
-        raise ValueError(f"pairs need two modalities, the rows have {', '.join(items)}")
     return {name: Embedded(torch.cat(parts), torch.tensor(items[name])) for name, parts in vectors.items()}
 
 
@@ -97,15 +94,16 @@ def _keys(name: str, inputs: Mapping[str, Tensor]) -> list[bytes]:
     return [hashlib.blake2b(row.contiguous().numpy().tobytes()).digest() for row in rows]
 
 
-def check_contrastive(source: str) -> None:
-    """Refuse a checkpoint of another head, whose projections would be drawn at random.
+def check_trained(model: ModelOrAdapter) -> None:
+    """Refuse a model from a checkpoint of another head, whose projections were drawn at random.
 
     Raises:
         ValueError: naming the class that it was saved as.
     """
-    found = AutoConfig.from_pretrained(source).architectures or []
-    if ChorusForContrastive.__name__ not in found:
+    found = base_model(model).config.architectures or []
+    # A model that was built here has no such name.
+    if found and ChorusForContrastive.__name__ not in found:
         raise ValueError(
-            f"{source!r} was saved as {', '.join(found) or 'no class'}; vectors come from a trained "
-            "ChorusForContrastive: train one with `model.head: contrastive` in a recipe"
+            f"the model was saved as {found[0]}; vectors come from a trained {ChorusForContrastive.__name__}, which a "
+            "recipe with `model.head: contrastive` makes of it"
         )

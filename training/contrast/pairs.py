@@ -79,9 +79,7 @@ def load_pairs(
     return rows
 
 
-def pair_of(
-    row: Mapping[str, Any], columns: Mapping[str, str] | None = None, markers: str = "media"
-) -> dict[str, Any]:
+def pair_of(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, markers: str = "media") -> dict[str, Any]:
     """What of a row belongs together, by modality, in the order of `MODALITIES`. A pair stays as it is.
 
     Raises:
@@ -99,7 +97,8 @@ def pair_of(
         items = plain[medium.column]
         if len(items) > 1:
             raise LayoutError(f"key {medium.column!r}: {len(items)} {medium.plural}; a pair has one at most")
-        found |= {name: item for item in items}
+        if items:
+            found[name] = items[0]
     if len(found) < 2:
         raise LayoutError(
             f"key {'messages' if is_chat else 'text'!r}: a pair needs two of {', '.join(MODALITIES)}, found "

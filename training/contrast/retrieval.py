@@ -7,7 +7,7 @@ Unusual here:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
@@ -34,14 +34,7 @@ def retrieval(embedded: dict[str, Embedded], ks: Sequence[int] = KS) -> dict[str
     Raises:
         ValueError: a k that is not positive, or above the number of candidates.
     """
-    if not ks or min(ks) < 1:
-        raise ValueError(f"recall@k needs k of 1 or more, found {list(ks)}")
-    for name, found in embedded.items():
-        if max(ks) > len(found.vectors):
-            raise ValueError(
-                f"recall@{max(ks)} needs at least {max(ks)} candidates, the rows have {len(found.vectors)} different "
-                f"{name} items; ask for a smaller k, or evaluate more rows"
-            )
+    check_ks(ks, {f"different {name} items": len(found.vectors) for name, found in embedded.items()})
     return {
         f"{query}_to_{candidate}": {
             **{f"recall@{k}": recall for k, recall in _recalls(embedded[query], embedded[candidate], ks).items()},
@@ -50,6 +43,18 @@ def retrieval(embedded: dict[str, Embedded], ks: Sequence[int] = KS) -> dict[str
         }
         for query, candidate in permutations(embedded, 2)
     }
+
+
+def check_ks(ks: Sequence[int], counts: Mapping[str, int]) -> None:
+    """Refuse a k that is not positive, or above a number of candidates. Raises ValueError."""
+    if not ks or min(ks) < 1:
+        raise ValueError(f"recall@k needs a k of 1 or more, found {list(ks)}")
+    for what, count in counts.items():
+        if max(ks) > count:
+            raise ValueError(
+                f"recall@{max(ks)} needs {max(ks)} candidates or more, found {count} {what}; ask for a smaller k, or "
+                "evaluate more rows"
+            )
 
 
 def _recalls(queries: Embedded, candidates: Embedded, ks: Sequence[int]) -> dict[int, float]:

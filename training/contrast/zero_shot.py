@@ -6,19 +6,20 @@ from typing import Any
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.training.contrast.embeddings import embed_pairs, embed_texts
+from chorus_moe.training.contrast.pairs import PairDataset
 from chorus_moe.training.loading import ModelOrAdapter
 
 
 def zero_shot(
     model: ModelOrAdapter,
     processor: ChorusProcessor,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]] | PairDataset,
     labels: Sequence[str],
     *,
     template: str = "{}",
     batch_size: int = 64,
     progress: bool = True,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, float]]:
     """Accuracy of the label with the nearest text, by modality.
 
     Where several labels are nearest, the right one counts by its chance among them.
@@ -30,7 +31,7 @@ def zero_shot(
         template: text of a label, with `{}` in its place.
 
     Returns:
-        `"image"` -> `accuracy`, `accuracy LABEL` of each label that rows have, and `num_rows`; and so on.
+        `"image"` -> `accuracy`, and `accuracy LABEL` of each label that rows have; and so on.
 
     Raises:
         ValueError: fewer than two labels, one twice, a template without `{}`, or a row whose text is no label.
@@ -47,17 +48,18 @@ def zero_shot(
     wanted = [_number(rows[index], index, numbers, labels) for index in range(len(rows))]
     embedded = embed_pairs(model, processor, rows, batch_size=batch_size, progress=progress)
     label_vectors = embed_texts(model, processor, texts)
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, float]] = {}
     for name in (name for name in MEDIA if name in embedded):
         scores = (embedded[name].vectors @ label_vectors.T)[embedded[name].items]
         is_best = scores == scores.amax(dim=1, keepdim=True)
         marks = [float(best[number]) / float(best.sum()) for best, number in zip(is_best, wanted, strict=True)]
-        by_label = {
-            f"accuracy {labels[number]}": _mean([mark for mark, other in zip(marks, wanted, strict=True) if other == number])
-            for number in sorted(set(wanted))
+        by_label: dict[str, list[float]] = {labels[number]: [] for number in sorted(set(wanted))}
+        for number, mark in zip(wanted, marks, strict=True):
+            by_label[labels[number]].append(mark)
+        results[name] = {"accuracy": _mean(marks)} | {
+            f"accuracy {label}": _mean(found) for label, found in by_label.items()
         }
-        found[name] = {"accuracy": _mean(marks), **by_label, "num_rows": len(marks)}
-    return found
+    return results
 
 
 def _number(row: Mapping[str, Any], index: int, numbers: Mapping[str, int], labels: Sequence[str]) -> int:

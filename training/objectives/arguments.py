@@ -18,6 +18,13 @@ class ObjectiveArguments:
     mask_share: float = field(
         default=0.5, metadata={"help": "share of the tokens of each image and clip that is hidden"}
     )
+    contrastive_loss: str | None = field(
+        default=None,
+        metadata={"help": "infonce (CLIP) or sigmoid (SigLIP), of head: contrastive; None: the model's own"},
+    )
+    contrastive_temperature: float | None = field(
+        default=None, metadata={"help": "where the temperature of head: contrastive starts; None: the model's own"}
+    )
 
 
 def weights_of(arguments: ObjectiveArguments) -> dict[str, float]:
