@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_banks import check_name
 from .configuration_checks import MAX_WIDTH, refuse_unknown_keys
 from .configuration_modalities import ENCODED, TEXT
 from .configuration_services import service
@@ -26,6 +27,7 @@ class ChorusConfig(PreTrainedConfig):
             there if its confidence, between 0 and 1, is above. If None all samples run through all layers, bit for bit
             as in a model without exits. `calibrate_exits` finds them.
         projection_dim: width of the embeddings of [`ChorusForContrastive`].
+        contrastive_loss: its loss, "infonce" (CLIP) or "sigmoid" (SigLIP).
 
     Raises:
         ValueError: token ids outside the vocabulary or equal, an encoder of a modality that the decoder does not take,
@@ -57,6 +59,7 @@ class ChorusConfig(PreTrainedConfig):
         "compute",
         "image_hidden_states",
         "audio_hidden_states",
+        "logits_per_pair",
     ]
 
     if TYPE_CHECKING:  # what they are after validation; before, a dictionary or None is taken too
@@ -70,6 +73,7 @@ class ChorusConfig(PreTrainedConfig):
     image_token_id: int | None = None
     audio_token_id: int | None = None
     projection_dim: int = 256
+    contrastive_loss: str = "infonce"
     exit_thresholds: list[int | float] | None = None
     tie_word_embeddings: bool = False
 
@@ -119,6 +123,7 @@ class ChorusConfig(PreTrainedConfig):
                 raise ValueError(f"ChorusConfig: {owners[value]} and {name} are both {value}")
         if not 1 <= self.projection_dim <= MAX_WIDTH:
             raise ValueError(f"ChorusConfig: projection_dim={self.projection_dim} is outside 1..{MAX_WIDTH}")
+        check_name("ChorusConfig", "contrastive_loss", self.contrastive_loss, ("infonce", "sigmoid"))
 
     def validate_exit_thresholds(self) -> None:
         """Part of `@strict` validation: one threshold an exit, each a probability."""

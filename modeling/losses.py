@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -306,3 +307,39 @@ def share_of_batch(labels: Tensor | None, num_items_in_batch: Tensor | int | Non
     if num_items_in_batch is None or labels is None:
         return 1.0
     return (labels[..., 1:] != -100).sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
+
+
+def infonce_loss(scores_BB: Tensor) -> Tensor:
+    """CLIP (arXiv 2103.00020): row i and column i belong together, every other one of the batch is a negative."""
+    target_B = torch.arange(len(scores_BB), device=scores_BB.device)
+    return (F.cross_entropy(scores_BB.float(), target_B) + F.cross_entropy(scores_BB.T.float(), target_B)) / 2
+
+
+def sigmoid_loss(scores_BB: Tensor) -> Tensor:
+    """SigLIP (arXiv 2303.15343): of each pair alone, whether it belongs together; summed, and divided by the rows."""
+    signs_BB = 2 * torch.eye(len(scores_BB), device=scores_BB.device) - 1
+    return -F.logsigmoid(signs_BB * scores_BB.float()).sum() / len(scores_BB)
+
+
+CONTRASTIVE_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"infonce": infonce_loss, "sigmoid": sigmoid_loss}
+
+
+def rows_of_all_ranks(own_BD: Tensor, copies: int = 1) -> Tensor:
+    """The rows of all ranks, which may have different numbers of them; those of one process as they are.
+
+    All ranks compute one loss of them, and each the gradient of its own rows. It is multiplied by the ranks, by which
+    the averaging of gradients divides: together they learn what one process learns of all rows.
+
+    Args:
+        copies: neighbouring ranks that hold the same rows, as under tensor parallelism.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == copies:
+        return own_BD
+    rank, ranks = dist.get_rank(), range(dist.get_rank() % copies, dist.get_world_size(), copies)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=own_BD.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, sizes[0] + len(own_BD))
+    padded = F.pad(own_BD.detach(), (0, 0, 0, int(max(sizes)) - len(own_BD)))
+    rows = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(rows, padded)
+    own = own_BD + (len(ranks) - 1) * (own_BD - own_BD.detach())
+    return torch.cat([own if other == rank else rows[other][: int(sizes[other])] for other in ranks])

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, S sequence, D hidden size.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -17,7 +18,16 @@ from transformers.utils import can_return_tuple, logging
 from .configuration_chorus import ChorusConfig
 from .configuration_modalities import MODALITY_IDS
 from .depth_exits import ExitRun, Exits, check_early_exit, pool_tokens
-from .losses import alignment_loss, balance_loss, expert_budget_loss, mean_over_banks, skip_budget_loss, z_loss
+from .losses import (
+    CONTRASTIVE_LOSSES,
+    alignment_loss,
+    balance_loss,
+    expert_budget_loss,
+    mean_over_banks,
+    rows_of_all_ranks,
+    skip_budget_loss,
+    z_loss,
+)
 from .modeling_base import ChorusPreTrainedModel
 from .modeling_chorus import ChorusModel, with_virtual_tokens
 from .modeling_outputs import CACHE, BankRouting, ChorusContrastiveOutput, ChorusLossOutput, ChorusModelOutput
@@ -58,12 +68,7 @@ class ChorusHead(ChorusPreTrainedModel):
         text = self.config.text_config
         if output_router_logits is None:
             output_router_logits = text.output_router_logits
-        banks = self.model.language_model.banks
-        train_router = self.training and (
-            text.router_z_loss_coef > 0
-            or (text.router_aux_loss_coef > 0 and any(bank.has_balance_loss for bank in banks.values()))
-            or (text.expert_budget_loss_coef > 0 and any(bank.mean_experts is not None for bank in banks.values()))
-        )
+        train_router = self._trains_router()
         # Sampling is done for the log-probabilities, which are in the routing.
         keep_routing = bool(output_router_logits or inputs.get("sample_experts") or self._counts_choices())
         align = self.training and text.alignment_loss_coef > 0
@@ -81,13 +86,7 @@ class ChorusHead(ChorusPreTrainedModel):
         )
         terms: dict[str, Tensor | None] = dict.fromkeys(n for n in LOSS_WEIGHTS if n != "exit_loss")
         if output_router_logits or train_router:
-            # With reentrant checkpointing routers would stop balancing in silence.
-            if train_router:
-                logits = [bank.router_logits for layer in outputs.routing for bank in layer.values()]
-                self._check_graph("balance", logits, (".router.",))
-            terms["aux_loss"] = balance_loss(outputs.routing, banks)
-            terms["z_loss"] = mean_over_banks(outputs.routing, z_loss)
-            terms["expert_budget_loss"] = expert_budget_loss(outputs.routing, banks)
+            terms |= self._router_terms(outputs.routing)
         if inputs.get("sample_experts"):
             banks_of_layers = [bank for layer in outputs.routing for bank in layer.values()]
             drawn = [bank.log_probs for bank in banks_of_layers if bank.log_probs is not None]
@@ -105,6 +104,27 @@ class ChorusHead(ChorusPreTrainedModel):
         if not keep_routing:
             outputs.routing = None
         return outputs, terms
+
+    def _trains_router(self) -> bool:
+        """Whether a term of the loss needs the routing."""
+        text, banks = self.config.text_config, self.model.language_model.banks.values()
+        return self.training and (
+            text.router_z_loss_coef > 0
+            or (text.router_aux_loss_coef > 0 and any(bank.has_balance_loss for bank in banks))
+            or (text.expert_budget_loss_coef > 0 and any(bank.mean_experts is not None for bank in banks))
+        )
+
+    def _router_terms(self, routing: Sequence[dict[str, BankRouting]]) -> dict[str, Tensor | None]:
+        banks = self.model.language_model.banks
+        # With reentrant checkpointing routers would stop balancing in silence.
+        if self._trains_router():
+            logits = [bank.router_logits for layer in routing for bank in layer.values()]
+            self._check_graph("balance", logits, (".router.",))
+        return {
+            "aux_loss": balance_loss(routing, banks),
+            "z_loss": mean_over_banks(routing, z_loss),
+            "expert_budget_loss": expert_budget_loss(routing, banks),
+        }
 
     def _counts_choices(self) -> bool:
         """Whether the routing is needed to move a balance bias, whatever was asked for."""
@@ -321,9 +341,10 @@ Routing = tuple[dict[str, BankRouting], ...]
 
 
 class ChorusForContrastive(ChorusHead):
-    """One unit vector a modality, trained with the symmetric cross-entropy of CLIP (arXiv 2103.00020) over all pairs.
+    """One unit vector a modality, trained with `config.contrastive_loss` over all pairs of modalities.
 
-    Each modality runs through the decoder alone, so a vector can be computed and indexed without its partners.
+    Each modality runs through the decoder alone, so a vector can be computed and indexed without its partners. In
+    training the rows of all ranks are each other's negatives, and routers learn from each run as from a batch.
     """
 
     def __init__(self, config: ChorusConfig):
@@ -332,14 +353,19 @@ class ChorusForContrastive(ChorusHead):
         self.projections = nn.ModuleDict(
             {name: nn.Linear(hidden_size, config.projection_dim, bias=False) for name in config.modalities}
         )
-        # log(1 / 0.07), where CLIP starts.
-        self.logit_scale = nn.Parameter(torch.tensor(2.6592))
+        self.logit_scale = nn.Parameter(torch.tensor(0.0))
+        if config.contrastive_loss == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor(0.0))
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if module is self:
+        if module is self and self.config.contrastive_loss == "sigmoid":
+            # Where SigLIP starts: most pairs do not belong together. CLIP starts at a temperature of 0.07.
+            init.constant_(self.logit_scale, math.log(10))
+            init.constant_(self.logit_bias, -10.0)
+        elif module is self:
             init.constant_(self.logit_scale, 2.6592)
 
     def _embed(self, name: str, hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
@@ -408,7 +434,7 @@ class ChorusForContrastive(ChorusHead):
         """
         if kwargs.pop("output_compute", False):
             raise ValueError("output_compute=True is for models that run once a forward; this one runs once a modality")
-        if self._counts_choices():
+        if self._counts_choices() or self._trains_router():
             kwargs["output_router_logits"] = True
         decoded: dict[str, tuple[Tensor, Routing]] = {}
         if input_ids is not None:
@@ -430,15 +456,17 @@ class ChorusForContrastive(ChorusHead):
         if len(set(sizes.values())) > 1:
             raise ValueError(f"contrastive batches need one row of each modality a sample, got {sizes}")
 
-        logits, losses = {}, []
-        for left, right in combinations(embeds, 2):
-            # CLIP clips the temperature at 100, which keeps training stable.
-            scores = embeds[left] @ embeds[right].T * self.logit_scale.exp().clamp(max=100.0)
-            logits[f"{left}-{right}"] = scores
-            # Every other row of the batch is a negative, in both directions.
-            target = torch.arange(len(scores), device=scores.device)
-            losses.append((F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2)
-        loss = torch.stack(losses).mean() if losses and return_loss else None
+        # Evaluation may run on some of the ranks alone.
+        rows = {n: rows_of_all_ranks(v, self.tp_size or 1) for n, v in embeds.items()} if self.training else embeds
+        # CLIP clips the temperature at 100, which keeps training stable.
+        scale, bias = self.logit_scale.exp().clamp(max=100.0), getattr(self, "logit_bias", 0.0)
+        logits = {f"{a}-{b}": rows[a] @ rows[b].T * scale + bias for a, b in combinations(rows, 2)}
+        loss = None
+        if logits and return_loss:
+            pair_loss = CONTRASTIVE_LOSSES[self.config.contrastive_loss]
+            loss = torch.stack([pair_loss(scores) for scores in logits.values()]).mean()
+            if self._trains_router():
+                loss = loss + self._weighted_sum(self._router_terms(routing), 1.0)
         return ChorusContrastiveOutput(
             loss=loss,
             text_embeds=embeds.get("text"),

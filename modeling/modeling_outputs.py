@@ -154,9 +154,9 @@ class ChorusContrastiveOutput(ModelOutput):
     """What [`ChorusForContrastive`] returns.
 
     Args:
-        loss: symmetric cross-entropy averaged over the pairs of modalities.
+        loss: the contrastive loss averaged over the pairs of modalities; in training plus those of the routers.
         text_embeds, image_embeds, audio_embeds: unit vectors `(B, projection_dim)`, or None without that modality.
-        logits_per_pair: `"text-image"` -> `(B, B)` scaled similarities, and so on.
+        logits_per_pair: `"text-image"` -> `(B, B)` scaled similarities, and so on; in training of all ranks' rows.
         routing: as in [`ChorusLossOutput`], the layers of one modality's run after those of another's.
     """
 

@@ -33,7 +33,7 @@ HEADS: list[Head] = [
     Head(ChorusForSequenceClassification, ("AutoModelForSequenceClassification",), ("score", "exits")),
     # Shares `AutoModel` with the model without a head, as CLIP does in transformers: the architecture that the
     # configuration names decides.
-    Head(ChorusForContrastive, ("AutoModel",), ("projections", "logit_scale")),
+    Head(ChorusForContrastive, ("AutoModel",), ("projections", "logit_scale", "logit_bias")),
 ]
 
 

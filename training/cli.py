@@ -84,23 +84,42 @@ def evaluate(
     model: ModelOption,
     data: Annotated[str, typer.Option(help="rows that end with the right answer: file, folder or Hub id")],
     split: Annotated[str, typer.Option()] = "test",
+    columns: Annotated[str | None, typer.Option(help="as data.columns in a recipe")] = None,
     base: BaseName = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     out: Annotated[Path | None, typer.Option(help="folder for every answer, mistakes first, and tables")] = None,
+    task: Annotated[
+        str, typer.Option(help="answers, or of pairs and a contrastive model retrieval or zero_shot")
+    ] = "answers",
+    labels: Annotated[str | None, typer.Option(help="zero_shot: all labels, as in red,green,blue")] = None,
+    template: Annotated[str | None, typer.Option(help="zero_shot: text of a label, as in 'a photo of {}'")] = None,
+    k: Annotated[list[int] | None, typer.Option(help="retrieval: recall@K; may be repeated; 1, 5 and 10")] = None,
     device: DeviceName = None,
     dtype: DtypeName = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Exact-match accuracy by generation, in all and by task and medium, and loss."""
+    """Exact-match accuracy by generation, in all and by task and medium, and loss; of pairs what --task asks for."""
+    from chorus_moe.modeling.modeling_heads import ChorusForContrastive
+    from chorus_moe.training.contrast.evaluate import evaluate_pairs, read_task
+    from chorus_moe.training.contrast.pairs import load_pairs
     from chorus_moe.training.data import load_rows
     from chorus_moe.training.evaluate import evaluate_rows
+    from chorus_moe.training.recipe import DataArguments
     from chorus_moe.training.results.answers import write_results
     from chorus_moe.training.results.pictures import NO_PICTURES, can_draw
 
     if out is not None and out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {str(out)!r} is a file; give a folder")
-    rows = load_rows(data, split)
+    pair_task = read_task(task, ks=k, labels=labels, template=template, out=out)
+    options = DataArguments(columns=columns).to_options()
+    if pair_task is not None:
+        pairs = load_pairs(data, split, **options)
+        loaded = load(model, base, device, dtype, kind=ChorusForContrastive)
+        found = evaluate_pairs(pair_task, *loaded, pairs, batch_size=batch_size, progress=not as_json)
+        print_values(found, as_json)
+        return
+    rows = load_rows(data, split, **options)
     loaded = load(model, base, device, dtype)
     result = evaluate_rows(*loaded, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=not as_json)
     print_values(result.to_dict(), as_json)

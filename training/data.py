@@ -162,10 +162,7 @@ def load_rows(
         FileNotFoundError: a path that is not there, or a folder without such a split.
         ValueError: a row that cannot be trained on, by its number and key.
     """
-    import datasets
-
     path = Path(source)
-    folder: Path | None
     if is_cache(path):
         if columns or media_folder is not None or media_markers != "media":
             raise ValueError(
@@ -173,6 +170,22 @@ def load_rows(
                 "them out"
             )
         return FeatureRows(path, split)
+    table, folder = read_source(source, split)
+    folder = folder if media_folder is None else Path(media_folder)
+    rows = RowDataset(table, folder, columns, media_markers)
+    check_rows(rows, str(source))
+    found = explain((rows.table[i] for i in range(min(len(rows), CHECKED_ROWS))), columns, media_markers)
+    if found:
+        print(f"{source}: {len(rows):,} rows; {found}", file=sys.stderr)
+    return rows
+
+
+def read_source(source: str | os.PathLike[str], split: str) -> tuple["datasets.Dataset", Path | None]:
+    """The table of `load_rows` with undecoded media, and the folder where its paths begin; None from the Hub."""
+    import datasets
+
+    path = Path(source)
+    folder: Path | None
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
         table, folder = datasets.load_from_disk(str(path)), path
         if isinstance(table, datasets.DatasetDict):
@@ -194,13 +207,7 @@ def load_rows(
         raise FileNotFoundError(f"no data at {str(source)!r}")
     else:
         table, folder = datasets.load_dataset(str(source), split=split), None
-    folder = folder if media_folder is None else Path(media_folder)
-    rows = RowDataset(_undecoded(table), folder, columns, media_markers)
-    check_rows(rows, str(source))
-    found = explain((rows.table[i] for i in range(min(len(rows), CHECKED_ROWS))), columns, media_markers)
-    if found:
-        print(f"{source}: {len(rows):,} rows; {found}", file=sys.stderr)
-    return rows
+    return _undecoded(table), folder
 
 
 def _data_files(path: Path, split: str) -> list[Path]:

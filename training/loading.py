@@ -27,6 +27,7 @@ def load_model(
     base: str | None = None,
     merge: bool = False,
     device: str | torch.device | None = None,
+    kind: type = AutoModelForMultimodalLM,
     **options: Any,
 ) -> tuple[ModelOrAdapter, ChorusProcessor]:
     """A model in evaluation mode and its processor.
@@ -36,6 +37,7 @@ def load_model(
         base: the model below the adapter, when it is not where the adapter was trained.
         merge: fold the adapter into the weights.
         device: where the model goes, such as what `find_device` finds; None leaves it where `options` put it.
+        kind: the class, or Auto class, that loads the model or what is below an adapter.
         options: for `from_pretrained`, such as `dtype` or `attn_implementation`.
 
     Raises:
@@ -44,7 +46,7 @@ def load_model(
     source = str(name_or_path)
     check_source(source)
     if not is_adapter(source):
-        model = AutoModelForMultimodalLM.from_pretrained(source, **options)
+        model = kind.from_pretrained(source, **options)  # type: ignore[attr-defined]
         return _ready(model, source, device), load_processor(source)
     from peft import PeftConfig, PeftModel
 
@@ -55,7 +57,7 @@ def load_model(
     if os.path.isabs(base) and not os.path.isdir(base):
         raise FileNotFoundError(f"the adapter {source!r} was trained on {base!r}, which is not there; pass `base`")
     check_source(base)
-    model = PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained(base, **options), source)
+    model = PeftModel.from_pretrained(kind.from_pretrained(base, **options), source)  # type: ignore[attr-defined]
     model = model.merge_and_unload() if merge else model
     # An adapter's folder may lack the processor; then that of its base model is used.
     return _ready(model, source, device), load_processor(source, base)

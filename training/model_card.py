@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCard, ModelCardData
 
 from chorus_moe.modeling.configuration_banks import ExpertBankConfig
+from chorus_moe.modeling.modeling_heads import ChorusForContrastive
 from chorus_moe.surgery import parameter_report
 from chorus_moe.training.loading import ModelOrAdapter, base_model
 
@@ -56,7 +57,7 @@ def run_card(
     data = ModelCardData(
         license=license_id,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="any-to-any",
+        pipeline_tag="feature-extraction" if isinstance(base, ChorusForContrastive) else "any-to-any",
         base_model=from_hub or None,
         tags=["chorus", "mixture-of-experts", "multimodal", *(["lora"] if is_adapter else [])],
     )

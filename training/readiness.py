@@ -8,7 +8,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_bitsandbytes_available
 
 from chorus_moe.surgery import add_bank, freeze, unfreeze
+from chorus_moe.training.contrast.setup import check_head
 from chorus_moe.training.loading import ModelOrAdapter, is_finite
+from chorus_moe.training.objectives.arguments import weights_of
 from chorus_moe.training.objectives.distillation_arguments import check_distillation
 from chorus_moe.training.rates import Rates
 from chorus_moe.training.recipe import PRODIGY, Recipe, RunArguments, read_mapping
@@ -39,6 +41,11 @@ def check_recipe(recipe: Recipe) -> None:
             tracker()
         except (ImportError, RuntimeError) as error:
             raise ValueError(f"training.report_to: {error} Or leave it out: report_to none") from error
+    weights_of(recipe.objectives)
+    if recipe.tasks.use_tasks and (weight := recipe.objectives.next_token_weight) != 1.0:
+        # The losses of the tasks take the place of the loss that it would weigh.
+        raise ValueError(f"objectives.next_token_weight={weight} beside tasks: give tasks.task_weights instead")
+    check_head(recipe)
     check_optimizer(arguments, has_rates=Rates.of(parts) is not None)
     check_distillation(recipe.distillation)
     if recipe.lora.use_lora and parts.freeze:

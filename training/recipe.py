@@ -17,12 +17,13 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from chorus_moe.training.layouts import ALONG, LAYOUTS, MEDIA_COLUMNS, TASK
+from chorus_moe.training.objectives.arguments import ObjectiveArguments
 from chorus_moe.training.objectives.distillation_arguments import DistillationArguments
 from chorus_moe.training.tasks.arguments import TaskArguments
 from chorus_moe.training.yaml_files import read_yaml
 
 PRODIGY = "prodigy"
-COLUMNS = sorted({name for names in LAYOUTS for name in names} | {*MEDIA_COLUMNS, *ALONG, TASK})
+COLUMNS = sorted({name for names in LAYOUTS for name in names} | {*MEDIA_COLUMNS, *ALONG, TASK, "text"})
 
 
 @dataclass
@@ -41,6 +42,10 @@ class ModelArguments:
         metadata={"help": "expert bank to add before training, what `add_bank` takes: {name: legal, num_experts: 4}"},
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "4-bit weights (bitsandbytes) below a LoRA"})
+    head: str = field(
+        default="generation",
+        metadata={"help": "generation, or contrastive: one vector a modality, learned from rows of pairs"},
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flex_attention, ..."})
     experts_implementation: str | None = field(default=None, metadata={"help": "eager, batched_mm, grouped_mm, ..."})
 
@@ -211,6 +216,7 @@ class Recipe(NamedTuple):
     routing: RoutingArguments
     parts: PartsArguments
     guards: GuardArguments
+    objectives: ObjectiveArguments
     distillation: DistillationArguments
     tasks: TaskArguments
     training: RunArguments
@@ -233,6 +239,7 @@ SECTIONS: dict[str, type] = {
     "routing": RoutingArguments,
     "parts": PartsArguments,
     "guards": GuardArguments,
+    "objectives": ObjectiveArguments,
     "distillation": DistillationArguments,
     "tasks": TaskArguments,
     "training": RunArguments,
@@ -246,8 +253,8 @@ def read_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """A recipe from a YAML file and words such as `["--learning_rate", "1e-4"]`, which win.
 
     Args:
-        path: YAML with the sections `model`, `data`, `lora`, `routing`, `parts`, `guards`, `distillation`, `tasks` and
-            `training`, each a mapping; None for overrides alone.
+        path: YAML with the sections `model`, `data`, `lora`, `routing`, `parts`, `guards`, `objectives`,
+            `distillation`, `tasks` and `training`, each a mapping; None for overrides alone.
 
     Raises:
         ValueError: no YAML, an unknown section or name (naming the nearest one), or a value of another type.

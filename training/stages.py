@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForMultimodalLM
+from transformers import AutoConfig
 
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
-from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.training.data import load_rows
+from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
+from chorus_moe.training.contrast.setup import kind_of, reader_of
 from chorus_moe.training.features.checks import check_frozen, trained_towers
 from chorus_moe.training.loading import check_source, load_model, load_processor
 from chorus_moe.training.objectives.distillation import check_teachers
@@ -267,7 +267,7 @@ def check_stages(stages: Sequence[Stage]) -> None:
             rows = {}
             for source, split in ((data.train_data, data.train_split), (data.eval_data, data.eval_split)):
                 if source:
-                    loaded = rows[str(source)] = load_rows(source, split, **data.to_options())
+                    loaded = rows[str(source)] = reader_of(stage.recipe)(source, split, **data.to_options())
                     if split == data.train_split and stage.recipe.tasks.use_tasks:
                         plan_tasks(stage.recipe.tasks, loaded)
                 elif split == data.train_split:
@@ -283,7 +283,7 @@ def check_stages(stages: Sequence[Stage]) -> None:
         model = prepared.unload() if stage.recipe.lora.use_lora else prepared
 
 
-def _skeleton(recipe: Recipe) -> ChorusForConditionalGeneration:
+def _skeleton(recipe: Recipe) -> ChorusPreTrainedModel:
     """The model of the first stage without memory."""
     given = recipe.model
     if (given.model_name_or_path is None) == (given.config is None):
@@ -298,7 +298,7 @@ def _skeleton(recipe: Recipe) -> ChorusForConditionalGeneration:
         text = {"vocab_size": 1024, **values.get("text_config", {})}
         config = ChorusConfig(**{"image_token_id": 1, "audio_token_id": 2, **values, "text_config": text})
     with torch.device("meta"):
-        return AutoModelForMultimodalLM.from_config(config)
+        return kind_of(recipe)._from_config(config)
 
 
 def _told(stage: Stage) -> dict[str, Any]:
@@ -325,6 +325,7 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
     found = {f"{section}.{key}": value for section, kind in sections.items() for key, value in vars(kind).items()}
     found |= {f"training.{name}": getattr(recipe.training, name) for name in DECISIVE}
     found["training.optim"] = str(getattr(recipe.training.optim, "value", recipe.training.optim))
+    found["model.head"] = recipe.model.head
     found["model.add_bank"] = recipe.model.add_bank
     return json.loads(json.dumps(found))
 
@@ -341,7 +342,7 @@ def _check_record(stage: Stage, record: Mapping[str, Any]) -> None:
 
 def _merge(stage: Stage) -> None:
     """Save the model of a stage with its adapter merged into the weights."""
-    model, processor = load_model(stage.recipe.training.output_dir, merge=True)
+    model, processor = load_model(stage.recipe.training.output_dir, kind=kind_of(stage.recipe), merge=True)
     with saved_whole(_result(stage)) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

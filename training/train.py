@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForMultimodalLM, AutoTokenizer, Trainer, TrainerState, TrainingArguments, set_seed
+from transformers import AutoTokenizer, Trainer, TrainerState, TrainingArguments, set_seed
 
 from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.configuration_modalities import ENCODED
+from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_media import MEDIA
@@ -19,16 +20,25 @@ from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.surgery.tokenizer import add_media_tokens, build_tokenizer
 from chorus_moe.training.checkpoints import STATE, fault_of, newest_whole, numbered_checkpoints
 from chorus_moe.training.collator import MoreColumns
-from chorus_moe.training.data import FeatureRows, RowDataset, load_rows
+from chorus_moe.training.contrast.setup import (
+    collator_of,
+    is_contrastive,
+    kind_of,
+    loss_of,
+    pretrained,
+    reader_of,
+    set_temperature,
+)
+from chorus_moe.training.data import FeatureRows, RowDataset
 from chorus_moe.training.evaluate import text_of
 from chorus_moe.training.features.checks import check_features
-from chorus_moe.training.features.collate import FeatureCollator
 from chorus_moe.training.guards.skills import SkillGuard
 from chorus_moe.training.guards.steps import StepGuard
 from chorus_moe.training.label_smoothing import smooth_labels
 from chorus_moe.training.loading import ModelOrAdapter, base_model, check_source, load_processor
 from chorus_moe.training.objectives.distillation import distillation_objectives
 from chorus_moe.training.objectives.teacher_files import TaughtRows, teacher_columns
+from chorus_moe.training.objectives.terms import build_objectives, weigh_tokens
 from chorus_moe.training.rates import Rates
 from chorus_moe.training.readiness import check_recipe, check_weights, four_bits, prepare_parts
 from chorus_moe.training.recipe import GuardArguments, ModelArguments, Recipe
@@ -73,9 +83,13 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
         check_source(recipe.model.model_name_or_path)
     check_recipe(recipe)
     options, eval_rows = recipe.data.to_options(), None
-    train_rows = load_rows(recipe.data.train_data, recipe.data.train_split, **options)
+    read = reader_of(recipe)
+    train_rows = read(recipe.data.train_data, recipe.data.train_split, **options)
     if recipe.data.eval_data:
-        eval_rows = load_rows(recipe.data.eval_data, recipe.data.eval_split, **options)
+        eval_rows = read(recipe.data.eval_data, recipe.data.eval_split, **options)
+    if is_contrastive(recipe):
+        # Otherwise evaluation waits for labels before it reports a loss.
+        arguments.label_names = []
     tasks = plan_tasks(recipe.tasks, train_rows) if recipe.tasks.use_tasks else None
     if tasks is not None and arguments.process_index == 0:
         print(tasks, file=sys.stderr)
@@ -86,20 +100,14 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     objectives, answers = distillation_objectives(recipe.distillation, model, processor, recipe.data.max_length)
     more: list[MoreColumns] = [teacher_columns] if answers is not None else []
     more += [task_columns(tasks.names)] if tasks is not None else []
-    collator = FeatureCollator(
-        processor,
-        max_length=recipe.data.max_length,
-        on_bad_media=recipe.data.on_bad_media,
-        max_bad_samples=recipe.data.max_bad_samples,
-        more=more,
-    )
+    collator = collator_of(recipe, processor, more)
     trainer = new_trainer(
         recipe,
         tasks=tasks,
         model=model,
         args=arguments,
         train_dataset=train_rows if answers is None else TaughtRows(train_rows, answers),
-        objectives=objectives,
+        objectives=[*build_objectives(recipe.objectives, model), *objectives],
         eval_dataset=eval_rows,
         data_collator=collator,
         processing_class=processor,
@@ -149,6 +157,8 @@ def new_trainer(recipe: Recipe, **parts: Any) -> ChorusTrainer:
         # A part that is not there is found before the first step.
         trainer.rates.of_parameters(trainer.model, trainer.args.learning_rate)
     smooth_labels(trainer)
+    # Last, so that a smoothed loss is weighed too.
+    weigh_tokens(trainer.model, recipe.objectives.next_token_weight)
     return trainer
 
 
@@ -236,19 +246,29 @@ def load_or_build(
     if given.load_in_4bit:
         options["quantization_config"] = four_bits()
     if given.model_name_or_path is not None:
-        model = AutoModelForMultimodalLM.from_pretrained(given.model_name_or_path, **options)
+        model = pretrained(recipe, **options)
         processor = load_processor(given.model_name_or_path)
     else:
-        model, processor = build_model(given, rows, checkpoint, **options)
+        model, processor = build_model(given, rows, checkpoint, kind_of(recipe), loss_of(recipe), **options)
+    if is_contrastive(recipe):
+        set_temperature(model, recipe.objectives)
     check_weights(model)
     # The table once, not once on each rank.
     return prepare_parts(model, recipe, verbose=recipe.training.process_index == 0), processor
 
 
 def build_model(
-    given: ModelArguments, rows: RowDataset, checkpoint: str | None = None, **options: Any
-) -> tuple[ChorusForConditionalGeneration, ChorusProcessor]:
+    given: ModelArguments,
+    rows: RowDataset,
+    checkpoint: str | None = None,
+    kind: type[ChorusPreTrainedModel] = ChorusForConditionalGeneration,
+    fields: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[ChorusPreTrainedModel, ChorusProcessor]:
     """A new model and its processor. Vocabulary and token ids that the configuration leaves out are the tokenizer's.
+
+    Args:
+        fields: of the configuration, which win over `given.config`.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
@@ -262,7 +282,7 @@ def build_model(
         tokenizer = build_tokenizer(texts_of(rows), given.tokenizer_vocab_size)
     add_media_tokens(tokenizer)
     assert given.config is not None  # `build_model` has checked it
-    values = read_config(given.config)
+    values = {**read_config(given.config), **(fields or {})}
     text = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -279,8 +299,7 @@ def build_model(
         if values.get(row.config) is not None
     }
     config = ChorusConfig(**{**ids, **values, "text_config": text})
-    model = ChorusForConditionalGeneration._from_config(config, **options)
-    return model, processor_from_config(config, tokenizer)
+    return kind._from_config(config, **options), processor_from_config(config, tokenizer)
 
 
 def read_config(source: str) -> dict[str, Any]:
@@ -297,8 +316,8 @@ def read_config(source: str) -> dict[str, Any]:
 def texts_of(rows: RowDataset) -> Iterator[str]:
     """All texts of all rows, to train a tokenizer on."""
     for row in rows:
-        for message in row["messages"]:
-            yield text_of(message)
+        # Of a pair the text itself, if it has one.
+        yield from [text_of(message) for message in row["messages"]] if "messages" in row else [row.get("text") or ""]
 
 
 def find_checkpoint(arguments: TrainingArguments, start: str | None = None) -> str | None:

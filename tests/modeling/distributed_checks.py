@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
-from chorus_moe import ChorusForConditionalGeneration
+from chorus_moe import ChorusForConditionalGeneration, ChorusForContrastive
+from chorus_moe.modeling.losses import infonce_loss
 from tests.conftest import tiny_batch, tiny_config
+from tests.modeling.test_modeling_heads import contrastive, triples
 
 Batch = dict[str, Tensor]
 MEDIA = ("pixel_values", "input_features", "input_features_mask")
@@ -151,6 +154,45 @@ def expert_parallel_training(folder: Path) -> float:
     return worst
 
 
+def contrast(loss: str, part: slice | None = None) -> nn.Module:
+    """The gradients of a contrastive model of some rows; of those of this rank, if none are named."""
+    model = contrastive(loss, router_aux_loss_coef=0.0).train()
+    if part is not None:
+        model(**{name: value[part] for name, value in triples().items()}).loss.backward()
+        return model
+    wrapped = DistributedDataParallel(model)
+    # Two rows on one rank, one on the other.
+    own = slice(0, 2) if dist.get_rank() == 0 else slice(2, 3)
+    wrapped(**{name: value[own] for name, value in triples().items()}).loss.backward()
+    return model
+
+
+def contrast_apart(loss: str) -> float:
+    """Largest difference of a gradient to that of one process with all rows, over the largest of the tensor."""
+    found = contrast(loss)
+    # In the process group as well, but in evaluation's manner: on its own rows.
+    group, dist.is_initialized = dist.is_initialized, lambda: False
+    whole = contrast(loss, slice(0, 3))
+    dist.is_initialized = group
+    worst = 0.0
+    for name, parameter in found.named_parameters():
+        expected = whole.get_parameter(name).grad
+        worst = max(worst, float((parameter.grad - expected).abs().max()) / max(float(expected.abs().max()), 1e-3))
+    return worst
+
+
+def contrast_split(folder: Path) -> float:
+    """Difference of the loss in training to a model that is not split: both ranks hold the same rows."""
+    whole = ChorusForContrastive.from_pretrained(folder).train()
+    split = ChorusForContrastive.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2)).train()
+    assert split.tp_size == 2
+    batch = triples()
+    found = split(**batch).loss
+    vectors = [getattr(whole(**batch), f"{name}_embeds") for name in ("text", "image", "audio")]
+    scores = [a @ b.T * whole.logit_scale.exp() for a, b in combinations(vectors, 2)]
+    return float((found - torch.stack([infonce_loss(s) for s in scores]).mean()).abs())
+
+
 def checks(folder: Path) -> dict[str, Callable[[], float]]:
     found: dict[str, Callable[[], float]] = {}
     for kind in ("text", "audio", "no labels", "routing"):
@@ -159,6 +201,9 @@ def checks(folder: Path) -> dict[str, Callable[[], float]]:
     found["ddp with checkpointing, text"] = lambda: ddp("text", True)
     found["ddp with checkpointing, routing"] = lambda: ddp("routing", True)
     found["training with unused slots, experts apart"] = lambda: expert_parallel_training(folder / "routing")
+    for loss in ("infonce", "sigmoid"):
+        found[f"contrast, {loss}, rows apart"] = lambda loss=loss: contrast_apart(loss)
+    found["contrast, tensor parallel"] = lambda: contrast_split(folder / "contrast")
     found["tensor parallel"] = lambda: parallel_plan(folder, tp_size=2)
     found["expert parallel"] = lambda: parallel_plan(folder, tp_size=2, ep_size=2)
     found["tensor parallel, routing"] = lambda: parallel_plan(folder / "routing", tp_size=2)

@@ -14,6 +14,7 @@ import torch
 from chorus_moe import ChorusForConditionalGeneration
 from tests.conftest import tiny_config
 from tests.modeling.distributed_checks import make
+from tests.modeling.test_modeling_heads import contrastive
 
 SECONDS = 120
 # Two addends and an exact factor of two, so the difference seen is 0; relative to the largest gradient of a tensor.
@@ -26,6 +27,7 @@ LOGITS = 5e-6
 CHECKS = [f"{way}, {kind}" for way in ("ddp", "fsdp2") for kind in ("text", "audio", "no labels", "routing")]
 CHECKS += ["ddp with checkpointing, text", "ddp with checkpointing, routing", "tensor parallel", "expert parallel"]
 CHECKS += ["tensor parallel, routing", "expert parallel, routing", "tensor parallel, windows"]
+CHECKS += [f"contrast, {kind}" for kind in ("infonce, rows apart", "sigmoid, rows apart", "tensor parallel")]
 CHECKS += ["training with unused slots, experts apart"]
 
 
@@ -36,6 +38,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     ChorusForConditionalGeneration(tiny_config()).save_pretrained(folder)
     for kind in ("routing", "windows"):
         make(kind).save_pretrained(folder / kind)
+    contrastive(router_aux_loss_coef=0.0).save_pretrained(folder / "contrast")
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"]
     command += ["tests.modeling.distributed_checks", str(folder), str(output)]

@@ -6,10 +6,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import Tensor
 
-from chorus_moe import ChorusForConditionalGeneration, ChorusForContrastive, ChorusForSequenceClassification
-from tests.conftest import IMAGE_TOKEN, tiny_batch, tiny_config
+from chorus_moe import (
+    ChorusConfig,
+    ChorusForConditionalGeneration,
+    ChorusForContrastive,
+    ChorusForSequenceClassification,
+)
+from chorus_moe.modeling.losses import CONTRASTIVE_LOSSES, balance_loss, mean_over_banks, z_loss
+from tests.conftest import IMAGE_TOKEN, TEXT, tiny_batch, tiny_config
 
 # float32 sums in another order: padding and batch mates, at values of size 1.
 ATOL = 1e-5
@@ -22,9 +29,11 @@ def classifier(**text: Any) -> ChorusForSequenceClassification:
     return ChorusForSequenceClassification(config).eval()
 
 
-def contrastive() -> ChorusForContrastive:
+def contrastive(loss: str = "infonce", **text: Any) -> ChorusForContrastive:
     torch.manual_seed(0)
-    return ChorusForContrastive(tiny_config()).eval()
+    config = tiny_config(**text)
+    config.contrastive_loss = loss
+    return ChorusForContrastive(config).eval()
 
 
 def triples(size: int = 3) -> dict[str, Tensor]:
@@ -95,6 +104,51 @@ def test_the_contrastive_loss_is_the_symmetric_cross_entropy_over_all_pairs():
         losses += [F.cross_entropy(scores, torch.arange(3)), F.cross_entropy(scores.T, torch.arange(3))]
         torch.testing.assert_close(output.logits_per_pair[f"{left}-{right}"], scores, rtol=0, atol=ATOL)
     torch.testing.assert_close(output.loss, torch.stack(losses).mean(), rtol=0, atol=ATOL)
+
+
+def test_the_sigmoid_loss_tells_each_pair_alone():
+    model = contrastive("sigmoid")
+    assert (model.logit_scale.exp().item(), model.logit_bias.item()) == (pytest.approx(10), -10)
+    output = model(**{name: value for name, value in triples().items() if name != "pixel_values"})
+    scores = 10 * output.text_embeds @ output.audio_embeds.T - 10
+    own = torch.eye(3)
+    # Of a row: the chances of the pairs that belong together and of those that do not.
+    expected = F.binary_cross_entropy_with_logits(scores, own, reduction="sum") / 3
+    torch.testing.assert_close(output.loss, expected, rtol=0, atol=ATOL)
+    assert list(output.logits_per_pair) == ["text-audio"]
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_a_contrastive_loss_brings_pairs_together(loss: str):
+    model, batch = contrastive(loss).train(), triples()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(20):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for scores in model.eval()(**batch).logits_per_pair.values():
+        assert scores.argmax(dim=1).tolist() == scores.argmax(dim=0).tolist() == [0, 1, 2]
+
+
+def test_an_unknown_contrastive_loss_is_refused():
+    with pytest.raises(
+        StrictDataclassClassValidationError, match="unknown contrastive_loss 'infonse'; did you mean 'infonce'"
+    ):
+        ChorusConfig(text_config=TEXT, contrastive_loss="infonse")
+    # The configuration ships without the losses, so it names them once more.
+    for name in CONTRASTIVE_LOSSES:
+        assert ChorusConfig(text_config=TEXT, contrastive_loss=name).contrastive_loss == name
+
+
+def test_routers_learn_from_each_run_of_the_contrastive_model():
+    model, batch = contrastive(router_aux_loss_coef=0.5, router_z_loss_coef=0.25).train(), triples()
+    output = model(**batch)
+    plain = contrastive(router_aux_loss_coef=0.0, router_z_loss_coef=0.0).train()(**batch)
+    routing, banks = output.routing, model.model.language_model.banks
+    # Three runs of the sparse layers.
+    assert len(routing) == 3 * len(model.config.text_config.sparse_layers)
+    expected = plain.loss + 0.5 * balance_loss(routing, banks) + 0.25 * mean_over_banks(routing, z_loss)
+    torch.testing.assert_close(output.loss, expected, rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("given", [("input_ids", "attention_mask", "pixel_values"), ("pixel_values", "input_features")])

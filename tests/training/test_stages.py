@@ -20,8 +20,8 @@ from chorus_moe.training.checkpoints import numbered_checkpoints
 from chorus_moe.training.data import load_rows
 from chorus_moe.training.loading import load_model
 from chorus_moe.training.stages import read_stages, run_stages, shipped_recipes
-from tests.fresh_process import kill
 from chorus_moe.training.train import load_or_build
+from tests.fresh_process import kill
 from tests.training.test_data import write_splits
 from tests.training.test_train import assert_equal
 
