@@ -8,14 +8,14 @@ may be the file itself. Nothing is decoded here: the processor decodes within it
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
 from chorus_moe.processors.processing_media import MEDIA
-from chorus_moe.training.layouts import LayoutError, explain, is_learned, standard_row
+from chorus_moe.training.layouts import AS_DOCUMENTS, DOCUMENT, LayoutError, explain, is_learned, standard_row
 from chorus_moe.training.loading import is_remote
 
 if TYPE_CHECKING:
@@ -31,36 +31,38 @@ PATH_KEYS = {key for row in MEDIA.values() for key in row.keys} - {"base64", "by
 }
 # Enough to see a wrong format. All rows would mean to read the whole data set before the first step.
 CHECKED_ROWS = 16
+# In a stream, in the place of a row that a resumed run has learned.
+SKIPPED: dict[str, Any] = {"skipped": True}
 
 
-class RowDataset(Dataset):
-    """Rows of a table in our layout. Relative media paths are resolved against `folder`; None for tables from the Hub.
+class RowReader:
+    """Reads rows of a table in our layout. Relative media paths are resolved against `folder`; None for tables from the
+    Hub.
 
     A row that cannot be read holds a LayoutError under `error`, which the collator raises or skips.
 
     Args:
         columns: our name of a column -> its name in the table.
-        markers: what `<image>` and `<audio>` in a string are, see `layouts.convert`.
+        markers, documents: what `<image>` and `<audio>` in a string are, and which rows are documents, see
+            `layouts.convert`.
     """
 
     def __init__(
         self,
-        table: "datasets.Dataset",
         folder: Path | None,
         columns: Mapping[str, str] | None = None,
         markers: str = "media",
+        documents: bool = False,
     ):
-        self.table = table
         self.folder = folder
         self.columns = columns
         self.markers = markers
+        self.documents = documents
 
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def read(self, values: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """The row of these values; `index` is what errors call it."""
         try:
-            row = standard_row(self.table[int(index)], self.columns, self.markers)
+            row = standard_row(values, self.columns, self.markers, self.documents)
         except LayoutError as error:
             return {"messages": [], "error": LayoutError(f"row {index}, {error}")}
         for column in MEDIA_KINDS:
@@ -68,8 +70,9 @@ class RowDataset(Dataset):
         row["messages"] = [self._with_paths(turn, f"row {index}, key 'messages'") for turn in row["messages"]]
         return row
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
+    def explain(self, rows: Iterable[Mapping[str, Any]]) -> str:
+        """What was recognised in rows of a table, in a line."""
+        return explain(rows, self.columns, self.markers, self.documents)
 
     def _with_paths(self, turn: Any, where: str) -> Any:
         """A turn whose parts name media by resolved paths."""
@@ -116,6 +119,30 @@ class RowDataset(Dataset):
         return str(found)
 
 
+class RowDataset(RowReader, Dataset):
+    """The rows of a table, see `RowReader`."""
+
+    def __init__(
+        self,
+        table: "datasets.Dataset",
+        folder: Path | None,
+        columns: Mapping[str, str] | None = None,
+        markers: str = "media",
+        documents: bool = False,
+    ):
+        super().__init__(folder, columns, markers, documents)
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read(self.table[int(index)], index)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+
 def load_rows(
     source: str | os.PathLike[str],
     split: str = "train",
@@ -123,6 +150,7 @@ def load_rows(
     columns: Mapping[str, str] | None = None,
     media_markers: str = "media",
     media_folder: str | os.PathLike[str] | None = None,
+    documents: bool = False,
 ) -> RowDataset:
     """The rows of `source`, the first of them checked. Local files are read without a network.
 
@@ -136,6 +164,8 @@ def load_rows(
         media_markers: what `<image>` and `<audio>` in a string are: the places of "media", or "text".
         media_folder: where relative media paths begin, and the only folder whose files rows may name; that of the
             data file if None.
+        documents: rows of `text`, of media alone, and of one turn that is not the assistant's are documents, whose
+            whole text is learned.
 
     Raises:
         FileNotFoundError: a path that is not there, or a folder without such a split.
@@ -152,7 +182,7 @@ def load_rows(
                 raise ValueError(f"{str(source)!r} has no split {split!r}; it has {', '.join(table)}")
             table = table[split]
     elif path.exists():
-        files = _data_files(path, split)
+        files = data_files(path, split)
         # `load_dataset` would count the download of its reader, over the network.
         read = datasets.Dataset.from_parquet if files[0].suffix == ".parquet" else datasets.Dataset.from_json
         try:
@@ -167,15 +197,15 @@ def load_rows(
     else:
         table, folder = datasets.load_dataset(str(source), split=split), None
     folder = folder if media_folder is None else Path(media_folder)
-    rows = RowDataset(_undecoded(table), folder, columns, media_markers)
-    check_rows(rows, str(source))
-    found = explain((rows.table[i] for i in range(min(len(rows), CHECKED_ROWS))), columns, media_markers)
+    rows = RowDataset(undecoded(table), folder, columns, media_markers, documents)
+    check_rows([rows[i] for i in range(min(len(rows), CHECKED_ROWS))], str(source))
+    found = rows.explain(rows.table[i] for i in range(min(len(rows), CHECKED_ROWS)))
     if found:
         print(f"{source}: {len(rows):,} rows; {found}", file=sys.stderr)
     return rows
 
 
-def _data_files(path: Path, split: str) -> list[Path]:
+def data_files(path: Path, split: str) -> list[Path]:
     """The file itself, or the files of a folder that hold the split (`train.jsonl`, `train-00000-of-00002.parquet`)."""
     if path.is_file():
         if path.suffix not in FORMATS:
@@ -188,11 +218,12 @@ def _data_files(path: Path, split: str) -> list[Path]:
     return files
 
 
-def _undecoded(table: Any) -> Any:
+def undecoded(table: Any) -> Any:
     """The table with every image and audio feature as undecoded files: no ffmpeg or torchcodec is needed."""
     from datasets import Audio, Image, List
 
-    for column in table.features:
+    # A stream of JSON does not know its columns.
+    for column in table.features or ():
         feature = table.features[column]
         inner = feature.feature if isinstance(feature, List) else feature
         if isinstance(inner, Audio | Image):
@@ -202,16 +233,16 @@ def _undecoded(table: Any) -> Any:
     return table
 
 
-def check_rows(rows: RowDataset, source: str) -> None:
-    """Check the first rows, so that a mistake in the format shows before a model is loaded.
+def check_rows(rows: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Check rows, the first ones of a source, so that a mistake in the format shows before a model is loaded.
 
     Raises:
         ValueError: naming the source, the row, the key and what is wrong.
     """
     if len(rows) == 0:
         raise ValueError(f"{source}: there are no rows")
-    for index in range(min(len(rows), CHECKED_ROWS)):
-        if problem := find_problem(rows[index]):
+    for index, row in enumerate(rows):
+        if problem := find_problem(row):
             raise ValueError(f"{source}, row {index}, {problem}")
 
 
@@ -241,10 +272,14 @@ def find_problem(row: Mapping[str, Any]) -> str | None:
                     value is not None for key, value in part.items() if key not in ("type", "sampling_rate")
                 )
                 wanted[column] += kind == medium and not has_data
-    if not any(message["role"] == "assistant" for message in messages):
-        return "key 'messages': no turn has the role 'assistant', so there is nothing to learn"
+    roles = [message["role"] for message in messages]
+    if DOCUMENT in roles and len(roles) > 1:
+        return f"key 'messages': a document is a row of one turn, found {len(roles)}"
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers and DOCUMENT not in roles:
+        return f"key 'messages': no turn has the role 'assistant', so there is nothing to learn, {AS_DOCUMENTS}"
     try:
-        if not any(is_learned(message) for message in messages if message["role"] == "assistant"):
+        if answers and not any(map(is_learned, answers)):
             return "key 'messages': every turn of the assistant is left out of learning"
     except LayoutError as error:
         return f"key 'messages': {error}"

@@ -29,6 +29,7 @@ from chorus_moe.training.rates import Rates
 from chorus_moe.training.readiness import check_recipe, prepare_parts
 from chorus_moe.training.recipe import SECTIONS, PartsArguments, Recipe, build_recipe, field_names, nearest
 from chorus_moe.training.saving import saved_whole
+from chorus_moe.training.streaming import training_rows
 from chorus_moe.training.train import read_config, run_training
 from chorus_moe.training.yaml_files import read_yaml
 
@@ -255,11 +256,9 @@ def check_stages(stages: Sequence[Stage]) -> None:
         try:
             check_recipe(stage.recipe)
             data = stage.recipe.data
-            for source, split in ((data.train_data, data.train_split), (data.eval_data, data.eval_split)):
-                if source:
-                    load_rows(source, split, **data.to_options())
-                elif split == data.train_split:
-                    raise ValueError("data.train_data is missing: a file, a folder or a Hub id")
+            training_rows(stage.recipe)
+            if data.eval_data:
+                load_rows(data.eval_data, data.eval_split, **data.to_options())
             prepared = prepare_parts(model, stage.recipe, verbose=False)
             if rates := Rates.of(stage.recipe.parts):
                 rates.of_parameters(prepared, stage.recipe.training.learning_rate)

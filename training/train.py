@@ -36,6 +36,7 @@ from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.routing.report import write_routing
 from chorus_moe.training.routing.reward import RouterRewardTrainer
 from chorus_moe.training.saving import held_model
+from chorus_moe.training.streaming import StreamedRows, skip_learned, training_rows
 from chorus_moe.training.trainer import ChorusTrainer
 
 
@@ -58,15 +59,13 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
         TrainingBroke: too many steps were skipped.
     """
     arguments = recipe.training
-    if recipe.data.train_data is None:
-        raise ValueError("data.train_data is missing: a file, a folder or a Hub id")
     # Before the model is built: its weights are drawn from this seed.
     set_seed(arguments.seed)
     if recipe.model.model_name_or_path is not None and recipe.model.config is None:
         check_source(recipe.model.model_name_or_path)
     check_recipe(recipe)
     options, eval_rows = recipe.data.to_options(), None
-    train_rows = load_rows(recipe.data.train_data, recipe.data.train_split, **options)
+    train_rows = training_rows(recipe)
     if recipe.data.eval_data:
         eval_rows = load_rows(recipe.data.eval_data, recipe.data.eval_split, **options)
     checkpoint = find_checkpoint(arguments, recipe.model.model_name_or_path)
@@ -94,6 +93,8 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     if checkpoint is not None:
         # The Trainer would load an optimizer state on the wrong parameters without a word.
         check_resume(trainer, checkpoint)
+        if isinstance(train_rows, StreamedRows):
+            skip_learned(train_rows, checkpoint, arguments)
     if is_new and trainer.is_local_process_zero():
         # A later `auto` would take the steps of the earlier run for those of this one.
         for earlier in numbered_checkpoints(Path(arguments.output_dir)):
@@ -201,7 +202,7 @@ def _publish(
 
 
 def load_or_build(
-    recipe: Recipe, rows: RowDataset, checkpoint: str | None = None
+    recipe: Recipe, rows: RowDataset | StreamedRows, checkpoint: str | None = None
 ) -> tuple[ModelOrAdapter, ChorusProcessor]:
     """The model to train, with its adapter if the recipe has one, and the processor."""
     given = recipe.model
@@ -224,7 +225,7 @@ def load_or_build(
 
 
 def build_model(
-    given: ModelArguments, rows: RowDataset, checkpoint: str | None = None, **options: Any
+    given: ModelArguments, rows: RowDataset | StreamedRows, checkpoint: str | None = None, **options: Any
 ) -> tuple[ChorusForConditionalGeneration, ChorusProcessor]:
     """A new model and its processor. Vocabulary and token ids that the configuration leaves out are the tokenizer's.
 
@@ -237,6 +238,8 @@ def build_model(
     elif given.tokenizer is not None:
         tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     else:
+        if isinstance(rows, StreamedRows):
+            raise ValueError("data.streaming: a tokenizer cannot be trained on a stream; give model.tokenizer")
         tokenizer = build_tokenizer(texts_of(rows), given.tokenizer_vocab_size)
     add_media_tokens(tokenizer)
     assert given.config is not None  # `build_model` has checked it

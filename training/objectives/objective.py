@@ -68,7 +68,7 @@ class ObjectiveTerms(nn.ModuleList):
         self,
         model: nn.Module,
         inputs: Mapping[str, Any],
-        outputs: Any,
+        outputs: object,
         share: float,
         num_items_in_batch: Tensor | int | None,
         ranks: int,
