@@ -9,8 +9,9 @@ Unusual here:
 
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import count
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 SHARD = ".tar"
 # Of a stream, whether any row has what an objective needs.
 SEARCHED_ROWS = 1000
-KEYS_OF_SHARDS = ("__key__", "__url__")
 # Column -> suffixes of its files.
 SUFFIXES = {
     "images": {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"},
@@ -53,7 +53,6 @@ class StreamedRows(RowReader, IterableDataset):
     Args:
         batch: rows that all ranks take together, before the next ones.
         seed, buffer: of the shuffled order; 1 is the order of the files.
-        is_sharded: rows of WebDataset shards, whose columns are named by the suffixes of files.
     """
 
     def __init__(
@@ -64,29 +63,24 @@ class StreamedRows(RowReader, IterableDataset):
         batch: int,
         seed: int,
         buffer: int,
-        is_sharded: bool = False,
         **options: Any,
     ):
         super().__init__(folder, **options)
-        self.table, self.batch, self.is_sharded = table, batch, is_sharded
+        self.table, self.batch = table, batch
         self.shuffled = table.shuffle(seed=seed, buffer_size=buffer) if buffer > 1 else table
         # Rows that a resumed run has learned.
         self.start = 0
 
     def head(self, number: int) -> Iterator[dict[str, Any]]:
         """The first rows in the order of the files, each once."""
-        return (self.read(values, index) for index, values in enumerate(self.plain_head(number)))
-
-    def plain_head(self, number: int) -> Iterator[Mapping[str, Any]]:
-        """As `head`, before rows are read as ours."""
-        return (self._plain(values) for values in self.table.take(number))
+        return (self.read(values, index) for index, values in enumerate(self.table.take(number)))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         for place, (index, values) in enumerate(self._passes()):
             if place // self.batch % workers == number:
-                yield SKIPPED if place < self.start else self.read(self._plain(values), index)
+                yield SKIPPED if place < self.start else self.read(values, index)
 
     def _passes(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         for number in count():
@@ -98,31 +92,6 @@ class StreamedRows(RowReader, IterableDataset):
                 yield index, {name: column[0] for name, column in batch.items()}
             if is_empty:
                 raise ValueError("the streamed data have no rows any more")
-
-    def _plain(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        return from_shard(values) if self.is_sharded else values
-
-
-def from_shard(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The row of a WebDataset sample, whose columns are suffixes of files: `txt` is `text`, pictures and clips are
-    `images` and `audio`, and what a `json` holds is columns."""
-    row: dict[str, Any] = {}
-    for name, value in values.items():
-        # Another sample of the shard has such a file.
-        if value is None or name in KEYS_OF_SHARDS:
-            continue
-        suffix = "." + name.rpartition(".")[2].lower()
-        column = next((column for column, known in SUFFIXES.items() if suffix in known), None)
-        found = value if suffix == ".json" and isinstance(value, Mapping) else {"text": value}
-        if column is not None:
-            row[column] = [*row.get(column, []), value]
-        elif suffix in (".json", ".txt"):
-            if twice := next((key for key in found if key in row), None):
-                return {"error": LayoutError(f"key {name!r}: {twice!r} is in another file of the sample too")}
-            row |= found
-        else:
-            row[name] = value
-    return row
 
 
 def training_rows(recipe: Recipe) -> RowDataset | StreamedRows:
@@ -161,20 +130,19 @@ def stream_rows(data: DataArguments, arguments: RunArguments) -> StreamedRows:
         raise ValueError(f"data.shuffle_buffer must be 1 or more, found {data.shuffle_buffer}")
     options = data.to_options()
     media_folder = options.pop("media_folder")
-    table, folder, is_sharded = _open(source, data.train_split)
+    table, folder = _open(source, data.train_split)
     rows = StreamedRows(
         undecoded(table),
         folder if media_folder is None else Path(media_folder),
         batch=arguments.train_batch_size * arguments.world_size,
         seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         buffer=data.shuffle_buffer,
-        is_sharded=is_sharded,
         columns=options["columns"],
         markers=options["media_markers"],
         documents=options["documents"],
     )
     check_rows(list(rows.head(CHECKED_ROWS)), source)
-    if arguments.process_index == 0 and (found := rows.explain(rows.plain_head(CHECKED_ROWS))):
+    if arguments.process_index == 0 and (found := rows.explain(rows.table.take(CHECKED_ROWS))):
         print(f"{source}: {found}", file=sys.stderr)
     # The Trainer's dispatcher would cut the images of a batch by its rows.
     arguments.accelerator_config.dispatch_batches = False
@@ -189,54 +157,114 @@ def skip_learned(rows: StreamedRows, checkpoint: str, arguments: RunArguments) -
     rows.start = step * rows.batch * arguments.gradient_accumulation_steps
 
 
-def _open(source: str, split: str) -> tuple["datasets.IterableDataset", Path | None, bool]:
-    """A stream, where its relative paths begin, and whether it is of shards."""
+def _open(source: str, split: str) -> tuple["datasets.IterableDataset", Path | None]:
+    """A stream, and where its relative paths begin."""
     import datasets
-    from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-    from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     path = Path(source)
     if not path.exists():
         # A misspelt path must not be asked for on the Hub.
         if path.suffix in (*FORMATS, SHARD) or not is_remote(source):
             raise FileNotFoundError(f"no data at {source!r}")
-        table = datasets.load_dataset(source, split=split, streaming=True)
-        return table, None, "__key__" in (table.column_names or ())
+        return datasets.load_dataset(source, split=split, streaming=True), None
+    # Not by the builders of `datasets`: they want torchcodec for sound, and the same files in every sample of a shard.
     if shards := _shards(path, split):
-        return _stream(WebDataset, shards), None, True
-    media = {ImageFolder: SUFFIXES["images"], AudioFolder: SUFFIXES["audio"]}
-    folder = path / split if (path / split).is_dir() else path
-    found = {kind: _below(folder, suffixes) for kind, suffixes in media.items()} if path.is_dir() else {}
+        table = datasets.IterableDataset.from_generator(read_shards, gen_kwargs={"shards": shards})
+        return table, path if path.is_dir() else path.parent
     try:
         files = data_files(path, split)
     except FileNotFoundError as error:
-        if not any(found.values()):
+        folder = path / split if (path / split).is_dir() else path
+        items = _media_below(folder, split)
+        if not items:
             raise FileNotFoundError(f"{error}, no {split}-*{SHARD}, and no images or sound") from error
-        if all(found.values()):
-            raise ValueError(
-                f"{str(folder)!r} holds {len(found[ImageFolder])} images and {len(found[AudioFolder])} clips, and "
-                f"nothing says which belong together; write a {split}.jsonl that names them"
-            ) from error
-        kind = next(kind for kind, files in found.items() if files)
-        named = [*found[kind], *_below(folder, {".jsonl", ".csv"})]
-        return _stream(kind, named, drop_labels=True), folder, False
+        return datasets.IterableDataset.from_generator(read_items, gen_kwargs={"items": items}), folder
     read = datasets.Dataset.from_parquet if files[0].suffix == ".parquet" else datasets.Dataset.from_json
-    return read([str(file) for file in files], streaming=True), files[0].parent, False
+    return read([str(file) for file in files], streaming=True), files[0].parent
 
 
-def _stream(kind: type["datasets.DatasetBuilder"], files: Sequence[Path], **options: Any) -> "datasets.IterableDataset":
-    """A stream of files by a reader of `datasets`, without the network."""
-    builder = kind(data_files={"train": [str(file) for file in files]}, **options)
-    return builder.as_streaming_dataset(split="train")
+def read_items(items: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """Rows of one file each: column and path."""
+    return ({column: [path]} for column, path in items)
 
 
-def _shards(path: Path, split: str) -> list[Path]:
+def read_shards(shards: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The samples of WebDataset shards: neighbouring files whose names are the same up to the first dot.
+
+    Raises:
+        ValueError: naming a shard that cannot be read.
+    """
+    for shard in shards:
+        try:
+            with tarfile.open(shard) as tar:
+                members = (member for member in tar if member.isfile() and not Path(member.name).name.startswith("."))
+                for _, files in groupby(members, key=lambda member: _split_name(member.name)[0]):
+                    yield sample_of({_split_name(file.name)[1]: _read(tar, file) for file in files})
+        except (tarfile.TarError, EOFError) as error:
+            raise ValueError(f"{shard}: no readable shard: {error}") from error
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # members are plain files
+    return file.read()
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """`a/0001.left.png` -> `a/0001`, `left.png`."""
+    folder, slash, file = name.rpartition("/")
+    key, _, suffix = file.partition(".")
+    return folder + slash + key, suffix
+
+
+def sample_of(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The row of a sample's files, by the ends of their names: pictures and clips are `images` and `audio`, `txt` is
+    `text`, what a `json` holds is columns, and all else is a column of bytes.
+
+    A row that cannot be read holds a LayoutError under `error`.
+    """
+    row: dict[str, Any] = {}
+    for name, data in files.items():
+        suffix = "." + name.rpartition(".")[2].lower()
+        column = next((column for column, known in SUFFIXES.items() if suffix in known), None)
+        if column is not None:
+            row[column] = [*row.get(column, []), {"bytes": data, "path": None}]
+            continue
+        try:
+            found = _columns(name, suffix, data)
+        except ValueError as error:
+            return {"error": LayoutError(f"key {name!r}: {error}")}
+        if twice := sorted(found.keys() & row.keys()):
+            return {"error": LayoutError(f"key {name!r}: {twice[0]!r} is in another file of the sample too")}
+        row |= found
+    return row
+
+
+def _columns(name: str, suffix: str, data: bytes) -> dict[str, Any]:
+    if suffix == ".txt":
+        return {"text": data.decode()}
+    found = json.loads(data) if suffix == ".json" else {name: data}
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a mapping of columns, found {found!r:.60}")
+    return found
+
+
+def _shards(path: Path, split: str) -> list[str]:
     if path.is_file():
-        return [path] if path.suffix == SHARD else []
-    named = [file for file in path.glob(f"*{SHARD}") if file.stem == split or file.stem.startswith(f"{split}-")]
-    return sorted(named or (file for file in path.glob(f"*{SHARD}") if file.stem.isdecimal()))
+        return [str(path)] if path.suffix == SHARD else []
+    found = sorted(path.glob(f"*{SHARD}"))
+    named = [file for file in found if file.stem == split or file.stem.startswith(f"{split}-")]
+    return [str(file) for file in named or found if named or file.stem.isdecimal()]
 
 
-def _below(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
+def _media_below(folder: Path, split: str) -> list[tuple[str, str]]:
+    """Column and path, relative to the folder, of every picture or every clip."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    found = {column: [file for file in files if file.suffix.lower() in known] for column, known in SUFFIXES.items()}
+    captions = [file.name for file in files if file.stem == "metadata"]
+    if any(found.values()) and (captions or all(found.values())):
+        held = captions[0] if captions else f"{len(found['images'])} images and {len(found['audio'])} clips"
+        raise ValueError(
+            f"{str(folder)!r} holds {held}: what belongs together is said by a {split}.jsonl that names the files"
+        )
+    return [(column, str(file.relative_to(folder))) for column, files in found.items() for file in files]
