@@ -52,7 +52,7 @@ format: setup
 
 bench: setup
 	@mkdir -p out/bench
-	@set -e; for program in sparse_layer routing_options train_step decode upcycle router_reward adaptive_experts moe_vs_dense lifelong prune_merge long_context early_exit draft_and_verify layer_skip serving; do \
+	@set -e; for program in sparse_layer routing_options train_step decode upcycle self_supervised router_reward adaptive_experts moe_vs_dense lifelong prune_merge long_context early_exit draft_and_verify layer_skip serving; do \
 		$(BIN)/python -m benchmarks.$$program --json out/bench/$$program.json; \
 	done
 

@@ -306,6 +306,7 @@ def _told(stage: Stage) -> dict[str, Any]:
 def _asked(recipe: Recipe) -> dict[str, Any]:
     """What decides what a stage ends with, by name."""
     sections = {"data": recipe.data, "lora": recipe.lora, "routing": recipe.routing, "parts": recipe.parts}
+    sections["objectives"] = recipe.objectives
     found = {f"{section}.{key}": value for section, kind in sections.items() for key, value in vars(kind).items()}
     found |= {f"training.{name}": getattr(recipe.training, name) for name in DECISIVE}
     found["training.optim"] = str(getattr(recipe.training.optim, "value", recipe.training.optim))
