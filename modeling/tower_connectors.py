@@ -34,9 +34,9 @@ class VisionConnector(nn.Module):
 
     def forward(self, hidden_NLD: torch.Tensor) -> torch.Tensor:
         """Takes `(images, num_tokens, encoder width)`, returns `(images, num_image_tokens, hidden_size)`."""
-        return self.projector(self._pool(hidden_NLD))
+        return self.projector(self.pool(hidden_NLD))
 
-    def _pool(self, hidden_NLD: torch.Tensor) -> torch.Tensor:
+    def pool(self, hidden_NLD: torch.Tensor) -> torch.Tensor:
         if self.pool_size == 1:
             return hidden_NLD
         if self.grid_size is None:

@@ -17,9 +17,24 @@ from transformers.utils import logging
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_limits import MediaError
 from chorus_moe.processors.processing_media import MEDIA
-from chorus_moe.training.layouts import LEARNED_KEYS, LayoutError, is_learned, standard_row
+from chorus_moe.training.data import SKIPPED
+from chorus_moe.training.layouts import DOCUMENT, LEARNED_KEYS, LayoutError, is_learned, standard_row
 
 logger = logging.get_logger(__name__)
+# A batch may hold documents and conversations, so one template writes both.
+DOCUMENT_TEMPLATE = (
+    "{%- if messages[0]['role'] == '" + DOCUMENT + "' -%}"
+    "{%- set content = messages[0]['content'] -%}"
+    "{{- bos_token -}}"
+    "{%- generation -%}"
+    "{%- if content is string -%}{{- content -}}"
+    "{%- else -%}{%- for part in content -%}"
+    "{%- if part['type'] == 'text' -%}{{- part['text'] -}}{%- else -%}{{- MEDIA[part['type']] -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{{- eos_token -}}"
+    "{%- endgeneration -%}"
+    "{%- else %}"
+)
 Row = Mapping[str, Any]
 # Rows, and the batch that was made of them, to what else the batch gets.
 MoreColumns = Callable[[Sequence[Row], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -81,6 +96,9 @@ class ChorusDataCollator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         """The batch of `rows`: the processor's tensors and `labels` (B, S), padded on the right."""
+        if all(row is SKIPPED for row in rows):
+            # The Trainer takes the batches of a resumed stream to where it goes on, and looks into none of them.
+            return {}
         good = list(rows)
         # The processor checks all samples before it computes, so an error costs little and names one sample; without it
         # the batch is tried again.
@@ -107,8 +125,10 @@ class ChorusDataCollator:
         if self.prompt_only:
             return self._prompts(messages, media)
         needs_mask = not all(map(all, learned))
+        is_document = [turns[0]["role"] == DOCUMENT for turns in messages if turns]
         batch = self.processor.apply_chat_template(
             messages,
+            chat_template=document_template(self.processor) if any(is_document) else None,
             return_labels=True,
             return_tensors="pt",
             return_assistant_tokens_mask=needs_mask,
@@ -118,7 +138,8 @@ class ChorusDataCollator:
         if needs_mask:
             masks = batch.pop("assistant_masks")
             for sample, flags in enumerate(learned):
-                self._unlearn(batch["labels"][sample], masks[sample].tolist(), flags, sample)
+                if not all(flags):
+                    self._unlearn(batch["labels"][sample], masks[sample].tolist(), flags, sample)
         return dict(batch)
 
     def _prompts(self, messages: list[list[dict[str, Any]]], media: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -213,6 +234,15 @@ class ChorusDataCollator:
         for columns in self.more:
             batch = batch | columns(rows, batch)
         return batch
+
+
+def document_template(processor: ChorusProcessor) -> str:
+    """The processor's chat template, which also writes documents: their parts, and eos."""
+    own = processor.chat_template or ""
+    own = own.get("default", "") if isinstance(own, dict) else own
+    media = {medium: getattr(processor, f"{medium}_token") for medium in MEDIA}
+    # Jinja drops one newline at the end of a template.
+    return DOCUMENT_TEMPLATE.replace("MEDIA", repr(media)) + own.removesuffix("\n") + "{% endif %}"
 
 
 def clean_messages(messages: Sequence[Row]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ may be the file itself. Nothing is decoded here: the processor decodes within it
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.training.features.rows import is_cache, read_facts, read_row, read_table
-from chorus_moe.training.layouts import TASK, LayoutError, explain, is_learned, standard_row
+from chorus_moe.training.layouts import AS_DOCUMENTS, DOCUMENT, TASK, LayoutError, explain, is_learned, standard_row
 from chorus_moe.training.loading import is_remote
 
 if TYPE_CHECKING:
@@ -32,36 +32,38 @@ PATH_KEYS = {key for row in MEDIA.values() for key in row.keys} - {"base64", "by
 }
 # Enough to see a wrong format. All rows would mean to read the whole data set before the first step.
 CHECKED_ROWS = 16
+# In a stream, in the place of a row that a resumed run has learned.
+SKIPPED: dict[str, Any] = {"skipped": True}
 
 
-class RowDataset(Dataset):
-    """Rows of a table in our layout. Relative media paths are resolved against `folder`; None for tables from the Hub.
+class RowReader:
+    """Reads rows of a table in our layout. Relative media paths are resolved against `folder`; None for tables from the
+    Hub.
 
     A row that cannot be read holds a LayoutError under `error`, which the collator raises or skips.
 
     Args:
         columns: our name of a column -> its name in the table.
-        markers: what `<image>` and `<audio>` in a string are, see `layouts.convert`.
+        markers, documents: what `<image>` and `<audio>` in a string are, and which rows are documents, see
+            `layouts.convert`.
     """
 
     def __init__(
         self,
-        table: "datasets.Dataset",
         folder: Path | None,
         columns: Mapping[str, str] | None = None,
         markers: str = "media",
+        documents: bool = False,
     ):
-        self.table = table
         self.folder = folder
         self.columns = columns
         self.markers = markers
+        self.documents = documents
 
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def read(self, values: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """The row of these values; `index` is what errors call it."""
         try:
-            row = standard_row(self.table[int(index)], self.columns, self.markers)
+            row = standard_row(values, self.columns, self.markers, self.documents)
         except LayoutError as error:
             return {"messages": [], "error": LayoutError(f"row {index}, {error}")}
         for column in MEDIA_KINDS:
@@ -69,13 +71,9 @@ class RowDataset(Dataset):
         row["messages"] = [self._with_paths(turn, f"row {index}, key 'messages'") for turn in row["messages"]]
         return row
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
-
-    def tasks(self) -> list[Any]:
-        """The `task` of every row, None where it has none; no other column is read."""
-        column = (self.columns or {}).get(TASK, TASK)
-        return list(self.table[column]) if column in self.table.column_names else [None] * len(self)
+    def explain(self, rows: Iterable[Mapping[str, Any]]) -> str:
+        """What was recognised in rows of a table, in a line."""
+        return explain(rows, self.columns, self.markers, self.documents)
 
     def _with_paths(self, turn: Any, where: str) -> Any:
         """A turn whose parts name media by resolved paths."""
@@ -122,6 +120,35 @@ class RowDataset(Dataset):
         return str(found)
 
 
+class RowDataset(RowReader, Dataset):
+    """The rows of a table, see `RowReader`."""
+
+    def __init__(
+        self,
+        table: "datasets.Dataset",
+        folder: Path | None,
+        columns: Mapping[str, str] | None = None,
+        markers: str = "media",
+        documents: bool = False,
+    ):
+        super().__init__(folder, columns, markers, documents)
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read(self.table[int(index)], index)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def tasks(self) -> list[Any]:
+        """The `task` of every row, None where it has none; no other column is read."""
+        column = (self.columns or {}).get(TASK, TASK)
+        return list(self.table[column]) if column in self.table.column_names else [None] * len(self)
+
+
 class FeatureRows(RowDataset):
     """Rows that `cache-features` has written, for `FeatureCollator`: features of frozen towers in the place of media.
 
@@ -144,6 +171,7 @@ def load_rows(
     columns: Mapping[str, str] | None = None,
     media_markers: str = "media",
     media_folder: str | os.PathLike[str] | None = None,
+    documents: bool = False,
 ) -> RowDataset:
     """The rows of `source`, the first of them checked. Local files are read without a network.
 
@@ -157,6 +185,8 @@ def load_rows(
         media_markers: what `<image>` and `<audio>` in a string are: the places of "media", or "text".
         media_folder: where relative media paths begin, and the only folder whose files rows may name; that of the
             data file if None.
+        documents: rows of `text`, of media alone, and of one turn that is not the assistant's are documents, whose
+            whole text is learned.
 
     Raises:
         FileNotFoundError: a path that is not there, or a folder without such a split.
@@ -164,17 +194,17 @@ def load_rows(
     """
     path = Path(source)
     if is_cache(path):
-        if columns or media_folder is not None or media_markers != "media":
+        if columns or media_folder is not None or media_markers != "media" or documents:
             raise ValueError(
-                f"{source}: columns, media_markers and media_folder were read when the features were cached; leave "
-                "them out"
+                f"{source}: columns, media_markers, media_folder and documents were read when the features were cached; "
+                "leave them out"
             )
         return FeatureRows(path, split)
     table, folder = read_source(source, split)
     folder = folder if media_folder is None else Path(media_folder)
-    rows = RowDataset(table, folder, columns, media_markers)
-    check_rows(rows, str(source))
-    found = explain((rows.table[i] for i in range(min(len(rows), CHECKED_ROWS))), columns, media_markers)
+    rows = RowDataset(table, folder, columns, media_markers, documents)
+    check_rows([rows[i] for i in range(min(len(rows), CHECKED_ROWS))], str(source))
+    found = rows.explain(rows.table[i] for i in range(min(len(rows), CHECKED_ROWS)))
     if found:
         print(f"{source}: {len(rows):,} rows; {found}", file=sys.stderr)
     return rows
@@ -193,7 +223,7 @@ def read_source(source: str | os.PathLike[str], split: str) -> tuple["datasets.D
                 raise ValueError(f"{str(source)!r} has no split {split!r}; it has {', '.join(table)}")
             table = table[split]
     elif path.exists():
-        files = _data_files(path, split)
+        files = data_files(path, split)
         # `load_dataset` would count the download of its reader, over the network.
         read = datasets.Dataset.from_parquet if files[0].suffix == ".parquet" else datasets.Dataset.from_json
         try:
@@ -207,10 +237,10 @@ def read_source(source: str | os.PathLike[str], split: str) -> tuple["datasets.D
         raise FileNotFoundError(f"no data at {str(source)!r}")
     else:
         table, folder = datasets.load_dataset(str(source), split=split), None
-    return _undecoded(table), folder
+    return undecoded(table), folder
 
 
-def _data_files(path: Path, split: str) -> list[Path]:
+def data_files(path: Path, split: str) -> list[Path]:
     """The file itself, or the files of a folder that hold the split (`train.jsonl`, `train-00000-of-00002.parquet`)."""
     if path.is_file():
         if path.suffix not in FORMATS:
@@ -223,11 +253,12 @@ def _data_files(path: Path, split: str) -> list[Path]:
     return files
 
 
-def _undecoded(table: Any) -> Any:
+def undecoded(table: Any) -> Any:
     """The table with every image and audio feature as undecoded files: no ffmpeg or torchcodec is needed."""
     from datasets import Audio, Image, List
 
-    for column in table.features:
+    # A stream of JSON does not know its columns.
+    for column in table.features or ():
         feature = table.features[column]
         inner = feature.feature if isinstance(feature, List) else feature
         if isinstance(inner, Audio | Image):
@@ -237,16 +268,16 @@ def _undecoded(table: Any) -> Any:
     return table
 
 
-def check_rows(rows: RowDataset, source: str) -> None:
-    """Check the first rows, so that a mistake in the format shows before a model is loaded.
+def check_rows(rows: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Check rows, the first ones of a source, so that a mistake in the format shows before a model is loaded.
 
     Raises:
         ValueError: naming the source, the row, the key and what is wrong.
     """
     if len(rows) == 0:
         raise ValueError(f"{source}: there are no rows")
-    for index in range(min(len(rows), CHECKED_ROWS)):
-        if problem := find_problem(rows[index]):
+    for index, row in enumerate(rows):
+        if problem := find_problem(row):
             raise ValueError(f"{source}, row {index}, {problem}")
 
 
@@ -276,10 +307,14 @@ def find_problem(row: Mapping[str, Any]) -> str | None:
                     value is not None for key, value in part.items() if key not in ("type", "sampling_rate")
                 )
                 wanted[column] += kind == medium and not has_data
-    if not any(message["role"] == "assistant" for message in messages):
-        return "key 'messages': no turn has the role 'assistant', so there is nothing to learn"
+    roles = [message["role"] for message in messages]
+    if DOCUMENT in roles and len(roles) > 1:
+        return f"key 'messages': a document is a row of one turn, found {len(roles)}"
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers and DOCUMENT not in roles:
+        return f"key 'messages': no turn has the role 'assistant', so there is nothing to learn, {AS_DOCUMENTS}"
     try:
-        if not any(is_learned(message) for message in messages if message["role"] == "assistant"):
+        if answers and not any(map(is_learned, answers)):
             return "key 'messages': every turn of the assistant is left out of learning"
     except LayoutError as error:
         return f"key 'messages': {error}"

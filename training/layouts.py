@@ -51,9 +51,13 @@ LAYOUTS = {
 ALONG = ("system", "history", "input", "tools")
 # What a row is an example of, as in "parity" (see `tasks/`); it stays with the row.
 TASK = "task"
+# The role of a turn that is a whole row: its parts are written without words of a chat around them, and all its text is
+# learned, and its end.
+DOCUMENT = "document"
+AS_DOCUMENTS = "or learn all of it with data.documents=true"
 REFUSED = {
     "chosen": "pairs of a better and a worse answer are for TRL's DPOTrainer, not for supervised training",
-    "text": "plain text has no turns, so nothing says what is to be learned; write it as `messages`",
+    "text": "plain text has no turns, so nothing says what is to be learned; write it as `messages`, " + AS_DOCUMENTS,
     "input_ids": "token ids, as `cache-features` writes them, are for training; give the rows that they were made of",
     "prompt": "a prompt without a `completion` holds no answer to learn",
 }
@@ -71,28 +75,39 @@ class Converted(NamedTuple):
 
 
 def standard_row(
-    row: Mapping[str, Any], columns: Mapping[str, str] | None = None, markers: str = "media"
+    row: Mapping[str, Any],
+    columns: Mapping[str, str] | None = None,
+    markers: str = "media",
+    documents: bool = False,
 ) -> dict[str, Any]:
     """The row with `messages`, `images` and `audio`; one that is ours already stays as it is.
 
     Raises:
         LayoutError: what cannot be converted without loss, by its key.
     """
-    return convert(row, columns, markers).row
+    return convert(row, columns, markers, documents).row
 
 
-def convert(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, markers: str = "media") -> Converted:
+def convert(
+    row: Mapping[str, Any],
+    columns: Mapping[str, str] | None = None,
+    markers: str = "media",
+    documents: bool = False,
+) -> Converted:
     """`standard_row`, with what was recognised.
 
     Args:
         columns: our name of a column -> its name in the row.
         markers: what `<image>` and `<audio>` in a string are: the places of "media", or "text".
+        documents: rows of `text`, of media alone, and of one turn that is not the assistant's are documents.
     """
     if isinstance(row.get("error"), LayoutError):
         raise row["error"]
     if markers not in MARKER_RULES:
         raise ValueError(f"media_markers={markers!r}; choose from {list(MARKER_RULES)}")
     values = {name: _plain(value) for name, value in _renamed(row, columns or {}).items()}
+    if documents:
+        values = _with_turn(values)
     layout = next((names for names in LAYOUTS if all(values.get(name) is not None for name in names)), None)
     if layout is None:
         refused = next((name for name in REFUSED if values.get(name) is not None), None)
@@ -106,6 +121,8 @@ def convert(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, ma
     if values.get("tools"):
         raise LayoutError("key 'tools': definitions of tools are not rendered, so calls of them cannot be learned")
     messages = _with_system(_turns(values, layout), values.get("system"))
+    if documents:
+        messages = _as_document(messages, notes)
     media = {column: _media(values, column, notes) for column in MEDIA_COLUMNS}
     if media["videos"]:
         raise LayoutError(f"key 'videos': {len(media['videos'])} videos, which no Chorus model takes")
@@ -118,12 +135,17 @@ def convert(row: Mapping[str, Any], columns: Mapping[str, str] | None = None, ma
     return Converted({**rest, "messages": messages, **media}, notes)
 
 
-def explain(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None = None, markers: str = "media") -> str:
+def explain(
+    rows: Iterable[Mapping[str, Any]],
+    columns: Mapping[str, str] | None = None,
+    markers: str = "media",
+    documents: bool = False,
+) -> str:
     """What was recognised in some rows, in a line; empty for rows of ours."""
     notes: dict[str, None] = {}
     for row in rows:
         try:
-            notes |= dict.fromkeys(convert(row, columns, markers).notes)
+            notes |= dict.fromkeys(convert(row, columns, markers, documents).notes)
         # Named, with its number, by whoever reads the rows.
         except LayoutError:
             continue
@@ -182,6 +204,30 @@ def _turn(turn: Any, key: str, number: int) -> Any:
     if turn["from"] not in ROLES:
         raise LayoutError(f"key {key!r}, turn {number}: unknown speaker {turn['from']!r}; known are {', '.join(ROLES)}")
     return {**rest, "role": ROLES[turn["from"]], "content": turn.get("value")}
+
+
+def _with_turn(values: dict[str, Any]) -> dict[str, Any]:
+    """A row of `text`, or of media alone, with a turn that holds it."""
+    if any(all(values.get(name) is not None for name in names) for names in LAYOUTS):
+        return values
+    rest, text = {name: value for name, value in values.items() if name != "text"}, values.get("text")
+    if text is None and not any(rest.get(name) is not None for names in MEDIA_COLUMNS.values() for name in names):
+        return values
+    return {**rest, "messages": [{"role": DOCUMENT, "content": text or ""}]}
+
+
+def _as_document(turns: list[Any], notes: list[str]) -> list[Any]:
+    """The one turn of a row as a document; rows with an answer stay as they are."""
+    roles = [turn.get("role") for turn in turns if isinstance(turn, Mapping)]
+    if "assistant" in roles or not roles:
+        return turns
+    if len(turns) > 1:
+        raise LayoutError(
+            f"key 'messages': {len(turns)} turns and none of them the assistant's; a document is one turn, whose parts "
+            "are in their order"
+        )
+    notes.append("rows without an answer are documents, all of whose text is learned")
+    return [{**turns[0], "role": DOCUMENT}]
 
 
 def _with_system(turns: list[Any], system: Any) -> list[Any]:
@@ -269,13 +315,15 @@ def _split(turn: Any, kinds: set[str]) -> Any:
 def _in_front(messages: list[Any], parts: list[dict[str, str]], notes: list[str]) -> list[Any]:
     """The messages with parts in front of the user's first turn, as TRL and ms-swift place media without a marker."""
     first = next(
-        (i for i, turn in enumerate(messages) if isinstance(turn, Mapping) and turn.get("role") == "user"), None
+        (i for i, turn in enumerate(messages) if isinstance(turn, Mapping) and turn.get("role") in ("user", DOCUMENT)),
+        None,
     )
     if first is None:
         raise LayoutError("key 'messages': media without a marker stand in front of a user's turn, and there is none")
-    notes.append("media without a marker stand in front of the user's first turn")
+    whose = "document's text" if messages[first]["role"] == DOCUMENT else "user's first turn"
+    notes.append(f"media without a marker stand in front of the {whose}")
     content = messages[first]["content"]
-    texts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    texts = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
     return [*messages[:first], {**messages[first], "content": [*parts, *texts]}, *messages[first + 1 :]]
 
 

@@ -64,6 +64,16 @@ class DataArguments:
     media_markers: str = field(
         default="media", metadata={"help": "what <image> and <audio> in a string are: places of media, or text"}
     )
+    documents: bool = field(
+        default=False,
+        metadata={"help": "rows of text, of media alone and of one turn without an answer are learned whole"},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "read train_data while training, also tar shards and folders of media"}
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "streamed rows among which the next one is drawn; 1: in their order"}
+    )
     media_folder: str | None = field(
         default=None, metadata={"help": "where media paths begin, and all that rows may name; None: the data's folder"}
     )
@@ -81,7 +91,12 @@ class DataArguments:
         for name in columns or ():
             if name not in COLUMNS:
                 raise ValueError(f"data.columns: no column of ours is {name!r}{nearest(name, COLUMNS)}; {COLUMNS}")
-        return {"columns": columns, "media_markers": self.media_markers, "media_folder": self.media_folder}
+        return {
+            "columns": columns,
+            "media_markers": self.media_markers,
+            "media_folder": self.media_folder,
+            "documents": self.documents,
+        }
 
 
 @dataclass

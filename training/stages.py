@@ -31,6 +31,7 @@ from chorus_moe.training.rates import Rates
 from chorus_moe.training.readiness import check_recipe, prepare_parts
 from chorus_moe.training.recipe import SECTIONS, PartsArguments, Recipe, build_recipe, field_names, nearest
 from chorus_moe.training.saving import saved_whole
+from chorus_moe.training.streaming import training_rows
 from chorus_moe.training.tasks.plan import plan_tasks
 from chorus_moe.training.train import read_config, run_training
 from chorus_moe.training.yaml_files import read_yaml
@@ -264,14 +265,12 @@ def check_stages(stages: Sequence[Stage]) -> None:
             check_recipe(stage.recipe)
             check_teachers(stage.recipe.distillation, tokenizer)
             data = stage.recipe.data
-            rows = {}
-            for source, split in ((data.train_data, data.train_split), (data.eval_data, data.eval_split)):
-                if source:
-                    loaded = rows[str(source)] = reader_of(stage.recipe)(source, split, **data.to_options())
-                    if split == data.train_split and stage.recipe.tasks.use_tasks:
-                        plan_tasks(stage.recipe.tasks, loaded)
-                elif split == data.train_split:
-                    raise ValueError("data.train_data is missing: a file, a folder or a Hub id")
+            loaded = training_rows(stage.recipe)
+            rows: dict[str, Any] = {str(data.train_data): loaded}
+            if stage.recipe.tasks.use_tasks:
+                plan_tasks(stage.recipe.tasks, loaded)
+            if data.eval_data:
+                rows[data.eval_data] = reader_of(stage.recipe)(data.eval_data, data.eval_split, **data.to_options())
             prepared = prepare_parts(model, stage.recipe, verbose=False)
             check_frozen(prepared, rows, trained)
             trained |= trained_towers(prepared)
@@ -321,7 +320,7 @@ def _told(stage: Stage) -> dict[str, Any]:
 def _asked(recipe: Recipe) -> dict[str, Any]:
     """What decides what a stage ends with, by name."""
     sections = {"data": recipe.data, "lora": recipe.lora, "routing": recipe.routing, "parts": recipe.parts}
-    sections |= {"distillation": recipe.distillation, "tasks": recipe.tasks}
+    sections |= {"objectives": recipe.objectives, "distillation": recipe.distillation, "tasks": recipe.tasks}
     found = {f"{section}.{key}": value for section, kind in sections.items() for key, value in vars(kind).items()}
     found |= {f"training.{name}": getattr(recipe.training, name) for name in DECISIVE}
     found["training.optim"] = str(getattr(recipe.training.optim, "value", recipe.training.optim))

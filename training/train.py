@@ -51,6 +51,7 @@ from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.routing.report import write_routing
 from chorus_moe.training.routing.reward import RouterRewardTrainer
 from chorus_moe.training.saving import held_model
+from chorus_moe.training.streaming import StreamedRows, skip_learned, training_rows
 from chorus_moe.training.tasks.learning import check_memory, task_columns
 from chorus_moe.training.tasks.plan import plan_tasks
 from chorus_moe.training.trainer import ChorusTrainer
@@ -75,18 +76,15 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
         TrainingBroke: too many steps were skipped.
     """
     arguments = recipe.training
-    if recipe.data.train_data is None:
-        raise ValueError("data.train_data is missing: a file, a folder or a Hub id")
     # Before the model is built: its weights are drawn from this seed.
     set_seed(arguments.seed)
     if recipe.model.model_name_or_path is not None and recipe.model.config is None:
         check_source(recipe.model.model_name_or_path)
     check_recipe(recipe)
     options, eval_rows = recipe.data.to_options(), None
-    read = reader_of(recipe)
-    train_rows = read(recipe.data.train_data, recipe.data.train_split, **options)
+    train_rows = training_rows(recipe)
     if recipe.data.eval_data:
-        eval_rows = read(recipe.data.eval_data, recipe.data.eval_split, **options)
+        eval_rows = reader_of(recipe)(recipe.data.eval_data, recipe.data.eval_split, **options)
     if is_contrastive(recipe):
         # Otherwise evaluation waits for labels before it reports a loss.
         arguments.label_names = []
@@ -119,6 +117,8 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
         check_memory(tasks, TrainerState.load_from_json(str(Path(checkpoint) / STATE)).stateful_callbacks)
         # The Trainer would load an optimizer state on the wrong parameters without a word.
         check_resume(trainer, checkpoint)
+        if isinstance(train_rows, StreamedRows):
+            skip_learned(train_rows, checkpoint, arguments)
     if is_new and trainer.is_local_process_zero():
         # A later `auto` would take the steps of the earlier run for those of this one.
         for earlier in numbered_checkpoints(Path(arguments.output_dir)):
@@ -231,7 +231,7 @@ def _publish(
 
 
 def load_or_build(
-    recipe: Recipe, rows: RowDataset, checkpoint: str | None = None
+    recipe: Recipe, rows: RowDataset | StreamedRows, checkpoint: str | None = None
 ) -> tuple[ModelOrAdapter, ChorusProcessor]:
     """The model to train, with its adapter if the recipe has one, and the processor."""
     given = recipe.model
@@ -259,7 +259,7 @@ def load_or_build(
 
 def build_model(
     given: ModelArguments,
-    rows: RowDataset,
+    rows: RowDataset | StreamedRows,
     checkpoint: str | None = None,
     kind: type[ChorusPreTrainedModel] = ChorusForConditionalGeneration,
     fields: Mapping[str, Any] | None = None,
@@ -279,6 +279,8 @@ def build_model(
     elif given.tokenizer is not None:
         tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     else:
+        if isinstance(rows, StreamedRows):
+            raise ValueError("data.streaming: a tokenizer cannot be trained on a stream; give model.tokenizer")
         tokenizer = build_tokenizer(texts_of(rows), given.tokenizer_vocab_size)
     add_media_tokens(tokenizer)
     assert given.config is not None  # `build_model` has checked it

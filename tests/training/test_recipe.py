@@ -68,7 +68,10 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
         ({"training": {"learning_rte": 1}}, "section 'training' has no 'learning_rte'; did you mean 'learning_rate'?"),
         ({"model": {"learning_rate": 1}}, "section 'model' has no 'learning_rate'; it belongs to 'training'"),
         ({"data": 3}, "section 'data' must be a mapping, found 3"),
-        ([1], "expected the sections model, data, lora, routing, parts, guards, distillation, tasks, training"),
+        (
+            [1],
+            "expected the sections model, data, lora, routing, parts, guards, objectives, distillation, tasks,",
+        ),
     ],
 )
 def test_unknown_names_are_errors_with_the_nearest(tmp_path: Path, sections: Any, message: str) -> None:

@@ -53,6 +53,7 @@ def load_pairs(
     columns: Mapping[str, str] | None = None,
     media_markers: str = "media",
     media_folder: str | os.PathLike[str] | None = None,
+    documents: bool = False,
 ) -> PairDataset:
     """The rows of pairs of `source`, the first of them checked. Arguments are those of `load_rows`; `columns` may name
     the column of the text, as in `{"text": "sentence"}`.
@@ -62,6 +63,8 @@ def load_pairs(
         ValueError: cached features; a row that is no pair, by its number and key, or has other modalities than the
             first.
     """
+    if documents:
+        raise ValueError(f"{source}: data.documents is for rows whose text is learned, not for pairs")
     if is_cache(Path(source)):
         raise ValueError(f"{source}: cached features stand in conversations, not in pairs; give the rows themselves")
     table, folder = read_source(source, split)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 
 from chorus_moe.modeling.configuration_modalities import ENCODED
 from chorus_moe.processors.processing_chorus import ChorusProcessor
-from chorus_moe.training.data import FeatureRows, RowDataset
+from chorus_moe.training.data import FeatureRows, RowReader
 from chorus_moe.training.features.identity import processor_hash, tower_hash, towers_of
 from chorus_moe.training.loading import ModelOrAdapter
 
@@ -19,7 +19,7 @@ def trained_towers(model: ModelOrAdapter) -> set[str]:
 
 
 def check_frozen(
-    model: ModelOrAdapter, rows: Mapping[str, RowDataset | None], trained_before: Collection[str] = ()
+    model: ModelOrAdapter, rows: Mapping[str, RowReader | None], trained_before: Collection[str] = ()
 ) -> None:
     """Refuse to train a tower on its own cached outputs, which training would not change.
 
@@ -40,7 +40,7 @@ def check_frozen(
                 )
 
 
-def check_features(model: ModelOrAdapter, processor: ChorusProcessor, rows: Mapping[str, RowDataset | None]) -> None:
+def check_features(model: ModelOrAdapter, processor: ChorusProcessor, rows: Mapping[str, RowReader | None]) -> None:
     """`check_frozen`, and refuse features that another tower or processor made.
 
     Raises:

@@ -16,7 +16,7 @@ class ObjectiveArguments:
         default=0.0, metadata={"help": "weight of predicting what the audio tower says of hidden audio tokens"}
     )
     mask_share: float = field(
-        default=0.5, metadata={"help": "share of the tokens of each image and clip that is hidden"}
+        default=0.5, metadata={"help": "share of the image or audio tokens of each row that is hidden"}
     )
     contrastive_loss: str | None = field(
         default=None,
@@ -31,8 +31,10 @@ def weights_of(arguments: ObjectiveArguments) -> dict[str, float]:
     """Weight of each term by the name of its field.
 
     Raises:
-        ValueError: a weight that is negative or not finite, or all of them are zero.
+        ValueError: a weight that is negative or not finite, or all of them are zero; a share outside 0..1.
     """
+    if not 0 < arguments.mask_share < 1:
+        raise ValueError(f"objectives.mask_share must lie between 0 and 1, found {arguments.mask_share}")
     weights = {name: value for name, value in vars(arguments).items() if name.endswith("_weight")}
     for name, value in weights.items():
         if not 0 <= value < math.inf:

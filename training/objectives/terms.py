@@ -1,12 +1,13 @@
 """The terms of the loss that a recipe asks for."""
 
+from functools import partial
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from chorus_moe.training.loading import ModelOrAdapter, base_model
 from chorus_moe.training.objectives.arguments import ObjectiveArguments, weights_of
+from chorus_moe.training.objectives.masked import MaskedFeatures
 from chorus_moe.training.objectives.objective import Objective
 
 
@@ -14,10 +15,12 @@ def build_objectives(arguments: ObjectiveArguments, model: ModelOrAdapter) -> li
     """The objectives with a weight above zero; the loss of the labelled tokens is the model's own, see `weigh_tokens`.
 
     Raises:
-        ValueError: as `weights_of`.
+        ValueError: as `weights_of`; a term that this model cannot learn.
     """
     weights_of(arguments)
-    return []
+    given = {"image": arguments.masked_image_weight, "audio": arguments.masked_audio_weight}
+    share = arguments.mask_share
+    return [MaskedFeatures(modality, model, share, weight) for modality, weight in given.items() if weight > 0]
 
 
 def weigh_tokens(model: ModelOrAdapter, weight: float) -> None:
@@ -26,15 +29,9 @@ def weigh_tokens(model: ModelOrAdapter, weight: float) -> None:
     if weight == 1.0:
         return
     inner: Any = base_model(model)
-    inner.loss_function = WeighedLoss(inner, inner.loss_function, weight)
+    inner.loss_function = partial(_weighed, inner, inner.loss_function, weight)
 
 
-class WeighedLoss:
-    """A loss function of a model, weighed while the model is in training."""
-
-    def __init__(self, model: PreTrainedModel, function: Any, weight: float):
-        self.model, self.function, self.weight = model, function, weight
-
-    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
-        loss = self.function(*arguments, **options)
-        return self.weight * loss if self.model.training else loss
+def _weighed(model: nn.Module, loss_function: Any, weight: float, *arguments: Any, **options: Any) -> Tensor:
+    loss = loss_function(*arguments, **options)
+    return weight * loss if model.training else loss

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from transformers import Trainer
 
-from chorus_moe.training.data import RowDataset
+from chorus_moe.training.data import RowDataset, RowReader
 from chorus_moe.training.loading import base_model
 from chorus_moe.training.recipe import SECTIONS, Recipe, field_names
 from chorus_moe.training.results.confusion import cell_of
@@ -23,11 +23,12 @@ HYPERPARAMETERS = (
 )
 
 
-def run_section(recipe: Recipe, trainer: Trainer, rows: RowDataset, eval_rows: RowDataset | None) -> list[str]:
+def run_section(recipe: Recipe, trainer: Trainer, rows: RowReader, eval_rows: RowDataset | None) -> list[str]:
     """Lines of a card on how its weights came about. Of local paths only the last name is told."""
     data, state = recipe.data, trainer.state
     facts = {"starts from": start_of(recipe, trainer)}
-    facts["data"] = f"{name_of(data.train_data)}, {data.train_split}: {len(rows):,} rows"
+    count = f"{len(rows):,} rows" if isinstance(rows, RowDataset) else "streamed"
+    facts["data"] = f"{name_of(data.train_data)}, {data.train_split}: {count}"
     if eval_rows is not None:
         facts["evaluation data"] = f"{name_of(data.eval_data)}, {data.eval_split}: {len(eval_rows):,} rows"
     facts["steps"] = f"{state.global_step:,} ({state.epoch or 0:.2f} epochs)"

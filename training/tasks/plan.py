@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from chorus_moe.modeling.configuration_banks import check_name
-from chorus_moe.training.data import RowDataset
+from chorus_moe.training.data import RowDataset, RowReader
 from chorus_moe.training.layouts import TASK
 from chorus_moe.training.recipe import read_mapping
 from chorus_moe.training.tasks.arguments import TaskArguments
@@ -58,7 +58,7 @@ class TaskPlan(NamedTuple):
         return f"tasks: {told}" + (f"; {left_out:,} rows of other tasks are left out" if left_out else "")
 
 
-def plan_tasks(arguments: TaskArguments, rows: RowDataset | Sequence[Mapping[str, Any]]) -> TaskPlan:
+def plan_tasks(arguments: TaskArguments, rows: RowReader | Sequence[Mapping[str, Any]]) -> TaskPlan:
     """The plan for the rows of a run.
 
     Raises:
@@ -67,7 +67,7 @@ def plan_tasks(arguments: TaskArguments, rows: RowDataset | Sequence[Mapping[str
             no sense.
     """
     _check_methods(arguments)
-    if not hasattr(rows, "__len__"):
+    if isinstance(rows, RowReader) and not isinstance(rows, RowDataset):
         raise ValueError("tasks: rows that stream have no tasks before they are read; save them as a table first")
     found = tasks_of(rows)
     for number, name in enumerate(found):
