@@ -23,7 +23,7 @@ from chorus_moe.training.data import RowDataset
 from chorus_moe.training.features.identity import processor_hash, tower_hash, towers_of
 from chorus_moe.training.features.rows import FACTS, Facts, pack
 from chorus_moe.training.loading import ModelOrAdapter, device_of
-from chorus_moe.training.saving import saved_whole
+from chorus_moe.training.saving import INCOMPLETE, saved_whole
 
 # Columns of a row that its tokens and states stand for, and one that stays a column: what a row is an example of.
 REPLACED = {"messages", "error", "task", *(medium.column for medium in MEDIA.values())}
@@ -61,7 +61,8 @@ def cache_features(
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # What a killed call has left is replaced.
+    if out.exists() and (not out.is_dir() or any(path.name != INCOMPLETE for path in out.iterdir())):
         raise ValueError(f"{str(out)!r} holds something; choose a new folder")
     towers = towers_of(model)
     if not towers:

@@ -14,6 +14,7 @@ from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.collator import clean_messages
 from chorus_moe.training.data import RowDataset
+from chorus_moe.training.layouts import standard_row
 from chorus_moe.training.loading import ModelOrAdapter, base_model, device_of
 from chorus_moe.training.routing.counters import RoutingCounters
 from chorus_moe.training.routing.observer import RoutingObserver
@@ -61,7 +62,7 @@ def count_rows(
     model.eval()
     with RoutingObserver(model) as observer:
         for start in tqdm(range(0, len(rows), batch_size), desc="routing", unit="batch", disable=not progress):
-            batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
+            batch = [standard_row(rows[index]) for index in range(start, min(start + batch_size, len(rows)))]
             inputs = processor.apply_chat_template(
                 [clean_messages(row["messages"]) for row in batch],
                 images=[list(row.get("images") or []) for row in batch],

@@ -82,6 +82,18 @@ def test_a_folder_that_holds_something_and_a_model_without_towers_are_refused(
         cache_features(model, processor, rows, data / "new", source="m")
 
 
+def test_what_a_killed_call_has_left_is_replaced(
+    model: ChorusForConditionalGeneration, processor: ChorusProcessor, data: Path, tmp_path: Path
+) -> None:
+    left = tmp_path / "out" / "_incomplete" / "save"
+    left.mkdir(parents=True)
+    (left / "train.arrow").write_bytes(b"half")
+    rows = {"train": load_rows(data)}
+    cache_features(model, processor, rows, tmp_path / "out", source="m", progress=False)
+    assert len(load_rows(tmp_path / "out")) == 6
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"features.json", "train.arrow"}
+
+
 def test_text_alone_is_cached_too(
     model: ChorusForConditionalGeneration, processor: ChorusProcessor, tmp_path: Path
 ) -> None:

@@ -10,9 +10,10 @@ import torch
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
 from chorus_moe.training.data import FeatureRows, load_rows
-from chorus_moe.training.evaluate import medium_of
+from chorus_moe.training.evaluate import evaluate_rows, medium_of
 from chorus_moe.training.features.rows import pack, unpack
 from chorus_moe.training.guards.skills import skills_of
+from chorus_moe.training.routing.report import count_rows
 
 
 def test_states_come_back_with_shape_and_type() -> None:
@@ -60,10 +61,9 @@ def test_what_cannot_be_trained_on_is_refused(cache: Path, tmp_path: Path) -> No
         load_rows(broken)
 
 
-def test_generation_wants_the_rows_with_media(
-    model: ChorusForConditionalGeneration, processor: ChorusProcessor, cache: Path
+@pytest.mark.parametrize("use", [evaluate_rows, count_rows])
+def test_what_asks_a_model_wants_the_rows_with_media(
+    use: Any, model: ChorusForConditionalGeneration, processor: ChorusProcessor, cache: Path
 ) -> None:
-    from chorus_moe.training.evaluate import evaluate_rows
-
     with pytest.raises(ValueError, match="key 'input_ids': token ids, as `cache-features` writes them"):
-        evaluate_rows(model, processor, load_rows(cache), progress=False)
+        use(model, processor, load_rows(cache), progress=False)
