@@ -196,8 +196,8 @@ def load_rows(
     if is_cache(path):
         if columns or media_folder is not None or media_markers != "media" or documents:
             raise ValueError(
-                f"{source}: columns, media_markers, media_folder and documents were read when features were cached; leave "
-                "them out"
+                f"{source}: columns, media_markers, media_folder and documents were read when features were cached; "
+                "leave them out"
             )
         return FeatureRows(path, split)
     table, folder = read_source(source, split)
