@@ -147,9 +147,8 @@ class Teacher:
             given = {name: given[name][samples_B] for name in TEXT_INPUTS}
         elif given.get("mm_encoder_outputs") and not self.shares_encoders:
             raise ValueError(
-                f"the batch holds what the student's encoders made of images and sound, and teacher "
-                f"{self.sources[0]!r} "
-                "has its own: train on the media themselves, without cached features"
+                "the batch holds what the student's encoders made of images and sound, and teacher "
+                f"{self.sources[0]!r} has its own: train on the media themselves, without cached features"
             )
         if not samples_B.any():
             return None
