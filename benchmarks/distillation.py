@@ -84,7 +84,8 @@ def teach(lesson: Lesson, config: ChorusConfig, folder: Path) -> ChorusForCondit
 
 def students(lesson: Lesson, config: ChorusConfig, folder: Path) -> dict[str, Any]:
     """The students, each with the module that is trained."""
-    teacher, width = Teacher([str(folder)], temperature=TEMPERATURE), config.text_config.hidden_size
+    teacher = Teacher([str(folder)], temperature=TEMPERATURE, shares_encoders=True)
+    width = config.text_config.hidden_size
 
     def taught(*more: Objective) -> TaughtStudent:
         student = lesson.decoder(config)

@@ -77,17 +77,20 @@ class Teacher:
         sources: folders or Hub ids of causal or Chorus models, or of adapters.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
         temperature: logits are divided by it.
+        shares_encoders: batches may hold `mm_encoder_outputs`, since the student's encoders are the teacher's as well.
 
     Raises:
         ValueError: no source or an unknown dtype, a model that does not predict tokens, or a weight that is not finite.
     """
 
-    def __init__(self, sources: Sequence[str], dtype: str = "auto", temperature: float = 1.0):
+    def __init__(
+        self, sources: Sequence[str], dtype: str = "auto", temperature: float = 1.0, shares_encoders: bool = False
+    ):
         if not sources:
             raise ValueError("distillation.teachers names no teacher")
         if dtype not in DTYPES:
             raise ValueError(f"distillation.teacher_dtype={dtype!r}; choose from {', '.join(DTYPES)}")
-        self.sources, self.temperature = tuple(sources), temperature
+        self.sources, self.temperature, self.shares_encoders = tuple(sources), temperature, shares_encoders
         self.models = [load_teacher(source, dtype) for source in sources]
         self.asks_hidden_states = self.asks_routing = False
         # How many ids all have in common, and whether all read what the student reads; `check` sets them.
@@ -142,6 +145,11 @@ class Teacher:
             samples_B = rows_of_text(inputs)
             positions_BS = positions_BS & samples_B[:, None]
             given = {name: given[name][samples_B] for name in TEXT_INPUTS}
+        elif given.get("mm_encoder_outputs") and not self.shares_encoders:
+            raise ValueError(
+                "the batch holds what the student's encoders made of images and sound, and teacher "
+                f"{self.sources[0]!r} has its own: train on the media themselves, without cached features"
+            )
         if not samples_B.any():
             return None
         log_probs_NV = None

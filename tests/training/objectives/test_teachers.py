@@ -77,6 +77,19 @@ def test_a_chorus_teacher_speaks_of_the_labelled_positions(
     assert teacher.read(inputs) is answer
 
 
+def test_outputs_of_the_students_encoders_are_for_a_teacher_that_has_them_too(
+    source: str, model: ChorusForConditionalGeneration, inputs: dict[str, Any]
+) -> None:
+    teacher, owner = Teacher([source]), Teacher([source], shares_encoders=True)
+    pixels = inputs.pop("pixel_values")
+    sound = inputs.pop("input_features"), inputs.pop("input_features_mask")
+    features = {"image": owner.models[0].get_image_features(pixels), "audio": model.get_audio_features(*sound)}
+    encoded = {**inputs, "mm_encoder_outputs": features}
+    with pytest.raises(ValueError, match="the batch holds what the student's encoders made .* without cached features"):
+        teacher.read(encoded)
+    assert owner.read(encoded) is not None
+
+
 def test_an_ensemble_is_the_mean_of_probabilities(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, inputs: dict[str, torch.Tensor]
 ) -> None:
