@@ -39,7 +39,7 @@ from chorus_moe.training.recipe import TRAINER_SETTINGS
 from chorus_moe.training.trainer import ChorusTrainer
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-QUESTION = "which digit is it?"
+QUESTION = "digit?"
 LABELS: tuple[int | str, ...] = (10, 50, "all")
 PATCHES = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 1, "num_heads": 4}
 BATCH = 32
@@ -51,18 +51,19 @@ def build(seed: int) -> tuple[ChorusForConditionalGeneration, ChorusProcessor]:
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "max_position_embeddings": 64,
-        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "mlp_layer_types": ["dense", "sparse"],
         "intermediate_size": 128,
         "cross_modal_layers": [],
-        "expert_banks": {"text": {}, "image": {"layers": [1]}, "common": {}},
+        "expert_banks": {"common": {}},
         "num_experts": 2,
         "num_experts_per_tok": 1,
         "moe_intermediate_size": 64,
         "shared_expert_intermediate_size": 64,
+        "initializer_range": 0.08,
         "modalities": ["text", "image"],
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -161,8 +162,8 @@ def pretrain(
 
 def main(arguments: list[str] | None = None) -> None:
     options: list[tuple[str, dict[str, Any]]] = [
-        ("--steps", {"type": int, "default": 1000, "help": "steps without labels (default 1000)"}),
-        ("--label-steps", {"type": int, "default": 150, "help": "steps with labels (default 150)"}),
+        ("--steps", {"type": int, "default": 400, "help": "steps without labels (default 400)"}),
+        ("--label-steps", {"type": int, "default": 100, "help": "steps with labels (default 100)"}),
         ("--seeds", {"type": int, "nargs": "+", "default": [0, 1, 2]}),
     ]
     parsed = parse("Pre-training without labels, then few labels.", arguments, *options)
