@@ -251,6 +251,10 @@ def check_stages(stages: Sequence[Stage]) -> None:
     Raises:
         ValueError: no data, an unknown part, nothing to train, and all else that `check_recipe` refuses.
     """
+    heads = {stage.recipe.model.head: stage.name for stage in reversed(stages)}
+    if len(heads) > 1:
+        named = ", ".join(f"{name!r} trains {head}" for head, name in sorted(heads.items()))
+        raise ValueError(f"the stages of a recipe train one head: {named}; write a recipe for each")
     model, trained = _skeleton(stages[0].recipe), set[str]()
     for stage in stages:
         try:
