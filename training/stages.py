@@ -256,6 +256,10 @@ def check_stages(stages: Sequence[Stage]) -> None:
             `check_recipe` refuses.
         FileNotFoundError: data or a teacher that are not there.
     """
+    heads = {stage.recipe.model.head: stage.name for stage in reversed(stages)}
+    if len(heads) > 1:
+        named = ", ".join(f"{name!r} trains {head}" for head, name in sorted(heads.items()))
+        raise ValueError(f"the stages of a recipe train one head: {named}; write a recipe for each")
     model, trained = _skeleton(stages[0].recipe), set[str]()
     start = stages[0].recipe.model.model_name_or_path
     teaches = any(stage.recipe.distillation.teachers for stage in stages)
