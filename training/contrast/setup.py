@@ -139,8 +139,8 @@ def _check_tokens(source: str | None) -> None:
 
 
 def _is_saved_as(source: str, name: str) -> bool:
-    # What an earlier stage will write is not there yet.
-    if not os.path.isdir(source) and not is_remote(source):
+    # What an earlier stage will write is not there yet, and a repository is OWNER/NAME.
+    if not os.path.isdir(source) and not (is_remote(source) and "/" in source):
         return False
     return name in (AutoConfig.from_pretrained(source).architectures or [])
 
