@@ -162,8 +162,8 @@ def pretrain(
 
 def main(arguments: list[str] | None = None) -> None:
     options: list[tuple[str, dict[str, Any]]] = [
-        ("--steps", {"type": int, "default": 400, "help": "steps without labels (default 400)"}),
-        ("--label-steps", {"type": int, "default": 100, "help": "steps with labels (default 100)"}),
+        ("--steps", {"type": int, "default": 250, "help": "steps without labels (default 250)"}),
+        ("--label-steps", {"type": int, "default": 200, "help": "steps with labels (default 200)"}),
         ("--seeds", {"type": int, "nargs": "+", "default": [0, 1, 2]}),
     ]
     parsed = parse("Pre-training without labels, then few labels.", arguments, *options)

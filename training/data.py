@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.utils.data import Dataset
 
@@ -21,6 +21,8 @@ from chorus_moe.training.loading import is_remote
 
 if TYPE_CHECKING:
     import datasets
+
+    Table = TypeVar("Table", datasets.Dataset, datasets.IterableDataset)
 
 # Column of a table -> the type of the parts that its items belong to.
 MEDIA_KINDS = {row.column: name for name, row in MEDIA.items()}
@@ -253,7 +255,7 @@ def data_files(path: Path, split: str) -> list[Path]:
     return files
 
 
-def undecoded(table: Any) -> Any:
+def undecoded(table: "Table") -> "Table":
     """The table with every image and audio feature as undecoded files: no ffmpeg or torchcodec is needed."""
     from datasets import Audio, Image, List
 

@@ -219,3 +219,26 @@ def test_prompts_end_before_the_answer_and_lie_on_the_left(processor: ChorusProc
     assert "three" not in "".join(words)
     with pytest.raises(MediaError, match="sample 0: the last turn is 'user'"):
         ChorusDataCollator(processor, prompt_only=True)([{"messages": GOLDEN[0][0][:1]}])
+
+
+def test_documents_and_conversations_share_a_batch(processor: ChorusProcessor) -> None:
+    """A document is its text, its media and the end, all text learned; the conversation is what it is alone."""
+    row = make_row(2)
+    content = [{"type": "text", "text": "three "}, {"type": "image"}, {"type": "text", "text": " four"}]
+    written = {"messages": [{"role": "document", "content": content}], "images": row["images"]}
+    collator = ChorusDataCollator(processor)
+    both, alone, document = collator([row, written]), collator([row]), collator([written])
+    length = alone["input_ids"].shape[1]
+    assert both["input_ids"][0, :length].tolist() == alone["input_ids"][0].tolist()
+    assert both["labels"][0, :length].tolist() == alone["labels"][0].tolist()
+    tokenizer = processor.tokenizer
+    first, last = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("three ", " four"))
+    size = int((document["input_ids"] == processor.image_token_id).sum())
+    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    expected = [*begin, *first, *[processor.image_token_id] * size, *last, tokenizer.eos_token_id]
+    assert document["input_ids"][0].tolist() == expected
+    learned = [*[-100] * len(begin), *first, *[-100] * size, *last, tokenizer.eos_token_id]
+    assert document["labels"][0].tolist() == learned == both["labels"][1, : len(learned)].tolist()
+    # A turn that is not learned, beside a document.
+    row["messages"][-1]["weight"] = 0
+    assert bool((collator([row, written])["labels"][0] == -100).all())

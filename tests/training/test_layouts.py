@@ -154,3 +154,29 @@ def test_a_turn_is_learned_or_not(turn: dict[str, Any], expected: bool) -> None:
     assert not is_learned({"train": False}) and not is_learned({"loss": False}) and is_learned({"train": True})
     with pytest.raises(LayoutError, match=r"weight=0.5 of a turn"):
         is_learned({"weight": 0.5})
+
+
+DOCUMENTS: list[tuple[dict[str, Any], Any]] = [
+    ({"text": "a b"}, "a b"),
+    ({"text": "a <image> b", "images": ["i"]}, ["a ", "image", " b"]),
+    ({"text": "a", "image": "i", "audio": ["c"]}, ["image", "audio", "a"]),
+    ({"images": ["i", "j"]}, ["image", "image"]),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}], "images": ["i"]},
+     ["image", "a"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "content"), DOCUMENTS)
+def test_a_row_without_an_answer_is_a_document(row: dict[str, Any], content: Any) -> None:
+    (turn,) = standard_row(row, documents=True)["messages"]
+    found = turn["content"]
+    if isinstance(found, list):
+        found = [part.get("text", part["type"]) for part in found]
+    assert turn["role"] == "document" and found == content
+
+
+def test_a_row_with_an_answer_stays_a_conversation() -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    assert standard_row(row, documents=True) == standard_row(row)
+    with pytest.raises(LayoutError, match="2 turns and none of them the assistant's; a document is one turn"):
+        standard_row({"messages": [{"role": "user", "content": "a"}] * 2}, documents=True)
