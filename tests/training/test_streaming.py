@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
@@ -161,6 +162,21 @@ def test_learned_rows_are_skipped_and_the_next_ones_are_those_of_a_whole_run(fol
     rows.start = 8
     resumed = list(islice(rows, 12))
     assert all(row is SKIPPED for row in resumed[:8]) and texts(iter(resumed[8:])) == whole[8:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_ranks_take_the_rows_of_one_with_twice_the_batch(folder: Path, workers: int) -> None:
+    """As accelerate deals a stream out: each rank reads all rows and takes its part of each batch."""
+    rows = stream_of(folder, data={"shuffle_buffer": 3})
+    rows.batch = 4
+    alone = list(islice(DataLoader(rows, batch_size=4, collate_fn=plain), 6))
+    ranks = []
+    for rank in range(2):
+        shard = IterableDatasetShard(rows, batch_size=2, num_processes=2, process_index=rank)
+        context = "fork" if workers else None
+        loader = DataLoader(shard, 2, collate_fn=plain, num_workers=workers, multiprocessing_context=context)
+        ranks.append(list(islice(loader, 6)))
+    assert [[*first, *second] for first, second in zip(*ranks, strict=True)] == alone
 
 
 def saved_model(tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor, folder: Path) -> str:
