@@ -36,7 +36,7 @@ def test_rows_keep_their_number_media_and_further_columns(cache: Path) -> None:
 def test_what_cannot_be_trained_on_is_refused(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no split 'validation'; it has train, test"):
         load_rows(cache, "validation")
-    with pytest.raises(ValueError, match="columns, media_markers and media_folder were read when"):
+    with pytest.raises(ValueError, match="columns, media_markers, media_folder and documents were read"):
         load_rows(cache, media_folder=tmp_path)
 
     def change(**values: Any) -> Path:
