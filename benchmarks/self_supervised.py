@@ -152,12 +152,8 @@ def pretrain(
     # The weights in a model of their own: this one weighs the loss of its tokens with nothing.
     result = copy.deepcopy(model)
     result.load_state_dict(student.state_dict())
-    seconds = time.thread_time() - start
-    return result, {
-        "first_loss": logs[0]["masked_image"],
-        "last_loss": logs[-1]["masked_image"],
-        "seconds_loss": seconds,
-    }
+    first, last = logs[0]["masked_image"], logs[-1]["masked_image"]
+    return result, {"first_loss": first, "last_loss": last, "learning_s": time.thread_time() - start}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -177,7 +173,10 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in seeds:
         model, processor = build(seed)
         learned, took = pretrain(model, processor, pictures, steps, seed)
-        report.add(f"seed {seed} without labels", took, "loss")
+        for unit in ("loss", "s"):
+            report.add(
+                f"seed {seed} without labels, {unit}", {k: v for k, v in took.items() if k.endswith(f"_{unit}")}, unit
+            )
         for count, scores in found.items():
             rows = labelled(pictures, count, seed)
             values = {"labels": float(len(rows))}

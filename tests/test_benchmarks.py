@@ -39,7 +39,7 @@ EXPECTED = {
     sparse_layer: {"grouped_mm_ratio", "eager_ratio", "qwen3_omni_ratio", "dense_active_ratio", "ernie_vl_ratio",
                    "ernie_masks_ratio", "products_ratio", "reading_ratio", "chorus_ms", "chorus_mib"},
     train_step: {"qwen3_omni_ratio", "ernie_vl_ratio", "dense_active_ratio", "with_balance_ratio", "chorus_mib"},
-    self_supervised: {"first_loss", "last_loss", "seconds", "none_accuracy", "pretrained_accuracy", "labels"},
+    self_supervised: {"first_loss", "last_loss", "learning_s", "none_accuracy", "pretrained_accuracy", "labels"},
     router_reward: {"accuracy", "loss", "load_entropy", "strongest_share", "expert_bits", "train_seconds"},
     decode: {"qwen3_moe_ratio", "dense_active_ratio", "of_bound_ratio", "chorus_tokens_per_second", "chorus_ms"},
     routing_options: {f"{name}_ratio" for name in routing_options.OPTIONS} - {"chorus_ratio"}

@@ -184,7 +184,7 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(transformers.integrations.integration_utils, "is_wandb_available", lambda: False)
-    monkeypatch.setattr(training, "load_rows", None)
+    monkeypatch.setattr(training, "training_rows", None)
     message = error_of(monkeypatch, "train", recipe, "--report_to", "wandb")
     assert "WandbCallback requires wandb to be installed. Run `pip install wandb`" in message
 

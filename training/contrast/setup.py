@@ -139,8 +139,9 @@ def _check_tokens(source: str | None) -> None:
 
 
 def _is_saved_as(source: str, name: str) -> bool:
-    # What an earlier stage will write is not there yet, and a repository is OWNER/NAME.
-    if not os.path.isdir(source) and not (is_remote(source) and "/" in source):
+    # What an earlier stage will write is not there yet, or only half of it. A repository is OWNER/NAME.
+    is_repository = not os.path.isdir(source) and is_remote(source) and "/" in source
+    if not is_repository and not os.path.isfile(os.path.join(source, "config.json")):
         return False
     return name in (AutoConfig.from_pretrained(source).architectures or [])
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chorus_moe.training.data import RowDataset
+from chorus_moe.training.data import RowDataset, RowReader
 from chorus_moe.training.tasks import plan as planning
 from chorus_moe.training.tasks.arguments import TaskArguments
 from chorus_moe.training.tasks.plan import plan_tasks, quotas
@@ -75,7 +75,7 @@ def test_a_row_without_a_task_is_named(name: object) -> None:
 
 def test_rows_that_stream_are_refused_before_they_are_read() -> None:
     with pytest.raises(ValueError, match="tasks: rows that stream have no tasks before they are read"):
-        plan_tasks(TaskArguments(), iter(ROWS))  # type: ignore[arg-type]
+        plan_tasks(TaskArguments(), RowReader(None))
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "aligned_mtl", "upgrad"])
