@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from chorus_moe.training.data import MEDIA_KINDS
+from chorus_moe.training.data import MEDIA_KINDS, FeatureRows
 from chorus_moe.training.objectives.arguments import ObjectiveArguments
 
 
@@ -20,6 +20,12 @@ def check_served(arguments: ObjectiveArguments, rows: Iterable[Mapping[str, Any]
     missing = {medium: weight for medium, weight in missing.items() if weight > 0}
     if not missing:
         return
+    if isinstance(rows, FeatureRows):
+        medium, weight = next(iter(missing.items()))
+        # The tower does not run, and its features are what is predicted.
+        raise ValueError(
+            f"objectives.masked_{medium}_weight={weight}: {where} hold cached features; give them with media"
+        )
     for row in rows:
         for medium in media_of(row):
             missing.pop(medium, None)

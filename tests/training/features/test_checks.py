@@ -9,6 +9,9 @@ import torch
 import yaml
 
 from chorus_moe import ChorusForConditionalGeneration
+from chorus_moe.training.data import load_rows
+from chorus_moe.training.objectives.arguments import ObjectiveArguments
+from chorus_moe.training.objectives.served import check_served
 from chorus_moe.training.recipe import read_recipe
 from chorus_moe.training.stages import read_stages, run_stages
 from chorus_moe.training.train import run_training
@@ -96,3 +99,10 @@ def test_stages_are_checked_before_the_first_one_starts(base: Path, data: Path, 
     with pytest.raises(ValueError, match="stage 'two': .*audio_tower, which an earlier stage trains"):
         run(["towers"], train=["connectors"], data={"train_data": str(cache)})
     assert not (data / "out").exists()
+
+
+def test_masked_features_are_not_predicted_from_a_cache(cache: Path) -> None:
+    with pytest.raises(
+        ValueError, match="masked_image_weight=1.0: the 6 rows are cached features; take rows with media"
+    ):
+        check_served(ObjectiveArguments(masked_image_weight=1.0), load_rows(cache), "the 6 rows")
