@@ -24,7 +24,7 @@ def check_served(arguments: ObjectiveArguments, rows: Iterable[Mapping[str, Any]
         medium, weight = next(iter(missing.items()))
         # The tower does not run, and its features are what is predicted.
         raise ValueError(
-            f"objectives.masked_{medium}_weight={weight}: {where} hold cached features; give them with media"
+            f"objectives.masked_{medium}_weight={weight}: {where} are cached features; take rows with media"
         )
     for row in rows:
         for medium in media_of(row):
