@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -68,6 +69,40 @@ def run_fresh(
             process.join()
         said = [(log / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
     return subprocess.CompletedProcess([str(program), *arguments], process.exitcode, *said)
+
+
+def run_ranks(
+    program: Path, arguments: Sequence[str], *, cwd: Path, ranks: int = 2, seconds: float = 240
+) -> list[subprocess.CompletedProcess]:
+    """Run a program in processes that are ranks of one group, with the variables that `torchrun` sets.
+
+    When one fails, or the time is over, the others are killed: they would wait for it.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    group |= {"LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    with TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        processes, logs = [], [Path(folder) / str(rank) for rank in range(ranks)]
+        for rank, log in enumerate(logs):
+            log.mkdir()
+            environment = os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            run = started(program, arguments, cwd=cwd, environment=environment, log=log)
+            processes.append(stack.enter_context(run))
+        end = time.monotonic() + seconds
+        while any(process.is_alive() for process in processes) and time.monotonic() < end:
+            if any(process.exitcode for process in processes):
+                break
+            time.sleep(0.05)
+        for process in processes:
+            process.kill()
+            process.join()
+        said = [[(log / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")] for log in logs]
+    return [
+        subprocess.CompletedProcess([str(program), *arguments], process.exitcode, *texts)
+        for process, texts in zip(processes, said, strict=True)
+    ]
 
 
 def kill(

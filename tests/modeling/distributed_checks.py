@@ -1,4 +1,4 @@
-"""Run by `test_distributed.py` under torchrun on two processes: writes one line of JSON a check.
+"""Run by `test_distributed.py` in two processes: writes one line of JSON a check.
 
 Each rank holds its own part of one global batch, with other modalities than its partner. Gradients are compared with
 those of one process that sees the whole batch in one forward per part (the Trainer's accumulation).

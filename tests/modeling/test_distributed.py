@@ -1,18 +1,16 @@
 """Two processes that hold different modalities neither hang nor fail, and compute the gradients of one process.
 
-All checks run in one `torchrun` of two processes (`distributed_checks.py`); each test reads the result of one.
+All checks run in one group of two processes (`distributed_checks.py`); each test reads the result of one.
 """
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from chorus_moe import ChorusForConditionalGeneration
 from tests.conftest import tiny_config
+from tests.fresh_process import ROOT, run_ranks
 from tests.modeling.distributed_checks import make
 from tests.modeling.test_modeling_heads import contrastive
 
@@ -39,14 +37,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     for kind in ("routing", "windows"):
         make(kind).save_pretrained(folder / kind)
     contrastive(router_aux_loss_coef=0.0).save_pretrained(folder / "contrast")
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"]
-    command += ["tests.modeling.distributed_checks", str(folder), str(output)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, cwd=root)
-        stderr = done.stderr[-3000:]
-    except subprocess.TimeoutExpired:
-        stderr = f"the processes hung: stopped after {SECONDS} seconds"
+    program, arguments = ROOT / "tests/modeling/distributed_checks.py", [str(folder), str(output)]
+    done = run_ranks(program, arguments, cwd=output, seconds=SECONDS)
+    stderr = "".join(f"ended with {rank.returncode}: {rank.stderr[-3000:]}" for rank in done)
     found: dict[str, list[dict]] = {"stderr": [{"error": stderr}]}
     for file in output.glob("*.jsonl"):
         for line in file.read_text().splitlines():

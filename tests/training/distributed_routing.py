@@ -1,4 +1,4 @@
-"""Run by `test_routing_callback.py` under torchrun on two processes: trains, and writes each rank's bias, counts and
+"""Run by `test_routing_callback.py` in two processes: trains, and writes each rank's bias, counts and
 rewarded routers."""
 
 import json

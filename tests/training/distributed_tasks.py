@@ -1,4 +1,4 @@
-"""Run by `tasks/test_learning.py` under torchrun on two processes: trains with tasks, and writes each rank's weights
+"""Run by `tasks/test_learning.py` in two processes: trains with tasks, and writes each rank's weights
 and the first rows that it saw."""
 
 import os

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from chorus_moe.training.data import load_rows
 from chorus_moe.training.loading import load_model
 from chorus_moe.training.stages import read_stages, run_stages, shipped_recipes
 from chorus_moe.training.train import load_or_build
-from tests.fresh_process import kill
+from tests.fresh_process import PROGRAM, kill, run_ranks
 from tests.training.test_data import write_splits
 from tests.training.test_train import assert_equal
 
@@ -121,10 +118,8 @@ def test_two_processes_go_through_the_stages_together(recipe: Path, data: Path) 
     # Something to remove: each process finds it, one removes it.
     (data / "two" / "stages" / "connectors").mkdir(parents=True)
     words = ["--output_dir", str(data / "two"), "--overwrite_output_dir", "true"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"]
-    command += ["chorus_moe.training.cli", "train", str(recipe), *words]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in run_ranks(PROGRAM, ["train", str(recipe), *words], cwd=data):
+        assert done.returncode == 0, done.stderr[-3000:]
     records = [
         [json.loads((data / name / "stages" / stage / "stage.json").read_text()) for name in ("one", "two")]
         for stage in ("connectors", "experts", "top")

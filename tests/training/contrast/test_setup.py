@@ -1,8 +1,6 @@
 """A recipe trains the contrastive head on pairs, evaluates it and goes on; what does not go with it is refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,9 @@ from chorus_moe.training.contrast.setup import check_head
 from chorus_moe.training.recipe import read_recipe
 from chorus_moe.training.stages import check_stages, read_stages
 from chorus_moe.training.train import run_training
+from tests.fresh_process import PROGRAM, run_ranks
 from tests.training.contrast.conftest import TEXTS, make_pair
 from tests.training.test_data import write_jsonl
-
-SECONDS = 120
 
 
 @pytest.fixture
@@ -97,13 +94,9 @@ def test_two_processes_train_as_one_with_the_whole_batch(recipe: Path, tmp_path:
     # The order of rows is that of the process.
     settings += ["--train_sampling_strategy", "sequential", "--max_grad_norm", "0"]
     run_training(read_recipe(recipe, [*settings, "--per_device_train_batch_size", "6"]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"]
-    command += ["chorus_moe.training.cli", "train", str(recipe), *settings, "--per_device_train_batch_size", "3"]
-    done = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "two")], capture_output=True, text=True, timeout=SECONDS,
-        cwd=Path(__file__).parents[3],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["train", str(recipe), *settings, "--per_device_train_batch_size", "3"]
+    for done in run_ranks(PROGRAM, [*command, "--output_dir", str(tmp_path / "two")], cwd=tmp_path):
+        assert done.returncode == 0, done.stderr[-3000:]
     one, two = (ChorusForContrastive.from_pretrained(tmp_path / name).state_dict() for name in ("out", "two"))
     for name, tensor in one.items():
         # Three steps of sums in another order.

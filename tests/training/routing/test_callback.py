@@ -1,8 +1,6 @@
 """The balance bias moves once per optimizer step, the same everywhere; logs tell what the experts do."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from chorus_moe.training.routing.callback import RoutingCallback
 from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.train import run_training
 from tests.conftest import tiny_config
+from tests.fresh_process import ROOT, run_ranks
 from tests.training.routing_streams import (
     BIASED,
     make_trainer,
@@ -30,8 +29,6 @@ from tests.training.routing_streams import (
     token_rows,
 )
 from tests.training.test_train import recipe  # noqa: F401  a fixture
-
-SECONDS = 120
 
 
 def biases(model: nn.Module) -> list[list[float]]:
@@ -244,12 +241,9 @@ def test_the_contrastive_head_is_balanced_over_all_its_runs(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_two_processes_move_the_bias_as_one_does(tmp_path: Path) -> None:
     """Each rank sees half of the batch; the integer counts of both make one step, the same on both."""
-    root = Path(__file__).parents[3]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"]
-    command += ["tests.training.distributed_routing", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, cwd=root)
+    for done in run_ranks(ROOT / "tests/training/distributed_routing.py", [str(tmp_path)], cwd=tmp_path):
+        assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank*.json"))]
-    assert len(found) == 2, done.stderr[-3000:]
 
     model = skewed_model()
     settings = {"per_device_train_batch_size": 8, "learning_rate": 0.0, "logging_steps": 1, "max_steps": 6}

@@ -1,8 +1,6 @@
 """Runs with tasks: the same at any accumulation and number of processes, to the bit after a checkpoint."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from chorus_moe.training.tasks.learning import TASK_IDS, task_columns
 from chorus_moe.training.tasks.plan import plan_tasks
 from chorus_moe.training.train import run_training
 from chorus_moe.training.trainer import ChorusTrainer
+from tests.fresh_process import ROOT, run_ranks
 from tests.training.conftest import make_model, make_rows, make_tokenizer
 from tests.training.guards.test_steps import pretend_float16
 from tests.training.test_data import write_jsonl
@@ -282,10 +281,8 @@ def test_a_step_that_is_not_finite_is_skipped(
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    command += ["tests.training.distributed_tasks", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert (tmp_path / "rank1.pt").is_file(), done.stderr[-3000:]
+    for done in run_ranks(ROOT / "tests/training/distributed_tasks.py", [str(tmp_path)], cwd=tmp_path):
+        assert done.returncode == 0, done.stderr[-3000:]
     found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for kind in DISTRIBUTED:
         one, two = (rank[kind] for rank in found)
