@@ -9,11 +9,12 @@ MUTANTS_ARGS ?= --sample 16
 PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix check format bench mutants docs clean
+.PHONY: help setup demo test journeys test-matrix check format bench mutants docs clean
 
 help:
 	@echo "make demo    train, fine-tune, save, reload and question a small trimodal model (report in out/demo)"
 	@echo "make test    the whole test suite"
+	@echo "make journeys  what users do from end to end, each step a process of its own, in some five minutes"
 	@echo "make test-matrix  a core of the suite on other releases (MATRIX=newest: one set)"
 	@echo "make check   lint, format, types and layout tests, in seconds"
 	@echo "make format  rewrite the files as make check wants them"
@@ -35,7 +36,10 @@ demo: setup
 	$(BIN)/chorus-moe demo $(DEMO_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --ignore=tests/journeys $(PYTEST_ARGS)
+
+journeys: setup
+	$(BIN)/python -m pytest tests/journeys --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-matrix: setup
 	.ci/matrix $(MATRIX)

@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     steps, seeds = (QUICK_STEPS, parsed.seeds[:1]) if parsed.quick else (parsed.steps, parsed.seeds)
     pictures, test_pictures = handwritten_digits(size=16)
-    exam = Exam(test_pictures, new_model(0)[1], 20 if parsed.quick else len(test_pictures))
+    exam = Exam(test_pictures, new_model(0)[1], 4 if parsed.quick else len(test_pictures))
     report, scores = Report(f"many tasks, {steps} steps of {BATCH} rows", parsed), []
     for seed in seeds:
         scores.append(learn_all(pictures, exam, steps, seed))

@@ -184,7 +184,7 @@ def rounds_of(folder: Path, parsed: argparse.Namespace, layers: int) -> dict[str
 
 def main(arguments: list[str] | None = None) -> None:
     parsed = parse("Composing a model against copying its files.", arguments)
-    parsed.rounds = min(parsed.rounds, 3)
+    parsed.rounds = 1 if parsed.quick else min(parsed.rounds, 3)
     sizes = QUICK if parsed.quick else BILLION
     report = Report(f"upcycle, {parsed.dtype}", parsed)
     with tempfile.TemporaryDirectory() as name:

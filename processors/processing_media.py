@@ -17,6 +17,8 @@ class Medium:
         limit: field of `MediaLimits` with how many a sample may have.
         column: column of a data set, and argument of the processor, with the items of a sample.
         keys: keys of a message's part that may hold one.
+        inputs: tensors of a batch that bring it to the model, the medium itself first.
+        settings: names in the processor's configuration on which those depend.
     """
 
     token: str
@@ -24,6 +26,8 @@ class Medium:
     limit: str
     column: str
     keys: tuple[str, ...]
+    inputs: tuple[str, ...]
+    settings: tuple[str, ...]
 
 
 MEDIA = {
@@ -33,6 +37,8 @@ MEDIA = {
         limit="images_per_sample",
         column="images",
         keys=("image", "url", "path", "base64", "bytes"),
+        inputs=("pixel_values",),
+        settings=("num_image_tokens", "image_processor"),
     ),
     "audio": Medium(
         token="<audio>",
@@ -40,5 +46,7 @@ MEDIA = {
         limit="clips_per_sample",
         column="audio",
         keys=("audio", "url", "path", "base64", "bytes", "array"),
+        inputs=("input_features", "input_features_mask"),
+        settings=("frames_per_token", "audio_convolutions", "feature_extractor"),
     ),
 }

@@ -130,6 +130,11 @@ class ChorusModelTest(common.ModelTesterMixin, common.GenerationTesterMixin, uni
     def _patch(self, name: str, wrapper: Any) -> None:
         self.enterContext(mock.patch.object(common, name, partial(wrapper, getattr(common, name))))
 
+    @unittest.skip(
+        "an old name of an argument of transformers, which it maps; compared weight by weight, 50 seconds long"
+    )
+    def test_bc_torch_dtype(self) -> None: ...
+
     def test_can_init_all_missing_weights(self) -> None:
         self.model_tester.has_vision = False  # timm draws its weights itself; test_vision_tower.py covers them
         super().test_can_init_all_missing_weights()
@@ -191,6 +196,11 @@ def set_known_keys(original: Any, config: ChorusConfig) -> None:
     for part, known in zip(parts, before, strict=True):
         for key in set(vars(part)) - known:
             delattr(part, key)
+
+
+# Attention does not depend on how tokens are routed: the 24 comparisons of its implementations run once.
+for _name in [name for name in dir(ChorusRoutingTest) if name.startswith("test_eager_matches_sdpa_inference_")]:
+    setattr(ChorusRoutingTest, _name, None)
 
 
 class ChorusTextTester(ChorusModelTester):

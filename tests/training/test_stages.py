@@ -97,7 +97,7 @@ def test_each_stage_trains_its_parts_from_the_weights_of_the_one_before(
 
 @pytest.mark.slow
 def test_a_run_killed_in_a_stage_ends_at_the_same_bits(recipe: Path, data: Path) -> None:
-    words = [*AUTO, "--max_steps", "12", "--save_steps", "2", "--norm_ratio", "20", "--optim", "schedule_free_adamw"]
+    words = [*AUTO, "--max_steps", "8", "--save_steps", "2", "--norm_ratio", "20", "--optim", "schedule_free_adamw"]
     words += ["--lr_scheduler_type", "constant"]
     killed, whole = data / "killed", data / "whole"
     second = killed / "stages" / "experts"

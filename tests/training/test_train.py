@@ -193,7 +193,7 @@ def test_a_recipe_builds_trains_and_then_adapts_a_model(recipe: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_its_last_checkpoint_was(recipe: Path, tmp_path: Path) -> None:
-    words = ["--max_steps", "40", "--save_steps", "2", "--save_total_limit", "3", "--resume_from_checkpoint", "auto"]
+    words = ["--max_steps", "24", "--save_steps", "2", "--save_total_limit", "3", "--resume_from_checkpoint", "auto"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     kill(
         ["train", str(recipe), *words, "--output_dir", str(killed)],
@@ -201,14 +201,14 @@ def test_a_killed_run_goes_on_where_its_last_checkpoint_was(recipe: Path, tmp_pa
         when=lambda: len(numbered_checkpoints(killed)) >= 2,
     )
     steps = [int(path.name.rpartition("-")[2]) for path in numbered_checkpoints(killed)]
-    assert 0 < steps[-1] < 40
+    assert 0 < steps[-1] < 24
 
     run_training(read_recipe(recipe, [*words, "--output_dir", str(killed)]))
     run_training(read_recipe(recipe, [*words, "--output_dir", str(whole)]))
     resumed, expected = (AutoModelForMultimodalLM.from_pretrained(folder) for folder in (killed, whole))
     assert_equal(resumed, expected)
     histories = [json.loads((folder / "trainer_state.json").read_text()) for folder in (killed, whole)]
-    assert histories[0]["global_step"] == histories[1]["global_step"] == 40
+    assert histories[0]["global_step"] == histories[1]["global_step"] == 24
 
 
 def words_of(folder: Path) -> list[str]:

@@ -10,16 +10,13 @@ from tqdm.auto import tqdm
 
 from chorus_moe.modeling.modeling_heads import ChorusForContrastive
 from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.training.contrast.collator import PairCollator
 from chorus_moe.training.contrast.pairs import MODALITIES, PairDataset
 from chorus_moe.training.loading import ModelOrAdapter, base_model, device_of
 
 # Modality -> what the model's `get_{modality}_features` takes.
-INPUTS = {
-    "text": ("input_ids", "attention_mask"),
-    "image": ("pixel_values",),
-    "audio": ("input_features", "input_features_mask"),
-}
+INPUTS = {"text": ("input_ids", "attention_mask"), **{name: medium.inputs for name, medium in MEDIA.items()}}
 
 
 class Embedded(NamedTuple):

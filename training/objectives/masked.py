@@ -22,11 +22,9 @@ from chorus_moe.modeling.configuration_modalities import ENCODED_MODALITIES, MOD
 from chorus_moe.modeling.modeling_outputs import ChorusLossOutput
 from chorus_moe.modeling.tower_connectors import masked_mean_pool
 from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.training.loading import ModelOrAdapter, base_model
 from chorus_moe.training.objectives.objective import Objective
-
-# Modality -> the input that brings its media.
-MEDIA_INPUTS = {"image": "pixel_values", "audio": "input_features"}
 
 
 class MaskedFeatures(Objective):
@@ -73,9 +71,10 @@ class MaskedFeatures(Objective):
     def forward(self, model: nn.Module, inputs: Mapping[str, Any], outputs: ChorusLossOutput) -> Tensor:
         told, self._told = self._told, None
         # Every rank runs the model, or none: shards are gathered in step.
-        if not on_any_rank(inputs.get(MEDIA_INPUTS[self.row.name]) is not None, outputs.logits.device):
+        if not on_any_rank(inputs.get(MEDIA[self.row.name].inputs[0]) is not None, outputs.logits.device):
             return self.mask_token.sum() * 0.0
-        given = {name: value for name, value in inputs.items() if name not in {"labels", *MEDIA_INPUTS.values()}}
+        left_out = {"labels", *(name for medium in MEDIA.values() for name in medium.inputs)}
+        given = {name: value for name, value in inputs.items() if name not in left_out}
         modality_BS = inputs["mm_token_type_ids"]
         features, hidden_BS = {}, None
         for name, row in ENCODED_MODALITIES.items():

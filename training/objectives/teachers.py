@@ -26,6 +26,7 @@ from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.modeling.modeling_outputs import RoutingOfLayer
 from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.processors.processing_media import MEDIA
 from chorus_moe.training.loading import (
     DTYPES,
     ModelOrAdapter,
@@ -43,11 +44,6 @@ logger = logging.get_logger(__name__)
 # What a text model is given of a batch, and a Chorus model of rows of text.
 TEXT_INPUTS = ("input_ids", "attention_mask")
 NOT_INPUTS = ("labels", "num_items_in_batch")
-# What a batch's tensors depend on, by modality: names in the configuration of the processor.
-MEDIA_SETTINGS = {
-    "image": ("num_image_tokens", "image_processor"),
-    "audio": ("frames_per_token", "audio_convolutions", "feature_extractor"),
-}
 # Which media are taken at all, and names: they do not change what a medium becomes.
 NO_MATTER = ("max_audio_seconds", "on_long_audio", "strict_sampling_rate", "allow_silence")
 
@@ -258,7 +254,7 @@ def shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedToken
 def _compare_media(source: str, teacher: ChorusProcessor, student: ChorusProcessor, modalities: set[str]) -> None:
     theirs, ours = teacher.to_dict(), student.to_dict()
     for modality in sorted(modalities):
-        for name in MEDIA_SETTINGS[modality]:
+        for name in MEDIA[modality].settings:
             pairs = [(name, theirs.get(name), ours.get(name))]
             if isinstance(ours.get(name), Mapping) and isinstance(theirs.get(name), Mapping):
                 keys = sorted((theirs[name].keys() | ours[name].keys()) - set(NO_MATTER))
