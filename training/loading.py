@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
 from transformers.utils import logging
 
 import chorus_moe.auto_classes  # noqa: F401  the command line has not registered them before
+from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 
 if TYPE_CHECKING:
@@ -42,10 +43,12 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no such folder, or the base of an adapter is a path that is not there.
+        ValueError: a checkpoint of another head, which does not hold the layer that predicts tokens.
     """
     source = str(name_or_path)
     check_source(source)
     if not is_adapter(source):
+        check_head(source, kind)
         model = kind.from_pretrained(source, **options)  # type: ignore[attr-defined]
         return _ready(model, source, device), load_processor(source)
     from peft import PeftConfig, PeftModel
@@ -57,6 +60,7 @@ def load_model(
     if os.path.isabs(base) and not os.path.isdir(base):
         raise FileNotFoundError(f"the adapter {source!r} was trained on {base!r}, which is not there; pass `base`")
     check_source(base)
+    check_head(base, kind)
     model = PeftModel.from_pretrained(kind.from_pretrained(base, **options), source)  # type: ignore[attr-defined]
     model = model.merge_and_unload() if merge else model
     # An adapter's folder may lack the processor; then that of its base model is used.
@@ -118,6 +122,25 @@ def check_source(source: str) -> None:
     if not os.path.exists(source) and not (is_remote(source) and len(Path(source).parts) == 2):
         raise FileNotFoundError(
             f"no model at {source!r}: there is no such folder, and on the Hub it would be OWNER/NAME"
+        )
+
+
+def check_head(source: str, kind: type = AutoModelForMultimodalLM) -> None:
+    """Refuse to generate with the checkpoint of a classifier or of embeddings: transformers would draw the layer that
+    predicts tokens at random, and only warn.
+
+    Raises:
+        ValueError: naming the class that saved it.
+    """
+    if kind is not AutoModelForMultimodalLM:
+        return
+    config = AutoConfig.from_pretrained(source)
+    saved_as, wanted = config.architectures or [], ChorusForConditionalGeneration.__name__
+    # Configurations written by hand name no class, and a tied layer is there.
+    if saved_as and wanted not in saved_as and not config.tie_word_embeddings:
+        raise ValueError(
+            f"{source!r} was saved as {saved_as[0]}, without the layer that predicts tokens, which would be drawn at "
+            "random; take the model that it was made of"
         )
 
 

@@ -6,12 +6,19 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
-from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
+from chorus_moe import (
+    ChorusForConditionalGeneration,
+    ChorusForContrastive,
+    ChorusForSequenceClassification,
+    ChorusProcessor,
+)
 from chorus_moe.training import loading
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.loading import base_model, find_device, load_model
 from chorus_moe.training.lora import lora_config
+from tests.conftest import tiny_config
 from tests.training.conftest import make_rows
 
 
@@ -82,3 +89,22 @@ def test_weights_that_are_not_finite_are_named_at_load(
     load_model(tmp_path)
     assert len(said) == 1
     assert "2 weights hold NaN or infinity, the first is model.language_model.norm.weight" in said[0]
+
+
+@pytest.mark.parametrize("kind", [ChorusForSequenceClassification, ChorusForContrastive])
+def test_a_checkpoint_without_the_layer_that_predicts_tokens_does_not_generate(
+    kind: type[PreTrainedModel], processor: ChorusProcessor, tmp_path: Path
+) -> None:
+    kind(tiny_config()).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"was saved as {kind.__name__}, without the layer that predicts tokens"):
+        load_model(tmp_path)
+    assert isinstance(load_model(tmp_path, kind=kind)[0], kind)
+
+
+def test_a_tied_layer_is_there_whatever_head_was_saved(processor: ChorusProcessor, tmp_path: Path) -> None:
+    model = ChorusForSequenceClassification(tiny_config(tie_word_embeddings=True))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)[0]
+    assert torch.equal(loaded.get_output_embeddings().weight, model.get_input_embeddings().weight)
