@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator
 
@@ -292,6 +292,11 @@ def check_drafts(generation_config: GenerationConfig, num_hidden_layers: int, th
         raise ValueError(
             f"num_assistant_tokens={generation_config.num_assistant_tokens} drafts nothing; it must be at least 1"
         )
+    # From 5.24 on, transformers leaves both to fail on the way.
+    if not generation_config.use_cache:
+        raise ValueError(f"assistant_early_exit={exit_layer} drafts on the shared cache: use_cache=True is missing")
+    if "static" in str(generation_config.cache_implementation):
+        raise ValueError(f"assistant_early_exit={exit_layer}: Static caches cannot take a draft back")
     # transformers would warn and decode without drafts.
     if generation_config.num_beams > 1:
         raise ValueError(f"assistant_early_exit={exit_layer} drafts one text, num_beams={generation_config.num_beams}")
@@ -327,6 +332,8 @@ class EarlyExitDrafts(CandidateGenerator):
         which all layers compute, has no draft."""
         # A check yields one token more than the draft that it accepts.
         room = self.config.max_length - input_ids.shape[1] - 1
+        if isinstance(model_kwargs.get(CACHE), StaticCache):
+            raise ValueError(f"assistant_early_exit={self.exit_layer}: Static caches cannot take a draft back")
         if is_first_iteration or room < 1:
             return input_ids, None
         text, kwargs = input_ids, dict(model_kwargs)

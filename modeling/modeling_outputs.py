@@ -1,6 +1,7 @@
 """Outputs of the models, with every loss term on its own."""
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -24,6 +25,8 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if CACHE in kwargs:
             kwargs["past_key_values"] = kwargs.pop(CACHE)
+        elif kwargs.get("past_key_values") is not None:
+            warnings.warn(f"`past_key_values` is deprecated. Use `{CACHE}` instead.", FutureWarning, stacklevel=2)
         return forward(*args, **kwargs)
 
     # `generate` refuses arguments that it does not find in the signature.

@@ -51,6 +51,9 @@ class ServedModels:
     def get_gen_models(self) -> list[dict[str, Any]]:
         return [{"id": name, "object": "model", "created": 0, "owned_by": "chorus-moe"} for name in self.voices]
 
+    # Its name from transformers 5.24 on.
+    list_models = get_gen_models
+
     def shutdown(self) -> None:
         """Nothing to unload: the model ends with the process."""
 

