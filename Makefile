@@ -13,7 +13,7 @@ PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
 help:
 	@echo "make demo    train, fine-tune, save, reload and question a small trimodal model (report in out/demo)"
-	@echo "make test    the whole test suite"
+	@echo "make test    the test suite, without the journeys"
 	@echo "make journeys  what users do from end to end, each step a process of its own, in some five minutes"
 	@echo "make test-matrix  a core of the suite on other releases (MATRIX=newest: one set)"
 	@echo "make check   lint, format, types and layout tests, in seconds"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from chorus_moe.processors.processing_media import MEDIA
@@ -81,8 +82,13 @@ def pack(states: Sequence[Tensor]) -> bytes:
 
 
 def unpack(packed: bytes) -> list[Tensor]:
-    found = safetensors.torch.load(packed)
-    return [found[str(index)] for index in range(len(found))]
+    """Raises ValueError: bytes that `pack` has not written, or that were damaged since."""
+    try:
+        # No pickle: this format holds names, shapes and numbers only.
+        found = safetensors.torch.load(packed)
+        return [found[str(index)] for index in range(len(found))]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"cached features of {len(packed):,} bytes are damaged: {error}; write them again") from error
 
 
 def read_row(row: Mapping[str, Any], facts: Facts) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
@@ -22,6 +23,16 @@ def test_states_come_back_with_shape_and_type() -> None:
         assert before.dtype == after.dtype
         assert torch.equal(before, after)
     assert unpack(pack([])) == []
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [b"", pack([torch.ones(3)])[:-1], safetensors.torch.save({"1": torch.ones(3)})],
+    ids=["empty", "cut", "named"],
+)
+def test_damaged_states_are_named(packed: bytes) -> None:
+    with pytest.raises(ValueError, match=f"cached features of {len(packed)} bytes are damaged: .*; write them again"):
+        unpack(packed)
 
 
 def test_rows_keep_their_number_media_and_further_columns(cache: Path) -> None:
