@@ -16,16 +16,17 @@ CACHE = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).paramet
 
 
 def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """For a method with an argument `past_key_values`: it takes it under the name [`CACHE`], too."""
-    # Inside, one name serves every version of transformers.
+    """For a method with an argument `past_key_values`, its name inside: it takes it under the name [`CACHE`], too."""
     if CACHE == "past_key_values":
         return forward
 
     @wraps(forward)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if CACHE in kwargs:
-            kwargs["past_key_values"] = kwargs.pop(CACHE)
-        elif kwargs.get("past_key_values") is not None:
+        if kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = kwargs.pop(CACHE, None)
+        elif kwargs.pop(CACHE, None) is not None:
+            raise ValueError(f"`{CACHE}` and `past_key_values` are both given, and one would be ignored")
+        else:
             warnings.warn(f"`past_key_values` is deprecated. Use `{CACHE}` instead.", FutureWarning, stacklevel=2)
         return forward(*args, **kwargs)
 

@@ -107,6 +107,11 @@ def test_virtual_tokens_stand_before_a_text_with_media(name: str, given: bool):
         del batch["mm_token_type_ids"]
     with torch.no_grad():
         forward = adapted(**batch).logits[:, -1]
+    if not KNOWS_THE_CACHE and name == "prefix tuning":
+        # PEFT hands over its prefix beside the cache that `generate` made.
+        with pytest.raises(ValueError, match="both given"):
+            adapted.generate(**batch, max_new_tokens=3)
+        return
     if not KNOWS_THE_CACHE:
         pytest.skip("this PEFT does not know the cache of this transformers")
     options = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
