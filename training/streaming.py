@@ -15,6 +15,7 @@ from itertools import count, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from chorus_moe.training.checkpoints import STATE
@@ -66,8 +67,7 @@ class StreamedRows(RowReader, IterableDataset):
         **options: Any,
     ):
         super().__init__(folder, **options)
-        self.table, self.batch = table, batch
-        self.shuffled = table.shuffle(seed=seed, buffer_size=buffer) if buffer > 1 else table
+        self.table, self.batch, self.seed, self.buffer = table, batch, seed, buffer
         # Rows that a resumed run has learned.
         self.start = 0
 
@@ -84,14 +84,20 @@ class StreamedRows(RowReader, IterableDataset):
 
     def _passes(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         for number in count():
-            self.shuffled.set_epoch(number)
             is_empty = True
-            # Not `iter(self.shuffled)`: in a worker, `datasets` would read a part of the files only.
-            for index, batch in enumerate(self.shuffled.iter(batch_size=1)):
+            # Not `iter(rows)`: in a worker, `datasets` would read a part of the files only.
+            for index, batch in enumerate(self._shuffled(number).iter(batch_size=1)):
                 is_empty = False
                 yield index, {name: column[0] for name, column in batch.items()}
             if is_empty:
                 raise ValueError("the streamed data have no rows any more")
+
+    def _shuffled(self, number: int) -> "datasets.IterableDataset":
+        """The rows in the order of a pass."""
+        if self.buffer == 1:
+            return self.table
+        # Not by `set_epoch`: `datasets` keeps the epoch in memory that all workers share; each would set the others'.
+        return self.table.shuffle(generator=np.random.default_rng((self.seed, number)), buffer_size=self.buffer)
 
 
 def training_rows(recipe: Recipe) -> RowDataset | StreamedRows:
