@@ -22,7 +22,9 @@ from .configuration_checks import (
 from .configuration_modalities import MODALITY_IDS, TEXT, UNNAMED, in_order
 from .configuration_parallel import expert_parallel_plan, tensor_parallel_plan
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
+# Those with windows; `hybrid_sliding`, transformers' name for windows beside a running sum, has memory tokens besides.
+WINDOW_TYPES = ("sliding_attention", "hybrid_sliding")
+LAYER_TYPES = ("full_attention", *WINDOW_TYPES)
 QK_NORM_SCOPES = ("head", "projection")
 NORM_PLACEMENTS = ("pre", "post")
 EXPERT_LAYOUTS = ("fused", "linear")
@@ -47,10 +49,12 @@ class ChorusTextConfig(PreTrainedConfig):
         norm_placement: norms before attention and feed-forward (`pre`), or on what they return (`post`, OLMo 2,
             arXiv 2501.00656).
         no_rope_layers: as in SmolLM3, 1 for a layer with rotary positions and 0 for one without; all 1 if None.
-        sliding_window: tokens that a `sliding_attention` layer sees; on either side, if nothing is causal.
+        sliding_window: tokens that a layer with windows sees; on either side, if nothing is causal.
         num_global_tokens: learned tokens that every window sees besides: tokens in front of the sequence in a
-            bidirectional model, keys and values of each `sliding_attention` layer in a causal one.
-        layer_types: `full_attention` or `sliding_attention` for each layer; all full if None.
+            bidirectional model, keys and values of each layer with windows in a causal one.
+        num_memory_tokens: keys and values that each `hybrid_sliding` layer of a causal model makes of all tokens so
+            far, by which what no window reaches can be found again, see `MemoryTokens`.
+        layer_types: one of `LAYER_TYPES` for each layer; all full if None.
         mlp_layer_types: `dense` or `sparse` for each layer; the first dense and all others sparse if None.
         cross_modal_layers: layers with cross-modal attention on a shared query projection. If None: the full-attention
             layers of a sliding-window model, otherwise the last layer.
@@ -130,6 +134,7 @@ class ChorusTextConfig(PreTrainedConfig):
     no_rope_layers: list[int] | None = None
     sliding_window: int | None = None
     num_global_tokens: int = 0
+    num_memory_tokens: int = 0
     share_cross_modal_query: bool = True
     num_experts: int = 8
     num_experts_per_tok: int = 2
@@ -247,6 +252,7 @@ class ChorusTextConfig(PreTrainedConfig):
                 "max_position_embeddings": (1, MAX_POSITIONS),
                 "sliding_window": (1, MAX_POSITIONS),
                 "num_global_tokens": (0, MAX_WIDTH),
+                "num_memory_tokens": (0, MAX_WIDTH),
                 "chunk_size_feed_forward": (0, MAX_POSITIONS),
                 "shared_expert_intermediate_size": (0, MAX_WIDTH),
             },
@@ -279,8 +285,19 @@ class ChorusTextConfig(PreTrainedConfig):
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
                 raise ValueError(f"ChorusTextConfig: layer_types[{index}]={kind!r}; choose from {list(LAYER_TYPES)}")
-        if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise ValueError("ChorusTextConfig: layer_types asks for sliding_attention but sliding_window is None")
+        windows = [kind for kind in WINDOW_TYPES if kind in self.layer_types]
+        if windows and self.sliding_window is None:
+            raise ValueError(f"ChorusTextConfig: layer_types asks for {windows[0]} but sliding_window is None")
+        if (self.num_memory_tokens > 0) != ("hybrid_sliding" in self.layer_types):
+            raise ValueError(
+                f"ChorusTextConfig: num_memory_tokens={self.num_memory_tokens} and "
+                f"{self.layer_types.count('hybrid_sliding')} hybrid_sliding layers in layer_types: one needs the other"
+            )
+        if self.num_memory_tokens and not self.is_causal:
+            raise ValueError(
+                f"ChorusTextConfig: num_memory_tokens={self.num_memory_tokens} with is_causal=False, where "
+                "num_global_tokens carry what windows cannot reach"
+            )
         check_name("ChorusTextConfig", "hidden_act", self.hidden_act, ACT2FN)
         check_name("ChorusTextConfig", "qk_norm_scope", self.qk_norm_scope, QK_NORM_SCOPES)
         check_name("ChorusTextConfig", "norm_placement", self.norm_placement, NORM_PLACEMENTS)
@@ -289,7 +306,7 @@ class ChorusTextConfig(PreTrainedConfig):
                 f"ChorusTextConfig: no_rope_layers has {len(self.no_rope_layers)} entries for num_hidden_layers="
                 f"{self.num_hidden_layers}"
             )
-        if self.num_global_tokens > 0 and "sliding_attention" not in self.layer_types:
+        if self.num_global_tokens > 0 and not windows:
             raise ValueError(
                 f"ChorusTextConfig: num_global_tokens={self.num_global_tokens} serve windows, but no layer of "
                 "layer_types is sliding_attention"

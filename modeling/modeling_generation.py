@@ -239,8 +239,13 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         it. An assistant of another kind is given words alone; one of ours takes the media as this model encoded them.
 
         Raises:
-            ValueError: an assistant of another width, with media.
+            ValueError: an assistant of another width, with media; memory tokens, whose sums take no draft back.
         """
+        if self.config.text_config.num_memory_tokens:
+            raise ValueError(
+                f"num_memory_tokens={self.config.text_config.num_memory_tokens}: a draft that is refused cannot be "
+                "taken out of the memory again; generate without drafts"
+            )
         if generation_config.assistant_early_exit is not None:
             return EarlyExitDrafts(self, generation_config, logits_processor)
         assistant = kwargs.get("assistant_model")

@@ -37,14 +37,14 @@ def visible_keys(text: ChorusTextConfig, kind: str, real_BK: Tensor, num_queries
     keys = torch.arange(real_BK.shape[1], device=real_BK.device)
     distance_SK = keys[-num_queries:, None] - keys
     sees_SK = distance_SK >= 0 if text.is_causal else torch.ones_like(distance_SK, dtype=torch.bool)
-    if kind == "sliding_attention":
+    if kind != "full_attention":
         assert text.sliding_window is not None
         # A causal window counts the token itself; the other kind has its size on either side, see `LocalMask`.
         near_SK = distance_SK.abs() < text.sliding_window + (not text.is_causal)
         sees_SK = sees_SK & near_SK | (keys < num_in_front) | (keys[-num_queries:, None] < num_in_front)
     seen_BS = (sees_SK & real_BK[:, None]).sum(dim=-1)
     # Learned keys of a causal layer are no tokens: they are in no mask.
-    has_global_keys = kind == "sliding_attention" and text.is_causal
+    has_global_keys = kind != "full_attention" and text.is_causal
     return seen_BS + (text.num_global_tokens if has_global_keys else 0)
 
 
@@ -52,6 +52,14 @@ def projection_flops(text: ChorusTextConfig) -> int:
     """Of queries, keys, values and output, for one token of one layer."""
     # Queries and output are H heads wide, keys and values G.
     return 4 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
+
+
+def memory_flops(text: ChorusTextConfig) -> int:
+    """Of a layer's memory tokens for one token: weights, what is written into each, and what is read of each."""
+    weights = 2 * text.hidden_size * text.num_key_value_heads * text.num_memory_tokens
+    # As in a step by step loop; blocks of a prefill compute more.
+    pairs = 4 * text.head_dim * text.num_memory_tokens
+    return weights + pairs * (text.num_key_value_heads + text.num_attention_heads)
 
 
 def gated_flops(text: ChorusTextConfig, width: int) -> int:
@@ -111,7 +119,7 @@ def computation(
         # Samples that left have no rows in the routing of later layers.
         there = (layers_B > layer).nonzero().squeeze(1)
         fed_RS = real_RS = real_BS[there]
-        of_token = projection_flops(text)
+        of_token = projection_flops(text) + (memory_flops(text) if text.layer_types[layer] == "hybrid_sliding" else 0)
         if layer in (text.skip_layers or ()):
             # The skip gate itself reads every token.
             fed_RS, of_token = real_RS & next(openings), of_token + 2 * text.hidden_size
