@@ -1,8 +1,8 @@
 """Memory tokens: what windows alone cannot reach is found again, and what that costs.
 
 Run as `python -m benchmarks.memory_tokens`. Small decoders of three layers with windows of 8 read marked facts, 80
-words of filler, and a question about one of the facts; only its answer is learned. `--facts` says how many kinds of facts
-a text holds; the question names the kind.
+words of filler, and a question about one of the facts; only its answer is learned. `--facts` says how many kinds of
+facts a text holds; the question names the kind.
 
 - `windows` alone reach 21 tokens back; `globals` have constant keys and values besides; `memory` has memory tokens
   (`hybrid_sliding` layers); `full` attends to everything. Chance is an eighth;

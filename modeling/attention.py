@@ -142,11 +142,13 @@ class Attention(nn.Module):
         plan: ForwardPlan,
         past_key_values: Cache | None = None,
         keys_alone: bool = False,
+        queries_BQ: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, Tensor]]:
         """Returns the output `(B, S, D)`, the attention map if the backend yields one, and the rotated queries
         `(B, H, S, C)` and keys `(B, G, S, C)` of the new tokens; a long prefill has no queries to return.
-        `position_embeddings` are [`rotary_tables`]. With `keys_alone` the cache is filled, and the states return."""
+        `position_embeddings` are [`rotary_tables`]. With `keys_alone` the cache is filled, and the states return. With
+        `queries_BQ`, places of tokens, the output is of these alone, `(B, Q, D)`."""
         key = self.k_norm(project(self.k_proj, hidden_states, plan).unflatten(-1, (-1, self.key_norm_size)))
         new_value = value = self._by_head(project(self.v_proj, hidden_states, plan))
         plain_key = self._by_head(key)
@@ -167,6 +169,10 @@ class Attention(nn.Module):
         if self.global_tokens is not None:
             key, value = self.global_tokens(key, value)
         states = (hidden_states, position_embeddings, plan, key, value)
+        if queries_BQ is not None and memory is None and self._can_choose_queries(attention_mask):
+            chosen, tables, mask = self._chosen(hidden_states, position_embeddings, attention_mask, queries_BQ, key)
+            output, weights, query = self._attend(chosen, tables, plan, key, value, mask, **kwargs)
+            return output, weights, (query, new_key)
 
         # Fresh memory as long as the sequence costs more than the work done on it, since its pages are cleared at each
         # call. So only keys, values and output are that long. With gradients all chunks would be kept anyway.
@@ -175,9 +181,37 @@ class Attention(nn.Module):
         # Memory tokens add up over the whole sequence, so it is not cut.
         is_long = is_long and memory is None
         if is_long and isinstance(attention_mask, LocalMask) and attention_mask.is_causal:
-            return self._attend_in_chunks(*states, attention_mask, size, **kwargs), None, (None, new_key)
+            output = self._attend_in_chunks(*states, attention_mask, size, **kwargs)
+            output = output if queries_BQ is None else output.take_along_dim(queries_BQ[..., None], dim=1)
+            return output, None, (None, new_key)
         output, weights, query = self._attend(*states, attention_mask, memory, **kwargs)
+        if queries_BQ is not None:
+            output = output.take_along_dim(queries_BQ[..., None], dim=1)
         return output, weights, (query, new_key)
+
+    def _can_choose_queries(self, attention_mask: Tensor | LocalMask | None) -> bool:
+        """Whether queries can be left out: not where others read all of them, or a mask is no table."""
+        is_table = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4)
+        return self.keeps_no_queries and is_table and self.config._attn_implementation in ("sdpa", BLOCK_LOCAL)
+
+    def _chosen(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        queries_BQ: Tensor,
+        key: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        """States, rotary tables and mask of some of the tokens of each sample."""
+        length, num_keys = hidden_states.shape[1], key.shape[2]
+        rows_B1Q1 = queries_BQ[:, None, :, None]
+        if mask is not None:
+            mask = mask.take_along_dim(rows_B1Q1, dim=2)
+        elif self.is_causal and length > 1:
+            # What no mask means: each token sees itself and all before; the last keys are those of the tokens.
+            mask = torch.arange(num_keys, device=key.device) <= rows_B1Q1 + (num_keys - length)
+        cos, sin = (table.take_along_dim(rows_B1Q1, dim=2) for table in position_embeddings)
+        return hidden_states.take_along_dim(queries_BQ[..., None], dim=1), (cos, sin), mask
 
     def _by_head(self, states: Tensor) -> Tensor:
         """`(B, S, ...)` as `(B, heads, S, C)`."""

@@ -110,12 +110,13 @@ class MemoryTokens(nn.Module):
 
     def __init__(self, config: ChorusTextConfig):
         super().__init__()
-        self.count, self.groups = config.num_memory_tokens, config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        self.write = nn.Linear(config.hidden_size, self.groups * self.count, bias=False)
+        self.groups, self.scaling = config.num_key_value_heads, config.head_dim**-0.5
+        # Of each memory token of each key head a row, which says how much a token writes into it.
+        self.write = nn.Parameter(torch.empty(self.groups * config.num_memory_tokens, config.hidden_size))
         self.gate = nn.Parameter(torch.empty(config.num_attention_heads))
 
     def start_weights(self, std: float) -> None:
+        init.normal_(self.write, mean=0.0, std=std)
         init.ones_(self.gate)
 
     def forward(
@@ -134,7 +135,7 @@ class MemoryTokens(nn.Module):
             ValueError: a cache without room for the sums.
         """
         with without_autocast(hidden_BSD):
-            logits_BSE = float32_product(hidden_BSD, self.write.weight)
+            logits_BSE = float32_product(hidden_BSD, self.write)
             # Capped smoothly, as in Gemma 2 (arXiv 2408.00118).
             write_BSE = (WRITE_CAP * (logits_BSE / WRITE_CAP).tanh()).exp()
             if real_T is not None:

@@ -27,6 +27,7 @@ WINDOW_TYPES = ("sliding_attention", "hybrid_sliding")
 LAYER_TYPES = ("full_attention", *WINDOW_TYPES)
 QK_NORM_SCOPES = ("head", "projection")
 NORM_PLACEMENTS = ("pre", "post")
+SKIP_SCOPES = ("feed_forward", "layer")
 EXPERT_LAYOUTS = ("fused", "linear")
 # Those that compare the text's map of an image with the image's map of the text, and those that a causal model takes.
 TWO_MAPS = ("log_odds", "entropy_floor", "pooled")
@@ -80,9 +81,10 @@ class ChorusTextConfig(PreTrainedConfig):
             generative model they share the final norm and the head (LayerSkip, arXiv 2404.16710).
         exit_loss_coef: weight, while training, of the mean loss of the exits. A classifier wants 1. It makes exits that
             draft well in `generate(assistant_early_exit=...)`.
-        skip_layers: layers with a skip gate, by which tokens skip the feed-forward; all but the first if None and
-            there is a `skip_budget`.
-        skip_budget: the share of tokens that training lets skip these layers' feed-forwards, between 0 and 1.
+        skip_layers: layers with a skip gate, by which tokens skip the feed-forward or the layer; all but the first if
+            None and there is a `skip_budget`.
+        skip_budget: the share of tokens that training lets skip in these layers, between 0 and 1.
+        skip_scope: what a token skips: the `feed_forward`, or the `layer`, which then makes its keys and values alone.
         skip_loss_coef: weight of the squared distance from the budget while training.
         is_causal: False for a bidirectional model (classification, embedding).
 
@@ -149,6 +151,7 @@ class ChorusTextConfig(PreTrainedConfig):
     exit_loss_coef: int | float = 0.0
     skip_layers: list[int] | None = None
     skip_budget: int | float | None = None
+    skip_scope: str = "feed_forward"
     skip_loss_coef: int | float = 1.0
     output_router_logits: bool = False
     is_causal: bool = True
@@ -334,6 +337,9 @@ class ChorusTextConfig(PreTrainedConfig):
         # Here and below: one setting without its other half would do nothing, in silence.
         if self.exit_loss_coef > 0 and not exits:
             raise ValueError(f"ChorusTextConfig: exit_loss_coef={self.exit_loss_coef} without exit_layers")
+        check_name("ChorusTextConfig", "skip_scope", self.skip_scope, SKIP_SCOPES)
+        if self.skip_scope == "layer" and not self.skip_layers:
+            raise ValueError("ChorusTextConfig: skip_scope='layer' without skip_layers; a skip_budget gives them")
         if self.skip_layers and self.skip_budget is None:
             raise ValueError(f"ChorusTextConfig: skip_layers={self.skip_layers} without a skip_budget")
         if self.skip_budget is not None and not 0 <= self.skip_budget <= 1:

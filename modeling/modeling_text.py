@@ -21,7 +21,7 @@ from .configuration_checks import check_exit
 from .configuration_services import service
 from .configuration_text import ChorusTextConfig
 from .depth_exits import ExitRun, SequenceInputs, TokenExits
-from .depth_skip import SkipGate, feed_open_tokens, threshold_logit
+from .depth_skip import SkipGate, feed_open_tokens, run_open_tokens, threshold_logit
 from .layers import GatedMLP, RMSNorm
 from .modeling_base import ChorusPreTrainedModel
 from .modeling_outputs import CACHE, ChorusModelOutput, takes_cache
@@ -50,6 +50,7 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = (CrossModalAttention if is_cross_modal else Attention)(config, layer_idx)
         self.mlp = MixtureOfBanks(config, layer_idx) if is_sparse else DenseFeedForward(config)
         self.skip_gate = SkipGate(config.hidden_size) if layer_idx in (config.skip_layers or ()) else None
+        self.skip_scope = config.skip_scope
         # Identities have no parameters, so either placement has the tensors of its family's checkpoints alone.
         before, after = (RMSNorm, nn.Identity) if config.norm_placement == "pre" else (nn.Identity, RMSNorm)
         self.input_layernorm = before(config.hidden_size, config.rms_norm_eps)
@@ -68,24 +69,29 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         keys_alone: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        attended, _, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            plan=plan,
-            past_key_values=past_key_values,
-            keys_alone=keys_alone,
+        inputs: dict[str, Any] = {
+            "plan": plan,
+            "position_embeddings": position_embeddings,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
             **kwargs,
-        )
+        }
         if keys_alone:
+            self.self_attn(self.input_layernorm(hidden_states), keys_alone=True, **inputs)
             return hidden_states
+        if self.skip_gate is not None and self.skip_scope == "layer":
+            return run_open_tokens(self, hidden_states, **inputs)
+        return self.finish(hidden_states, self.self_attn(self.input_layernorm(hidden_states), **inputs)[0], plan)
+
+    def finish(self, hidden_states: Tensor, attended: Tensor, plan: ForwardPlan) -> Tensor:
+        """States after the layer, of tokens and what their attention returned."""
         hidden_states = hidden_states + self.attention_output_norm(attended)
         del attended  # a long prefill has no room for what is added already
         fed_forward = self._feed_forward(self.post_attention_layernorm(hidden_states), plan)
         return hidden_states + self.feed_forward_output_norm(fed_forward)
 
     def _feed_forward(self, hidden_states: Tensor, plan: ForwardPlan) -> Tensor:
-        if self.skip_gate is None:
+        if self.skip_gate is None or self.skip_scope == "layer":
             return self.mlp(hidden_states, plan)[0]
         return feed_open_tokens(self.mlp, hidden_states, plan, self.skip_gate(hidden_states))
 

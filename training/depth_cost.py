@@ -112,7 +112,6 @@ def computation(
     """
     real_BS = real_BK[:, -num_queries:]
     seen = {kind: visible_keys(text, kind, real_BK, num_queries, num_in_front) for kind in set(text.layer_types)}
-    attention_B = {kind: (count_BS * real_BS).sum(dim=1) for kind, count_BS in seen.items()}
     experts_B, flops_B = torch.zeros_like(layers_B), torch.zeros_like(layers_B)
     decisions, openings = iter(routing), iter(fed)
     for layer in range(int(layers_B.max())):
@@ -120,13 +119,19 @@ def computation(
         there = (layers_B > layer).nonzero().squeeze(1)
         fed_RS = real_RS = real_BS[there]
         of_token = projection_flops(text) + (memory_flops(text) if text.layer_types[layer] == "hybrid_sliding" else 0)
+        heads = text.num_attention_heads * text.head_dim
+        attending_RS, of_fed = real_RS, feed_forward_flops(text, layer)
         if layer in (text.skip_layers or ()):
             # The skip gate itself reads every token.
             fed_RS, of_token = real_RS & next(openings), of_token + 2 * text.hidden_size
-        flops_B[there] += real_RS.sum(dim=1) * of_token + fed_RS.sum(dim=1) * feed_forward_flops(text, layer)
-        heads = text.num_attention_heads * text.head_dim
+            if text.skip_scope == "layer":
+                # Of a token that skips there are keys and values alone; queries and output are the heads' part.
+                attending_RS, of_queries = fed_RS, 4 * text.hidden_size * heads
+                of_token, of_fed = of_token - of_queries, of_fed + of_queries
+        flops_B[there] += real_RS.sum(dim=1) * of_token + fed_RS.sum(dim=1) * of_fed
         # Scores and weighted sums of values, all query heads.
-        flops_B[there] += 4 * heads * attention_B[text.layer_types[layer]][there]
+        seen_RS = seen[text.layer_types[layer]][there]
+        flops_B[there] += 4 * heads * (seen_RS * attending_RS).sum(dim=1)
         if text.mlp_layer_types[layer] != "sparse":
             continue
         decided, real_T = next(decisions), real_RS.flatten()

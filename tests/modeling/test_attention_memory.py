@@ -54,7 +54,7 @@ def test_what_is_read_is_a_softmax_over_weighted_means():
     text_config = tiny_config(sliding_window=WINDOW, **MEMORY).text_config
     heads, groups, size = text_config.num_attention_heads, text_config.num_key_value_heads, text_config.head_dim
     memory = MemoryTokens(text_config)
-    torch.nn.init.normal_(memory.write.weight, std=0.3)
+    torch.nn.init.normal_(memory.write, std=0.3)
     torch.nn.init.normal_(memory.gate)
     hidden = torch.randn(1, 13, text_config.hidden_size)
     query, key, value = (torch.randn(1, n, 13, size) for n in (heads, groups, groups))
@@ -62,7 +62,7 @@ def test_what_is_read_is_a_softmax_over_weighted_means():
     for position in range(13):
         for head in range(heads):
             group = head * groups // heads
-            rows = memory.write.weight[3 * group : 3 * group + 3]
+            rows = memory.write[3 * group : 3 * group + 3]
             weights = (WRITE_CAP * torch.tanh(hidden[0, : position + 1] @ rows.T / WRITE_CAP)).softmax(dim=0)
             keys, values = (weights.T @ states[0, group, : position + 1] for states in (key, value))
             reads = (keys @ query[0, head, position] * size**-0.5).softmax(dim=0)
@@ -162,7 +162,7 @@ def test_gradients_flow_through_a_cache_as_without():
             found = model(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True).logits
             total, start = total + found.square().sum(), start + size
         total.backward()
-        grads.append(model.model.language_model.layers[0].self_attn.memory_tokens.write.weight.grad.clone())
+        grads.append(model.model.language_model.layers[0].self_attn.memory_tokens.write.grad.clone())
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-4)
 
 
