@@ -243,6 +243,7 @@ def _routing_of_sequence(routing: BankRouting, batch: int, length: int, count: i
         rows = rows - count * (rows // length + 1)
     of_rows = ["router_logits", "routing_weights", "selected_experts", "token_mask", "bank_weights", "log_probs"]
     of_rows.append("wanted_experts")
+    of_rows += ["widths"] if isinstance(routing.widths, Tensor) else []
     values = {name: getattr(routing, name) for name in of_rows}
     kept: dict[str, Any] = {name: None if value is None else value[keep_R] for name, value in values.items()}
     return routing._replace(rows=rows, **kept)

@@ -63,6 +63,9 @@ class ChorusTextConfig(PreTrainedConfig):
         expert_banks: name -> settings, see [`ExpertBankConfig`]; sizes left out come from `num_experts`,
             `num_experts_per_tok` and `moe_intermediate_size`. Or the name of a preset, see `preset_banks`: `uniform`
             (the default) or `specific_then_common`.
+        expert_width_shares: leading shares of an expert's width that a token may use, rising to 1. While training each
+            token draws one (nested dropout, arXiv 1402.0915; MatFormer, arXiv 2310.07707), elsewhere a call asks for
+            one by `expert_width_share`. Always the whole if None.
         experts_layout: `fused`, the experts of a bank stacked in two parameters, or `linear`, a feed-forward of linear
             layers for each; `fuse_experts` and `unfuse_experts` of a model change it.
         shared_expert_intermediate_size: width of the always-on dense experts of a sparse layer; 0 for none.
@@ -142,6 +145,7 @@ class ChorusTextConfig(PreTrainedConfig):
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 512
     shared_expert_intermediate_size: int = 512
+    expert_width_shares: list[float] | None = None
     experts_layout: str = "fused"
     router_aux_loss_coef: int | float = 0.01
     router_z_loss_coef: int | float = 0.0
@@ -323,9 +327,27 @@ class ChorusTextConfig(PreTrainedConfig):
         check_name("ChorusTextConfig", "experts_layout", self.experts_layout, EXPERT_LAYOUTS)
         for bank in self.banks:
             bank.validate(self.sparse_layers, self.modalities)
+        self._validate_widths(self.expert_width_shares)
         for layer in self.sparse_layers:
             if not self.banks_of_layer(layer):
                 raise ValueError(f"ChorusTextConfig: sparse layer {layer} holds no expert bank")
+
+    def _validate_widths(self, shares: list[float] | None) -> None:
+        if shares is None:
+            return
+        if len(shares) < 2 or shares[-1] != 1 or shares[0] <= 0 or sorted(set(shares)) != shares:
+            raise ValueError(f"ChorusTextConfig: expert_width_shares={shares} must rise from above 0 to 1, two or more")
+        if self.experts_layout == "linear":
+            raise ValueError(
+                "ChorusTextConfig: expert_width_shares with experts_layout='linear', whose layers run whole"
+            )
+        for share in shares:
+            for bank in self.banks:
+                if bank.intermediate_size * share % 1:
+                    raise ValueError(
+                        f"ChorusTextConfig: {share} of expert_width_shares is {bank.intermediate_size * share:g} of "
+                        f"intermediate_size={bank.intermediate_size} of bank {bank.name!r}, no whole number"
+                    )
 
     def validate_depth(self) -> None:
         """Part of `@strict` validation: exits stand within the model, skipped layers and their budget go together."""

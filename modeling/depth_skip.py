@@ -1,13 +1,10 @@
 """Layer skipping: a skip gate lets a token skip a layer's feed-forward, or the layer. The cache is always complete.
 
-Shape suffixes: B batch, S sequence, T tokens (B * S), R rows whose skip gate is open, D hidden size; Q the most open
-gates of a sample.
+Shape suffixes: B batch, S sequence, T tokens (B * S), R rows whose skip gate is open, D hidden size.
 """
 
 import math
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,38 +56,6 @@ def feed_open_tokens(feed_forward: nn.Module, hidden_states: Tensor, plan: Forwa
     # Nothing is computed for the other rows. Banks see those that are left as a batch of their own.
     fed_RD = feed_forward(hidden_TD.index_select(0, rows).unsqueeze(0), plan.at(rows))[0].squeeze(0)
     return torch.zeros_like(hidden_TD).index_copy(0, rows, fed_RD).view_as(hidden_states)
-
-
-def run_open_tokens(layer: Any, hidden_BSD: Tensor, plan: ForwardPlan, **attention: Any) -> Tensor:
-    """States `(B, S, D)` after a layer that tokens with a closed skip gate leave as they came (as in Mixture-of-Depths,
-    arXiv 2404.02258, by a threshold for each token). All keys and values are made: others see a token that skips.
-
-    Args:
-        layer: a decoder layer with a skip gate.
-        attention: what its attention is given beside states and plan.
-    """
-    normed = layer.input_layernorm(hidden_BSD)
-    logits_BS = layer.skip_gate(normed)
-    attend = partial(layer.self_attn, normed, plan=plan, **attention)
-    if layer.training or torch.compiler.is_compiling():
-        decision_BS1 = straight_through(logits_BS, plan.open_above).unsqueeze(-1).to(hidden_BSD.dtype)
-        output = layer.finish(hidden_BSD, attend()[0], plan)
-        # Exact at either end: one of the factors is 1 and the other 0.
-        return output * decision_BS1 + hidden_BSD * (1 - decision_BS1)
-    is_open_BS = logits_BS > plan.open_above
-    rows = is_open_BS.flatten().nonzero().squeeze(1)
-    if len(rows) == is_open_BS.numel():
-        return layer.finish(hidden_BSD, attend()[0], plan)
-    if len(rows) == 0:
-        attend(keys_alone=True)
-        return hidden_BSD
-    # The open tokens of each sample in order; samples with fewer are filled up with tokens whose output is left out.
-    most = int(is_open_BS.sum(dim=1).max())
-    queries_BQ = (~is_open_BS).int().argsort(dim=1, stable=True)[:, :most]
-    attended_RD = attend(queries_BQ=queries_BQ)[0][is_open_BS.gather(1, queries_BQ)]
-    hidden_TD = hidden_BSD.flatten(0, 1)
-    finished = layer.finish(hidden_TD[rows].unsqueeze(0), attended_RD.unsqueeze(0), plan.at(rows)).squeeze(0)
-    return hidden_TD.index_copy(0, rows, finished).view_as(hidden_BSD)
 
 
 def open_share(layers: Sequence[Tensor], real_BS: Tensor | None) -> Tensor:

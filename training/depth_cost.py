@@ -83,13 +83,18 @@ def feed_forward_flops(text: ChorusTextConfig, layer: int) -> int:
     return gate + gated_flops(text, text.shared_expert_intermediate_size)
 
 
-def bank_rows(routing: BankRouting, real_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Real tokens that a bank took, as indices, and how many experts each of them visited."""
+def bank_rows(routing: BankRouting, real_T: Tensor, costs: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Real tokens that a bank took, as indices, how many experts each of them visited, and what a visit cost.
+
+    Args:
+        costs: of a visit by each of the widths that `routing.widths` counts; the last is that of the whole width.
+    """
     # Sentinels are no visits.
     visits_T = (routing.selected_experts < routing.router_logits.shape[-1]).sum(dim=-1)
     rows = torch.arange(len(real_T), device=real_T.device) if routing.rows is None else routing.rows
     counts = real_T[rows] if routing.token_mask is None else real_T[rows] & routing.token_mask
-    return rows[counts], visits_T[counts]
+    width_T = torch.full_like(visits_T, -1) if routing.widths is None else routing.widths + torch.zeros_like(visits_T)
+    return rows[counts], visits_T[counts], torch.tensor(costs, device=rows.device)[width_T[counts]]
 
 
 def computation(
@@ -136,10 +141,11 @@ def computation(
             continue
         decided, real_T = next(decisions), real_RS.flatten()
         for bank in text.banks_of_layer(layer):
-            rows, visits = bank_rows(decided[bank.name], real_T)
+            shares = text.expert_width_shares or [1.0]
+            costs = [gated_flops(text, bank.expert_depth * round(share * bank.intermediate_size)) for share in shares]
+            rows, visits, of_visit = bank_rows(decided[bank.name], real_T, costs)
             samples = there[rows // num_queries]
             experts_B.index_add_(0, samples, visits)
-            of_visit = gated_flops(text, bank.expert_depth * bank.intermediate_size)
             of_row = router_flops(text.hidden_size, bank)
             flops_B.index_add_(0, samples, visits * of_visit + of_row)
     return Computation(layers_B, experts_B, flops_B)
