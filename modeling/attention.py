@@ -169,9 +169,14 @@ class Attention(nn.Module):
         if self.global_tokens is not None:
             key, value = self.global_tokens(key, value)
         states = (hidden_states, position_embeddings, plan, key, value)
-        if queries_BQ is not None and memory is None and self._can_choose_queries(attention_mask):
-            chosen, tables, mask = self._chosen(hidden_states, position_embeddings, attention_mask, queries_BQ, key)
-            output, weights, query = self._attend(chosen, tables, plan, key, value, mask, **kwargs)
+        # Queries are left out where no other reads them all, and where the mask is a table or none.
+        is_table = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4)
+        in_place = (
+            self.keeps_no_queries and memory is None and self.config._attn_implementation in ("sdpa", BLOCK_LOCAL)
+        )
+        if queries_BQ is not None and is_table and in_place:
+            chosen = self._chosen(hidden_states, position_embeddings, attention_mask, queries_BQ, key)
+            output, weights, query = self._attend(*chosen[:2], plan, key, value, chosen[2], **kwargs)
             return output, weights, (query, new_key)
 
         # Fresh memory as long as the sequence costs more than the work done on it, since its pages are cleared at each
@@ -189,16 +194,11 @@ class Attention(nn.Module):
             output = output.take_along_dim(queries_BQ[..., None], dim=1)
         return output, weights, (query, new_key)
 
-    def _can_choose_queries(self, attention_mask: Tensor | LocalMask | None) -> bool:
-        """Whether queries can be left out: not where others read all of them, or a mask is no table."""
-        is_table = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4)
-        return self.keeps_no_queries and is_table and self.config._attn_implementation in ("sdpa", BLOCK_LOCAL)
-
     def _chosen(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Any,
         queries_BQ: Tensor,
         key: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:

@@ -57,7 +57,7 @@ class ChorusExperts(nn.Module):
 
     def narrowed(self, width: int) -> "ChorusExperts":
         """These experts with the leading part of their width alone, for any implementation; gradients reach them."""
-        part = copy(self)
+        part: Any = copy(self)
         # Plain tensors in the place of parameters: a copy of the weights is cut for the call and goes with it.
         part._parameters = {}
         gate_up = self.gate_up_proj.unflatten(1, (2, -1))[:, :, :width].flatten(1, 2)
@@ -246,8 +246,8 @@ class ExpertBank(nn.Module):
         states_RD = self._feed(*inputs) if width_R is None else self._feed_by_width(*inputs, width_R)
         output_TD = add_rows(output_TD, rows, states_RD, hidden_TD)
         rows = plan.in_batch(rows)
-        routing = BankRouting(logits_RE, weights_RK, index_RK, token_mask, gate_R, rows, *choice[3:], width_R)
-        return output_TD, routing
+        routing = BankRouting(logits_RE, weights_RK, index_RK, token_mask, gate_R, rows, *choice[3:])
+        return output_TD, routing if width_R is None else routing._replace(widths=width_R)
 
     def _widths_of(self, hidden_RD: Tensor, options: RowOptions | None) -> Tensor | int | None:
         """What was asked for, or what training draws; None for the whole width."""

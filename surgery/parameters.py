@@ -56,8 +56,8 @@ def parameter_report(config_or_model: PreTrainedConfig | nn.Module, expert_width
     Raises:
         ValueError: a share that the model does not have.
     """
-    is_model = isinstance(config_or_model, nn.Module)
-    shares = (config_or_model.config if is_model else config_or_model).text_config.expert_width_shares or [1.0]
+    config: Any = getattr(config_or_model, "config", config_or_model)
+    shares = config.text_config.expert_width_shares or [1.0]
     if expert_width_share not in shares:
         raise ValueError(f"expert_width_share={expert_width_share} is none of expert_width_shares={shares}")
     if isinstance(config_or_model, nn.Module):
