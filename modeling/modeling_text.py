@@ -109,14 +109,15 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         rows = is_open_BS.flatten().nonzero().squeeze(1)
         if len(rows) == is_open_BS.numel():
             return self.finish(hidden_BSD, attend()[0], plan)
-        if len(rows) == 0:
-            attend(keys_alone=True)
-            return hidden_BSD
-        # The open tokens of each sample in order; samples with fewer of them are filled up, and the fill left out.
-        most = int(is_open_BS.sum(dim=1).max())
-        queries_BQ = (~is_open_BS).int().argsort(dim=1, stable=True)[:, :most]
-        attended_RD = attend(queries_BQ=queries_BQ)[0][is_open_BS.gather(1, queries_BQ)]
         hidden_TD = hidden_BSD.flatten(0, 1)
+        if len(rows) == 0:
+            # Banks run on no rows, so that their routing is recorded.
+            attended_RD = attend(keys_alone=True)[0].flatten(0, 1)[rows]
+        else:
+            # The open tokens of each sample in order; samples with fewer of them are filled up, and the fill left out.
+            most = int(is_open_BS.sum(dim=1).max())
+            queries_BQ = (~is_open_BS).int().argsort(dim=1, stable=True)[:, :most]
+            attended_RD = attend(queries_BQ=queries_BQ)[0][is_open_BS.gather(1, queries_BQ)]
         finished = self.finish(hidden_TD[rows].unsqueeze(0), attended_RD.unsqueeze(0), plan.at(rows)).squeeze(0)
         return hidden_TD.index_copy(0, rows, finished).view_as(hidden_BSD)
 

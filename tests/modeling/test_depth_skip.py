@@ -302,7 +302,8 @@ def test_queries_and_feed_forwards_are_computed_for_open_tokens_alone(scope: str
 def test_closed_gates_leave_a_layer_out_and_fill_its_cache():
     model = make(**WHOLE)
     ids = torch.randint(5, 128, (2, 9), generator=torch.Generator().manual_seed(0))
-    output = run(model, {"input_ids": ids}, skip_threshold=1.0, use_cache=True)
+    output = run(model, {"input_ids": ids}, skip_threshold=1.0, use_cache=True, output_router_logits=True)
+    assert [len(layer["common"].rows) for layer in output.routing] == [0, 0]
     assert [layer.get_seq_length() for layer in output.past_key_values.layers] == [9, 9, 9]
     shallow = run(model.model.language_model, {"input_ids": ids}, exit_layer=1).last_hidden_state
     torch.testing.assert_close(output.logits, model.lm_head(shallow), rtol=0, atol=ATOL)
