@@ -11,9 +11,11 @@ from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
+from benchmarks.privacy import secrets
 from chorus_moe import ChorusProcessor
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.lora import lora_config
+from chorus_moe.training.privacy.arguments import PrivacyArguments
 from tests.training.conftest import make_model, make_rows
 from tests.training.privacy.conftest import REASON, make_trainer
 
@@ -187,6 +189,17 @@ def test_logs_tell_what_is_spent_and_nothing_of_the_rows(
     metrics = unprotected.train().metrics
     assert metrics["train_loss"] > 0
     assert all({"loss", "token_accuracy", "epsilon"} <= entry.keys() for entry in unprotected.state.log_history[:2])
+
+
+def test_a_planted_secret_is_recovered_without_privacy_and_not_with_it() -> None:
+    """Each of 16 names has a code of four digits. An attacker ranks the true code among a hundred, and tells names that
+    were learned from names that were not, by how likely the model finds their codes."""
+    plain = secrets(0, None, steps=60, batch=16, count=32, probed=6)
+    assert plain["rank"] < 1.5 and plain["auc"] > 0.95
+    private = PrivacyArguments(use_privacy=True, mechanism="gaussian", noise_multiplier=2.0, accountant="rdp")
+    hidden = secrets(0, private, steps=10, batch=8, count=32, probed=6, private_seed=0)
+    # Chance: ranks of 50.5 with a standard error of 12, and 0.5 with one of 0.1.
+    assert 25 < hidden["rank"] < 76 and 0.3 < hidden["auc"] < 0.7
 
 
 def test_noise_covers_the_rows_of_a_run(
