@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from chorus_moe.training.federated.arguments import FederatedArguments
 from chorus_moe.training.layouts import ALONG, LAYOUTS, MEDIA_COLUMNS, TASK
 from chorus_moe.training.objectives.arguments import ObjectiveArguments
 from chorus_moe.training.objectives.distillation_arguments import DistillationArguments
@@ -234,6 +235,7 @@ class Recipe(NamedTuple):
     objectives: ObjectiveArguments
     distillation: DistillationArguments
     tasks: TaskArguments
+    federated: FederatedArguments
     training: RunArguments
     # Names that the file or the command line gives a value; the card lists them.
     given: frozenset[str] = frozenset()
@@ -257,6 +259,7 @@ SECTIONS: dict[str, type] = {
     "objectives": ObjectiveArguments,
     "distillation": DistillationArguments,
     "tasks": TaskArguments,
+    "federated": FederatedArguments,
     "training": RunArguments,
 }
 # What the stock Trainer needs with this model: raw columns reach the collator, labels have their name under any
@@ -269,7 +272,7 @@ def read_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
     Args:
         path: YAML with the sections `model`, `data`, `lora`, `routing`, `parts`, `guards`, `objectives`,
-            `distillation`, `tasks` and `training`, each a mapping; None for overrides alone.
+            `distillation`, `tasks`, `federated` and `training`, each a mapping; None for overrides alone.
 
     Raises:
         ValueError: no YAML, an unknown section or name (naming the nearest one), or a value of another type.
