@@ -88,6 +88,33 @@ def simulate(
     print(json.dumps(run(read_recipe(recipe, context.args), clients), indent=2))
 
 
+@federated.command()
+def gather(
+    base: Annotated[str, typer.Argument(help="model that all banks were trained on: a folder or a Hub id")],
+    bank: Annotated[list[Path], typer.Option(help="file of `save_bank`; may be repeated", exists=True)],
+    out: Annotated[Path, typer.Option(help="new folder for the model")],
+    gates: Annotated[
+        Path | None, typer.Option(help="recipe with public rows, by which the banks' gates are trained", exists=True)
+    ] = None,
+) -> None:
+    """Put the banks of several owners into one model, and train their gates on public rows."""
+    from chorus_moe.training.federated.owned_banks import gather_banks, read_gates
+
+    print(f"wrote {out} with the banks {', '.join(gather_banks(base, bank, out, read_gates(gates)))}")
+
+
+@federated.command()
+def withdraw(
+    model: Annotated[Path, typer.Argument(help="folder that `gather` has written")],
+    bank: Annotated[str, typer.Argument(help="bank to take out")],
+    out: Annotated[Path, typer.Option(help="new folder for the model")],
+) -> None:
+    """Make a gathered model anew, as if a bank had never been in it."""
+    from chorus_moe.training.federated.owned_banks import withdraw_bank
+
+    print(f"wrote {out} with the banks {', '.join(withdraw_bank(model, bank, out))}")
+
+
 def need_flower() -> None:
     """Raises ImportError, saying how to install it, where Flower is missing."""
     if find_spec("flwr") is None:

@@ -1,5 +1,6 @@
 """A saved base, three clients with unequal rows and modalities, and their recipes."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.training.conftest import make_model, make_row, make_tokenizer
 CLIENTS = {"eyes": [0, 3, 6, 9, 12, 15], "ears": [1, 4], "both": [2, 5, 8, 11]}
 ADAPTER: dict[str, Any] = {"banks": ["image", "audio", "text"], "cross_modal": True, "lora_rank": 2}
 BANKS: dict[str, Any] = {"train": ["image", "audio"]}
+TRAINED = {"adapter": ADAPTER, "banks": BANKS, "adapter, one side": ADAPTER, "banks of another base": BANKS}
 
 
 def write_rows(folder: Path, name: str, numbers: list[int]) -> Path:
@@ -65,7 +67,7 @@ def sections(folder: Path, trained: dict[str, Any], out: Path, rows: str | None 
         kind: trained,
         "training": {
             "output_dir": str(out),
-            "max_steps": 2,
+            "max_steps": 1,
             "per_device_train_batch_size": 2,
             "learning_rate": 1e-2,
             "lr_scheduler_type": "constant",
@@ -90,9 +92,13 @@ def make_recipe(federation_folder: Path, tmp_path: Path) -> MakeRecipe:
     return make
 
 
-@pytest.fixture
-def make_learner(make_recipe: MakeRecipe) -> Callable[..., Learner]:
-    def make(trained: dict[str, Any], rows: str) -> Learner:
-        return Learner(make_recipe(trained, rows))
+@pytest.fixture(scope="session")
+def make_learner(federation_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Learner]:
+    """A client, made once: each question writes all that is trained anew."""
+    out = tmp_path_factory.mktemp("clients")
+
+    @functools.cache
+    def make(kind: str, rows: str) -> Learner:
+        return Learner(build_recipe(sections(federation_folder, TRAINED[kind], out, rows), "test"))
 
     return make
