@@ -70,7 +70,7 @@ def client(
     from chorus_moe.training.federated.learner import Learner
     from chorus_moe.training.recipe import read_recipe
 
-    learner = Learner(read_recipe(recipe, context.args))
+    learner = Learner.of(read_recipe(recipe, context.args))
     serve_server(server, learner.answer, private_key, root_certificate, is_plain=insecure)
 
 

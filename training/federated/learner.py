@@ -7,6 +7,7 @@ Unusual here:
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
+from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.contrast.setup import collator_of, is_contrastive
+from chorus_moe.training.data import RowDataset
 from chorus_moe.training.federated.layout import (
     Tensors,
     base_of,
@@ -25,7 +28,7 @@ from chorus_moe.training.federated.layout import (
     write_weights,
 )
 from chorus_moe.training.federated.updates import STOP, TRAIN, Place, Question, Refused, Update
-from chorus_moe.training.loading import base_model
+from chorus_moe.training.loading import ModelOrAdapter, base_model
 from chorus_moe.training.objectives.objective import Objective
 from chorus_moe.training.objectives.terms import build_objectives
 from chorus_moe.training.readiness import check_recipe
@@ -33,8 +36,10 @@ from chorus_moe.training.recipe import Recipe
 from chorus_moe.training.routing.callback import RoutingCallback
 from chorus_moe.training.routing.counters import RoutingCounters
 from chorus_moe.training.routing.observer import RoutingObserver
-from chorus_moe.training.streaming import training_rows
+from chorus_moe.training.streaming import StreamedRows, training_rows
 from chorus_moe.training.train import load_or_build, new_trainer
+
+Rows = RowDataset | Sequence[dict[str, Any]]
 
 
 class Proximity(Objective):
@@ -53,22 +58,30 @@ class Learner:
     """A client's model and rows.
 
     Args:
-        recipe: `model` and `lora` must be those of the server; `data` and `training` are the client's own. A round
-            takes `max_steps` or `num_train_epochs`.
+        recipe: `model`, `lora` and `parts` must be those of the server; `training` is the client's own. A round takes
+            its `max_steps` or `num_train_epochs`.
+        model: with the adapter or the parts that are trained.
+        rows: this client's.
 
     Raises:
-        ValueError: as `run_training` before its first step, or a model that is new.
+        ValueError: what has no meaning in a federation, see `check_federated_recipe`.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, model: ModelOrAdapter, processor: ChorusProcessor, rows: Rows):
+        check_federated_recipe(recipe)
+        self.recipe, self.model, self.processor, self.rows = recipe, model, processor, rows
+        self.collator: ChorusDataCollator = collator_of(recipe, processor)
+        self._base: tuple[frozenset[str], str] | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Learner":
+        """With the model and the rows that a recipe names. Errors as in `run_training` before its first step."""
         check_federated_recipe(recipe)
         set_seed(recipe.training.seed)
-        self.recipe = recipe
-        self.rows = training_rows(recipe)
-        self.model, processor = load_or_build(recipe, self.rows)
-        self.collator: ChorusDataCollator = collator_of(recipe, processor)
-        self.processor = processor
-        self._base: tuple[frozenset[str], str] | None = None
+        rows = training_rows(recipe)
+        assert not isinstance(rows, StreamedRows)  # refused above
+        model, processor = load_or_build(recipe, rows)
+        return cls(recipe, model, processor, rows)
 
     def answer(self, payload: bytes) -> bytes | None:
         """The update that a question asks for, None after the last question.
@@ -135,11 +148,7 @@ class Learner:
         layout = layout_of(self.model)
         learned = {name: tensor for name, tensor in trained_tensors(self.model).items() if name in question.weights}
         kept = {name: tensor for name, tensor in learned.items() if is_reached(layout[name], tokens, seen)}
-        return Update(question.round, question.base, self.num_examples, kept, tokens, seen)
-
-    @property
-    def num_examples(self) -> int:
-        return len(self.rows)  # type: ignore[arg-type]  # a stream is refused
+        return Update(question.round, question.base, len(self.rows), kept, tokens, seen)
 
     def base_hash(self, question: Question) -> str:
         """The hash of all that the question has no weights for; computed once for each set of names."""

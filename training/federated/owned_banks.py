@@ -94,8 +94,8 @@ def _gate_recipe(gates: dict[str, Any], model: str, names: Sequence[str], out: P
 def withdraw_bank(folder: str | Path, name: str, out: str | Path) -> list[str]:
     """Save the model of a folder of `gather_banks` as if a bank had never been in it.
 
-    Its answers are, bit for bit, those of a model that was gathered without the bank on the same machine. The old folder
-    is left: whoever withdraws will want it deleted.
+    Its answers are, bit for bit, those of a model that was gathered without the bank on the same machine. The old
+    folder is left: whoever withdraws will want it deleted.
 
     Returns:
         The names of the banks that are left; the base itself if there is none.

@@ -60,5 +60,5 @@ def simulate(recipe: Recipe, clients: Mapping[str, Recipe] | Sequence[Recipe]) -
         clients: by name, or `client_0`, `client_1`, ...
     """
     named = clients if isinstance(clients, Mapping) else {f"client_{i}": found for i, found in enumerate(clients)}
-    learners = {name: Learner(found) for name, found in named.items()}
+    learners = {name: Learner.of(found) for name, found in named.items()}
     return run_server(recipe, InProcess({name: learner.answer for name, learner in learners.items()}))

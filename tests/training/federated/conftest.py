@@ -20,7 +20,13 @@ from tests.training.conftest import make_model, make_row, make_tokenizer
 CLIENTS = {"eyes": [0, 3, 6, 9, 12, 15], "ears": [1, 4], "both": [2, 5, 8, 11]}
 ADAPTER: dict[str, Any] = {"banks": ["image", "audio", "text"], "cross_modal": True, "lora_rank": 2}
 BANKS: dict[str, Any] = {"train": ["image", "audio"]}
-TRAINED = {"adapter": ADAPTER, "banks": BANKS, "adapter, one side": ADAPTER, "banks of another base": BANKS}
+TRAINED = {
+    "adapter": ADAPTER,
+    "banks": BANKS,
+    "adapter, one side": ADAPTER,
+    "banks of another base": BANKS,
+    "three steps": BANKS,
+}
 
 
 def write_rows(folder: Path, name: str, numbers: list[int]) -> Path:
@@ -67,7 +73,7 @@ def sections(folder: Path, trained: dict[str, Any], out: Path, rows: str | None 
         kind: trained,
         "training": {
             "output_dir": str(out),
-            "max_steps": 1,
+            "max_steps": 2,
             "per_device_train_batch_size": 2,
             "learning_rate": 1e-2,
             "lr_scheduler_type": "constant",
@@ -99,6 +105,8 @@ def make_learner(federation_folder: Path, tmp_path_factory: pytest.TempPathFacto
 
     @functools.cache
     def make(kind: str, rows: str) -> Learner:
-        return Learner(build_recipe(sections(federation_folder, TRAINED[kind], out, rows), "test"))
+        found = sections(federation_folder, TRAINED[kind], out, rows)
+        found["training"]["max_steps"] = 3 if kind == "three steps" else 1
+        return Learner.of(build_recipe(found, "test"))
 
     return make

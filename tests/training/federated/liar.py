@@ -10,7 +10,7 @@ from chorus_moe.training.federated.updates import Update
 from chorus_moe.training.recipe import read_recipe
 
 recipe, address, private_key, root_certificate = sys.argv[1:]
-learner = Learner(read_recipe(recipe))
+learner = Learner.of(read_recipe(recipe))
 
 
 def answer(payload: bytes) -> bytes | None:

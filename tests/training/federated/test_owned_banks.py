@@ -56,7 +56,7 @@ def test_a_withdrawn_bank_leaves_no_trace(
     gather_banks(base, [files["clinic"], files["garage"]], tmp_path / "never", gates)
     assert withdraw_bank(tmp_path / "all", "bakery", tmp_path / "without") == ["clinic", "garage"]
     never, without, whole = (load(tmp_path / name) for name in ("never", "without", "all"))
-    states = {name: value for name, value in without.state_dict().items()}
+    states = without.state_dict()
     assert states.keys() == never.state_dict().keys() and not any("bakery" in name for name in states)
     assert torch.equal(logits_of(without), logits_of(never))
     assert not torch.equal(logits_of(without), logits_of(whole))

@@ -87,7 +87,7 @@ def test_a_client_without_a_modality_leaves_its_bank_alone(
 
 
 def test_all_learn_together_and_the_base_stays(make_learner: MakeLearner, start: Callable[..., Federation]) -> None:
-    federation = start(ADAPTER, rounds=2)
+    federation = start(ADAPTER, rounds=1)
     before = weights_of(federation.model)
     learners = {name: make_learner("adapter", name) for name in CLIENTS}
     federation.run(InProcess(answers(learners)))
@@ -156,7 +156,7 @@ def test_a_restarted_server_ends_where_one_that_was_not_does(
     make_learner: MakeLearner, start: Callable[..., Federation]
 ) -> None:
     def clients() -> InProcess:
-        return InProcess(answers({name: make_learner("adapter", name) for name in ("eyes", "both")}))
+        return InProcess(answers({name: make_learner("adapter", name) for name in ("both",)}))
 
     whole = start(ADAPTER, "whole", rounds=2)
     whole.run(clients())
@@ -193,7 +193,7 @@ def test_fedprox_stays_nearer_to_where_the_round_began(
     norms = []
     for number, weight in enumerate((0.0, 30.0)):
         federation = start(BANKS, str(number), rounds=1, aggregation="fedprox", proximal_weight=weight)
-        federation.run(InProcess({"both": make_learner("banks", "both").answer}))
+        federation.run(InProcess({"both": make_learner("three steps", "both").answer}))
         norms.append(federation.history[0].clients["both"][1])
     assert norms[1] < 0.9 * norms[0]
 
