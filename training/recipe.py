@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from chorus_moe.training.federated.arguments import FederatedArguments
 from chorus_moe.training.layouts import ALONG, LAYOUTS, MEDIA_COLUMNS, TASK
 from chorus_moe.training.objectives.arguments import ObjectiveArguments
 from chorus_moe.training.objectives.distillation_arguments import DistillationArguments
@@ -236,6 +237,7 @@ class Recipe(NamedTuple):
     distillation: DistillationArguments
     tasks: TaskArguments
     privacy: PrivacyArguments
+    federated: FederatedArguments
     training: RunArguments
     # Names that the file or the command line gives a value; the card lists them.
     given: frozenset[str] = frozenset()
@@ -260,6 +262,7 @@ SECTIONS: dict[str, type] = {
     "distillation": DistillationArguments,
     "tasks": TaskArguments,
     "privacy": PrivacyArguments,
+    "federated": FederatedArguments,
     "training": RunArguments,
 }
 # Names of `training` that may stand in another section, too: for a private run `max_grad_norm` bounds each row.
@@ -274,7 +277,7 @@ def read_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
     Args:
         path: YAML with the sections `model`, `data`, `lora`, `routing`, `parts`, `guards`, `objectives`,
-            `distillation`, `tasks`, `privacy` and `training`, each a mapping; None for overrides alone.
+            `distillation`, `tasks`, `privacy` `federated`, and `training`, each a mapping; None for overrides alone.
 
     Raises:
         ValueError: no YAML, an unknown section or name (naming the nearest one), or a value of another type.
