@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 from chorus_moe.training.layouts import ALONG, LAYOUTS, MEDIA_COLUMNS, TASK
 from chorus_moe.training.objectives.arguments import ObjectiveArguments
 from chorus_moe.training.objectives.distillation_arguments import DistillationArguments
-from chorus_moe.training.scale.layout import ParallelArguments, field_names_of
+from chorus_moe.training.scale.layout import ParallelArguments, field_names_of, zero_config, zero_stage_of
 from chorus_moe.training.tasks.arguments import TaskArguments
 from chorus_moe.training.yaml_files import read_yaml
 
@@ -287,6 +287,9 @@ def build_recipe(sections: object, where: str, overrides: Sequence[str] = ()) ->
     words = to_words(TRAINER_SETTINGS) + to_words(values) + with_underscores(overrides)
     # Abbreviations would make a misspelt option a valid one.
     parser = RecipeParser(list(SECTIONS.values()), allow_abbrev=False)
+    if stage := zero_stage_of(words):
+        # The Trainer's arguments must have it when they are made.
+        words += to_words({"deepspeed": zero_config(stage)})
     parsed = parser.parse_args_into_dataclasses(args=words)
     said = {word[2:] for word in with_underscores(overrides) if word.startswith("--")}
     names = {name for kind in SECTIONS.values() for name in field_names(kind)}

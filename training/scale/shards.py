@@ -1,0 +1,173 @@
+"""A spread model and its optimizer on disk, written and read by all ranks through torch's distributed checkpoint.
+
+Unusual here:
+- each rank writes what it holds; the pieces of a tensor are then joined into ordinary `model-*.safetensors` with their
+  index, which any number of processes and `from_pretrained` read;
+- each bank has files of its own, so that one bank can be fetched alone;
+- the optimizer's state lies in safetensors too, by the names of the parameters, and its numbers in JSON: nothing is
+  unpickled, and the layout that reads need not be the one that wrote.
+"""
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files_on_every_rank
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+from transformers.distributed.checkpoint import _redistribute_state_dict
+from transformers.utils import CONFIG_NAME
+
+from chorus_moe.modeling.modeling_base import drop_absent_code
+
+INDEX = "model.safetensors.index.json"
+PIECES = "pieces"
+OPTIMIZER, NUMBERS = "optimizer_shards", "numbers.json"
+BANK = re.compile(r"\.banks\.([^.]+)\.")
+FILE_BYTES = 5 * 10**9
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of a spread model as DTensors that can be written, tied ones under one name."""
+    tied = set(model.all_tied_weights_keys or {})
+    state = {name: tensor for name, tensor in get_model_state_dict(model).items() if name not in tied}
+    return _redistribute_state_dict(state)
+
+
+def file_numbers(weights: Mapping[str, Tensor], file_bytes: int = FILE_BYTES) -> dict[str, int]:
+    """Tensor -> number of its file, from 1: first what belongs to no bank, then one bank after the other."""
+    groups: dict[str, list[str]] = {"": []}
+    for name in weights:
+        match = BANK.search(name)
+        groups.setdefault(match[1] if match else "", []).append(name)
+    numbers, number = {}, 0
+    for group in sorted(groups):
+        size = file_bytes + 1
+        for name in groups[group]:
+            new = weights[name].numel() * weights[name].element_size()
+            # A group always begins a file.
+            number, size = (number + 1, new) if size + new > file_bytes else (number, size + new)
+            numbers[name] = number
+    return numbers
+
+
+def files_of_bank(folder: Path, bank: str) -> list[str]:
+    """The files that hold a bank and nothing else, as a spread run writes them.
+
+    Raises:
+        ValueError: no tensor belongs to the bank, naming the banks that are there; or a file holds more than it.
+    """
+    places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    banks = {name: match[1] if (match := BANK.search(name)) else "" for name in places}
+    files = sorted({places[name] for name in places if banks[name] == bank})
+    if not files or not bank:
+        raise ValueError(f"{folder} holds no bank {bank!r}, it has {', '.join(sorted({*banks.values()} - {''}))}")
+    if mixed := sorted({name for name in places if places[name] in files and banks[name] != bank}):
+        raise ValueError(f"{folder}: {places[mixed[0]]} holds {mixed[0]} beside bank {bank!r}")
+    return files
+
+
+def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
+    """Write `model-*.safetensors` and their index. Every rank must call it."""
+    pieces, numbers = folder / PIECES, file_numbers(weights)
+    writer = HuggingFaceStorageWriter(str(pieces), numbers, save_distributed=True)
+    dcp.save(weights, storage_writer=writer)
+    join_pieces(pieces, folder, numbers)
+
+
+def join_pieces(pieces: Path, folder: Path, numbers: dict[str, int]) -> None:
+    """Tensors from the pieces of all ranks, as ordinary files. Every rank must call it, and joins some of them."""
+    dist.barrier()
+    consolidate_safetensors_files_on_every_rank(str(pieces), str(folder), numbers)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        last = max(numbers.values())
+        places = {name: f"model-{number:05}-of-{last:05}.safetensors" for name, number in numbers.items()}
+        sizes = sum((folder / file).stat().st_size for file in set(places.values()))
+        index = {"metadata": {"total_size": sizes}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(pieces)
+
+
+def save_settings(model: PreTrainedModel, folder: Path) -> None:
+    """Write what `from_pretrained` reads beside the weights; by one rank."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    # How this run is spread is no property of the model.
+    vars(config).pop("distributed_config", None)
+    config.save_pretrained(folder)
+    drop_absent_code(folder / CONFIG_NAME)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Fill a spread model from `model*.safetensors` of any number of processes. Every rank must call it."""
+    state = weights_of(model)
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)))
+    held = get_model_state_dict(model)
+    state = _redistribute_state_dict(state, {name: held[name] for name in state})
+    # Not strict: of tied tensors one is enough.
+    set_model_state_dict(model, state, options=StateDictOptions(strict=False))
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Its tensors by name, as they can be written, and its numbers."""
+    state = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    return _redistribute_state_dict(tensors), numbers
+
+
+def save_optimizer(tensors: dict[str, Tensor], numbers: dict[str, Any], folder: Path) -> None:
+    """Write an optimizer's state. Every rank must call it."""
+    writer = HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
+    dcp.save(tensors, storage_writer=writer)
+    if dist.get_rank() == 0:
+        (folder / OPTIMIZER / NUMBERS).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Fill an optimizer on any layout, one process included. Every rank must call it."""
+    tensors, numbers = optimizer_state(model, optimizer)
+    before = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    dcp.load(
+        tensors, storage_reader=HuggingFaceStorageReader(str(folder / OPTIMIZER)), no_dist=not dist.is_initialized()
+    )
+    saved = json.loads((folder / OPTIMIZER / NUMBERS).read_text(encoding="utf-8"))
+    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    state = _redistribute_state_dict(tensors, {name: before[name] for name in tensors})
+    set_optimizer_state_dict(model, optimizer, {**numbers, **saved, **state}, options=FLAT)
+
+
+def adapter_state(model: PeftModel) -> dict[str, Tensor]:
+    """What PEFT saves of a spread adapter, by the names it has in the file; each tensor as it lies on this rank."""
+    return get_peft_model_state_dict(model)
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Fill a spread adapter from its file. Every rank must call it."""
+    saved = load_file(folder / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, own in adapter_state(model).items():
+            value = saved[name]
+            own.copy_(distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value)
