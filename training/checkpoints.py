@@ -221,6 +221,11 @@ class WholeCheckpoints(Trainer):
             raise
         finally:
             self._is_aside = False
+        self._finish_checkpoint(run, name)
+
+    def _finish_checkpoint(self, run: Path, name: str) -> None:
+        """Give the checkpoint that lies aside its manifest and its name, and remove older ones."""
+        aside = run / INCOMPLETE / name
         # Each rank has written its random state.
         self.accelerator.wait_for_everyone()
         # The first rank; then the first one of each machine, where the disk is its own and a part still lies there.

@@ -160,7 +160,7 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
 def new_trainer(recipe: Recipe, **parts: Any) -> ChorusTrainer:
     """The Trainer of a recipe, with its rates and guards, or the one that also rewards routers."""
     guard = StepGuard(recipe.guards.norm_ratio, recipe.guards.max_skipped_steps)
-    parts |= {"guard": guard, "rates": Rates.of(recipe.parts)}
+    parts |= {"guard": guard, "rates": Rates.of(recipe.parts), "background_saves": recipe.parallel.background_saves}
     if not recipe.routing.router_reward_banks:
         trainer = ChorusTrainer(**parts)
     else:

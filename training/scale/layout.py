@@ -21,6 +21,7 @@ KEYS = {
     "zero": "zero_stage",
     "rows": "rows_per_step",
     "patience": "rank_patience",
+    "background": "background_saves",
 }
 
 
@@ -44,6 +45,9 @@ class ParallelArguments:
     )
     rank_patience: float = field(
         default=60.0, metadata={"help": "seconds that ranks wait for the slowest one at a step; then it is named"}
+    )
+    background_saves: bool = field(
+        default=False, metadata={"help": "write checkpoints of fsdp and tensor while the run goes on, from a copy"}
     )
 
 
@@ -85,7 +89,7 @@ def layout_of(arguments: ParallelArguments, processes: int) -> Layout:
         ImportError: ZeRO without DeepSpeed.
     """
     for key, name in KEYS.items():
-        value, least = getattr(arguments, name), 0 if key in ("zero", "patience") else 1
+        value, least = getattr(arguments, name), 0 if key in ("zero", "patience", "background") else 1
         if value is not None and value < least:
             raise ValueError(f"parallel.{key} must be {least} or more, found {value}")
     fsdp, tensor, expert = arguments.fsdp_size, arguments.tensor_size, arguments.expert_size

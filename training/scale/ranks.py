@@ -3,10 +3,11 @@
 Ranks of one tensor group hold the same rows: what counts rows over all processes would count theirs more than once.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 from transformers import TrainingArguments
 
 from chorus_moe.modeling.configuration_services import SERVICES
@@ -43,8 +44,24 @@ def data_group() -> dist.ProcessGroup | None:
     return _group
 
 
+class _Sum(torch.autograd.Function):
+    """Every rank adds to the sum, and every rank's loss is made of it: so gradients are summed as well."""
+
+    @staticmethod
+    def forward(context: Any, sums: Tensor, group: dist.ProcessGroup) -> Tensor:
+        context.group, total = group, sums.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].clone()
+        dist.all_reduce(total, group=context.group)
+        return total, None
+
+
 def sum_over_batch(sums: Tensor) -> Tensor:
     """Sums over the rows of all ranks, also of gradients; as they are in evaluation, where a rank may run alone."""
     if _group is None or not torch.is_grad_enabled():
         return sums
-    return all_reduce(sums.contiguous(), group=_group)
+    return _Sum.apply(sums, _group)

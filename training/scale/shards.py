@@ -8,11 +8,12 @@ Unusual here:
   unpickled, and the layout that reads need not be the one that wrote.
 """
 
+import contextlib
 import copy
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,24 +87,28 @@ def files_of_bank(folder: Path, bank: str) -> list[str]:
     return files
 
 
+def weights_writer(folder: Path, numbers: dict[str, int]) -> HuggingFaceStorageWriter:
+    return HuggingFaceStorageWriter(str(folder / PIECES), numbers, save_distributed=True)
+
+
 def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
     """Write `model-*.safetensors` and their index. Every rank must call it."""
-    pieces, numbers = folder / PIECES, file_numbers(weights)
-    writer = HuggingFaceStorageWriter(str(pieces), numbers, save_distributed=True)
-    dcp.save(weights, storage_writer=writer)
-    join_pieces(pieces, folder, numbers)
+    numbers = file_numbers(weights)
+    dcp.save(weights, storage_writer=weights_writer(folder, numbers))
+    join_pieces(folder, numbers)
 
 
-def join_pieces(pieces: Path, folder: Path, numbers: dict[str, int]) -> None:
-    """Tensors from the pieces of all ranks, as ordinary files. Every rank must call it, and joins some of them."""
-    dist.barrier()
-    consolidate_safetensors_files_on_every_rank(str(pieces), str(folder), numbers)
-    dist.barrier()
+def join_pieces(folder: Path, numbers: dict[str, int], group: dist.ProcessGroup | None = None) -> None:
+    """Make ordinary files of the pieces of all ranks. Every rank must call it, and joins some of the files."""
+    pieces = folder / PIECES
+    dist.barrier(group)
+    consolidate_safetensors_files_on_every_rank(str(pieces), str(folder), numbers, process_group=group)
+    dist.barrier(group)
     if dist.get_rank() == 0:
         last = max(numbers.values())
         places = {name: f"model-{number:05}-of-{last:05}.safetensors" for name, number in numbers.items()}
-        sizes = sum((folder / file).stat().st_size for file in set(places.values()))
-        index = {"metadata": {"total_size": sizes}, "weight_map": places}
+        size = sum((folder / file).stat().st_size for file in set(places.values()))
+        index = {"metadata": {"total_size": size}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(pieces)
 
@@ -132,16 +137,24 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Its tensors by name, as they can be written, and its numbers."""
-    state = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    with no_empty_groups(optimizer):
+        state = get_optimizer_state_dict(model, optimizer, options=FLAT)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     return _redistribute_state_dict(tensors), numbers
 
 
-def save_optimizer(tensors: dict[str, Tensor], numbers: dict[str, Any], folder: Path) -> None:
+def optimizer_writer(folder: Path) -> HuggingFaceStorageWriter:
+    return HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
+
+
+def save_optimizer(tensors: dict[str, Tensor], numbers: Mapping[str, Any], folder: Path) -> None:
     """Write an optimizer's state. Every rank must call it."""
-    writer = HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
-    dcp.save(tensors, storage_writer=writer)
+    dcp.save(tensors, storage_writer=optimizer_writer(folder))
+    write_numbers(numbers, folder)
+
+
+def write_numbers(numbers: Mapping[str, Any], folder: Path) -> None:
     if dist.get_rank() == 0:
         (folder / OPTIMIZER / NUMBERS).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
 
@@ -149,25 +162,36 @@ def save_optimizer(tensors: dict[str, Tensor], numbers: dict[str, Any], folder: 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Fill an optimizer on any layout, one process included. Every rank must call it."""
     tensors, numbers = optimizer_state(model, optimizer)
-    before = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    with no_empty_groups(optimizer):
+        before = get_optimizer_state_dict(model, optimizer, options=FLAT)
     dcp.load(
         tensors, storage_reader=HuggingFaceStorageReader(str(folder / OPTIMIZER)), no_dist=not dist.is_initialized()
     )
     saved = json.loads((folder / OPTIMIZER / NUMBERS).read_text(encoding="utf-8"))
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     state = _redistribute_state_dict(tensors, {name: before[name] for name in tensors})
-    set_optimizer_state_dict(model, optimizer, {**numbers, **saved, **state}, options=FLAT)
+    with no_empty_groups(optimizer):
+        set_optimizer_state_dict(model, optimizer, {**numbers, **saved, **state}, options=FLAT)
 
 
-def adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """What PEFT saves of a spread adapter, by the names it has in the file; each tensor as it lies on this rank."""
-    return get_peft_model_state_dict(model)
+@contextlib.contextmanager
+def no_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Without the groups that hold no parameter, which torch cannot name: an adapter has no norms without decay."""
+    empty = [(place, group) for place, group in enumerate(optimizer.param_groups) if not group["params"]]
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    yield
+    for place, group in empty:
+        optimizer.param_groups.insert(place, group)
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Fill a spread adapter from its file. Every rank must call it."""
-    saved = load_file(folder / "adapter_model.safetensors")
+    saved, own = load_file(folder / "adapter_model.safetensors"), model.state_dict()
+    # PEFT has names of its own in the file, and gathers what it is asked for: numbers tell which tensor gets which.
+    names, numbers = list(own), {name: torch.tensor(place) for place, name in enumerate(own)}
     with torch.no_grad():
-        for name, own in adapter_state(model).items():
-            value = saved[name]
-            own.copy_(distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value)
+        for name, number in get_peft_model_state_dict(model, state_dict=numbers).items():
+            tensor, value = own[names[int(number)]], saved[name]
+            if isinstance(tensor, DTensor):
+                value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+            tensor.copy_(value)

@@ -29,26 +29,24 @@ def spread(model: ModelOrAdapter, layout: Layout) -> None:
     check_layout(layout, below.config, is_adapter=below is not model)
     if not layout.is_sharded:
         return
-    config = DistributedConfig(
-        dp_replicate_size=layout.data,
-        fsdp_size=layout.fsdp,
-        tp_size=layout.tensor,
-        ep_size=layout.expert,
-        # One unit for each layer and each tower; the rest of the model is one more.
-        fsdp_plan=dict.fromkeys(_units(below), "free_full_weight") if layout.fsdp > 1 else None,
-    )
+    sizes = {"dp_replicate_size": layout.data, "fsdp_size": layout.fsdp}
+    config = DistributedConfig(**sizes, tp_size=layout.tensor, ep_size=layout.expert)
+    below.fsdp_plan = _units(below)
     config, _, mesh = below.prepare_distribute_model(config)
     below.maybe_distribute_model(below, config, mesh)
     if layout.fsdp > 1 and not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise RuntimeError(f"parallel: {layout.name}: the model was not spread")
 
 
-def _units(model: PreTrainedModel) -> list[str]:
-    names = dict(model.named_modules())
-    blocks = [name for name, module in names.items() if type(module).__name__ in (model._no_split_modules or ())]
-    towers = [name for name in names if name.rpartition(".")[2] in TOWERS]
-    # Rules have `*` for the numbers of layers.
-    return sorted({replace_layer_number_by_wildcard(name) for name in (*blocks, *towers)})
+def _units(model: PreTrainedModel) -> dict[str, str]:
+    """What FSDP2 gathers at a time: each layer, each tower, what the model's class says; all else is one more."""
+    modules = dict(model.named_modules())
+    blocks = [name for name, module in modules.items() if type(module).__name__ in (model._no_split_modules or ())]
+    towers = [name for name in modules if name.rpartition(".")[2] in TOWERS]
+    # Rules have `*` for the numbers of layers. Those of transformers for any model name parts that this one has not.
+    known = {replace_layer_number_by_wildcard(name) for name in modules}
+    units = {replace_layer_number_by_wildcard(name): "free_full_weight" for name in (*blocks, *towers)}
+    return units | {name: style for name, style in model.fsdp_plan.items() if name in known}
 
 
 def shares(model: nn.Module) -> dict[str, Any]:

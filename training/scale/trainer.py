@@ -7,10 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from chorus_moe.training.checkpoints import WholeCheckpoints
 from chorus_moe.training.loading import base_model
+from chorus_moe.training.scale.background import BackgroundWriter
 from chorus_moe.training.scale.shards import (
     OPTIMIZER,
     load_adapter,
@@ -27,12 +29,19 @@ ADAPTER = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen
 
 
 class SpreadTrainer(WholeCheckpoints):
-    """Whole checkpoints, whose weights and optimizer are written by all ranks where each has a share of them."""
+    """Whole checkpoints, whose weights and optimizer are written by all ranks where each has a share of them.
 
-    def __init__(self, *arguments: Any, **options: Any):
+    Args:
+        background_saves: write those of whole models from a copy, while the run goes on.
+    """
+
+    def __init__(self, *arguments: Any, background_saves: bool = False, **options: Any):
         args = options.get("args", arguments[1] if len(arguments) > 1 else None)
         model = options.get("model", arguments[0] if arguments else None)
         self._mesh: Any = None
+        self._writer: BackgroundWriter | None = None
+        # The checkpoint that is being written: its run and its name.
+        self._unfinished: tuple[Path, str] | None = None
         if args is None or not getattr(model, "is_distributed_loading_by_transformers", False):
             super().__init__(*arguments, **options)
             return
@@ -42,6 +51,11 @@ class SpreadTrainer(WholeCheckpoints):
             super().__init__(*arguments, **options)
         finally:
             args.save_only_model = kept
+        if background_saves and base_model(self.model) is self.model:
+            if args.load_best_model_at_end:
+                raise ValueError("parallel.background: load_best_model_at_end may ask for a model not yet written")
+            self._writer = BackgroundWriter()
+            self.add_callback(FinishCheckpoints(self))
 
     @property
     def is_spread(self) -> bool:
@@ -77,14 +91,41 @@ class SpreadTrainer(WholeCheckpoints):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
         dist.barrier()
-        save_weights(weights_of(model), folder)
+        if self._writer is None or not self._is_aside:
+            save_weights(weights_of(model), folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_spread:
             return super()._save_optimizer_and_scheduler(output_dir)
-        save_optimizer(*optimizer_state(self.model, unwrapped(self.optimizer)), Path(output_dir))
+        state = optimizer_state(self.model, unwrapped(self.optimizer))
+        if self._writer is None:
+            save_optimizer(*state, Path(output_dir))
+        else:
+            self._writer.begin(weights_of(self.model), *state, Path(output_dir))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.finish_checkpoint()
+        super()._save_checkpoint(model, trial)
+
+    def _finish_checkpoint(self, run: Path, name: str) -> None:
+        if self._writer is not None and self._writer.is_writing:
+            self._unfinished = run, name
+        else:
+            super()._finish_checkpoint(run, name)
+
+    def finish_checkpoint(self, wait: bool = True) -> None:
+        """Finish the checkpoint that is being written in the background, if there is one. Every rank must call it.
+
+        Args:
+            wait: False to leave it for later while a rank still writes.
+        """
+        if self._writer is None or self._unfinished is None or not (wait or self._writer.all_done()):
+            return
+        self._writer.settle()
+        unfinished, self._unfinished = self._unfinished, None
+        super()._finish_checkpoint(*unfinished)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.is_spread:
@@ -104,7 +145,25 @@ class SpreadTrainer(WholeCheckpoints):
                 )
             return super()._read_states(checkpoint)
         load_optimizer(self.model, unwrapped(self.optimizer), folder)
-        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        saved, own = torch.load(folder / SCHEDULER_NAME, weights_only=True), self.lr_scheduler.state_dict()
+        # Lists with an entry for each group of parameters, which are more where experts have a mesh of their own.
+        lists = {name for name, value in saved.items() if isinstance(value, list) and isinstance(own.get(name), list)}
+        self.lr_scheduler.load_state_dict({name: own[name] if name in lists else saved[name] for name in saved})
+
+
+class FinishCheckpoints(TrainerCallback):
+    """After each step, finishes the checkpoint that has been written meanwhile; at the end, waits for it."""
+
+    def __init__(self, trainer: SpreadTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.finish_checkpoint(wait=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.finish_checkpoint()
 
 
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
