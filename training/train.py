@@ -52,7 +52,7 @@ from chorus_moe.training.routing.report import write_routing
 from chorus_moe.training.routing.reward import RouterRewardTrainer
 from chorus_moe.training.saving import held_model
 from chorus_moe.training.scale.faults import SlowRank
-from chorus_moe.training.scale.layout import accumulation, layout_of
+from chorus_moe.training.scale.layout import accumulation, check_arguments, layout_of
 from chorus_moe.training.scale.ranks import hold_same_rows, num_data_ranks
 from chorus_moe.training.scale.spread import spread
 from chorus_moe.training.scale.trackers import outlive_trackers
@@ -87,6 +87,7 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
         check_source(recipe.model.model_name_or_path)
     check_recipe(recipe)
     layout = layout_of(recipe.parallel, arguments.world_size)
+    check_arguments(layout, arguments)
     hold_same_rows(layout.tensor)
     if rows := recipe.parallel.rows_per_step:
         per_process, processes = arguments.train_batch_size, num_data_ranks(arguments)
