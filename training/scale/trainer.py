@@ -172,5 +172,6 @@ class FinishCheckpoints(TrainerCallback):
         self.trainer.finish_checkpoint()
 
 
-def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Without accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
