@@ -28,6 +28,7 @@ from benchmarks import (
     prune_merge,
     router_reward,
     routing_options,
+    scaling,
     self_supervised,
     serving,
     sparse_layer,
@@ -43,6 +44,7 @@ EXPECTED = {
     train_step: {"qwen3_omni_ratio", "ernie_vl_ratio", "dense_active_ratio", "with_balance_ratio", "chorus_mib"},
     self_supervised: {"first_loss", "last_loss", "learning_s", "none_accuracy", "pretrained_accuracy", "labels"},
     router_reward: {"accuracy", "loss", "load_entropy", "strongest_share", "expert_bits", "train_seconds"},
+    scaling: {"loss_difference", "share_of_model", "speed_tokens/s"},
     decode: {"qwen3_moe_ratio", "dense_active_ratio", "of_bound_ratio", "chorus_tokens_per_second", "chorus_ms"},
     routing_options: {f"{name}_ratio" for name in routing_options.OPTIONS} - {"chorus_ratio"}
     | {"chorus_ms", "sampled_spread_ratio"},
