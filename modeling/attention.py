@@ -162,9 +162,9 @@ class Attention(nn.Module):
         # Fresh memory as long as the sequence costs more than the work done on it, since its pages are cleared at each
         # call. So only keys, values and output are that long. With gradients all chunks would be kept anyway.
         size = CHUNK if hidden_states.device.type == "cpu" else CHUNK * GPU_CHUNKS
-        is_long = hidden_states.shape[1] > size and self.keeps_no_queries and not torch.is_grad_enabled()
-        if is_long and isinstance(attention_mask, LocalMask) and attention_mask.is_causal:
-            return self._attend_in_chunks(*states, attention_mask, size, **kwargs), None, (None, new_key)
+        rule = attention_mask if isinstance(attention_mask, LocalMask) and attention_mask.is_causal else None
+        if rule is not None and hidden_states.shape[1] > size and self.keeps_no_queries and not torch.is_grad_enabled():
+            return self._attend_in_chunks(*states, rule, size, **kwargs), None, (None, new_key)
         output, weights, query = self._attend(*states, attention_mask, **kwargs)
         return output, weights, (query, new_key)
 

@@ -4,12 +4,15 @@ Operations (compose, add, prune, merge, convert, exchange) change weights and co
 report.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+
+from chorus_moe.surgery.printing import Table
 
 Built = TypeVar("Built")
 
@@ -50,6 +53,19 @@ class OperationReport:
             counts = ", ".join(f"layer {layer}: {before} -> {after}" for layer, (before, after) in layers.items())
             lines.append(f"  experts of {bank}: {counts}")
         return "\n".join(lines + [f"  {note}" for note in self.notes])
+
+    def _repr_html_(self) -> str:
+        rows: list[Sequence[object]] = [("parameters", self.parameters_before, self.parameters_after)]
+        if self.trainable_before is not None and self.trainable_after is not None:
+            rows.append(("trainable parameters", self.trainable_before, self.trainable_after))
+        rows += [
+            (f"experts of {bank}, layer {layer}", *counts)
+            for bank, layers in self.experts.items()
+            for layer, counts in layers.items()
+        ]
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
+        title = f"{self.operation} {self.subject}".strip()
+        return Table((title, "before", "after"), rows).to_html() + (f"<ul>{notes}</ul>" if notes else "")
 
 
 def count_parameters(model: nn.Module) -> int:

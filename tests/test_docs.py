@@ -29,6 +29,7 @@ EXCLUDED = {
     "chorus-moe serve": "runs until it is stopped; tests/serving runs it",
     "chorus-moe chat": "waits for a person; tests/serving runs it",
     "chorus-moe page": "runs until it is stopped; tests/serving runs it",
+    "chorus-moe export": "takes minutes; `.ci/matrix export` runs it",
     "python harness.py": "needs lm-eval; `.ci/matrix harness` runs its part",
     "python -m lmms_eval": "needs lmms-eval, which wants an environment of its own",
     "python -m benchmarks": "takes minutes; tests/test_benchmarks.py runs them small",
