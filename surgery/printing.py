@@ -81,6 +81,13 @@ def short(value: object) -> str:
     return "[" + ", ".join(pieces) + "]"
 
 
+class Html(str):
+    """Text that a notebook shows as HTML."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
 class Table(NamedTuple):
     """A table as a notebook shows it: the first cell of a row is a name, the others are figures."""
 
