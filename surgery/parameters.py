@@ -15,6 +15,7 @@ from chorus_moe.modeling.configuration_modalities import ENCODED, MODALITY_IDS
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.surgery.parts import bank_tensor
 from chorus_moe.surgery.report import numbers_in
+from chorus_moe.surgery.printing import Table
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,15 @@ class ParameterReport:
         lines += ["", f"{'expert bank':<24}{'parameters':>20}{'active a token':>20}"]
         lines += [f"{name:<24}{bank['total']:>20,}{bank['active']:>20,}" for name, bank in self.banks.items()]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = [("total", self.total), *((f"active for {name}", count) for name, count in self.active.items())]
+        rows += [(name, count) for name, count in self.parts.items() if count]
+        banks = [(name, bank["total"], bank["active"]) for name, bank in self.banks.items()]
+        return (
+            Table(("part", "parameters"), rows).to_html()
+            + Table(("expert bank", "parameters", "active a token"), banks).to_html()
+        )
 
 
 def parameter_report(config_or_model: PreTrainedConfig | nn.Module, expert_width_share: float = 1.0) -> ParameterReport:
