@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 from chorus_moe.modeling.configuration_modalities import ENCODED, MODALITY_IDS
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.surgery.parts import bank_tensor
-from chorus_moe.surgery.report import numbers_in
 from chorus_moe.surgery.printing import Table
+from chorus_moe.surgery.report import numbers_in
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from chorus_moe.fastpaths.quantized_weights import QuantizedWeight
-
 from chorus_moe.surgery.printing import Table
 
 Built = TypeVar("Built")
