@@ -19,6 +19,7 @@ from transformers.training_args import OptimizerNames
 from chorus_moe.training.layouts import ALONG, LAYOUTS, MEDIA_COLUMNS, TASK
 from chorus_moe.training.objectives.arguments import ObjectiveArguments
 from chorus_moe.training.objectives.distillation_arguments import DistillationArguments
+from chorus_moe.training.quantization import QuantizationArguments
 from chorus_moe.training.tasks.arguments import TaskArguments
 from chorus_moe.training.yaml_files import read_yaml
 
@@ -234,6 +235,7 @@ class Recipe(NamedTuple):
     objectives: ObjectiveArguments
     distillation: DistillationArguments
     tasks: TaskArguments
+    quantization: QuantizationArguments
     training: RunArguments
     # Names that the file or the command line gives a value; the card lists them.
     given: frozenset[str] = frozenset()
@@ -257,6 +259,7 @@ SECTIONS: dict[str, type] = {
     "objectives": ObjectiveArguments,
     "distillation": DistillationArguments,
     "tasks": TaskArguments,
+    "quantization": QuantizationArguments,
     "training": RunArguments,
 }
 # What the stock Trainer needs with this model: raw columns reach the collator, labels have their name under any
@@ -269,7 +272,7 @@ def read_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
     Args:
         path: YAML with the sections `model`, `data`, `lora`, `routing`, `parts`, `guards`, `objectives`,
-            `distillation`, `tasks` and `training`, each a mapping; None for overrides alone.
+            `distillation`, `tasks`, `quantization` and `training`, each a mapping; None for overrides alone.
 
     Raises:
         ValueError: no YAML, an unknown section or name (naming the nearest one), or a value of another type.
