@@ -77,8 +77,8 @@ class SlowRank(TrainerCallback):
         try:
             dist.monitored_barrier(self._group, timeout=self.patience, wait_all_ranks=True)
         except RuntimeError as error:
-            seconds = self.patience.total_seconds()
+            step, seconds = state.global_step + 1, self.patience.total_seconds()
             raise RuntimeError(
-                f"before step {state.global_step + 1} not all ranks arrived: they are gone, or over {seconds:g} seconds "
-                f"behind (parallel.patience): {error}"
+                f"before step {step} not all ranks arrived: they are gone, or over {seconds:g} seconds behind "
+                f"(parallel.patience): {error}"
             ) from error
