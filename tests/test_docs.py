@@ -34,6 +34,7 @@ EXCLUDED = {
     "chorus-moe export": "takes minutes; `.ci/matrix export` runs it",
     "python harness.py": "needs lm-eval; `.ci/matrix harness` runs its part",
     "python -m lmms_eval": "needs lmms-eval, which wants an environment of its own",
+    "export TORCH": "sets a variable of torchrun",
     "torchrun": "starts several processes; tests/journeys/test_layouts.py does",
     "python -m benchmarks": "takes minutes; tests/test_benchmarks.py runs them small",
 }
