@@ -21,8 +21,8 @@ from chorus_moe.training.layouts import ALONG, LAYOUTS, MEDIA_COLUMNS, TASK
 from chorus_moe.training.objectives.arguments import ObjectiveArguments
 from chorus_moe.training.objectives.distillation_arguments import DistillationArguments
 from chorus_moe.training.privacy.arguments import PrivacyArguments
-from chorus_moe.training.scale.layout import ParallelArguments, field_names_of, zero_config, zero_stage_of
 from chorus_moe.training.quantization import QuantizationArguments
+from chorus_moe.training.scale.layout import ParallelArguments, field_names_of, zero_config, zero_stage_of
 from chorus_moe.training.tasks.arguments import TaskArguments
 from chorus_moe.training.yaml_files import read_yaml
 
