@@ -74,6 +74,10 @@ class ChorusTrainer(TokenAccuracy, SpreadTrainer):
             split_groups(optimizer, trained, self.rates.of_parameters(trained, self.args.learning_rate))
         for objective in self.objectives.objectives if is_new else ():
             if own := list(objective.parameters()):
+                if self.is_spread:
+                    raise ValueError(
+                        f"{objective.name} learns parameters of its own, which fsdp and tensor do not spread"
+                    )
                 rate = objective.learning_rate or self.args.learning_rate
                 optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
         return optimizer

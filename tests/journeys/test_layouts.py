@@ -11,11 +11,47 @@ import pytest
 import yaml
 
 from chorus_moe.surgery.processor import processor_from_config
+from chorus_moe.training.checkpoints import fault_of
 from tests.fresh_process import ROOT, run_ranks
 from tests.journeys.journey import SCRIPTS
 from tests.training.conftest import make_model, make_tokenizer
 from tests.training.scale.layout_runs import run
-from tests.training.scale.test_spread import LOSSES, PROGRAM, assert_same
+from tests.training.scale.test_spread import LOSSES, PROGRAM, SAVED, SHORT, assert_same, losses_alone
+
+MIDDLE = "{folder}/whole/checkpoint-2"
+TWO: list[list[Any]] = [
+    ["copies", "plain", {"data": 2}, None, SHORT],
+    ["whole", "routing", {"fsdp": 2, "expert": 2}, None, SAVED],
+    ["again", "routing", {"fsdp": 2, "expert": 2}, MIDDLE, SAVED],
+    ["background", "routing", {"fsdp": 2, "expert": 2}, None, SAVED | {"is_background": True}],
+    ["as tensor", "routing", {"tensor": 2}, MIDDLE, SAVED | {"save_strategy": "no"}],
+    ["exits", "exits", {"tensor": 2}, None, SHORT],
+    ["frozen", "frozen", {"fsdp": 2}, None, SHORT],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_in_every_layout(tmp_path: Path) -> None:
+    runs = json.dumps(TWO).replace("{folder}", str(tmp_path))
+    done = run_ranks(PROGRAM, [str(tmp_path), runs], cwd=tmp_path, seconds=400)
+    assert [rank.returncode for rank in done] == [0, 0], [rank.stderr[-2000:] for rank in done]
+    found = [json.loads((tmp_path / f"2-{rank}.json").read_text()) for rank in range(2)]
+    alone = {kind: losses_alone(tmp_path, kind, SAVED) for kind in ("plain", "routing", "exits", "frozen")}
+    for name, kind, *_ in TWO:
+        for rank in found:
+            assert "error" not in rank[name], rank[name]["error"]
+            assert rank[name]["losses"] == pytest.approx(alone[kind][: len(rank[name]["losses"])], abs=LOSSES)
+    # Norms, routers and towers are whole on each rank of a tensor group, and its rows count once.
+    assert found[0]["exits"]["own"] < 0.7 * found[0]["exits"]["whole"]
+    assert found[0]["whole"]["strongest"] == found[1]["whole"]["strongest"]
+    assert found[0]["as tensor"]["strongest"][-2:] == pytest.approx(found[0]["whole"]["strongest"][-2:], abs=1e-6)
+
+    assert_same(tmp_path / "whole", tmp_path / "again")
+    for step in ("checkpoint-2", "checkpoint-4"):
+        assert fault_of(tmp_path / "background" / step) is None
+        assert_same(tmp_path / "background" / step, tmp_path / "whole" / step)
+
 
 FOUR: list[list[Any]] = [
     ["hybrid", "routing", {"data": 2, "fsdp": 2, "expert": 2}, None, {}],

@@ -13,6 +13,7 @@ from torch import Tensor
 from chorus_moe.training.scale.shards import (
     file_numbers,
     join_pieces,
+    named_failures,
     optimizer_writer,
     weights_writer,
     write_numbers,
@@ -44,8 +45,9 @@ class BackgroundWriter:
         ]
 
         def finish() -> None:
-            for future in begun:
-                future.result()
+            with named_failures():
+                for future in begun:
+                    future.result()
             join_pieces(folder, numbers, self._weights)
             write_numbers(settings, folder)
 

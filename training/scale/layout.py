@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from transformers import HfArgumentParser, PreTrainedConfig
+from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 
 # As a recipe writes them below `parallel:`. Names of fields are unique over all sections: the Trainer has an `fsdp`.
 KEYS = {
@@ -123,6 +123,23 @@ def layout_of(arguments: ParallelArguments, processes: int) -> Layout:
             f"copies; write fsdp: {data} and leave data out"
         )
     return Layout(data, fsdp, tensor, expert, arguments.zero_stage)
+
+
+def check_arguments(layout: Layout, arguments: TrainingArguments) -> None:
+    """Refuse arguments of the Trainer that would do something else than the layout, or wait for ever.
+
+    Raises:
+        ValueError: accelerate's FSDP beside the layout, or on a CPU; an upload by one rank of what all of them hold.
+    """
+    if arguments.fsdp and (layout.is_sharded or arguments.device.type == "cpu"):
+        why = (
+            "beside parallel" if layout.is_sharded else "on a CPU, where accelerate trains plain data parallel instead"
+        )
+        raise ValueError(f"training.fsdp {why}: write parallel: {{fsdp: {layout.fsdp}}} and leave it out")
+    if layout.is_sharded and arguments.push_to_hub:
+        raise ValueError(
+            f"training.push_to_hub: {layout.name}: no process holds the model; upload the folder afterwards"
+        )
 
 
 def accumulation(rows: int, per_process: int, processes: int) -> int:

@@ -87,6 +87,16 @@ def files_of_bank(folder: Path, bank: str) -> list[str]:
     return files
 
 
+@contextlib.contextmanager
+def named_failures() -> Iterator[None]:
+    """What torch raises on all ranks when one fails is no Exception, and does not say which."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        said = [f"rank {rank}: {type(failure).__name__}: {failure}" for rank, (failure, _) in error.failures.items()]
+        raise OSError(f"a checkpoint could not be read or written by {'; '.join(said)}") from error
+
+
 def weights_writer(folder: Path, numbers: dict[str, int]) -> HuggingFaceStorageWriter:
     return HuggingFaceStorageWriter(str(folder / PIECES), numbers, save_distributed=True)
 
@@ -94,7 +104,8 @@ def weights_writer(folder: Path, numbers: dict[str, int]) -> HuggingFaceStorageW
 def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
     """Write `model-*.safetensors` and their index. Every rank must call it."""
     numbers = file_numbers(weights)
-    dcp.save(weights, storage_writer=weights_writer(folder, numbers))
+    with named_failures():
+        dcp.save(weights, storage_writer=weights_writer(folder, numbers))
     join_pieces(folder, numbers)
 
 
@@ -128,7 +139,8 @@ def save_settings(model: PreTrainedModel, folder: Path) -> None:
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Fill a spread model from `model*.safetensors` of any number of processes. Every rank must call it."""
     state = weights_of(model)
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)))
+    with named_failures():
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)))
     held = get_model_state_dict(model)
     state = _redistribute_state_dict(state, {name: held[name] for name in state})
     # Not strict: of tied tensors one is enough.
@@ -150,7 +162,8 @@ def optimizer_writer(folder: Path) -> HuggingFaceStorageWriter:
 
 def save_optimizer(tensors: dict[str, Tensor], numbers: Mapping[str, Any], folder: Path) -> None:
     """Write an optimizer's state. Every rank must call it."""
-    dcp.save(tensors, storage_writer=optimizer_writer(folder))
+    with named_failures():
+        dcp.save(tensors, storage_writer=optimizer_writer(folder))
     write_numbers(numbers, folder)
 
 
@@ -164,9 +177,9 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
     tensors, numbers = optimizer_state(model, optimizer)
     with no_empty_groups(optimizer):
         before = get_optimizer_state_dict(model, optimizer, options=FLAT)
-    dcp.load(
-        tensors, storage_reader=HuggingFaceStorageReader(str(folder / OPTIMIZER)), no_dist=not dist.is_initialized()
-    )
+    reader = HuggingFaceStorageReader(str(folder / OPTIMIZER))
+    with named_failures():
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     saved = json.loads((folder / OPTIMIZER / NUMBERS).read_text(encoding="utf-8"))
     saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     state = _redistribute_state_dict(tensors, {name: before[name] for name in tensors})

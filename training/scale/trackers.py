@@ -3,14 +3,14 @@
 import sys
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 
 class OutlivedTracker:
     """A callback of the Trainer's that may fail: its first error switches it off, with one line."""
 
-    def __init__(self, tracker: Any):
+    def __init__(self, tracker: TrainerCallback):
         self.tracker, self.is_off = tracker, False
 
     def __getattr__(self, name: str) -> Any:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
@@ -105,6 +106,11 @@ class SpreadTrainer(WholeCheckpoints):
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        # A DTensor's own number is that of this rank's share.
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.finish_checkpoint()
         super()._save_checkpoint(model, trial)
@@ -166,5 +172,6 @@ class FinishCheckpoints(TrainerCallback):
         self.trainer.finish_checkpoint()
 
 
-def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Without accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
 
 from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
-from chorus_moe.training.checkpoints import fault_of
 from chorus_moe.training.scale.shards import INDEX, files_of_bank
 from tests.fresh_process import ROOT, run_ranks
 from tests.training.scale.layout_runs import run
@@ -30,15 +29,8 @@ Found = dict[str, dict[str, Any]]
 
 def spread_runs(folder: Path) -> list[list[Any]]:
     """Name, kind of model, layout, checkpoint, settings."""
-    middle = str(folder / "whole" / "checkpoint-2")
     return [
-        ["copies", "plain", {"data": 2}, None, SHORT],
         ["whole", "routing", {"fsdp": 2, "expert": 2}, None, SAVED],
-        ["again", "routing", {"fsdp": 2, "expert": 2}, middle, SAVED],
-        ["background", "routing", {"fsdp": 2, "expert": 2}, None, SAVED | {"is_background": True}],
-        ["as tensor", "routing", {"tensor": 2}, middle, SAVED | {"save_strategy": "no"}],
-        ["exits", "exits", {"tensor": 2}, None, SHORT],
-        ["frozen", "frozen", {"fsdp": 2}, None, SHORT],
         ["adapter", "adapter", {"fsdp": 2}, None, SAVED],
         ["adapter again", "adapter", {"fsdp": 2}, str(folder / "adapter" / "checkpoint-2"), SAVED],
         ["disk", "plain", {"fsdp": 2}, None, SAVED | {"fault": "disk"}],
@@ -65,17 +57,9 @@ def found(folder: Path, said: list[str]) -> list[Found]:
     return [json.loads((folder / f"2-{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.fixture(scope="module")
-def alone(folder: Path) -> dict[str, list[float]]:
-    """Losses of one process, of each kind of model."""
-    steps = {"plain": SHORT, "routing": SAVED, "exits": SHORT, "frozen": SHORT, "adapter": SAVED}
-    return {
-        kind: run(folder / f"alone {kind}", kind, {}, None, settings | {"save_strategy": "no"})["losses"]
-        for kind, settings in steps.items()
-    }
-
-
-RUNS = ["copies", "whole", "again", "background", "as tensor", "exits", "frozen", "adapter", "adapter again"]
+def losses_alone(folder: Path, kind: str, settings: dict[str, Any]) -> list[float]:
+    """Of one process, this one."""
+    return run(folder / f"alone {kind}", kind, {}, None, settings | {"save_strategy": "no"})["losses"]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -90,56 +74,34 @@ def assert_same(folder: Path, other: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_learn_what_one_learns(
-    name: str, folder: Path, found: list[Found], alone: dict[str, list[float]]
-) -> None:
-    kind = next(kind for other, kind, *_ in spread_runs(folder) if other == name)
+@pytest.mark.parametrize(("name", "kind"), [("whole", "routing"), ("adapter", "adapter"), ("adapter again", "adapter")])
+def test_two_processes_learn_what_one_learns(name: str, kind: str, folder: Path, found: list[Found]) -> None:
+    expected = losses_alone(folder, kind, SAVED)
     for rank in found:
         assert "error" not in rank[name], rank[name]["error"]
-        assert rank[name]["losses"] == pytest.approx(alone[kind], abs=LOSSES)
+        assert rank[name]["losses"] == pytest.approx(expected, abs=LOSSES)
 
 
 @pytest.mark.slow
 def test_each_process_holds_its_share(found: list[Found]) -> None:
-    for name, units in {"whole": 13, "frozen": 9, "adapter": 9}.items():
+    for name, units in {"whole": 13, "adapter": 9}.items():
         # FSDP2, and not what accelerate makes of it on a CPU: modules that it manages, and half of each tensor.
         assert [rank[name]["units"] for rank in found] == [units, units]
         own, whole = sum(rank[name]["own"] for rank in found), found[0][name]["whole"]
         assert own == whole
         assert all(abs(rank[name]["own"] - whole / 2) < 0.01 * whole for rank in found)
-    assert found[0]["copies"]["own"] == found[0]["copies"]["whole"]
-    # Norms, routers and towers are whole on each.
-    assert found[0]["exits"]["own"] < 0.7 * found[0]["exits"]["whole"]
 
 
 @pytest.mark.slow
-def test_routing_figures_are_those_of_all_rows(found: list[Found]) -> None:
-    """Also where two ranks see the same rows."""
-    first, second = (rank["whole"]["strongest"] for rank in found)
-    assert first == second
-    assert found[0]["as tensor"]["strongest"][-2:] == pytest.approx(first[-2:], abs=1e-6)
+def test_a_resumed_adapter_ends_at_the_same_bits(folder: Path, found: list[Found]) -> None:
+    assert_same(folder / "adapter", folder / "adapter again")
 
 
 @pytest.mark.slow
-def test_a_resumed_run_ends_at_the_same_bits(folder: Path, found: list[Found]) -> None:
-    for whole, again in (("whole", "again"), ("adapter", "adapter again")):
-        assert_same(folder / whole, folder / again)
-
-
-@pytest.mark.slow
-def test_a_checkpoint_in_the_background_has_the_weights_of_its_step(folder: Path, found: list[Found]) -> None:
-    for step in ("checkpoint-2", "checkpoint-4"):
-        assert fault_of(folder / "background" / step) is None
-        assert_same(folder / "background" / step, folder / "whole" / step)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "name"), [("routing", "whole"), ("adapter", "adapter")])
-def test_one_process_goes_on_with_it(kind: str, name: str, folder: Path, found: list[Found]) -> None:
-    middle = folder / name / "checkpoint-2"
-    losses = run(folder / f"{name} alone", kind, {}, str(middle), SAVED | {"save_strategy": "no"})["losses"]
-    assert losses == pytest.approx(found[0][name]["losses"], abs=LOSSES)
+def test_one_process_goes_on_with_it(folder: Path, found: list[Found]) -> None:
+    middle = str(folder / "whole" / "checkpoint-2")
+    losses = run(folder / "whole alone", "routing", {}, middle, SAVED | {"save_strategy": "no"})["losses"]
+    assert losses == pytest.approx(found[0]["whole"]["losses"], abs=LOSSES)
 
 
 @pytest.mark.slow
@@ -165,7 +127,7 @@ def test_a_bank_lies_in_files_of_its_own(folder: Path, found: list[Found]) -> No
 @pytest.mark.slow
 def test_a_full_disk_on_one_rank_ends_all_and_leaves_no_checkpoint(folder: Path, found: list[Found]) -> None:
     for rank in found:
-        assert "No space left on device" in rank["disk"]["error"]
+        assert "could not be read or written by rank 1: OSError: [Errno 28] No space left" in rank["disk"]["error"]
         assert rank["disk"]["seconds"] < 60
     assert not list((folder / "disk").glob("checkpoint-*"))
 
