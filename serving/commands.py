@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from chorus_moe.training.cli import BaseName, DeviceName, DtypeName, ModelName, app, check_dtype, main, print_choice
-from chorus_moe.training.scale import plan_command
+from chorus_moe.training.scale import launch_command, plan_command
 
-__all__ = ["app", "main", "plan_command"]
+__all__ = ["app", "launch_command", "main", "plan_command"]
 
 AdapterNames = Annotated[
     list[str] | None, typer.Option("--adapter", help="NAME=FOLDER or Hub id of an adapter; may be repeated")
