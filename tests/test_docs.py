@@ -29,8 +29,12 @@ EXCLUDED = {
     "chorus-moe serve": "runs until it is stopped; tests/serving runs it",
     "chorus-moe chat": "waits for a person; tests/serving runs it",
     "chorus-moe page": "runs until it is stopped; tests/serving runs it",
+    "chorus-moe federated server": "waits for clients; tests/training/federated/test_flower.py runs it",
+    "chorus-moe federated client": "waits for a server; tests/training/federated/test_flower.py runs it",
+    "chorus-moe export": "takes minutes; `.ci/matrix export` runs it",
     "python harness.py": "needs lm-eval; `.ci/matrix harness` runs its part",
     "python -m lmms_eval": "needs lmms-eval, which wants an environment of its own",
+    "torchrun": "starts several processes; tests/journeys/test_layouts.py does",
     "python -m benchmarks": "takes minutes; tests/test_benchmarks.py runs them small",
 }
 # Pages followed by tests of their own.
