@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from chorus_moe.training.federated.commands import federated
+
 if TYPE_CHECKING:
     from chorus_moe.processors.processing_chorus import ChorusProcessor
     from chorus_moe.training.loading import ModelOrAdapter
@@ -21,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(federated, name="federated")
 # Options of the recipe and of the demo are not typer's: their own parsers read them.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 REVISION_HELP = "branch, tag or commit of that repository"

@@ -154,15 +154,23 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
         _remove_earlier(Path(arguments.output_dir), is_adapter=base_model(model) is not model)
     if trainer.is_world_process_zero():
         run = run_section(recipe, trainer, train_rows, eval_rows)
+        if recipe.privacy.use_privacy:
+            from chorus_moe.training.privacy.card import privacy_section
+
+            run = [*privacy_section(trainer), *run]  # type: ignore[arg-type]  # by `new_trainer`
         _publish(model, processor, metrics, trainer, counters, stages, run)
     return metrics
 
 
 def new_trainer(recipe: Recipe, **parts: Any) -> ChorusTrainer:
-    """The Trainer of a recipe, with its rates and guards, or the one that also rewards routers."""
+    """The Trainer of a recipe, with its rates and guards, or the one that also rewards routers, or a private one."""
     guard = StepGuard(recipe.guards.norm_ratio, recipe.guards.max_skipped_steps)
     parts |= {"guard": guard, "rates": Rates.of(recipe.parts), "background_saves": recipe.parallel.background_saves}
-    if not recipe.routing.router_reward_banks:
+    if recipe.privacy.use_privacy:
+        from chorus_moe.training.privacy.trainer import PrivateTrainer
+
+        trainer: ChorusTrainer = PrivateTrainer(**parts, privacy=recipe.privacy)
+    elif not recipe.routing.router_reward_banks:
         trainer = ChorusTrainer(**parts)
     else:
         banks, coef = recipe.routing.router_reward_banks, recipe.routing.router_reward_coef
