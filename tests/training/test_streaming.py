@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from accelerate.data_loader import IterableDatasetShard
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -20,11 +21,13 @@ from transformers import PreTrainedTokenizerFast
 
 from chorus_moe import ChorusProcessor
 from chorus_moe.surgery import freeze
+from chorus_moe.training.checkpoints import numbered_checkpoints
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import SKIPPED
-from chorus_moe.training.recipe import Recipe, build_recipe
+from chorus_moe.training.recipe import Recipe, build_recipe, read_recipe
 from chorus_moe.training.streaming import StreamedRows, sample_of, training_rows
 from chorus_moe.training.train import run_training
+from tests.fresh_process import kill
 from tests.training.conftest import make_model
 
 COUNT = 7
@@ -207,6 +210,28 @@ def test_a_stopped_and_resumed_run_ends_at_the_same_bits(
     run_training(recipe_of(folder, **sections))
     assert (tmp_path / "other/model.safetensors").read_bytes() == expected
     assert (tmp_path / "other/checkpoint-4/objectives.safetensors").read_bytes() == objectives
+
+
+@pytest.mark.slow
+def test_a_killed_stream_ends_at_the_same_bits(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor, tmp_path: Path
+) -> None:
+    sections: dict[str, Any] = {
+        "model": {"model_name_or_path": saved_model(tokenizer, processor, tmp_path / "model")},
+        "parts": {"freeze": ["towers"]},
+        "data": {"train_data": str(folder), "streaming": True, "documents": True, "shuffle_buffer": 4},
+        "training": {"max_steps": 8, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+                     "report_to": "none", "use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 2},
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = ["train", str(path), "--output_dir", str(killed)]
+    kill(command, cwd=tmp_path, when=lambda: bool(numbered_checkpoints(killed)))
+    assert not (killed / "model.safetensors").exists()
+    run_training(read_recipe(path, ["--output_dir", str(killed), "--resume_from_checkpoint", "auto"]))
+    run_training(read_recipe(path, ["--output_dir", str(whole)]))
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_files_of_a_shard_are_columns() -> None:

@@ -31,6 +31,8 @@ def run_section(recipe: Recipe, trainer: Trainer, rows: RowReader, eval_rows: Ro
     facts["data"] = f"{name_of(data.train_data)}, {data.train_split}: {count}"
     if eval_rows is not None:
         facts["evaluation data"] = f"{name_of(data.eval_data)}, {data.eval_split}: {len(eval_rows):,} rows"
+    if (tasks := getattr(trainer, "tasks", None)) is not None:
+        facts["tasks"] = str(tasks.plan).removeprefix("tasks: ")
     facts["steps"] = f"{state.global_step:,} ({state.epoch or 0:.2f} epochs)"
     facts |= {name: str(plain_value(getattr(trainer.args, name))) for name in HYPERPARAMETERS}
     facts["versions"] = ", ".join(f"{name} {found}" for name in PACKAGES if (found := installed(name)))

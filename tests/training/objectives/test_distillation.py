@@ -11,7 +11,10 @@ from torch.distributions import Categorical, kl_divergence
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
+from chorus_moe.surgery import freeze
+from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.training.collator import ChorusDataCollator
+from chorus_moe.training.objectives import masked
 from chorus_moe.training.objectives.distillation import (
     DistilledRouters,
     DistilledStates,
@@ -19,10 +22,12 @@ from chorus_moe.training.objectives.distillation import (
     distillation_objectives,
 )
 from chorus_moe.training.objectives.distillation_arguments import DistillationArguments, check_distillation
+from chorus_moe.training.objectives.masked import MaskedFeatures
 from chorus_moe.training.objectives.teacher_files import TaughtRows, TeacherFiles, teacher_columns, write_teacher
 from chorus_moe.training.objectives.teachers import Teacher
 from chorus_moe.training.trainer import ChorusTrainer
-from tests.training.conftest import make_model, make_rows
+from tests.fresh_process import ROOT, run_ranks
+from tests.training.conftest import make_model, make_rows, make_tokenizer
 from tests.training.objectives.test_teachers import expected, save_chorus, save_llama, text_row
 from tests.training.test_checkpoints import SETTINGS
 
@@ -353,3 +358,48 @@ def test_accumulated_micro_batches_equal_one_batch(
     start = make_model(tokenizer).lm_head.weight
     assert (found[0]["lm_head.weight"] - start).abs().max() > 1e-4
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
+
+
+def distributed_trainer(folder: Path, **settings: Any) -> ChorusTrainer:
+    """The Trainer of `distributed_objectives`: a wider teacher, and masked images that only some rows have."""
+    tokenizer = make_tokenizer()
+    off = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, "alignment_loss_coef": 0.0}
+    student = make_model(tokenizer, **off)
+    freeze(student, "towers")
+    processor = processor_from_config(student.config, tokenizer)
+    # Without momentum: Adam turns a rounding into a step where a gradient is nearly zero.
+    plain = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 3, "max_grad_norm": 0.0} | settings
+    asked = recipe(teachers=[str(folder / "teacher")], **ALL)
+    objectives = [*distillation_objectives(asked, student, processor)[0], MaskedFeatures("image", student)]
+    return ChorusTrainer(
+        student,
+        TrainingArguments(str(folder / "run"), **SETTINGS | {"save_strategy": "no"} | plain),
+        ChorusDataCollator(processor),
+        make_rows(12),
+        processing_class=processor,
+        objectives=objectives,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    save_chorus(tmp_path / "teacher", tokenizer, **WIDE)
+    for done in run_ranks(ROOT / "tests/training/distributed_objectives.py", [str(tmp_path)], cwd=tmp_path):
+        assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    # The same micro-batches, one after the other.
+    alone = distributed_trainer(tmp_path, gradient_accumulation_steps=2)
+    start = {name: tensor.clone() for name, tensor in alone.objectives.state_dict().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masked, "draw", first_half)
+        alone.train()
+    for name, tensor in (alone.model.state_dict() | alone.objectives.state_dict()).items():
+        assert first[name].equal(second[name]), f"the ranks differ in {name}"
+        torch.testing.assert_close(first[name], tensor, atol=1e-5, rtol=1e-3, msg=name)
+    # The maps of states, the hidden tokens' embedding and their prediction.
+    assert len(start) == 5 and not any(first[name].equal(tensor) for name, tensor in start.items())
+
+
+def first_half(is_token_BS: torch.Tensor, share: float) -> torch.Tensor:
+    """In place of a draw, which differs between ranks."""
+    return is_token_BS & (is_token_BS.cumsum(dim=1) <= is_token_BS.sum(dim=1, keepdim=True) * share)

@@ -312,6 +312,7 @@ def test_a_recipe_learns_by_task(recipe: Path, tmp_path: Path, capsys: pytest.Ca
     metrics = run_training(read_recipe(sections))
     assert "tasks: count (4 rows), name (2 rows)" in capsys.readouterr().err
     assert metrics["eval_loss"] > 0
+    assert "| tasks | count (4 rows), name (2 rows) |" in (tmp_path / "out" / "README.md").read_text()
     sections = recipe_with_tasks(recipe, tmp_path, {"temperature": 2})
     with pytest.raises(ValueError, match="recipe.*section 'tasks' has no 'temperature'; did you mean"):
         read_recipe(sections)
