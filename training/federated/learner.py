@@ -191,7 +191,7 @@ def check_federated_recipe(recipe: Recipe) -> None:
         raise ValueError("tasks: a federation does not join what the tasks' own weights learn; leave the section out")
     if recipe.privacy.use_privacy:
         raise ValueError(
-            "privacy: every round would spend its epsilon anew, and counts of rows and tokens are sent as they are; "
+            "privacy: each round would spend its epsilon anew, and counts of rows and tokens are sent as they are; "
             "leave the section out, see federated.client_noise"
         )
     if recipe.distillation.teachers:
