@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     adaptive_experts,
     alignment,
+    compression,
     decode,
     deep_experts,
     distillation,
@@ -47,6 +48,8 @@ EXPECTED = {
     router_reward: {"accuracy", "loss", "load_entropy", "strongest_share", "expert_bits", "train_seconds"},
     scaling: {"loss_difference", "share_of_model", "speed_tokens/s"},
     decode: {"qwen3_moe_ratio", "dense_active_ratio", "of_bound_ratio", "chorus_tokens_per_second", "chorus_ms"},
+    compression: {"bytes_ratio_int8", "bytes_ratio_int4", "accuracy_drop_int8", "accuracy_drop_int4",
+                  "decode_ratio_int8", "prefill_ratio_int8"},
     routing_options: {f"{name}_ratio" for name in routing_options.OPTIONS} - {"chorus_ratio"}
     | {"chorus_ms", "sampled_spread_ratio"},
     adaptive_experts: {"adaptive_simple_ratio", "adaptive_mixed_used", "adaptive_experts", "half_accuracy",
