@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from chorus_moe.modeling.configuration_modalities import ENCODED, MODALITY_IDS
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.surgery.parts import bank_tensor
+from chorus_moe.surgery.report import numbers_in
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ def _count(model: nn.Module) -> ParameterReport:
     by_bank: dict[str, dict[str, float]] = {name: {"total": 0, "active": 0} for name in text.expert_banks}
     total = 0
     for name, parameter in model.named_parameters():
-        size = parameter.numel()
+        size = numbers_in(parameter)
         total += size
         # Names, not modules: the same code counts every head and a model on the meta device.
         place = bank_tensor(name)
         if place is None:
-            part = _part_of(name)
+            part = part_of(name)
             parts[part] = parts.get(part, 0) + size
             for modality in modalities:
                 active[modality] += size * _works_on(name, modality, config)
@@ -91,7 +92,8 @@ def _count(model: nn.Module) -> ParameterReport:
     )
 
 
-def _part_of(name: str) -> str:
+def part_of(name: str) -> str:
+    """The part of [`ParameterReport`] that a parameter outside of banks belongs to."""
     for row in ENCODED:
         if row.tower in name:
             return row.tower

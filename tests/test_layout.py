@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "modeling": set(),
     "processors": set(),
     "fastpaths": {"modeling"},
-    "surgery": {"modeling", "processors"},
+    "surgery": {"modeling", "processors", "fastpaths"},
     "training": {"modeling", "processors", "fastpaths", "surgery"},
     "serving": {"modeling", "processors", "fastpaths", "surgery", "training"},
 }
