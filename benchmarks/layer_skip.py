@@ -1,15 +1,17 @@
 """Layer skipping: quality, open share and speed against the budget.
 
-Run as `python -m benchmarks.layer_skip [--plot PATH]`. Decoders learn to count in words in as many steps, one without
-gates (`chorus`) and one a budget, the share of tokens that training lets pass each feed-forward by but the first. Rows:
-nats for each letter of held-out texts; the share of letters of held-out answers that is right; the share of gates that
-is open on held-out texts; milliseconds of a forward over a batch of texts; tokens per second of greedy answers at
-batch 1.
+Run as `python -m benchmarks.layer_skip [--plot PATH]`. Decoders learn to count in words in as many steps: one without
+gates (`chorus`), and for each budget, the share of tokens that skip, one whose tokens skip feed-forwards (`skip_30`)
+and one whose tokens skip whole layers (`layer_30`), all but the first. Rows, means over the seeds: nats for each letter
+of held-out texts; the share of letters of held-out answers that is right; the share of gates that is open on held-out
+texts; operations in the layers, over those of the model without gates; of the first seed, milliseconds of a forward
+over a batch of texts and tokens per second of greedy answers at batch 1.
 """
 
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -30,6 +32,12 @@ def share_open(model: ChorusForConditionalGeneration, ids: Tensor) -> float:
     if not model.config.text_config.skip_layers:
         return 1.0
     return open_share(model.model(input_ids=ids, output_skip_logits=True).skip_logits, None).item()
+
+
+@torch.no_grad()
+def operations(model: ChorusForConditionalGeneration, ids: Tensor) -> float:
+    """Floating-point operations in the layers on the held-out texts."""
+    return float(model(input_ids=ids, output_compute=True).compute.flops.sum())
 
 
 def speed(models: Models, parsed: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
@@ -56,13 +64,13 @@ def speed(models: Models, parsed: argparse.Namespace) -> tuple[dict[str, float],
 
 
 def plot(path: Path, rows: Mapping[str, Mapping[str, float]], names: list[str]) -> None:
-    """Quality and speed over the open share, as a PNG."""
+    """Quality and speed over the operations, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shares = [rows["open"][f"{name}_open"] for name in names]
+    shares = [rows["flops"][f"{name}_flops"] for name in names]
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     right = [rows["right"][f"{name}_right"] for name in names]
     axes[0].plot(shares, right, "o")
@@ -74,43 +82,60 @@ def plot(path: Path, rows: Mapping[str, Mapping[str, float]], names: list[str]) 
     axes[1].set(title="time, over the model without gates", ylim=(0, 1.2))
     axes[1].legend()
     for axis in axes:
-        axis.set(xlabel="share of feed-forwards computed")
+        axis.set(xlabel="operations, over the model without gates")
         axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
+def trained(parsed: argparse.Namespace, seed: int) -> dict[str, ChorusForConditionalGeneration]:
+    """One model without gates, and two for each budget."""
+    options: dict[str, dict[str, Any]] = {OURS: {}}
+    for budget in parsed.budgets:
+        options[f"skip_{round(100 * budget)}"] = {"skip_budget": budget}
+        options[f"layer_{round(100 * budget)}"] = {"skip_budget": budget, "skip_scope": "layer"}
+    models = {name: counting.decoder(parsed.layers, parsed.hidden_size, seed, **o) for name, o in options.items()}
+    counting.learn(models, parsed.steps, seed=seed + 1)
+    return models
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = (
         ("--budgets", {"type": float, "nargs": "+", "default": [0.3, 0.5, 0.7]}),
         ("--steps", {"type": int, "default": 300}),
+        ("--seeds", {"type": int, "nargs": "+", "default": [0, 1, 2]}),
         ("--layers", {"type": int, "default": 6}),
         ("--hidden-size", {"type": int, "default": 128}),
         ("--new-tokens", {"type": int, "default": 48}),
-        ("--plot", {"type": Path, "metavar": "PATH", "help": "also draw quality and speed over the open share"}),
+        ("--plot", {"type": Path, "metavar": "PATH", "help": "also draw quality and speed over the operations"}),
     )
     parsed = parse("Layer skipping: quality against budget.", arguments, *options)
     if parsed.quick:
+        parsed.seeds = [0]
         parsed.budgets, parsed.steps, parsed.layers, parsed.hidden_size, parsed.new_tokens = [0.5], 2, 3, 32, 4
     report = Report(f"layer skipping, {parsed.layers} layers of {parsed.hidden_size}", parsed)
-    sizes = (parsed.layers, parsed.hidden_size)
-    models = {OURS: counting.decoder(*sizes)}
-    models |= {f"skip_{round(100 * budget)}": counting.decoder(*sizes, skip_budget=budget) for budget in parsed.budgets}
-    counting.learn(models, parsed.steps)
     ids = counting.held_out()
-    found = {name: counting.quality(model, ids) for name, model in models.items()}
-    rows = {
-        "loss": {f"{name}_loss": loss for name, (loss, _) in found.items()},
-        "right": {f"{name}_right": right for name, (_, right) in found.items()},
-        "open": {f"{name}_open": share_open(model, ids) for name, model in models.items()},
-    }
-    rows["forward"], rows["decode"] = speed(models, parsed)
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in ("loss", "right", "open", "flops")}
+    shown: Models = {}
+    for seed in parsed.seeds:
+        models = trained(parsed, seed)
+        shown = shown or models
+        whole = operations(models[OURS], ids)
+        for name, model in models.items():
+            loss, right = counting.quality(model, ids)
+            values = {"loss": loss, "right": right, "open": share_open(model, ids)}
+            values["flops"] = operations(model, ids) / whole
+            report.add(f"{name}, seed {seed}", values | {f"{name}_right": right}, "right")
+            for row, value in values.items():
+                found[row].setdefault(f"{name}_{row}", []).append(value)
+    rows = {row: {name: fmean(values) for name, values in arms.items()} for row, arms in found.items()}
+    rows["forward"], rows["decode"] = speed(shown, parsed)
     units = {"forward": "ms", "decode": "tokens_per_second"}
     for row, values in rows.items():
         report.add(row, values, units.get(row, row))
     if parsed.plot is not None:
-        plot(parsed.plot, rows, list(models))
+        plot(parsed.plot, rows, list(shown))
     report.save()
 
 

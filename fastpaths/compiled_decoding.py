@@ -307,6 +307,8 @@ def _settings(value: Any) -> Any:
 def _obstacle(model: Any) -> str:
     """Why a model's steps cannot be compiled; empty if nothing is known."""
     text = model.config.text_config
+    if text.num_memory_tokens:
+        return f"num_memory_tokens={text.num_memory_tokens} keep sums for which its static cache has no room"
     limited = [name for name, bank in model.model.language_model.banks.items() if bank.limits_capacity(False)]
     if limited:
         return f"expert bank {limited[0]!r} limits its capacity, which a cache does not know"

@@ -4,6 +4,7 @@ Shape suffixes: B batch, S sequence, T tokens (B * S), H heads, G key-value head
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .attention_blocks import BLOCK_LOCAL
-from .attention_globals import GlobalKeyValues
+from .attention_globals import GlobalKeyValues, MemoryTokens
 from .attention_masks import LocalMask
 from .configuration_modalities import MODALITY_IDS
 from .configuration_text import ChorusTextConfig
@@ -100,7 +101,9 @@ class Attention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = config.is_causal
-        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        kind = config.layer_types[layer_idx]
+        self.sliding_window = None if kind == "full_attention" else config.sliding_window
+        self.memory_tokens = MemoryTokens(config) if kind == "hybrid_sliding" else None
         self.global_tokens = None
         # Nothing in front of a causal sequence could read it, so global tokens are keys and values here; no projection
         # makes them. A layer with full attention needs none.
@@ -139,34 +142,76 @@ class Attention(nn.Module):
         plan: ForwardPlan,
         past_key_values: Cache | None = None,
         keys_alone: bool = False,
+        queries_BQ: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, Tensor]]:
         """Returns the output `(B, S, D)`, the attention map if the backend yields one, and the rotated queries
         `(B, H, S, C)` and keys `(B, G, S, C)` of the new tokens; a long prefill has no queries to return.
-        `position_embeddings` are [`rotary_tables`]. With `keys_alone` the cache is filled, and the states return."""
+        `position_embeddings` are [`rotary_tables`]. With `keys_alone` the cache is filled, and the states return. With
+        `queries_BQ`, places of tokens, the output is of these alone, `(B, Q, D)`."""
         key = self.k_norm(project(self.k_proj, hidden_states, plan).unflatten(-1, (-1, self.key_norm_size)))
-        key = self._rotated(self._by_head(key), position_embeddings)
-        value = self._by_head(project(self.v_proj, hidden_states, plan))
-        new_key = key
+        new_value = value = self._by_head(project(self.v_proj, hidden_states, plan))
+        plain_key = self._by_head(key)
+        new_key = key = self._rotated(plain_key, position_embeddings)
         # Keys are cached rotated, as in transformers. The new ones alone are returned: the alignment loss compares new
         # queries with new keys.
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        memory = None
+        if self.memory_tokens is not None:
+            written = (hidden_states, plain_key, new_value, plan.real_T, past_key_values, self.layer_idx)
+            memory = partial(self.memory_tokens, *written)
         if keys_alone:
+            if memory is not None:
+                memory()
             return hidden_states, None, (None, new_key)
         # After the cache and not in it: a sliding cache would drop them first.
         if self.global_tokens is not None:
             key, value = self.global_tokens(key, value)
         states = (hidden_states, position_embeddings, plan, key, value)
+        # Queries are left out where no other reads them all, and where the mask is a table or none.
+        is_table = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4)
+        in_place = (
+            self.keeps_no_queries and memory is None and self.config._attn_implementation in ("sdpa", BLOCK_LOCAL)
+        )
+        if queries_BQ is not None and is_table and in_place:
+            chosen = self._chosen(hidden_states, position_embeddings, attention_mask, queries_BQ, key)
+            output, weights, query = self._attend(*chosen[:2], plan, key, value, chosen[2], **kwargs)
+            return output, weights, (query, new_key)
 
         # Fresh memory as long as the sequence costs more than the work done on it, since its pages are cleared at each
         # call. So only keys, values and output are that long. With gradients all chunks would be kept anyway.
         size = CHUNK if hidden_states.device.type == "cpu" else CHUNK * GPU_CHUNKS
+        rule = attention_mask if isinstance(attention_mask, LocalMask) and attention_mask.is_causal else None
         is_long = hidden_states.shape[1] > size and self.keeps_no_queries and not torch.is_grad_enabled()
-        if is_long and isinstance(attention_mask, LocalMask) and attention_mask.is_causal:
-            return self._attend_in_chunks(*states, attention_mask, size, **kwargs), None, (None, new_key)
-        output, weights, query = self._attend(*states, attention_mask, **kwargs)
+        # Memory tokens add up over the whole sequence, so it is not cut.
+        if rule is not None and is_long and memory is None:
+            output = self._attend_in_chunks(*states, rule, size, **kwargs)
+            output = output if queries_BQ is None else output.take_along_dim(queries_BQ[..., None], dim=1)
+            return output, None, (None, new_key)
+        output, weights, query = self._attend(*states, attention_mask, memory, **kwargs)
+        if queries_BQ is not None:
+            output = output.take_along_dim(queries_BQ[..., None], dim=1)
         return output, weights, (query, new_key)
+
+    def _chosen(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        mask: Any,
+        queries_BQ: Tensor,
+        key: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        """States, rotary tables and mask of some of the tokens of each sample."""
+        length, num_keys = hidden_states.shape[1], key.shape[2]
+        rows_B1Q1 = queries_BQ[:, None, :, None]
+        if mask is not None:
+            mask = mask.take_along_dim(rows_B1Q1, dim=2)
+        elif self.is_causal and length > 1:
+            # What no mask means: each token sees itself and all before; the last keys are those of the tokens.
+            mask = torch.arange(num_keys, device=key.device) <= rows_B1Q1 + (num_keys - length)
+        cos, sin = (table.take_along_dim(rows_B1Q1, dim=2) for table in position_embeddings)
+        return hidden_states.take_along_dim(queries_BQ[..., None], dim=1), (cos, sin), mask
 
     def _by_head(self, states: Tensor) -> Tensor:
         """`(B, S, ...)` as `(B, heads, S, C)`."""
@@ -180,11 +225,13 @@ class Attention(nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | LocalMask | None,
+        memory: Callable[..., Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The output of some states over keys and values, the attention map if there is one, and rotated queries."""
         query = self.q_norm(project(self.q_proj, hidden_states, plan).unflatten(-1, (-1, self.query_norm_size)))
-        query = self._rotated(self._by_head(query), position_embeddings)
+        plain_query = self._by_head(query)
+        query = self._rotated(plain_query, position_embeddings)
         # A rule is no tensor: the block implementation alone reads it, whichever one the model was set to.
         name = BLOCK_LOCAL if isinstance(attention_mask, LocalMask) else self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
@@ -200,6 +247,8 @@ class Attention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+        if memory is not None:
+            output = output + memory(query_BHSC=plain_query)
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         return output, weights, query
 

@@ -4,8 +4,11 @@
   read and are read by every position and pass through the layers like text.
 - Causal (persistent memory, arXiv 1907.01470): nothing in front may read what follows, so each sliding layer has
   learned keys and values instead, put in front of those of the tokens.
+- Memory (ABC, arXiv 2110.02488): each `hybrid_sliding` layer of a causal model has memory tokens, whose keys and values
+  are weighted means over all tokens so far.
 
-Shape suffixes: B batch, S sequence, M global tokens, G key-value heads, K keys, C head size, D hidden size, T tokens.
+Shape suffixes: B batch, S sequence, M global or memory tokens, G key-value heads, R query heads of a key head, K keys,
+C head size, D hidden size, T tokens, N blocks, L tokens of a block.
 """
 
 from collections.abc import Callable
@@ -17,8 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 
+from .configuration_text import ChorusTextConfig
+from .layers import float32_product, without_autocast
 from .modeling_outputs import BankRouting
+
+# A token writes with a weight between exp(-10) and exp(10), so that sums of weights need no running maximum: a cache
+# adds up what it is given, in pieces of any length.
+WRITE_CAP = 10.0
+# Tokens that meet each other in one product; from block to block there are sums.
+MEMORY_BLOCK = 64
 
 
 class GlobalTokens(nn.Module):
@@ -87,6 +99,95 @@ class GlobalKeyValues(nn.Module):
         return torch.cat((learned_GMC.expand(len(states_BGKC), -1, -1, -1), states_BGKC), dim=2)
 
 
+class MemoryTokens(nn.Module):
+    """Memory tokens of a causal layer with windows: M keys and values of each key head, at each position.
+
+    Every token writes its key and value, not rotated, into all of them, with weights `exp(w x)`; a memory token is the
+    mean of what was written up to there. What is read, by a softmax over the M of them, is added to the output of the
+    windows, times a learned number of each head. Nothing is read of what follows, a step costs the same after any
+    number of tokens, and padding writes nothing.
+    """
+
+    def __init__(self, config: ChorusTextConfig):
+        super().__init__()
+        self.groups, self.scaling = config.num_key_value_heads, config.head_dim**-0.5
+        # Of each memory token of each key head a row, which says how much a token writes into it.
+        self.write = nn.Parameter(torch.empty(self.groups * config.num_memory_tokens, config.hidden_size))
+        self.gate = nn.Parameter(torch.empty(config.num_attention_heads))
+
+    def start_weights(self, std: float) -> None:
+        init.normal_(self.write, mean=0.0, std=std)
+        init.ones_(self.gate)
+
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        key_BGSC: Tensor,
+        value_BGSC: Tensor,
+        real_T: Tensor | None,
+        cache: Cache | None,
+        layer_idx: int,
+        query_BHSC: Tensor | None = None,
+    ) -> Tensor | None:
+        """What the queries read `(B, S, H, C)`; without queries the cache is brought up to date, and nothing read.
+
+        Raises:
+            ValueError: a cache without room for the sums.
+        """
+        with without_autocast(hidden_BSD):
+            logits_BSE = float32_product(hidden_BSD, self.write)
+            # Capped smoothly, as in Gemma 2 (arXiv 2408.00118).
+            write_BSE = (WRITE_CAP * (logits_BSE / WRITE_CAP).tanh()).exp()
+            if real_T is not None:
+                write_BSE = write_BSE * real_T.view(*write_BSE.shape[:2], 1)
+            length, width = value_BGSC.shape[2:]
+            size = min(MEMORY_BLOCK, length)
+            write_BGNLM = _in_blocks(write_BSE.unflatten(-1, (self.groups, -1)).transpose(1, 2), size)
+            key_BGNLC, value_BGNLC = (_in_blocks(states.float(), size) for states in (key_BGSC, value_BGSC))
+            # One tensor of keys, values and sums of weights: what a cache holds of everything before.
+            pairs = torch.cat((key_BGNLC, value_BGNLC, torch.ones_like(key_BGNLC[..., :1])), dim=-1)
+            written = write_BGNLM.transpose(-1, -2) @ pairs
+            held = _held_sums(cache, layer_idx)
+            first = torch.zeros_like(written[:, :, :1]) if held is None else held.unsqueeze(2)
+            sums = torch.cat((first, written), dim=2).cumsum(dim=2)
+            if cache is not None:
+                cache.update_recurrent_state(sums[:, :, -1], layer_idx)
+            if query_BHSC is None:
+                return None
+            before_key, before_value, before = (
+                part.unsqueeze(2) for part in sums[:, :, :-1].split((width, width, 1), dim=-1)
+            )
+            query = _in_blocks(query_BHSC.float() * self.scaling, size).unflatten(1, (self.groups, -1))
+            write, key, value = (states.unsqueeze(2) for states in (write_BGNLM, key_BGNLC, value_BGNLC))
+            # Within a block token by token: its own sum holds what it wrote itself, and nothing that follows.
+            total = before.transpose(-1, -2) + write.cumsum(dim=-2)
+            total = total + (total == 0)  # where all before is padding
+            near = (query @ key.transpose(-1, -2)).tril()
+            reads = ((query @ before_key.transpose(-1, -2) + near @ write) / total).softmax(dim=-1) / total
+            read = reads @ before_value + (reads @ write.transpose(-1, -2)).tril() @ value
+            read_BSHC = read.flatten(1, 2).flatten(2, 3)[:, :, :length].transpose(1, 2)
+            return (read_BSHC * self.gate.float()[:, None]).to(query_BHSC.dtype)
+
+
+def _in_blocks(states_BGSC: Tensor, size: int) -> Tensor:
+    """`(B, G, N, L, C)`, zeros behind the last token."""
+    return F.pad(states_BGSC, (0, 0, 0, -states_BGSC.shape[2] % size)).unflatten(2, (-1, size))
+
+
+def _held_sums(cache: Cache | None, layer_idx: int) -> Tensor | None:
+    """`(B, G, M, 2C + 1)`, the sums over all tokens before."""
+    if cache is None:
+        return None
+    layer = cache.layers[layer_idx]
+    if not hasattr(layer, "recurrent_states"):
+        raise ValueError(
+            f"the cache has no room for memory tokens in layer {layer_idx}, a {type(layer).__name__}; make it with the "
+            "configuration: DynamicCache(config=model.config)"
+        )
+    # A copy, since the cache writes in place and gradients may need what it was.
+    return layer.recurrent_states[0].clone() if layer.is_recurrent_states_initialized[0] else None
+
+
 def with_global_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:
     """For a decoder's forward with recorded outputs: puts the global tokens of a bidirectional model in front of what
     goes in, and leaves them out of what comes out, which is about the sequence alone."""
@@ -142,6 +243,7 @@ def _routing_of_sequence(routing: BankRouting, batch: int, length: int, count: i
         rows = rows - count * (rows // length + 1)
     of_rows = ["router_logits", "routing_weights", "selected_experts", "token_mask", "bank_weights", "log_probs"]
     of_rows.append("wanted_experts")
+    of_rows += ["widths"] if isinstance(routing.widths, Tensor) else []
     values = {name: getattr(routing, name) for name in of_rows}
     kept: dict[str, Any] = {name: None if value is None else value[keep_R] for name, value in values.items()}
     return routing._replace(rows=rows, **kept)

@@ -18,7 +18,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
-from .configuration_text import ChorusTextConfig
+from .configuration_text import WINDOW_TYPES, ChorusTextConfig
 from .modeling_outputs import CACHE, takes_cache
 
 BLOCK_LOCAL = "block_local"
@@ -80,7 +80,8 @@ def build_masks(
             function returns them.
 
     Raises:
-        ValueError: global tokens with an attention implementation that cannot show them to every query.
+        ValueError: global tokens with an attention implementation that cannot show them to every query; packed
+            sequences, or a mask that is not `(B, S)`, with memory tokens.
     """
     # Made before, by `create_masks_for_generate` for caches that can be compiled.
     if isinstance(attention_mask, dict):
@@ -90,6 +91,11 @@ def build_masks(
         raise ValueError(
             f"num_global_tokens={num_global} with {name!r} attention; it takes one of {WITH_GLOBAL_TOKENS}"
         )
+    if config.num_memory_tokens:
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError("a model with memory tokens takes an attention_mask (batch, sequence) and no other form")
+        if past_key_values is None and is_packed(attention_mask, position_ids):
+            raise ValueError("packed sequences would read each other through memory tokens; pad them instead")
     inputs: dict[str, Any] = {
         "config": config,
         "inputs_embeds": inputs_embeds,
@@ -101,9 +107,10 @@ def build_masks(
     if "full_attention" in config.layer_types:
         create = create_causal_mask if config.is_causal else create_bidirectional_mask
         masks["full_attention"] = create(**inputs)
-    if "sliding_attention" in config.layer_types:
+    windows = [kind for kind in WINDOW_TYPES if kind in config.layer_types]
+    if windows:
         # A rule where there is one: a long prefill's dense mask costs more than the attention that its window spares.
-        masks["sliding_attention"] = local_mask(**inputs) or _dense_sliding_mask(num_global, inputs)
+        masks |= dict.fromkeys(windows, local_mask(**inputs) or _dense_sliding_mask(num_global, inputs))
     return masks
 
 
@@ -157,7 +164,7 @@ def local_mask(
         return None
     seen, held, first = 0, count, 0
     if past_key_values is not None:
-        layer = config.layer_types.index("sliding_attention")
+        layer = next(i for i, kind in enumerate(config.layer_types) if kind in WINDOW_TYPES)
         seen = int(past_key_values.get_query_offset(layer))
         held, first = past_key_values.get_mask_sizes(count, layer)
     # Nothing keeps packed sequences apart in a bidirectional model, whose global tokens share position 0 besides.

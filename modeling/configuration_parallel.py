@@ -43,9 +43,9 @@ def tensor_parallel_plan(config: PreTrainedConfig) -> dict[str, str]:
 
 
 def _attention_plan(config: PreTrainedConfig) -> dict[str, str]:
-    """Heads over the ranks; whole attention on each where a norm covers all heads."""
+    """Heads over the ranks; whole attention on each where a norm covers all heads, or memory tokens do."""
     # The norm's mean runs over all heads, and a rank would have only its own.
-    if config.use_qk_norm and config.qk_norm_scope == "projection":
+    if config.num_memory_tokens or (config.use_qk_norm and config.qk_norm_scope == "projection"):
         return {}
     plan = {"layers.*.self_attn.o_proj": "rowwise"}
     num_cross_modal = len(set(config.cross_modal_layers))

@@ -22,9 +22,12 @@ from .configuration_checks import (
 from .configuration_modalities import MODALITY_IDS, TEXT, UNNAMED, in_order
 from .configuration_parallel import expert_parallel_plan, tensor_parallel_plan
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
+# Those with windows; `hybrid_sliding`, transformers' name for windows beside a running sum, has memory tokens besides.
+WINDOW_TYPES = ("sliding_attention", "hybrid_sliding")
+LAYER_TYPES = ("full_attention", *WINDOW_TYPES)
 QK_NORM_SCOPES = ("head", "projection")
 NORM_PLACEMENTS = ("pre", "post")
+SKIP_SCOPES = ("feed_forward", "layer")
 EXPERT_LAYOUTS = ("fused", "linear")
 # Those that compare the text's map of an image with the image's map of the text, and those that a causal model takes.
 TWO_MAPS = ("log_odds", "entropy_floor", "pooled")
@@ -47,10 +50,12 @@ class ChorusTextConfig(PreTrainedConfig):
         norm_placement: norms before attention and feed-forward (`pre`), or on what they return (`post`, OLMo 2,
             arXiv 2501.00656).
         no_rope_layers: as in SmolLM3, 1 for a layer with rotary positions and 0 for one without; all 1 if None.
-        sliding_window: tokens that a `sliding_attention` layer sees; on either side, if nothing is causal.
+        sliding_window: tokens that a layer with windows sees; on either side, if nothing is causal.
         num_global_tokens: learned tokens that every window sees besides: tokens in front of the sequence in a
-            bidirectional model, keys and values of each `sliding_attention` layer in a causal one.
-        layer_types: `full_attention` or `sliding_attention` for each layer; all full if None.
+            bidirectional model, keys and values of each layer with windows in a causal one.
+        num_memory_tokens: keys and values that each `hybrid_sliding` layer of a causal model makes of all tokens so
+            far, by which what no window reaches can be found again, see `MemoryTokens`.
+        layer_types: one of `LAYER_TYPES` for each layer; all full if None.
         mlp_layer_types: `dense` or `sparse` for each layer; the first dense and all others sparse if None.
         cross_modal_layers: layers with cross-modal attention on a shared query projection. If None: the full-attention
             layers of a sliding-window model, otherwise the last layer.
@@ -58,6 +63,9 @@ class ChorusTextConfig(PreTrainedConfig):
         expert_banks: name -> settings, see [`ExpertBankConfig`]; sizes left out come from `num_experts`,
             `num_experts_per_tok` and `moe_intermediate_size`. Or the name of a preset, see `preset_banks`: `uniform`
             (the default) or `specific_then_common`.
+        expert_width_shares: leading shares of an expert's width that a token may use, rising to 1. While training each
+            token draws one (nested dropout, arXiv 1402.0915; MatFormer, arXiv 2310.07707), elsewhere a call asks for
+            one by `expert_width_share`. Always the whole if None.
         experts_layout: `fused`, the experts of a bank stacked in two parameters, or `linear`, a feed-forward of linear
             layers for each; `fuse_experts` and `unfuse_experts` of a model change it.
         shared_expert_intermediate_size: width of the always-on dense experts of a sparse layer; 0 for none.
@@ -76,9 +84,10 @@ class ChorusTextConfig(PreTrainedConfig):
             generative model they share the final norm and the head (LayerSkip, arXiv 2404.16710).
         exit_loss_coef: weight, while training, of the mean loss of the exits. A classifier wants 1. It makes exits that
             draft well in `generate(assistant_early_exit=...)`.
-        skip_layers: layers with a skip gate, by which tokens skip the feed-forward; all but the first if None and
-            there is a `skip_budget`.
-        skip_budget: the share of tokens that training lets skip these layers' feed-forwards, between 0 and 1.
+        skip_layers: layers with a skip gate, by which tokens skip the feed-forward or the layer; all but the first if
+            None and there is a `skip_budget`.
+        skip_budget: the share of tokens that training lets skip in these layers, between 0 and 1.
+        skip_scope: what a token skips: the `feed_forward`, or the `layer`, which then makes its keys and values alone.
         skip_loss_coef: weight of the squared distance from the budget while training.
         is_causal: False for a bidirectional model (classification, embedding).
 
@@ -130,11 +139,13 @@ class ChorusTextConfig(PreTrainedConfig):
     no_rope_layers: list[int] | None = None
     sliding_window: int | None = None
     num_global_tokens: int = 0
+    num_memory_tokens: int = 0
     share_cross_modal_query: bool = True
     num_experts: int = 8
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 512
     shared_expert_intermediate_size: int = 512
+    expert_width_shares: list[float] | None = None
     experts_layout: str = "fused"
     router_aux_loss_coef: int | float = 0.01
     router_z_loss_coef: int | float = 0.0
@@ -144,6 +155,7 @@ class ChorusTextConfig(PreTrainedConfig):
     exit_loss_coef: int | float = 0.0
     skip_layers: list[int] | None = None
     skip_budget: int | float | None = None
+    skip_scope: str = "feed_forward"
     skip_loss_coef: int | float = 1.0
     output_router_logits: bool = False
     is_causal: bool = True
@@ -247,6 +259,7 @@ class ChorusTextConfig(PreTrainedConfig):
                 "max_position_embeddings": (1, MAX_POSITIONS),
                 "sliding_window": (1, MAX_POSITIONS),
                 "num_global_tokens": (0, MAX_WIDTH),
+                "num_memory_tokens": (0, MAX_WIDTH),
                 "chunk_size_feed_forward": (0, MAX_POSITIONS),
                 "shared_expert_intermediate_size": (0, MAX_WIDTH),
             },
@@ -279,8 +292,19 @@ class ChorusTextConfig(PreTrainedConfig):
         for index, kind in enumerate(self.layer_types):
             if kind not in LAYER_TYPES:
                 raise ValueError(f"ChorusTextConfig: layer_types[{index}]={kind!r}; choose from {list(LAYER_TYPES)}")
-        if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise ValueError("ChorusTextConfig: layer_types asks for sliding_attention but sliding_window is None")
+        windows = [kind for kind in WINDOW_TYPES if kind in self.layer_types]
+        if windows and self.sliding_window is None:
+            raise ValueError(f"ChorusTextConfig: layer_types asks for {windows[0]} but sliding_window is None")
+        if (self.num_memory_tokens > 0) != ("hybrid_sliding" in self.layer_types):
+            raise ValueError(
+                f"ChorusTextConfig: num_memory_tokens={self.num_memory_tokens} and "
+                f"{self.layer_types.count('hybrid_sliding')} hybrid_sliding layers in layer_types: one needs the other"
+            )
+        if self.num_memory_tokens and not self.is_causal:
+            raise ValueError(
+                f"ChorusTextConfig: num_memory_tokens={self.num_memory_tokens} with is_causal=False, where "
+                "num_global_tokens carry what windows cannot reach"
+            )
         check_name("ChorusTextConfig", "hidden_act", self.hidden_act, ACT2FN)
         check_name("ChorusTextConfig", "qk_norm_scope", self.qk_norm_scope, QK_NORM_SCOPES)
         check_name("ChorusTextConfig", "norm_placement", self.norm_placement, NORM_PLACEMENTS)
@@ -289,7 +313,7 @@ class ChorusTextConfig(PreTrainedConfig):
                 f"ChorusTextConfig: no_rope_layers has {len(self.no_rope_layers)} entries for num_hidden_layers="
                 f"{self.num_hidden_layers}"
             )
-        if self.num_global_tokens > 0 and "sliding_attention" not in self.layer_types:
+        if self.num_global_tokens > 0 and not windows:
             raise ValueError(
                 f"ChorusTextConfig: num_global_tokens={self.num_global_tokens} serve windows, but no layer of "
                 "layer_types is sliding_attention"
@@ -303,9 +327,27 @@ class ChorusTextConfig(PreTrainedConfig):
         check_name("ChorusTextConfig", "experts_layout", self.experts_layout, EXPERT_LAYOUTS)
         for bank in self.banks:
             bank.validate(self.sparse_layers, self.modalities)
+        self._validate_widths(self.expert_width_shares)
         for layer in self.sparse_layers:
             if not self.banks_of_layer(layer):
                 raise ValueError(f"ChorusTextConfig: sparse layer {layer} holds no expert bank")
+
+    def _validate_widths(self, shares: list[float] | None) -> None:
+        if shares is None:
+            return
+        if len(shares) < 2 or shares[-1] != 1 or shares[0] <= 0 or sorted(set(shares)) != shares:
+            raise ValueError(f"ChorusTextConfig: expert_width_shares={shares} must rise from above 0 to 1, two or more")
+        if self.experts_layout == "linear":
+            raise ValueError(
+                "ChorusTextConfig: expert_width_shares with experts_layout='linear', whose layers run whole"
+            )
+        for share in shares:
+            for bank in self.banks:
+                if bank.intermediate_size * share % 1:
+                    raise ValueError(
+                        f"ChorusTextConfig: {share} of expert_width_shares is {bank.intermediate_size * share:g} of "
+                        f"intermediate_size={bank.intermediate_size} of bank {bank.name!r}, no whole number"
+                    )
 
     def validate_depth(self) -> None:
         """Part of `@strict` validation: exits stand within the model, skipped layers and their budget go together."""
@@ -317,6 +359,9 @@ class ChorusTextConfig(PreTrainedConfig):
         # Here and below: one setting without its other half would do nothing, in silence.
         if self.exit_loss_coef > 0 and not exits:
             raise ValueError(f"ChorusTextConfig: exit_loss_coef={self.exit_loss_coef} without exit_layers")
+        check_name("ChorusTextConfig", "skip_scope", self.skip_scope, SKIP_SCOPES)
+        if self.skip_scope == "layer" and not self.skip_layers:
+            raise ValueError("ChorusTextConfig: skip_scope='layer' without skip_layers; a skip_budget gives them")
         if self.skip_layers and self.skip_budget is None:
             raise ValueError(f"ChorusTextConfig: skip_layers={self.skip_layers} without a skip_budget")
         if self.skip_budget is not None and not 0 <= self.skip_budget <= 1:

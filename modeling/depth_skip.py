@@ -1,4 +1,4 @@
-"""Layer skipping: a skip gate lets a token skip a layer's feed-forward. Attention and cache are always complete.
+"""Layer skipping: a skip gate lets a token skip a layer's feed-forward, or the layer. The cache is always complete.
 
 Shape suffixes: B batch, S sequence, T tokens (B * S), R rows whose skip gate is open, D hidden size.
 """

@@ -1,11 +1,10 @@
 """The generative head: text, images and sound in, text out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import copy
-from functools import wraps
 from inspect import signature
 from itertools import accumulate
-from types import MethodType, SimpleNamespace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,16 +22,14 @@ from transformers.utils import can_return_tuple, logging
 from .attention_masks import Masks, build_masks
 from .configuration_chorus import ChorusConfig
 from .configuration_modalities import MODALITY_IDS
+from .configuration_services import SERVICES, service
 from .depth_exits import EarlyExitDrafts, TokenExits, check_drafts, check_token_exits
 from .losses import share_of_batch
-from .modeling_chorus import with_virtual_tokens
-from .modeling_heads import LOSS_WEIGHTS, ChorusHead
+from .modeling_heads import ChorusHead
 from .modeling_outputs import CACHE, ChorusLossOutput, takes_cache
 from .moe_plan import DecoderKwargs
 
 logger = logging.get_logger(__name__)
-# Batches of a training run that are looked at for labels which reach experts in the last layer; a look waits for a GPU.
-WATCHED_BATCHES = 8
 # By this table the Trainer's label smoother decides whether labels are shifted: without it a model learns to repeat.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(ChorusConfig.model_type, "ChorusForConditionalGeneration")
 
@@ -47,7 +44,6 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
     def __init__(self, config: ChorusConfig):
         super().__init__(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.watched_batches, self.modalities_seen, self.modalities_read = 0, set[int](), set[int]()
         self.post_init()
         # Of a configuration marked as derived, transformers drops entries of our own (`skip_threshold`) on loading.
         self.generation_config._from_model_config = False
@@ -59,38 +55,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
     def __setattr__(self, name: str, value: Any) -> None:
         """The trainers of TRL put a forward of their own into the model, which is given our losses."""
         if name == "forward" and "fused_lm_head" in getattr(getattr(value, "__code__", None), "co_varnames", ()):
-            value = MethodType(with_own_losses(value.__func__), self)
+            value = MethodType(service("with_own_losses", "a forward of TRL")(value.__func__), self)
         super().__setattr__(name, value)
-
-    def _watch_labels(self, modality_BS: Tensor, labels: Tensor) -> None:
-        """Warn once, after the first batches in training, about trained experts that no label has reached."""
-        self.watched_batches += 1
-        # The position before a label predicts it. Right behind an image that is a position of the image.
-        modality_BS = with_virtual_tokens(modality_BS, labels[..., None])
-        self.modalities_seen.update(modality_BS.unique().tolist())
-        self.modalities_read.update(modality_BS[:, :-1][labels[:, 1:] != -100].unique().tolist())
-        layer, unread = self.unreached_banks()
-        open_to = {n: {MODALITY_IDS[m] for m in self.model.language_model.banks[n].modalities} for n in unread}
-        names = [n for n, ids in open_to.items() if ids & self.modalities_seen and not ids & self.modalities_read]
-        if names and self.watched_batches == WATCHED_BATCHES:
-            logger.warning_once(
-                f"expert banks {names} of layer {layer}: no later layer reads image and audio positions and no label "
-                f"followed one in {WATCHED_BATCHES} batches, so these experts get no gradient and training them is "
-                f"time spent for nothing. Give the banks `layers` without {layer} in the configuration, or keep their "
-                "experts in it frozen"
-            )
-
-    def unreached_banks(self) -> tuple[int, list[str]]:
-        """The last layer, and its banks that have trained experts (or a LoRA on them) but take no text."""
-        # Attention of a later layer carries what image experts add to text; behind the last layer there is none.
-        layer = self.config.text_config.num_hidden_layers - 1
-        banks = getattr(self.model.language_model.layers[layer].mlp, "banks", {})
-        return layer, [
-            name
-            for name, bank in banks.items()
-            if "text" not in bank.modalities
-            and any(p.requires_grad for stack in bank.stacks for p in stack.parameters())
-        ]
 
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         return self.model.get_image_features(pixel_values, **kwargs)
@@ -163,12 +129,10 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             **kwargs,
         )
         self._refuse_lost_losses(labels, num_items, terms)
-        is_watched = self.training and self.watched_batches < WATCHED_BATCHES and not torch.compiler.is_compiling()
-        if is_watched and labels is not None:
-            found = (
-                self.model.modality_ids(input_ids, inputs_embeds) if mm_token_type_ids is None else mm_token_type_ids
-            )
-            self._watch_labels(found, labels)
+        # A look at the first batches, which a model without the package trains without.
+        watch = SERVICES.get("watch_labels") if self.training and labels is not None else None
+        if watch is not None and not torch.compiler.is_compiling():
+            watch(self, input_ids, inputs_embeds, mm_token_type_ids, labels)
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
@@ -239,8 +203,13 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         it. An assistant of another kind is given words alone; one of ours takes the media as this model encoded them.
 
         Raises:
-            ValueError: an assistant of another width, with media.
+            ValueError: an assistant of another width, with media; memory tokens, whose sums take no draft back.
         """
+        if self.config.text_config.num_memory_tokens:
+            raise ValueError(
+                f"num_memory_tokens={self.config.text_config.num_memory_tokens}: a draft that is refused cannot be "
+                "taken out of the memory again; generate without drafts"
+            )
         if generation_config.assistant_early_exit is not None:
             return EarlyExitDrafts(self, generation_config, logits_processor)
         assistant = kwargs.get("assistant_model")
@@ -354,58 +323,3 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         starts = [0, *stops[:-1]]
         audio.pooler_output = [p for a, b in zip(starts, stops, strict=True) for p in pieces[a:b] * expand_size]
         return mm_encoder_output
-
-
-def with_own_losses(fused_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """TRL's forward (`trl.trainer.utils.add_fused_lm_head`), with our auxiliary losses in the place of Mixtral's.
-
-    TRL adds `router_aux_loss_coef * aux_loss` to a loss of its own. So `aux_loss` is all that training adds to ours,
-    divided by that coefficient; in evaluation, where we add nothing, it is 0.
-
-    Raises:
-        ValueError: in training, a trainer that adds no `aux_loss` where there are other losses than the balance loss.
-    """
-
-    @wraps(fused_forward)
-    def forward(self: Any, fused_lm_head: bool = False, output_router_logits: bool | None = None, **kwargs: Any) -> Any:
-        if not fused_lm_head:
-            return fused_forward(self, output_router_logits=output_router_logits, **kwargs)
-        # False: TRL would compute Mixtral's balance loss, which cannot read the routing of banks.
-        kwargs |= {"fused_lm_head": True, "output_router_logits": False}
-        if not (self.training and torch.is_grad_enabled()):
-            outputs = fused_forward(self, **kwargs)
-            outputs.aux_loss = outputs.log_probs.new_zeros(()) if output_router_logits else None
-            return outputs
-        text = self.config.text_config
-        terms: dict[str, Tensor | None] = {}
-
-        def run(output_router_logits: bool, mm_token_type_ids: Tensor | None = None, **inputs: Any) -> Any:
-            if text.exit_loss_coef > 0:
-                inputs["output_hidden_states"] = True
-            outputs, found = self._run(bool(asked), mm_token_type_ids, **inputs)
-            terms.update(found)
-            if text.exit_loss_coef > 0:
-                counted = (labels[..., 1:] != -100).sum().clamp(min=1)
-                terms["exit_loss"] = self._exit_loss(outputs.hidden_states, labels, counted)
-            return outputs
-
-        asked, labels = output_router_logits, kwargs["labels"]
-        # What TRL's forward reads of a model, with our run in the place of the model without a head.
-        stand_in = SimpleNamespace(base_model=run, get_output_embeddings=self.get_output_embeddings)
-        outputs = fused_forward(stand_in, **kwargs)
-        if asked and text.router_aux_loss_coef > 0:
-            total = outputs.log_probs.new_zeros(()) + self._weighted_sum(terms, 1.0)
-            # TRL multiplies by this coefficient again.
-            outputs.aux_loss = total / text.router_aux_loss_coef
-            return outputs
-        outputs.aux_loss = terms["aux_loss"] if asked else None
-        weights = {LOSS_WEIGHTS[name]: getattr(text, LOSS_WEIGHTS[name]) for name in terms if terms[name] is not None}
-        for name, weight in weights.items():
-            if weight > 0 and name != LOSS_WEIGHTS["aux_loss"]:
-                raise ValueError(
-                    f"{name}={weight} would have no effect: TRL adds losses of the model only where "
-                    "router_aux_loss_coef of its text_config is above 0. Set that, or this one to 0"
-                )
-        return outputs
-
-    return forward

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -21,12 +21,15 @@ from .configuration_checks import check_exit
 from .configuration_services import service
 from .configuration_text import ChorusTextConfig
 from .depth_exits import ExitRun, SequenceInputs, TokenExits
-from .depth_skip import SkipGate, feed_open_tokens, threshold_logit
+from .depth_skip import SkipGate, feed_open_tokens, straight_through, threshold_logit
 from .layers import GatedMLP, RMSNorm
 from .modeling_base import ChorusPreTrainedModel
 from .modeling_outputs import CACHE, ChorusModelOutput, takes_cache
 from .moe_banks import MixtureOfBanks
 from .moe_plan import DecoderKwargs, ForwardPlan, read_routing_options
+
+# Arguments that `read_routing_options` takes as they come.
+OPTIONS_OF_ROUTING = ("expert_budget", "sample_experts", "closed_banks", "expert_width_share")
 
 
 class DenseFeedForward(GatedMLP):
@@ -50,6 +53,7 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = (CrossModalAttention if is_cross_modal else Attention)(config, layer_idx)
         self.mlp = MixtureOfBanks(config, layer_idx) if is_sparse else DenseFeedForward(config)
         self.skip_gate = SkipGate(config.hidden_size) if layer_idx in (config.skip_layers or ()) else None
+        self.skip_scope = config.skip_scope
         # Identities have no parameters, so either placement has the tensors of its family's checkpoints alone.
         before, after = (RMSNorm, nn.Identity) if config.norm_placement == "pre" else (nn.Identity, RMSNorm)
         self.input_layernorm = before(config.hidden_size, config.rms_norm_eps)
@@ -68,24 +72,57 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         keys_alone: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        attended, _, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            plan=plan,
-            past_key_values=past_key_values,
-            keys_alone=keys_alone,
+        inputs: dict[str, Any] = {
+            "plan": plan,
+            "position_embeddings": position_embeddings,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
             **kwargs,
-        )
+        }
         if keys_alone:
+            self.self_attn(self.input_layernorm(hidden_states), keys_alone=True, **inputs)
             return hidden_states
+        if self.skip_gate is not None and self.skip_scope == "layer":
+            return self._run_open_tokens(hidden_states, **inputs)
+        return self.finish(hidden_states, self.self_attn(self.input_layernorm(hidden_states), **inputs)[0], plan)
+
+    def finish(self, hidden_states: Tensor, attended: Tensor, plan: ForwardPlan) -> Tensor:
+        """States after the layer, of tokens and what their attention returned."""
         hidden_states = hidden_states + self.attention_output_norm(attended)
         del attended  # a long prefill has no room for what is added already
         fed_forward = self._feed_forward(self.post_attention_layernorm(hidden_states), plan)
         return hidden_states + self.feed_forward_output_norm(fed_forward)
 
+    def _run_open_tokens(self, hidden_BSD: Tensor, plan: ForwardPlan, **attention: Any) -> Tensor:
+        """States `(B, S, D)` after a layer that tokens with a closed skip gate leave as they came (Mixture-of-Depths,
+        arXiv 2404.02258, by a threshold for each token). All keys and values are made: others see a token that skips.
+        """
+        assert self.skip_gate is not None
+        normed = self.input_layernorm(hidden_BSD)
+        logits_BS = self.skip_gate(normed)
+        attend = partial(self.self_attn, normed, plan=plan, **attention)
+        if self.training or torch.compiler.is_compiling():
+            decision_BS1 = straight_through(logits_BS, plan.open_above).unsqueeze(-1).to(hidden_BSD.dtype)
+            # Exact at either end: one of the factors is 1 and the other 0.
+            return self.finish(hidden_BSD, attend()[0], plan) * decision_BS1 + hidden_BSD * (1 - decision_BS1)
+        is_open_BS = logits_BS > plan.open_above
+        rows = is_open_BS.flatten().nonzero().squeeze(1)
+        if len(rows) == is_open_BS.numel():
+            return self.finish(hidden_BSD, attend()[0], plan)
+        hidden_TD = hidden_BSD.flatten(0, 1)
+        if len(rows) == 0:
+            # Banks run on no rows, so that their routing is recorded.
+            attended_RD = attend(keys_alone=True)[0].flatten(0, 1)[rows]
+        else:
+            # The open tokens of each sample in order; samples with fewer of them are filled up, and the fill left out.
+            most = int(is_open_BS.sum(dim=1).max())
+            queries_BQ = (~is_open_BS).int().argsort(dim=1, stable=True)[:, :most]
+            attended_RD = attend(queries_BQ=queries_BQ)[0][is_open_BS.gather(1, queries_BQ)]
+        finished = self.finish(hidden_TD[rows].unsqueeze(0), attended_RD.unsqueeze(0), plan.at(rows)).squeeze(0)
+        return hidden_TD.index_copy(0, rows, finished).view_as(hidden_BSD)
+
     def _feed_forward(self, hidden_states: Tensor, plan: ForwardPlan) -> Tensor:
-        if self.skip_gate is None:
+        if self.skip_gate is None or self.skip_scope == "layer":
             return self.mlp(hidden_states, plan)[0]
         return feed_open_tokens(self.mlp, hidden_states, plan, self.skip_gate(hidden_states))
 
@@ -181,7 +218,8 @@ class ChorusTextModel(ChorusPreTrainedModel):
         complexity_scores, skip_threshold = kwargs.pop("complexity_scores", None), kwargs.pop("skip_threshold", None)
         if skip_threshold is not None and not self.config.skip_layers:
             raise ValueError(f"skip_threshold={skip_threshold} changes nothing: the model has no skip_layers")
-        asked = {name: kwargs.pop(name, None) for name in ("expert_budget", "sample_experts", "closed_banks")}
+        asked = {name: kwargs.pop(name, None) for name in OPTIONS_OF_ROUTING}
+        asked["width_shares"] = self.config.expert_width_shares
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # With a cache, even an empty one, transformers' masks take packed sequences for one: they would see each other.
         if use_cache and past_key_values is None and not is_packed(attention_mask, position_ids):

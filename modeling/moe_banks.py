@@ -6,7 +6,9 @@ Shape suffixes: T tokens, R rows of the bank, D hidden size, N banks of the laye
 token, P choices (R * K), I expert width.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from .configuration_modalities import MODALITY_IDS
 from .configuration_text import ChorusTextConfig
 from .layers import CHUNK, GatedMLP, TokenGate, float32_product, in_chunks, without_autocast
 from .modeling_outputs import BankRouting
-from .moe_plan import ForwardPlan, add_rows, take_rows
+from .moe_plan import ForwardPlan, RowOptions, add_rows, take_rows
 from .moe_routers import ROUTER_CLASSES
 
 # Chunks of a long sequence give an expert this many rows on average, or more.
@@ -52,6 +54,16 @@ class ChorusExperts(nn.Module):
         """The output of one expert, unweighted."""
         gate, up = F.linear(hidden_states, self.gate_up_proj[expert]).chunk(2, dim=-1)
         return F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+
+    def narrowed(self, width: int) -> "ChorusExperts":
+        """These experts with the leading part of their width alone, for any implementation; gradients reach them."""
+        part: Any = copy(self)
+        # Plain tensors in the place of parameters: a copy of the weights is cut for the call and goes with it.
+        part._parameters = {}
+        gate_up = self.gate_up_proj.unflatten(1, (2, -1))[:, :, :width].flatten(1, 2)
+        part.gate_up_proj, part.down_proj = gate_up, self.down_proj[..., :width].contiguous()
+        part.intermediate_dim = width
+        return part
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         # The empty sums keep both parameters and the router in the graph when the bank has no tokens.
@@ -118,6 +130,8 @@ class ExpertBank(nn.Module):
         self.deeper_experts = nn.ModuleList(stack(config, bank) for _ in range(bank.expert_depth - 1))
         self.gate = OwnGate(config.hidden_size) if bank.has_own_gate else None
         self.may_skip_slots = bank.adaptive_experts or bank.expert_capacity is not None
+        # Leading parts of the width that a token may use.
+        self.widths = [round(share * bank.intermediate_size) for share in config.expert_width_shares or ()]
         self.chunk_size = config.chunk_size_feed_forward
         # As many rows as give each expert enough of them to be worth reading.
         self.automatic_chunk = max(CHUNK, ROWS_OF_AN_EXPERT * bank.num_experts // bank.num_experts_per_tok)
@@ -141,23 +155,48 @@ class ExpertBank(nn.Module):
             output = output + stack.run_expert(expert, hidden_states + output)
         return output
 
-    def _feed(self, hidden_RD: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
-        run = self._feed_deeply if len(self.deeper_experts) else self.experts
+    def _feed(self, hidden_RD: Tensor, index_RK: Tensor, weights_RK: Tensor, width: int | None = None) -> Tensor:
+        stacks = self.stacks if width is None else [self._narrowed(stack, width) for stack in self.stacks]
+        run = partial(self._feed_deeply, stacks) if len(stacks) > 1 else stacks[0]
         inputs = (hidden_RD, index_RK, weights_RK)
         is_stacked = not isinstance(self.experts, LinearExperts)
         if is_stacked and self._stacked_experts(self.experts).num_experts != self.num_experts:
             return run(*inputs)  # spread over ranks, which all make the same calls
         return in_chunks(run, inputs, self.chunk_size, self.automatic_chunk)
 
-    def _feed_deeply(self, hidden_RD: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
+    def _narrowed(self, stack: Any, width: int) -> Any:
+        """Raises ValueError for experts that are not plainly here: the leading part of a shard is another part."""
+        if width == self.widths[-1]:
+            return stack
+        if not isinstance(stack, ChorusExperts) or stack.down_proj.shape[::2] != (self.num_experts, self.widths[-1]):
+            raise ValueError(
+                f"expert bank {self.name!r}: width {width} of {self.widths[-1]} takes experts as they are, with no "
+                "adapter on them and not spread over ranks; merge the adapter, or use the whole width"
+            )
+        return stack.narrowed(width)
+
+    def _feed_by_width(self, hidden_RD: Tensor, index_RK: Tensor, weights_RK: Tensor, width_R: Tensor | int) -> Tensor:
+        """As `_feed`, each row with its own part of the width, by index in `widths`."""
+        if isinstance(width_R, int):
+            return self._feed(hidden_RD, index_RK, weights_RK, self.widths[width_R])
+        output_RD = torch.zeros_like(hidden_RD)
+        for number, width in enumerate(self.widths):
+            rows = (width_R == number).nonzero().squeeze(1)
+            # Without rows they run all the same in training, so that all ranks have gradients.
+            if len(rows) or torch.is_grad_enabled():
+                fed = self._feed(hidden_RD[rows], index_RK[rows], weights_RK[rows], width)
+                output_RD = output_RD.index_copy(0, rows, fed.to(output_RD.dtype))
+        return output_RD
+
+    def _feed_deeply(self, stacks: Sequence[Any], hidden_RD: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
         """Experts of several feed-forwards. Every choice is a row of its own that visits one expert with weight 1, so
         each implementation of experts returns what the next feed-forward reads."""
         start_PD = hidden_RD.repeat_interleave(index_RK.shape[1], dim=0)
         index_P1 = index_RK.reshape(-1, 1)
         # An unused slot visits nothing, and implementations may leave anything in its row.
         used_P1 = (index_P1 < self.num_experts).to(weights_RK.dtype)
-        output_PD = self.experts(start_PD, index_P1, used_P1)
-        for stack in self.deeper_experts:
+        output_PD = stacks[0](start_PD, index_P1, used_P1)
+        for stack in stacks[1:]:
             output_PD = output_PD + stack(start_PD + output_PD, index_P1, used_P1)
         return (output_PD.unflatten(0, index_RK.shape) * weights_RK[..., None]).sum(dim=1)
 
@@ -202,10 +241,23 @@ class ExpertBank(nn.Module):
         if self.may_skip_slots or (options is not None and options.budget_R is not None):
             visited_RK = self._visitable(index_RK)
         # The bank's weight is multiplied into those of its choices: one product of T x K numbers, not of T x D.
-        states_RD = self._feed(hidden_RD, visited_RK, states_weights_RK.to(hidden_RD.dtype))
+        inputs = (hidden_RD, visited_RK, states_weights_RK.to(hidden_RD.dtype))
+        width_R = self._widths_of(hidden_RD, options)
+        states_RD = self._feed(*inputs) if width_R is None else self._feed_by_width(*inputs, width_R)
         output_TD = add_rows(output_TD, rows, states_RD, hidden_TD)
         rows = plan.in_batch(rows)
-        return output_TD, BankRouting(logits_RE, weights_RK, index_RK, token_mask, gate_R, rows, *choice[3:])
+        routing = BankRouting(logits_RE, weights_RK, index_RK, token_mask, gate_R, rows, *choice[3:])
+        return output_TD, routing if width_R is None else routing._replace(widths=width_R)
+
+    def _widths_of(self, hidden_RD: Tensor, options: RowOptions | None) -> Tensor | int | None:
+        """What was asked for, or what training draws; None for the whole width."""
+        if options is not None and options.width_R is not None:
+            return options.width_R
+        if not (self.widths and self.training):
+            return None
+        if torch.compiler.is_compiling():
+            raise ValueError("training with expert_width_shares cannot be compiled: each token draws a width")
+        return torch.randint(len(self.widths), hidden_RD.shape[:1], device=hidden_RD.device)
 
 
 class BankGate(nn.Module):

@@ -3,7 +3,7 @@
 Shape suffixes: B batch, S sequence, T tokens (B * S), R rows of a modality or a bank, D hidden size.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -29,6 +29,8 @@ class DecoderKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg] 
             carries the log-probability of the draw.
         closed_banks: names of banks that this call skips, at no cost, as if they were not there: the output is that of
             the model without them, bit for bit where the bank has its own bank gate.
+        expert_width_share: one of `expert_width_shares`, or one for each token `(B, S)`: the leading share of their
+            width that experts use. In training it replaces the draw. In `generate` it is one for all.
         skip_threshold: tokens skip the feed-forward of `skip_layers` where the skip gate's probability is not above it;
             0.5 if None. `generate` also reads it from `generation_config`.
     """
@@ -37,6 +39,7 @@ class DecoderKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg] 
     expert_budget: Mapping[str, int] | None
     sample_experts: Collection[str] | None
     closed_banks: Collection[str] | None
+    expert_width_share: float | Tensor | None
     skip_threshold: float | None
 
 
@@ -48,12 +51,14 @@ class RowOptions(NamedTuple):
         budget_R: experts that a row may visit at most.
         places: where each row stands in its sequence, where capacity is limited.
         is_sampled: experts are drawn, not ranked.
+        width_R: which of the `expert_width_shares` a row uses, by index; a number for all rows.
     """
 
     complexity_R: Tensor | None = None
     budget_R: Tensor | None = None
     places: Places | None = None
     is_sampled: bool = False
+    width_R: Tensor | int | None = None
 
 
 @dataclass
@@ -67,6 +72,7 @@ class RoutingOptions:
         sequence_T: the sequence of each token, where some bank limits its capacity.
         limited_banks: names of the banks that do, each with what capacity is counted over.
         closed_banks: names of the banks that are skipped.
+        width_T: see `RowOptions.width_R`.
     """
 
     complexity_T: Tensor | None
@@ -75,12 +81,14 @@ class RoutingOptions:
     sequence_T: Tensor | None
     limited_banks: dict[str, str]
     closed_banks: frozenset[str] = frozenset()
+    width_T: Tensor | int | None = None
 
     def at(self, origin: Tensor) -> "RoutingOptions":
         """The options of some tokens, given by their indices."""
         complexity_T = None if self.complexity_T is None else self.complexity_T[origin]
         sequence_T = None if self.sequence_T is None else self.sequence_T[origin]
-        return replace(self, complexity_T=complexity_T, sequence_T=sequence_T)
+        width_T = self.width_T[origin] if isinstance(self.width_T, Tensor) else self.width_T
+        return replace(self, complexity_T=complexity_T, sequence_T=sequence_T, width_T=width_T)
 
     def of_rows(
         self, bank: str, modalities: Iterable[str], modality_T: Tensor, rows: Tensor | None, token_mask: Tensor | None
@@ -102,9 +110,9 @@ class RoutingOptions:
             is_whole = self.limited_banks[bank] == "batch"
             places = Places.find(torch.zeros_like(sequence_R) if is_whole else sequence_R, token_mask)
         is_sampled = bank in self.sampled_banks
-        if self.complexity_T is None and budget_R is None and places is None and not is_sampled:
-            return None
-        return RowOptions(take(self.complexity_T), budget_R, places, is_sampled)
+        width_R = take(self.width_T) if isinstance(self.width_T, Tensor) else self.width_T
+        options = RowOptions(take(self.complexity_T), budget_R, places, is_sampled, width_R)
+        return options if any(value is not None and value is not False for value in options) else None
 
 
 NO_OPTIONS = RowOptions()
@@ -299,6 +307,8 @@ def read_routing_options(
     expert_budget: Mapping[str, int] | None = None,
     sample_experts: Collection[str] | None = None,
     closed_banks: Collection[str] | None = None,
+    expert_width_share: float | Tensor | None = None,
+    width_shares: Sequence[float] | None = None,
 ) -> RoutingOptions | None:
     """Check what was asked for; None if nothing was.
 
@@ -308,6 +318,7 @@ def read_routing_options(
         expert_budget: modality -> number of experts.
         sample_experts: names of banks.
         closed_banks: names of banks, besides those whose configuration closes them.
+        expert_width_share: one of `width_shares`, those of the model, or one for each token.
 
     Raises:
         ValueError: naming the argument, the bank or modality, and the numbers.
@@ -325,11 +336,37 @@ def read_routing_options(
     budget = _read_budget(expert_budget or {})
     closed = _read_closed(banks, closed_banks or ())
     sampled = _read_sampled(banks, limited, closed, sample_experts or ())
+    width_T = _read_widths(modality_BS, expert_width_share, width_shares)
     # No object at all: the plain path costs nothing.
-    if not (limited or budget or sampled or closed) and complexity_T is None:
+    if not (limited or budget or sampled or closed) and complexity_T is None and width_T is None:
         return None
     sequence_T = _sequences(modality_BS, position_ids) if limited else None
-    return RoutingOptions(complexity_T, budget, sampled, sequence_T, limited, closed)
+    return RoutingOptions(complexity_T, budget, sampled, sequence_T, limited, closed, width_T)
+
+
+def _read_widths(
+    modality_BS: Tensor, share: float | Tensor | None, known: Sequence[float] | None
+) -> Tensor | int | None:
+    """Which of the model's shares are meant, by index."""
+    if share is None:
+        return None
+    if known is None:
+        raise ValueError("expert_width_share changes nothing: the model has no expert_width_shares")
+    if not isinstance(share, Tensor):
+        if share not in known:
+            raise ValueError(f"expert_width_share={share} is none of expert_width_shares={list(known)}")
+        return list(known).index(share)
+    if share.shape != modality_BS.shape:
+        raise ValueError(
+            f"expert_width_share has shape {tuple(share.shape)}, the tokens have {tuple(modality_BS.shape)}"
+        )
+    if torch.compiler.is_compiling():
+        raise ValueError("expert_width_share for each token cannot be compiled; give one number for all")
+    is_it_TW = share.reshape(-1, 1).float() == torch.tensor(known, device=share.device)
+    if not bool(is_it_TW.any(dim=1).all()):
+        unknown = share.flatten()[~is_it_TW.any(dim=1)][0].item()
+        raise ValueError(f"expert_width_share holds {unknown:g}, none of expert_width_shares={list(known)}")
+    return is_it_TW.int().argmax(dim=1).to(modality_BS.device)
 
 
 def _read_complexity(

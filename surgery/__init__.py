@@ -11,6 +11,7 @@ from chorus_moe.surgery.bank_files import load_bank, save_bank
 from chorus_moe.surgery.banks import add_bank, add_experts, close_bank, deepen_experts, open_bank
 from chorus_moe.surgery.compose_plan import Composed, compose, compose_checkpoint
 from chorus_moe.surgery.compose_processor import compose_processor
+from chorus_moe.surgery.dense_prune import prune_dense
 from chorus_moe.surgery.depth import add_exits, add_skip_gates
 from chorus_moe.surgery.experts_layout import export_experts, fuse_experts, unfuse_experts
 from chorus_moe.surgery.experts_merge import merge_experts
@@ -53,6 +54,7 @@ __all__ = [
     "open_bank",
     "parameter_report",
     "processor_from_config",
+    "prune_dense",
     "prune_experts",
     "quantize",
     "save_bank",

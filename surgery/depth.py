@@ -79,25 +79,37 @@ def _grown_heads(model: Any, decoder: Any, text: Any) -> Exits:
 
 
 def add_skip_gates(
-    model: ChorusPreTrainedModel, layers: Sequence[int], skip_budget: float | None = None
+    model: ChorusPreTrainedModel,
+    layers: Sequence[int],
+    skip_budget: float | None = None,
+    skip_scope: str | None = None,
 ) -> OperationReport:
-    """Add gates that let tokens skip the feed-forward of a layer. New gates are open for every token: outputs stay as
-    they are, bit for bit, at any `skip_threshold` below 0.73. Train them alone with `freeze(model, "all")` and
-    `unfreeze(model, "skip_gates")`.
+    """Add gates that let tokens skip the feed-forward of a layer, or all of it. New gates are open for every token:
+    outputs stay as they are, bit for bit, at any `skip_threshold` below 0.73. Train them alone with
+    `freeze(model, "all")` and `unfreeze(model, "skip_gates")`.
 
     Args:
         layers: indices of the layers that get a gate.
         skip_budget: the share of the tokens of all these layers that training lets pass; the model's own if None.
+        skip_scope: what is skipped, `feed_forward` or `layer`; the model's own if None.
 
     Raises:
-        ValueError: adapters are active, no layers, one that has a gate already or that the model does not have, or
-            no budget between 0 and 1. Nothing has been changed then.
+        ValueError: adapters are active, no layers, one that has a gate already or that the model does not have, no
+            budget between 0 and 1, or another scope than that of gates that are there. Nothing has been changed then.
     """
     refuse_adapters(model, "add_skip_gates")
     decoder, before = decoder_of(model), count_parameters(model)
     text = decoder.config
     budget = text.skip_budget if skip_budget is None else skip_budget
-    new = _grown(text, "add_skip_gates", "skip_layers", layers, skip_budget=budget)
+    scope = text.skip_scope if skip_scope is None else skip_scope
+    if text.skip_layers and scope != text.skip_scope:
+        raise ValueError(
+            f"add_skip_gates: skip_scope={scope!r}, but the gates of skip_layers={text.skip_layers} were made for "
+            f"{text.skip_scope!r}"
+        )
+    new = _grown(text, "add_skip_gates", "skip_layers", layers, skip_budget=budget, skip_scope=scope)
+    for decoder_layer in decoder.layers:
+        decoder_layer.skip_scope = scope
     for index in layers:
         layer = decoder.layers[index]
         gate = SkipGate(text.hidden_size).to(next(layer.parameters()).device, decoder.norm.weight.dtype)
@@ -107,7 +119,7 @@ def add_skip_gates(
             install_output_capuring_hook(gate, "skip_logits", index=0)  # as on gates that were there before
         _attach(layer, gate.train(layer.training))
     notes = [f"gates in layers {new.skip_layers}", f"skip_budget: {text.skip_budget} -> {budget}"]
-    text.skip_layers, text.skip_budget = new.skip_layers, new.skip_budget
+    text.skip_layers, text.skip_budget, text.skip_scope = new.skip_layers, new.skip_budget, new.skip_scope
     return _report("add_skip_gates", f"in layers {sorted(layers)}", model, before, notes)
 
 

@@ -37,7 +37,7 @@ def unfuse_experts(model: ChorusPreTrainedModel) -> OperationReport:
     halves of the first product are two products now.
 
     Raises:
-        ValueError: adapters are active, or the experts are linear layers already.
+        ValueError: adapters are active, the experts are linear layers already, or shares of their width are used.
     """
     return _convert(model, "unfuse_experts", "linear", _linear_tensors)
 
@@ -51,6 +51,14 @@ def fuse_experts(model: ChorusPreTrainedModel) -> OperationReport:
     return _convert(model, "fuse_experts", "fused", _stacked_tensors)
 
 
+def _refuse_shares(operation: str, config: ChorusTextConfig) -> None:
+    if config.expert_width_shares:
+        raise ValueError(
+            f"{operation}: expert_width_shares={config.expert_width_shares} take stacked experts; to use them whole "
+            "from now on, load the model with text_config.expert_width_shares = None"
+        )
+
+
 @torch.no_grad()
 def _convert(
     model: nn.Module, operation: str, layout: str, tensors_of: Callable[[nn.Module], dict[str, Tensor]]
@@ -60,6 +68,7 @@ def _convert(
     config = decoder.config
     if config.experts_layout == layout:
         raise ValueError(f"{operation}: the experts already have the layout {layout!r}")
+    _refuse_shares(operation, config)
     banks: list[ExpertBank] = [
         bank for layer in config.sparse_layers for bank in decoder.layers[layer].mlp.banks.values()
     ]
@@ -144,9 +153,10 @@ def export_experts(
         The names of the files that hold weights.
 
     Raises:
-        ValueError: adapters are active.
+        ValueError: adapters are active, or shares of the experts' width are used.
     """
     refuse_adapters(model, "export_experts")
+    _refuse_shares("export_experts", model.config.get_text_config())
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     # A recipe for each tensor: parts of the model's own memory, so that nothing is held twice.

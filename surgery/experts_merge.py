@@ -54,8 +54,8 @@ def merge_experts(
             which is quick where there are very many experts.
 
     Raises:
-        ValueError: adapters are active, deep experts, an unknown bank or layer, counts that are missing or of
-            another number, or a number that no bank can have. Nothing has been changed then.
+        ValueError: adapters are active, deep experts, shares of their width, an unknown bank or layer, counts that are
+            missing or of another number, or a number that no bank can have. Nothing has been changed then.
         ImportError: scipy is not installed.
     """
     refuse_adapters(model, OPERATION)
@@ -68,6 +68,11 @@ def merge_experts(
         raise ValueError(
             f"{OPERATION}: the experts of bank {bank!r} have expert_depth={1 + len(deep[0].deeper_experts)}; only "
             "experts of one feed-forward can be merged; prune_experts takes them"
+        )
+    if shares := model.config.get_text_config().expert_width_shares:
+        raise ValueError(
+            f"{OPERATION}: expert_width_shares={shares}, and merging puts neurons into another order, so that the "
+            "leading ones would be others; prune_experts keeps them"
         )
     for layer, count in asked.items():
         if layer not in layers:

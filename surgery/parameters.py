@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from chorus_moe.modeling.configuration_modalities import ENCODED, MODALITY_IDS
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.surgery.parts import bank_tensor
+from chorus_moe.surgery.printing import Table
 from chorus_moe.surgery.report import numbers_in
 
 
@@ -46,17 +47,37 @@ class ParameterReport:
         lines += [f"{name:<24}{bank['total']:>20,}{bank['active']:>20,}" for name, bank in self.banks.items()]
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        rows = [("total", self.total), *((f"active for {name}", count) for name, count in self.active.items())]
+        rows += [(name, count) for name, count in self.parts.items() if count]
+        banks = [(name, bank["total"], bank["active"]) for name, bank in self.banks.items()]
+        return (
+            Table(("part", "parameters"), rows).to_html()
+            + Table(("expert bank", "parameters", "active a token"), banks).to_html()
+        )
 
-def parameter_report(config_or_model: PreTrainedConfig | nn.Module) -> ParameterReport:
+
+def parameter_report(config_or_model: PreTrainedConfig | nn.Module, expert_width_share: float = 1.0) -> ParameterReport:
     """Count a built Chorus model of any head, or what the generative model of a [`ChorusConfig`] will have: that one is
-    built on the meta device and takes no memory."""
+    built on the meta device and takes no memory.
+
+    Args:
+        expert_width_share: what is active of an expert where a call asks for this share, one of `expert_width_shares`.
+
+    Raises:
+        ValueError: a share that the model does not have.
+    """
+    config: Any = getattr(config_or_model, "config", config_or_model)
+    shares = config.text_config.expert_width_shares or [1.0]
+    if expert_width_share not in shares:
+        raise ValueError(f"expert_width_share={expert_width_share} is none of expert_width_shares={shares}")
     if isinstance(config_or_model, nn.Module):
-        return _count(config_or_model)
+        return _count(config_or_model, expert_width_share)
     with torch.device("meta"):
-        return _count(ChorusForConditionalGeneration(config_or_model))
+        return _count(ChorusForConditionalGeneration(config_or_model), expert_width_share)
 
 
-def _count(model: nn.Module) -> ParameterReport:
+def _count(model: nn.Module, width_share: float) -> ParameterReport:
     config: Any = model.config
     text = config.text_config
     banks = {layer: {bank.name: bank for bank in text.banks_of_layer(layer)} for layer in text.sparse_layers}
@@ -79,7 +100,7 @@ def _count(model: nn.Module) -> ParameterReport:
         bank = banks[place.layer][place.bank]
         # A token visits K of E experts. Router and gate see every token of the bank.
         is_expert = place.part.startswith(("experts.", "deeper_experts."))
-        share = bank.num_experts_per_tok / bank.num_experts if is_expert else 1.0
+        share = width_share * bank.num_experts_per_tok / bank.num_experts if is_expert else 1.0
         by_bank[place.bank]["total"] += size
         by_bank[place.bank]["active"] += size * share
         for modality in set(bank.modalities) & set(modalities):

@@ -84,6 +84,7 @@ def part_patterns(text: ChorusTextConfig) -> dict[str, str]:
         "embeddings": r"language_model\.embed_tokens\..+",
         # In front of a bidirectional sequence, or keys and values of causal layers.
         "global_tokens": r"language_model\.(?:layers\.\d+\.self_attn\.)?global_tokens\..+",
+        "memory_tokens": in_layers([r"\d+"], r"self_attn\.memory_tokens\..+"),
         "head": rf"(?:{'|'.join(part for head in HEADS for part in head.parts)})(?:\..+)?",
         "exits": EXITS + r"\..+",
         "norms": r"language_model\.(?:layers\.\d+\.\w*norm|norm)\..+",
@@ -222,9 +223,9 @@ def freeze(model: nn.Module, *names: str) -> OperationReport:
     Args:
         names: "all", a bank (also as "banks.BANK"), "banks", "router:BANK", "experts:BANK", "routers", "bank_gates",
             "attention", "cross_modal", "shared_experts", "dense", "towers", "vision_tower", "audio_tower",
-            "connectors", "vision_connector", "audio_connector", "embeddings", "global_tokens", "norms", "head" (with
-            its exits), "exits", "skip_gates"; layers of the decoder as "layers:3", "layers:0-11", "layers:top20%" or
-            "layers:bottom80%", of which the last two make up the whole.
+            "connectors", "vision_connector", "audio_connector", "embeddings", "global_tokens", "memory_tokens",
+            "norms", "head" (with its exits), "exits", "skip_gates"; layers of the decoder as "layers:3",
+            "layers:0-11", "layers:top20%" or "layers:bottom80%", of which the last two make up the whole.
 
     Returns:
         A report with the trainable parameters before and after. A frozen router's balance bias does not move either.

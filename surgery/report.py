@@ -4,8 +4,9 @@ Operations (compose, add, prune, merge, convert, exchange) change weights and co
 report.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from chorus_moe.fastpaths.quantized_weights import QuantizedWeight
+from chorus_moe.surgery.printing import Table
 
 Built = TypeVar("Built")
 
@@ -53,6 +55,19 @@ class OperationReport:
             counts = ", ".join(f"layer {layer}: {before} -> {after}" for layer, (before, after) in layers.items())
             lines.append(f"  experts of {bank}: {counts}")
         return "\n".join(lines + [f"  {note}" for note in self.notes])
+
+    def _repr_html_(self) -> str:
+        rows: list[Sequence[object]] = [("parameters", self.parameters_before, self.parameters_after)]
+        if self.trainable_before is not None and self.trainable_after is not None:
+            rows.append(("trainable parameters", self.trainable_before, self.trainable_after))
+        rows += [
+            (f"experts of {bank}, layer {layer}", *counts)
+            for bank, layers in self.experts.items()
+            for layer, counts in layers.items()
+        ]
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
+        title = f"{self.operation} {self.subject}".strip()
+        return Table((title, "before", "after"), rows).to_html() + (f"<ul>{notes}</ul>" if notes else "")
 
 
 def count_parameters(model: nn.Module) -> int:

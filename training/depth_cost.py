@@ -37,14 +37,14 @@ def visible_keys(text: ChorusTextConfig, kind: str, real_BK: Tensor, num_queries
     keys = torch.arange(real_BK.shape[1], device=real_BK.device)
     distance_SK = keys[-num_queries:, None] - keys
     sees_SK = distance_SK >= 0 if text.is_causal else torch.ones_like(distance_SK, dtype=torch.bool)
-    if kind == "sliding_attention":
+    if kind != "full_attention":
         assert text.sliding_window is not None
         # A causal window counts the token itself; the other kind has its size on either side, see `LocalMask`.
         near_SK = distance_SK.abs() < text.sliding_window + (not text.is_causal)
         sees_SK = sees_SK & near_SK | (keys < num_in_front) | (keys[-num_queries:, None] < num_in_front)
     seen_BS = (sees_SK & real_BK[:, None]).sum(dim=-1)
     # Learned keys of a causal layer are no tokens: they are in no mask.
-    has_global_keys = kind == "sliding_attention" and text.is_causal
+    has_global_keys = kind != "full_attention" and text.is_causal
     return seen_BS + (text.num_global_tokens if has_global_keys else 0)
 
 
@@ -52,6 +52,14 @@ def projection_flops(text: ChorusTextConfig) -> int:
     """Of queries, keys, values and output, for one token of one layer."""
     # Queries and output are H heads wide, keys and values G.
     return 4 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
+
+
+def memory_flops(text: ChorusTextConfig) -> int:
+    """Of a layer's memory tokens for one token: weights, what is written into each, and what is read of each."""
+    weights = 2 * text.hidden_size * text.num_key_value_heads * text.num_memory_tokens
+    # As in a step by step loop; blocks of a prefill compute more.
+    pairs = 4 * text.head_dim * text.num_memory_tokens
+    return weights + pairs * (text.num_key_value_heads + text.num_attention_heads)
 
 
 def gated_flops(text: ChorusTextConfig, width: int) -> int:
@@ -75,13 +83,18 @@ def feed_forward_flops(text: ChorusTextConfig, layer: int) -> int:
     return gate + gated_flops(text, text.shared_expert_intermediate_size)
 
 
-def bank_rows(routing: BankRouting, real_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Real tokens that a bank took, as indices, and how many experts each of them visited."""
+def bank_rows(routing: BankRouting, real_T: Tensor, costs: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Real tokens that a bank took, as indices, how many experts each of them visited, and what a visit cost.
+
+    Args:
+        costs: of a visit by each of the widths that `routing.widths` counts; the last is that of the whole width.
+    """
     # Sentinels are no visits.
     visits_T = (routing.selected_experts < routing.router_logits.shape[-1]).sum(dim=-1)
     rows = torch.arange(len(real_T), device=real_T.device) if routing.rows is None else routing.rows
     counts = real_T[rows] if routing.token_mask is None else real_T[rows] & routing.token_mask
-    return rows[counts], visits_T[counts]
+    width_T = torch.full_like(visits_T, -1) if routing.widths is None else routing.widths + torch.zeros_like(visits_T)
+    return rows[counts], visits_T[counts], torch.tensor(costs, device=rows.device)[width_T[counts]]
 
 
 def computation(
@@ -104,29 +117,35 @@ def computation(
     """
     real_BS = real_BK[:, -num_queries:]
     seen = {kind: visible_keys(text, kind, real_BK, num_queries, num_in_front) for kind in set(text.layer_types)}
-    attention_B = {kind: (count_BS * real_BS).sum(dim=1) for kind, count_BS in seen.items()}
     experts_B, flops_B = torch.zeros_like(layers_B), torch.zeros_like(layers_B)
     decisions, openings = iter(routing), iter(fed)
     for layer in range(int(layers_B.max())):
         # Samples that left have no rows in the routing of later layers.
         there = (layers_B > layer).nonzero().squeeze(1)
         fed_RS = real_RS = real_BS[there]
-        of_token = projection_flops(text)
+        of_token = projection_flops(text) + (memory_flops(text) if text.layer_types[layer] == "hybrid_sliding" else 0)
+        heads = text.num_attention_heads * text.head_dim
+        attending_RS, of_fed = real_RS, feed_forward_flops(text, layer)
         if layer in (text.skip_layers or ()):
             # The skip gate itself reads every token.
             fed_RS, of_token = real_RS & next(openings), of_token + 2 * text.hidden_size
-        flops_B[there] += real_RS.sum(dim=1) * of_token + fed_RS.sum(dim=1) * feed_forward_flops(text, layer)
-        heads = text.num_attention_heads * text.head_dim
+            if text.skip_scope == "layer":
+                # Of a token that skips there are keys and values alone; queries and output are the heads' part.
+                attending_RS, of_queries = fed_RS, 4 * text.hidden_size * heads
+                of_token, of_fed = of_token - of_queries, of_fed + of_queries
+        flops_B[there] += real_RS.sum(dim=1) * of_token + fed_RS.sum(dim=1) * of_fed
         # Scores and weighted sums of values, all query heads.
-        flops_B[there] += 4 * heads * attention_B[text.layer_types[layer]][there]
+        seen_RS = seen[text.layer_types[layer]][there]
+        flops_B[there] += 4 * heads * (seen_RS * attending_RS).sum(dim=1)
         if text.mlp_layer_types[layer] != "sparse":
             continue
         decided, real_T = next(decisions), real_RS.flatten()
         for bank in text.banks_of_layer(layer):
-            rows, visits = bank_rows(decided[bank.name], real_T)
+            shares = text.expert_width_shares or [1.0]
+            costs = [gated_flops(text, bank.expert_depth * round(share * bank.intermediate_size)) for share in shares]
+            rows, visits, of_visit = bank_rows(decided[bank.name], real_T, costs)
             samples = there[rows // num_queries]
             experts_B.index_add_(0, samples, visits)
-            of_visit = gated_flops(text, bank.expert_depth * bank.intermediate_size)
             of_row = router_flops(text.hidden_size, bank)
             flops_B.index_add_(0, samples, visits * of_visit + of_row)
     return Computation(layers_B, experts_B, flops_B)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import Tensor, nn
 
 from chorus_moe import ChorusForConditionalGeneration
@@ -14,6 +15,7 @@ from tests.conftest import tiny_batch, tiny_config
 from tests.modeling.test_modeling_generation import collate, sample_inputs
 
 BUDGET = 0.4
+WHOLE = {"skip_scope": "layer"}
 # float32 sums in another order (other rows at once): logits are of size 0.5, worst difference seen is 2e-7.
 ATOL = 5e-6
 
@@ -201,3 +203,140 @@ def test_a_threshold_that_is_no_probability_is_refused(threshold: float, message
 def test_a_threshold_without_gates_is_refused(model: ChorusForConditionalGeneration, batch: dict[str, Tensor]):
     with pytest.raises(ValueError, match="skip_threshold=0.3 changes nothing: the model has no skip_layers"):
         run(model, batch, skip_threshold=0.3)
+
+
+def by_hand(model: Any, layer: Any, hidden: Tensor) -> Tensor:
+    """A layer on one sample, token by token: each open token attends to the keys of all before it."""
+    attention, outputs = layer.self_attn, []
+    normed = layer.input_layernorm(hidden)
+    cos, sin = model.model.language_model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+
+    def heads(projection: nn.Module) -> Tensor:
+        states = projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        first, second = states.chunk(2, dim=-1)
+        return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+    groups = attention.num_key_value_groups
+    query, key = heads(attention.q_proj), heads(attention.k_proj).repeat_interleave(groups, dim=1)
+    value = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    value = value.repeat_interleave(groups, dim=1)
+    for place in range(hidden.shape[1]):
+        if layer.skip_gate(normed)[0, place] <= 0:
+            outputs.append(hidden[:, place])
+            continue
+        scores = (key[:, :, : place + 1] @ query[:, :, place, :, None]).squeeze(-1) * attention.scaling
+        read = (scores.softmax(dim=-1)[..., None] * value[:, :, : place + 1]).sum(dim=2).flatten(1)
+        state = hidden[:, place] + attention.o_proj(read)
+        outputs.append(state + layer.mlp(layer.post_attention_layernorm(state)[:, None], None)[0][:, 0])
+    return torch.stack(outputs, dim=1)
+
+
+@torch.no_grad()
+def test_a_token_that_skips_a_layer_leaves_its_keys_and_nothing_else():
+    model = make(**WHOLE, mlp_layer_types=["dense"] * 3, cross_modal_layers=[2])
+    found: dict[str, Tensor] = {}
+    layer = model.model.language_model.layers[1]
+    layer.register_forward_hook(lambda _, inputs, output: found.update(before=inputs[0], after=output))
+    run(model, {"input_ids": torch.randint(5, 128, (1, 13), generator=torch.Generator().manual_seed(0))})
+    expected = by_hand(model, layer, found["before"])
+    torch.testing.assert_close(found["after"], expected, rtol=0, atol=ATOL)
+    assert 0 < int((found["after"] == found["before"]).all(-1).sum()) < 13
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "block_local"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        {},
+        {"is_causal": False},
+        {"sliding_window": 4, "layer_types": ["sliding_attention"] * 3, "cross_modal_layers": [0]},
+        {"sliding_window": 4, "layer_types": ["hybrid_sliding"] * 3, "num_memory_tokens": 2},
+    ],
+    ids=["causal", "bidirectional", "windows", "memory"],
+)
+def test_whole_layers_compute_in_training_what_they_compute_in_a_batch_and_alone(attention: str, text: dict[str, Any]):
+    model = make(**WHOLE, **text)
+    model.set_attn_implementation(attention)
+    batch = tiny_batch(model.config)
+    real = batch["attention_mask"].bool()
+    expected = run(model.train(), batch).logits
+    found = run(model.eval(), batch).logits
+    torch.testing.assert_close(found[real], expected[real], rtol=0, atol=ATOL)
+    ids = batch["input_ids"].clamp(min=5)
+    whole = run(model, {"input_ids": ids}).logits
+    for row in range(3):
+        alone = run(model, {"input_ids": ids[row : row + 1]}).logits[0]
+        torch.testing.assert_close(alone, whole[row], rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("pieces", [[8, 1, 1, 1, 1], [5, 7], [1] * 12])
+def test_whole_layers_are_cached_as_uncached(pieces: list[int]):
+    model = make(**WHOLE, exit_layers=[1])
+    ids = torch.randint(5, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    cache, found, start = None, [], 0
+    for size in pieces:
+        output = run(model, {"input_ids": ids[:, start : start + size]}, past_key_values=cache, use_cache=True)
+        cache, start = output.past_key_values, start + size
+        found.append(output.logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), run(model, {"input_ids": ids}).logits, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("scope", ["feed_forward", "layer"])
+def test_queries_and_feed_forwards_are_computed_for_open_tokens_alone(scope: str):
+    model = make(skip_scope=scope, mlp_layer_types=["dense"] * 3, cross_modal_layers=[0])
+    layer = model.model.language_model.layers[1]
+    rows: dict[str, int] = {}
+    for name, module in {"q": layer.self_attn.q_proj, "k": layer.self_attn.k_proj, "mlp": layer.mlp.up_proj}.items():
+        module.register_forward_hook(lambda _, args, __, name=name: rows.update({name: args[0].shape[:-1].numel()}))
+    ids = torch.randint(5, 128, (1, 30), generator=torch.Generator().manual_seed(0))
+    outputs = run(model, {"input_ids": ids}, output_compute=True)
+    opened = int((run(model.model, {"input_ids": ids}, output_skip_logits=True).skip_logits[0] > 0).sum())
+    assert 0 < opened < 30
+    assert rows == {"q": opened if scope == "layer" else 30, "k": 30, "mlp": opened}
+    model.config.text_config.skip_scope = "feed_forward"
+    assert (outputs.compute.flops < run(model, {"input_ids": ids}, output_compute=True).compute.flops) == (
+        scope == "layer"
+    )
+
+
+def test_closed_gates_leave_a_layer_out_and_fill_its_cache():
+    model = make(**WHOLE)
+    ids = torch.randint(5, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+    output = run(model, {"input_ids": ids}, skip_threshold=1.0, use_cache=True, output_router_logits=True)
+    assert [len(layer["common"].rows) for layer in output.routing] == [0, 0]
+    assert [layer.get_seq_length() for layer in output.past_key_values.layers] == [9, 9, 9]
+    shallow = run(model.model.language_model, {"input_ids": ids}, exit_layer=1).last_hidden_state
+    torch.testing.assert_close(output.logits, model.lm_head(shallow), rtol=0, atol=ATOL)
+
+
+def test_whole_layers_train_to_the_budget_and_checkpointing_changes_no_gradient(batch: dict[str, Tensor]):
+    gradients = []
+    for checkpointed in (False, True):
+        model = make(**WHOLE).train()
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        loss = model(**batch)
+        assert loss.skip_loss > 0
+        loss.loss.backward()
+        assert all(gate.weight.grad.abs().max() > 0 for gate in gates(model))
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_new_gates_of_whole_layers_change_nothing(training: bool, batch: dict[str, Tensor]):
+    torch.manual_seed(0)
+    model = ChorusForConditionalGeneration(tiny_config(skip_budget=BUDGET, **WHOLE)).train(training)
+    plain = ChorusForConditionalGeneration(tiny_config()).train(training)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(run(model, batch).logits, run(plain, batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [({"skip_scope": "layers"}, "skip_scope 'layers'"), ({"skip_budget": None}, "skip_scope='layer' without")],
+)
+def test_a_scope_that_does_nothing_is_refused(text: dict[str, Any], message: str):
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        tiny_config(**{"skip_budget": BUDGET} | WHOLE | text)

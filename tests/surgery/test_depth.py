@@ -141,6 +141,21 @@ def test_added_gates_change_no_bit_of_the_outputs(training: bool, dtype: torch.d
     assert parameter_report(model.config).total == report.parameters_after
 
 
+def test_added_gates_of_whole_layers_change_no_bit_and_then_skip(batch: Batch):
+    model = make()
+    media = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        before = model(**media, output_compute=True)
+        add_skip_gates(model, [1, 2], skip_budget=0.3, skip_scope="layer")
+        assert torch.equal(model(**media).logits, before.logits)
+        closed = model(**media, skip_threshold=1.0, output_compute=True)
+    queries = [layer.skip_scope for layer in model.model.language_model.layers]
+    assert queries == ["layer"] * len(queries) and model.config.text_config.skip_scope == "layer"
+    assert (closed.compute.flops < before.compute.flops).all()
+    with pytest.raises(ValueError, match=r"skip_scope='feed_forward', but the gates of skip_layers=\[1, 2\]"):
+        add_skip_gates(model, [0], skip_scope="feed_forward")
+
+
 def test_gates_that_were_there_keep_their_weights():
     model = make(skip_layers=[1], skip_budget=0.3)
     gate = model.model.language_model.layers[1].skip_gate

@@ -170,3 +170,11 @@ def test_what_cannot_be_converted_is_refused() -> None:
     get_peft_model(model, LoraConfig(target_modules=["o_proj"]))
     with pytest.raises(ValueError, match="carry adapters"):
         fuse_experts(model)
+
+
+def test_experts_with_shares_of_their_width_stay_stacked(tmp_path: Path) -> None:
+    model = ChorusForConditionalGeneration(tiny_config(expert_width_shares=[0.5, 1.0]))
+    for operation in (unfuse_experts, lambda model: export_experts(model, tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"expert_width_shares=\[0.5, 1.0\] take stacked experts"):
+            operation(model)
+    assert not (tmp_path / "out").exists()

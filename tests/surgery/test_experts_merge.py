@@ -199,3 +199,9 @@ def test_deep_experts_are_refused_by_their_depth() -> None:
     model = ChorusForConditionalGeneration(tiny_config(expert_banks={"common": {"expert_depth": 2}}))
     with pytest.raises(ValueError, match=r"bank 'common' have expert_depth=2.*prune_experts"):
         merge_experts(model, "common", 2)
+
+
+def test_experts_whose_leading_part_works_alone_are_refused() -> None:
+    model = ChorusForConditionalGeneration(tiny_config(expert_width_shares=[0.5, 1.0]))
+    with pytest.raises(ValueError, match=r"expert_width_shares=\[0.5, 1.0\], and merging puts neurons into another"):
+        merge_experts(model, "common", 2)

@@ -76,6 +76,15 @@ def test_global_tokens_are_a_part_wherever_they_stand(is_causal: bool):
     assert trained(model) == expected != set()
 
 
+def test_memory_tokens_are_a_part():
+    windows = {"num_memory_tokens": 2, "layer_types": ["hybrid_sliding", "full_attention", "hybrid_sliding"]}
+    model = ChorusForConditionalGeneration(tiny_config(**windows, sliding_window=8))
+    freeze(model, "all")
+    unfreeze(model, "memory_tokens")
+    layers = [f"model.language_model.layers.{layer}.self_attn.memory_tokens" for layer in (0, 2)]
+    assert trained(model) == {f"{layer}.{name}" for layer in layers for name in ("write", "gate")}
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 30, 48])
 def test_top_and_bottom_shares_make_up_the_whole(count: int):
     for percent in (1, 12.5, 20, 50, 80, 99):

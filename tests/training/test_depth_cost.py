@@ -203,3 +203,30 @@ def test_an_early_exit_pays_for_its_layers():
     with torch.no_grad():
         spent = model(**tiny_batch(model.config), output_compute=True, exit_layer=1).compute
     assert spent.layers.tolist() == [1] * len(spent.layers)
+
+
+def flops(model: Any, ids: Tensor, **options: Any) -> int:
+    with torch.no_grad():
+        return model(input_ids=ids, output_compute=True, **options).compute.flops.item()
+
+
+def test_a_token_that_skips_a_layer_costs_its_keys_and_values_alone():
+    length, text = 7, {"skip_layers": [1], "skip_budget": 0.5, "skip_scope": "layer", "mlp_layer_types": ["dense"] * 3}
+    model = generator("sdpa", **text)
+    ids = torch.randint(5, 128, (1, length))
+    # Of a width of 64: queries and output, then a feed-forward of 96, then scores and sums over the keys up to each.
+    saved = length * (2 * 2 * 64 * 64 + 3 * 2 * 64 * 96) + 4 * 64 * sum(range(1, length + 1))
+    assert flops(model, ids, skip_threshold=0.0) - flops(model, ids, skip_threshold=1.0) == saved
+
+
+def test_memory_tokens_cost_the_same_for_each_token():
+    kinds = {"layer_types": ["hybrid_sliding"] * 3, "num_memory_tokens": 5}
+    plain, memory = (
+        generator("sdpa", **WINDOWS | {"cross_modal_layers": []} | more)
+        for more in ({"layer_types": ["sliding_attention"] * 3}, kinds)
+    )
+    # In each of 3 layers, of 5 memory tokens: weights of 2 key heads, what 2 key heads of 16 write, what 4 heads read.
+    of_token = 3 * 5 * (2 * 64 * 2 + 4 * 16 * 2 + 4 * 16 * 4)
+    for length in (3, 40):
+        ids = torch.randint(5, 128, (1, length))
+        assert flops(memory, ids) - flops(plain, ids) == length * of_token

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from chorus_moe import ChorusForConditionalGeneration
-from chorus_moe.modeling import modeling_generation
-from chorus_moe.modeling.modeling_generation import WATCHED_BATCHES
+from chorus_moe.training import label_watch
+from chorus_moe.training.label_watch import WATCHED_BATCHES
 from tests.conftest import tiny_batch, tiny_config
 
 LEFT_OUT = {"text": {}, "image": {"layers": [1]}, "audio": {"layers": [1]}, "common": {}}
@@ -33,7 +33,7 @@ def expert_gradients(model: ChorusForConditionalGeneration, layer: int) -> dict[
 @pytest.fixture
 def heard(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """What is logged; what was said once in this process may be said again."""
-    modeling_generation.logger.warning_once.__func__.cache_clear()
+    label_watch.logger.warning_once.__func__.cache_clear()
     return caplog
 
 
