@@ -7,6 +7,8 @@ import transformers
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoProcessor
 
 import chorus_moe.fastpaths.experts_cpu  # noqa: F401  registers `cpu_mm` and `gpu_mm`
+import chorus_moe.surgery.printing  # noqa: F401  registers how configurations print
+import chorus_moe.surgery.quantization_loading  # noqa: F401  registers quantised checkpoints with transformers
 import chorus_moe.surgery.vision_probe  # noqa: F401  registers what measures a new vision encoder
 import chorus_moe.training.depth_cost  # noqa: F401  registers what counts for `output_compute`
 import chorus_moe.training.label_watch  # noqa: F401  registers the look at the labels of a training run

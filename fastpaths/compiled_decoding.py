@@ -22,6 +22,7 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.utils import logging
 
 from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
+from chorus_moe.fastpaths.quantized_weights import STREAMS, Quantized, row_product, stored_weight, streams
 from chorus_moe.fastpaths.supported_experts import GATHERED, GATHERED_TOKENS, StackedExperts
 from chorus_moe.modeling.attention_masks import Masks
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
@@ -34,9 +35,6 @@ logger = logging.get_logger(__name__)
 aten = torch.ops.aten
 Model = TypeVar("Model", bound=nn.Module)
 SHORTEST_CACHE = 128
-# A core that loads from several places at once reads memory faster: one loop sums rows of this many parts of a matrix
-# (Sapphire Rapids: 18 GB/s from four, 12 to 14 from one).
-STREAMS = 4
 # Graphs of one model: one for each batch size, length of the cache and set of options.
 MOST_GRAPHS = 16
 COMPILING = Lock()
@@ -57,23 +55,24 @@ def gathered_experts(self: StackedExperts, hidden_states: Tensor, top_k_index: T
         top_k_index: `(T, K)`; E or more is a sentinel and adds nothing.
         top_k_weights: `(T, K)`.
     """
-    last, top_k = self.gate_up_proj.shape[0] - 1, top_k_index.shape[1]
+    gate_up_EHD, down_EDI = stored_weight(self, "gate_up_proj"), stored_weight(self, "down_proj")
+    last, top_k = gate_up_EHD.shape[0] - 1, top_k_index.shape[1]
     weights_TK = top_k_weights.masked_fill(top_k_index > last, 0.0)
     # Indexed inside the product: Inductor fuses gather, product and sum, and copies nothing. Choice by choice: their
     # loops become one over the rows of a matrix, and a row that several tokens chose is read once.
     index_P = top_k_index.clamp(max=last).flatten().split(1)
     hidden_PD = [row for row in hidden_states.unbind() for _ in range(top_k)]
-    active_PI = self._apply_gate(_in_streams(self.gate_up_proj, index_P, hidden_PD))
-    states_PD = _in_streams(self.down_proj, index_P, active_PI.unbind())
+    active_PI = self._apply_gate(_in_streams(gate_up_EHD, index_P, hidden_PD))
+    states_PD = _in_streams(down_EDI, index_P, active_PI.unbind())
     output_TD = (states_PD.unflatten(0, top_k_index.shape) * weights_TK[..., None]).sum(1)
     return output_TD.to(hidden_states.dtype)
 
 
-def _in_streams(weight_ENM: Tensor, index_P: Sequence[Tensor], states_PM: Sequence[Tensor]) -> Tensor:
+def _in_streams(weight_ENM: Tensor | Quantized, index_P: Sequence[Tensor], states_PM: Sequence[Tensor]) -> Tensor:
     """Products `(P, N)` of some experts' matrices with a vector each; an index has one element."""
-    parts = weight_ENM.tensor_split(STREAMS if len(index_P) < STREAMS else STREAMS // 2, dim=1)
+    parts = weight_ENM.tensor_split(streams(weight_ENM, len(index_P)), dim=-2)
     products = [
-        torch.cat([(part[index] * states).sum(-1) for part in parts], dim=1)
+        torch.cat([row_product(part[index], states) for part in parts], dim=1)
         for index, states in zip(index_P, states_PM, strict=True)
     ]
     return torch.cat(products)

@@ -8,6 +8,7 @@ Shape suffixes: T tokens, K experts per token, E experts, D hidden size, I exper
 R experts, C rows per expert, H = 2I.
 """
 
+import math
 from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from chorus_moe.fastpaths.expert_slots import FEW_ROWS, PADDED_ROWS, SlotPlan, Unit, few_rows, make_slot_plan
 from chorus_moe.fastpaths.experts_gpu import gpu_mm_experts_forward
 from chorus_moe.fastpaths.one_token_experts import run_one_token
+from chorus_moe.fastpaths.quantized_weights import Quantized, product_in_blocks, stored_weight
 from chorus_moe.fastpaths.row_products import MOST_ROWS, can_stream, multiply_stacked
 from chorus_moe.fastpaths.supported_experts import (
     GATHERED,
@@ -96,13 +98,14 @@ class _Workspace:
         buffer = self.take(name, shape, width)
         return as_features(buffer.view(-1), shape) if self.by_row else buffer
 
-    def widen(self, name: str, weight: Tensor) -> Tensor:
-        """The weight in the dtype of the products, copied into a buffer if it has another."""
-        if weight.dtype == self.dtype:
+    def widen(self, name: str, weight: Tensor | Quantized) -> Tensor:
+        """The weight in the dtype of the products, in a buffer if it has another or is quantised."""
+        if isinstance(weight, Tensor) and weight.dtype == self.dtype:
             return weight
         if name not in self.buffers or self.buffers[name].shape[0] < weight.shape[0]:
             self.buffers[name] = torch.empty(weight.shape, dtype=self.dtype)
-        return self.buffers[name][: weight.shape[0]].copy_(weight)
+        buffer = self.buffers[name][: weight.shape[0]]
+        return weight.dequantize(buffer) if isinstance(weight, Quantized) else buffer.copy_(weight)
 
 
 def as_features(memory: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -120,8 +123,8 @@ def _kept_features(kept: Tensor, plan: SlotPlan, unit: Unit, width: int) -> Tens
 
 def _run_units(
     hidden_TD: Tensor,
-    gate_up_EHD: Tensor,
-    down_EDI: Tensor,
+    gate_up_EHD: Tensor | Quantized,
+    down_EDI: Tensor | Quantized,
     activation: _Activation,
     plan: SlotPlan,
     kept: Tensor | None,
@@ -179,21 +182,24 @@ class _Experts(torch.autograd.Function):
         ctx: Any,
         hidden_TD: Tensor,
         weight_TK: Tensor,
-        gate_up_EHD: Tensor,
-        down_EDI: Tensor,
+        gate_up_EHD: Tensor | Quantized,
+        down_EDI: Tensor | Quantized,
         activation: _Activation,
         plan: SlotPlan,
     ) -> Tensor:
         kept = hidden_TD.new_empty(plan.token_P.shape[0] * gate_up_EHD.shape[1])
         output_PD = _run_units(hidden_TD, gate_up_EHD, down_EDI, activation, plan, kept)
-        ctx.save_for_backward(hidden_TD, weight_TK, gate_up_EHD, down_EDI, kept)
+        # Quantised ones are no tensors, and nothing trains them.
+        ctx.quantized = (gate_up_EHD, down_EDI) if isinstance(gate_up_EHD, Quantized) else None
+        ctx.save_for_backward(hidden_TD, weight_TK, kept, *(() if ctx.quantized else (gate_up_EHD, down_EDI)))
         ctx.activation, ctx.plan = activation, plan
         return _combine(output_PD, plan, weight_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_TK, gate_up_EHD, down_EDI, kept = ctx.saved_tensors
+        hidden_TD, weight_TK, kept, *weights = ctx.saved_tensors
+        gate_up_EHD, down_EDI = ctx.quantized or weights
         activation, plan = ctx.activation, ctx.plan
         need_hidden, need_weight, need_gate_up, need_down = ctx.needs_input_grad[:4]
         dtype, width = hidden_TD.dtype, hidden_TD.shape[1]
@@ -283,6 +289,20 @@ def _run_rows(
     return output_PD
 
 
+def _run_quantized(
+    hidden_TD: Tensor, gate_up_EHD: Quantized, down_EDI: Quantized, activation: _Activation, plan: SlotPlan
+) -> Tensor:
+    """Unweighted outputs `(P, D)`, expert by expert."""
+    rows_PD = hidden_TD.index_select(0, plan.token_P)
+    output_PD = torch.empty_like(rows_PD)
+    for expert, (count, stop) in enumerate(zip(plan.counts, accumulate(plan.counts), strict=True)):
+        if count:
+            slots = slice(stop - count, stop)
+            active_RI = activation.experts._apply_gate(product_in_blocks(rows_PD[slots], gate_up_EHD[expert]))
+            output_PD[slots] = product_in_blocks(active_RI, down_EDI[expert])
+    return output_PD
+
+
 def _stream(rows_PD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, counts: list[int]) -> Tensor:
     """Unweighted outputs `(P, D)` of SwiGLU experts with a handful of rows each, sorted by expert."""
     gate_IP, up_IP = multiply_stacked(gate_up_EHD, rows_PD, counts).chunk(2)
@@ -312,7 +332,8 @@ def _is_emulated(dtype: torch.dtype) -> bool:
 
 def _is_supported(experts: StackedExperts) -> bool:
     """Whether the module has the layout this file is written for."""
-    return has_plain_layout(experts) and (is_silu(experts) or next(experts.act_fn.parameters(), None) is None)
+    kinds = (Tensor, torch.nn.Parameter, Quantized)
+    return has_plain_layout(experts, kinds) and (is_silu(experts) or next(experts.act_fn.parameters(), None) is None)
 
 
 def cpu_mm_experts_forward(
@@ -329,7 +350,6 @@ def cpu_mm_experts_forward(
     Returns:
         `(T, D)` in the dtype of `hidden_states`. Products run in the dtype of the weights, or of autocast.
     """
-    gate_up, down = self.gate_up_proj, self.down_proj
     # Registered by `compiled_decoding`: one graph that reads the chosen experts and copies nothing.
     if torch.compiler.is_compiling() and is_few_to_gather(top_k_index) and GATHERED in ALL_EXPERTS_FUNCTIONS:
         return ALL_EXPERTS_FUNCTIONS[GATHERED](self, hidden_states, top_k_index, top_k_weights)
@@ -337,6 +357,10 @@ def cpu_mm_experts_forward(
         return gpu_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if not _is_supported(self):
         return run_plainly(self, hidden_states, top_k_index, top_k_weights)
+    gate_up: Any = stored_weight(self, "gate_up_proj")
+    down: Any = stored_weight(self, "down_proj")
+    if isinstance(gate_up, Quantized) != isinstance(down, Quantized):  # an adapter on one of them
+        gate_up, down = self.gate_up_proj, self.down_proj
     dtype = gate_up.dtype
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
@@ -347,10 +371,15 @@ def cpu_mm_experts_forward(
     # The dtype is chosen; inside, autocast would cast the weights of every product again.
     with without_autocast(hidden_states):
         hidden_TD = hidden_states.to(dtype)
-        if not is_training and activation.is_silu and hidden_TD.shape[0] == 1:
+        if not is_training and activation.is_silu and hidden_TD.shape[0] == 1 and isinstance(gate_up, Tensor):
             choice = top_k_index.tolist()[0], top_k_weights.tolist()[0]
             return run_one_token(hidden_TD, *choice, gate_up, down).to(hidden_states.dtype)
-        num_few = few_rows(gate_up, is_training) if can_group(hidden_TD, gate_up, down) else 0
+        if isinstance(gate_up, Quantized) and not is_training:
+            plan = make_slot_plan(top_k_index, len(gate_up), math.inf)
+            output_PD = _run_quantized(hidden_TD, gate_up, down, activation, plan)
+            return _combine(output_PD, plan, top_k_weights).to(hidden_states.dtype)
+        groups = isinstance(gate_up, Tensor) and can_group(hidden_TD, gate_up, down)
+        num_few = few_rows(gate_up, is_training) if groups else 0
         if _is_emulated(dtype):  # units are widened
             num_few = min(num_few, 0 if is_training else FEW_ROWS)
         plan = make_slot_plan(top_k_index, len(gate_up), num_few)

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+from chorus_moe.fastpaths.quantized_weights import STEP_TOKENS, stored_weight
+
 SILU = nn.SiLU, SiLUActivation
 # A batched product copies the weights of every choice: 128 choices of 128 experts took twice as long as grouped ones.
 FEW_CHOICES = 16
 # The experts function of `fastpaths.compiled_decoding`, and for how many tokens it is.
-GATHERED, GATHERED_TOKENS = "gathered", 8
+GATHERED, GATHERED_TOKENS = "gathered", STEP_TOKENS
 
 
 class StackedExperts(Protocol):
@@ -33,12 +35,12 @@ def is_silu(experts: StackedExperts) -> bool:
     return type(experts)._apply_gate is _default_apply_gate and isinstance(experts.act_fn, SILU)
 
 
-def has_plain_layout(experts: StackedExperts) -> bool:
-    """Gate and up projection stacked in one plain tensor, no bias, no norm; nothing is being compiled."""
+def has_plain_layout(experts: StackedExperts, kinds: tuple[type, ...] = (Tensor, nn.Parameter)) -> bool:
+    """Gate and up projection stacked in one weight of these types, no bias, no norm; nothing is being compiled."""
     return (
         not torch.compiler.is_compiling()
         # Exactly these types: quantised and sharded tensors are subclasses.
-        and type(experts.gate_up_proj) in (Tensor, nn.Parameter)
+        and type(stored_weight(experts, "gate_up_proj")) in kinds
         and getattr(experts, "has_gate", True)
         and getattr(experts, "is_concatenated", True)
         and not getattr(experts, "has_bias", False)

@@ -182,11 +182,11 @@ class Attention(nn.Module):
         # Fresh memory as long as the sequence costs more than the work done on it, since its pages are cleared at each
         # call. So only keys, values and output are that long. With gradients all chunks would be kept anyway.
         size = CHUNK if hidden_states.device.type == "cpu" else CHUNK * GPU_CHUNKS
+        rule = attention_mask if isinstance(attention_mask, LocalMask) and attention_mask.is_causal else None
         is_long = hidden_states.shape[1] > size and self.keeps_no_queries and not torch.is_grad_enabled()
         # Memory tokens add up over the whole sequence, so it is not cut.
-        is_long = is_long and memory is None
-        if is_long and isinstance(attention_mask, LocalMask) and attention_mask.is_causal:
-            output = self._attend_in_chunks(*states, attention_mask, size, **kwargs)
+        if rule is not None and is_long and memory is None:
+            output = self._attend_in_chunks(*states, rule, size, **kwargs)
             output = output if queries_BQ is None else output.take_along_dim(queries_BQ[..., None], dim=1)
             return output, None, (None, new_key)
         output, weights, query = self._attend(*states, attention_mask, memory, **kwargs)

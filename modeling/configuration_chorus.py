@@ -9,7 +9,7 @@ from transformers.configuration_utils import SubConfigSpec
 from .configuration_banks import check_name
 from .configuration_checks import MAX_WIDTH, refuse_unknown_keys
 from .configuration_modalities import ENCODED, TEXT
-from .configuration_services import service
+from .configuration_services import SERVICES, service
 from .configuration_text import ChorusTextConfig
 from .configuration_towers import ChorusAudioConfig, ChorusVisionConfig
 
@@ -44,23 +44,10 @@ class ChorusConfig(PreTrainedConfig):
     }
     # What is not named here the Trainer gathers from every evaluation batch, and holds for the whole data set.
     keys_to_ignore_at_inference = [
-        "past_key_values",
-        "cache",
-        "routing",
-        "aux_loss",
-        "z_loss",
-        "alignment_loss",
-        "skip_loss",
-        "expert_budget_loss",
-        "exit_loss",
-        "exit_logits",
-        "skip_logits",
-        "left_after",
-        "compute",
-        "image_hidden_states",
-        "audio_hidden_states",
-        "logits_per_pair",
-    ]
+        "past_key_values", "cache", "routing", "aux_loss", "z_loss", "alignment_loss", "skip_loss",
+        "expert_budget_loss", "exit_loss", "exit_logits", "skip_logits", "left_after", "compute",
+        "image_hidden_states", "audio_hidden_states", "logits_per_pair",
+    ]  # fmt: skip
 
     if TYPE_CHECKING:  # what they are after validation; before, a dictionary or None is taken too
         text_config: ChorusTextConfig
@@ -93,6 +80,9 @@ class ChorusConfig(PreTrainedConfig):
         self.tie_word_embeddings |= by_hand and self.text_config.tie_word_embeddings
         # An Auto class of several models looks for its own among these names, and fails on None.
         self.architectures: list[str] = getattr(self, "architectures", None) or []
+
+    def __repr__(self) -> str:
+        return SERVICES.get("describe_config", PreTrainedConfig.__repr__)(self)
 
     @property
     def modalities(self) -> list[str]:

@@ -117,7 +117,7 @@ def in_chunks(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], size:
     if inputs[0].device.type != "cpu":
         automatic *= GPU_CHUNKS
     size = size or (count if is_training else automatic)
-    if count <= size or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or count <= size:  # in this order: a graph must not compare its sizes
         return function(*inputs)
     parts = zip(*(states.split(size) for states in inputs), strict=True)
     if is_training:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .configuration_banks import ExpertBankConfig
 from .configuration_modalities import MODALITY_IDS
+from .configuration_services import SERVICES
 from .depth_skip import open_share
 from .modeling_outputs import BankRouting, RoutingOfLayer
 from .moe_routers import ROUTER_CLASSES, Router
@@ -24,13 +25,42 @@ def counted_logits(routing: BankRouting) -> Tensor:
     return routing.router_logits if routing.token_mask is None else routing.router_logits[routing.token_mask]
 
 
-def _load(routing: BankRouting, router: type[Router]) -> tuple[Tensor, Tensor]:
-    """`f_E`, the share of the choices that fell on each expert, and `P_E`, its mean probability; at least one row."""
-    logits_TE = counted_logits(routing)
+def bank_sums(routing: BankRouting, router: type[Router] = Router) -> Tensor:
+    """`(2E + 3,)`, sums over the rows that count: choices and probabilities of each expert, visits that a learned
+    complexity asks for, `logsumexp(logits)^2`, and the rows themselves."""
+    if routing.sums is not None:
+        return routing.sums
+    # Sums of no rows are zeros in the graph: all ranks of a distributed run must have gradients for all parameters.
+    logits_TE, asked_T = counted_logits(routing), routing.wanted_experts
+    if asked_T is None or routing.token_mask is not None:
+        asked_T = logits_TE[:, 0] * 0 if asked_T is None else asked_T[routing.token_mask]
+    # What is counted are whole visits, which have no gradient: that of the number asked for goes straight through.
+    visits, z = (asked_T + (asked_T.ceil() - asked_T).detach()).sum(), logits_TE.logsumexp(dim=-1).square().sum()
     # The choices really made, sampled, rerouted or limited; padding, other modalities and unused slots are none.
-    count_E = count_choices(routing)
-    share_E = count_E.to(logits_TE.dtype) / count_E.sum().clamp(min=1)
-    return share_E, router.probabilities(logits_TE).mean(dim=0)
+    count_E, probs_E = count_choices(routing).to(logits_TE.dtype), router.probabilities(logits_TE).sum(dim=0)
+    return torch.cat((count_E, probs_E, torch.stack((visits, z, z.new_tensor(len(logits_TE))))))
+
+
+def over_batch(sums: Tensor) -> Tensor:
+    """Sums over the rows of all ranks, where a run has entered how: losses are then those of the whole batch."""
+    return SERVICES["sum_over_batch"](sums) if "sum_over_batch" in SERVICES else sums
+
+
+def with_sums(layers: Sequence[RoutingOfLayer], banks: Mapping[str, ExpertBankConfig]) -> list[RoutingOfLayer]:
+    """The routing with the sums of its banks, over all ranks in one exchange."""
+    sums = [bank_sums(bank, ROUTER_CLASSES[banks[n].router]) for layer in layers for n, bank in layer.items()]
+    if not sums:
+        return list(layers)
+    flat = over_batch(torch.cat([part.to(sums[0].device) for part in sums]))
+    rest = (part.to(own.device) for part, own in zip(flat.split([len(s) for s in sums]), sums, strict=True))
+    return [{name: bank._replace(sums=next(rest)) for name, bank in layer.items()} for layer in layers]
+
+
+def _load(routing: BankRouting, router: type[Router]) -> tuple[Tensor, Tensor]:
+    """`f_E`, the share of the choices that fell on each expert, and `P_E`, its mean probability; zeros without rows."""
+    sums, num_experts = bank_sums(routing, router), routing.router_logits.shape[-1]
+    count_E, probs_E = sums[:num_experts], sums[num_experts : 2 * num_experts]
+    return count_E / count_E.sum().clamp(min=1), probs_E / sums[-1].clamp(min=1)
 
 
 def switch_loss(routing: BankRouting, router: type[Router] = Router) -> Tensor:
@@ -39,12 +69,8 @@ def switch_loss(routing: BankRouting, router: type[Router] = Router) -> Tensor:
     `f_e` is the share of the choices that fell on expert e and `P_e` its mean probability. The largest value, E / K for
     choices and E for top 1, is reached when the router has collapsed. A bank without tokens gives 0.
     """
-    logits_TE = counted_logits(routing)
-    if len(logits_TE) == 0:
-        # Zero, but in the graph: all ranks of a distributed run must have gradients for the same parameters.
-        return logits_TE.sum()
     share_E, mean_E = _load(routing, router)
-    return logits_TE.shape[-1] * (share_E * mean_E).sum()
+    return len(share_E) * (share_E * mean_E).sum()
 
 
 def variance_loss(routing: BankRouting, router: type[Router] = Router) -> Tensor:
@@ -52,13 +78,10 @@ def variance_loss(routing: BankRouting, router: type[Router] = Router) -> Tensor
 
     0 at perfect balance, `1 / K - 1 / E` when all tokens choose the same K experts. A bank without tokens gives 0.
     """
-    logits_TE = counted_logits(routing)
-    if len(logits_TE) == 0:
-        return logits_TE.sum()
     share_E, mean_E = _load(routing, router)
     # Choices have no gradient: this has the value of the load f and the gradient of the mean probabilities P.
     load_E = share_E + mean_E - mean_E.detach()
-    return (load_E - 1 / logits_TE.shape[-1]).square().sum()
+    return (load_E - 1 / len(load_E)).square().sum() * (bank_sums(routing, router)[-1] > 0)
 
 
 def cv2_loss(routing: BankRouting, router: type[Router] = Router) -> Tensor:
@@ -80,10 +103,8 @@ BALANCE_LOSSES: dict[str, Callable[[BankRouting, type[Router]], Tensor]] = {
 
 def z_loss(routing: BankRouting) -> Tensor:
     """Mean of `logsumexp(logits)^2` (ST-MoE, arXiv 2202.08906, equation 5). A bank without tokens gives 0."""
-    logits_TE = counted_logits(routing)
-    if len(logits_TE) == 0:
-        return logits_TE.sum()
-    return logits_TE.logsumexp(dim=-1).square().mean()
+    sums = bank_sums(routing)
+    return sums[-2] / sums[-1].clamp(min=1)
 
 
 def balance_loss(layers: Iterable[RoutingOfLayer], banks: Mapping[str, ExpertBankConfig]) -> Tensor | None:
@@ -103,21 +124,14 @@ def mean_over_banks(layers: Iterable[RoutingOfLayer], loss: Callable[[BankRoutin
 
 
 def _mean(layers: Iterable[RoutingOfLayer], loss: Callable[[str, BankRouting], Tensor]) -> Tensor | None:
-    """Average of a loss of a bank's name and routing over all that had tokens.
-
-    Banks without tokens are left out of the mean but stay in the graph, so that every rank of a distributed run sends
-    gradients for the same parameters.
-    """
-    values, counts = [], []
-    for layer in layers:
-        for name, routing in layer.items():
-            values.append(loss(name, routing))
-            has_tokens = len(routing.router_logits) if routing.token_mask is None else routing.token_mask.any()
-            counts.append(float(bool(has_tokens)))
-    if not values:
+    """Average of a loss of a bank's name and routing over all that had tokens; the others stay in the graph, so that
+    every rank of a distributed run sends gradients for the same parameters."""
+    pairs = [(name, routing) for layer in layers for name, routing in layer.items()]
+    if not pairs:
         return None
-    device = values[0].device
-    return torch.stack([value.to(device) for value in values]).sum() / max(sum(counts), 1.0)
+    values = [loss(name, routing) for name, routing in pairs]
+    counts = torch.stack([(bank_sums(routing)[-1] > 0).to(values[0].device) for _, routing in pairs])
+    return torch.stack([value.to(values[0].device) for value in values]).sum() / counts.sum().clamp(min=1)
 
 
 def _jensen_shannon(p: Tensor, q: Tensor, mask: Tensor) -> Tensor:
@@ -219,7 +233,7 @@ def alignment_loss(
     if kind == "contrastive":
         return _contrast(query, key, modality_BS, real_BS, scaling, is_causal)
     distance = MAP_DISTANCES[kind]
-    total, rows = query.new_zeros((), dtype=torch.float32), 0
+    total, rows = query[:0].float().sum(), 0  # in the graph, also where nothing is compared
     for sample, modality_S in enumerate(modality_BS):
         real_S = torch.ones_like(modality_S, dtype=torch.bool) if real_BS is None else real_BS[sample].bool()
         text = (real_S & (modality_S == MODALITY_IDS["text"])).nonzero().squeeze(1)
@@ -236,7 +250,8 @@ def alignment_loss(
             back_HPQ = (query[sample][:, other] @ key[sample][:, text_seen].transpose(1, 2)).float() * scaling
             distances = distance(there_HQP, back_HPQ, mask_QP)
             total, rows = total + distances.sum(), rows + distances.numel()
-    return total / max(rows, 1)
+    total, count = over_batch(torch.stack((total, total.new_tensor(rows))))
+    return total / count.clamp(min=1)
 
 
 def _contrast(
@@ -276,7 +291,10 @@ def _pair_loss(scores_BHB: Tensor) -> Tensor:
 
 def skip_budget_loss(layers: Sequence[Tensor], real_BS: Tensor | None, budget: float) -> Tensor:
     """Squared distance of the share of open skip gates, see `open_share`, from `1 - budget`."""
-    return (open_share(layers, real_BS) - (1 - budget)).square()
+    share = open_share(layers, real_BS)
+    count = share.new_tensor(layers[0].numel()) if real_BS is None else real_BS.sum().to(share)
+    opened, count = over_batch(torch.stack((share * count, count)))
+    return (opened / count.clamp(min=1) - (1 - budget)).square()
 
 
 def expert_budget_loss(layers: Iterable[RoutingOfLayer], banks: Mapping[str, ExpertBankConfig]) -> Tensor | None:
@@ -285,15 +303,12 @@ def expert_budget_loss(layers: Iterable[RoutingOfLayer], banks: Mapping[str, Exp
     wanted: dict[str, list[Tensor]] = {}
     for layer in layers:
         for name, routing in layer.items():
-            if (asked_T := routing.wanted_experts) is not None:
-                asked_T = asked_T if routing.token_mask is None else asked_T[routing.token_mask]
-                wanted.setdefault(name, []).append(asked_T)
+            if routing.wanted_experts is not None:
+                wanted.setdefault(name, []).append(bank_sums(routing)[-3:])
     losses: list[Tensor] = []
     for name, parts in wanted.items():
-        asked_T = torch.cat([part.to(parts[0].device) for part in parts])
-        # What is counted are whole visits, which have no gradient: that of the number asked for goes straight through.
-        visits_T = asked_T + (asked_T.ceil() - asked_T).detach()
-        excess = (visits_T - (banks[name].mean_experts or 0.0)).sum() / max(len(visits_T), 1)
+        visits, _, rows = torch.stack([part.to(parts[0].device) for part in parts]).sum(dim=0)
+        excess = visits / rows.clamp(min=1) - (banks[name].mean_experts or 0.0) * (rows > 0)
         losses.append((excess / banks[name].num_experts_per_tok).square())
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else None
 

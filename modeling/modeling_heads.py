@@ -26,6 +26,7 @@ from .losses import (
     mean_over_banks,
     rows_of_all_ranks,
     skip_budget_loss,
+    with_sums,
     z_loss,
 )
 from .modeling_base import ChorusPreTrainedModel
@@ -120,6 +121,7 @@ class ChorusHead(ChorusPreTrainedModel):
         if self._trains_router():
             logits = [bank.router_logits for layer in routing for bank in layer.values()]
             self._check_graph("balance", logits, (".router.",))
+        routing = with_sums(routing, banks)
         return {
             "aux_loss": balance_loss(routing, banks),
             "z_loss": mean_over_banks(routing, z_loss),

@@ -65,6 +65,7 @@ class BankRouting(NamedTuple):
         wanted_experts: `(T,)` float32, how many experts a learned complexity asks for, the last in part.
         widths: which of the `expert_width_shares` each row used, by index: `(T,)` or one number for all; None where
             experts are used whole.
+        sums: what losses take from the rows, see `bank_sums`; while they are computed.
     """
 
     router_logits: Tensor
@@ -78,6 +79,7 @@ class BankRouting(NamedTuple):
     num_dropped: Tensor | None = None
     wanted_experts: Tensor | None = None
     widths: Tensor | int | None = None
+    sums: Tensor | None = None
 
 
 RoutingOfLayer = dict[str, BankRouting]

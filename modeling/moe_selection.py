@@ -48,8 +48,8 @@ def best_experts(scores_TE: Tensor, top_k: int) -> Tensor:
 
     At least K scores of a token are finite. A stable sort and repeated maxima give the same, the faster one runs.
     """
-    if torch.compiler.is_compiling() and top_k <= MANY_CHOICES:
-        # A compiler fuses comparisons into the loops around them, where a sort is a call of its own.
+    if torch.compiler.is_compiling() and (top_k <= MANY_CHOICES or torch.compiler.is_exporting()):
+        # A compiler fuses comparisons into the loops around them. Other runtimes may have no stable sort (ONNX).
         expert_E = torch.arange(scores_TE.shape[-1], device=scores_TE.device)
         chosen, left_TE = [scores_TE.argmax(dim=-1, keepdim=True)], scores_TE
         for _ in range(top_k - 1):

@@ -108,6 +108,30 @@ def page(
     run_page(blocks, host, port)
 
 
+@app.command()
+def export(
+    model: ModelName,
+    out: Annotated[Path, typer.Argument(help="folder for the graphs, the configuration and the processor")],
+    format: Annotated[str, typer.Option(help="onnx, or torch for torch.export's archives")] = "onnx",
+    base: BaseName = None,
+) -> None:
+    """Write a model, adapters merged, as graphs for other runtimes, and compare onnxruntime's answers with its own."""
+    if format == "onnx":
+        need("export", "onnx", "onnxscript", "onnxruntime")
+    from chorus_moe.serving.exporting.programs import FORMATS, export_model
+    from chorus_moe.serving.voices import saved_kind
+    from chorus_moe.surgery import fuse_experts
+    from chorus_moe.training.loading import base_model, load_model
+
+    loaded, processor = load_model(model, base=base, merge=True, kind=saved_kind(model, base), dtype="float32")
+    if base_model(loaded).config.text_config.experts_layout != "fused":
+        fuse_experts(base_model(loaded))
+    found = export_model(base_model(loaded), processor, out, format)
+    for path in sorted(out.glob(f"*{FORMATS[format]}")):
+        checked = f", within {found[path.stem]:.1e} of the model" if found else ""
+        print(f"{out / path.name}: {path.stat().st_size / 2**20:,.1f} MB{checked}")
+
+
 def need(extra: str, *packages: str) -> None:
     """Raises: ImportError: a package of an extra is missing; says how to install it."""
     from importlib.util import find_spec

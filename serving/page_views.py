@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from chorus_moe.serving.trace import Trace
+from chorus_moe.surgery.printing import Html
 
 COLOURS = {"text": "#5b8def", "image": "#e8875b", "audio": "#56b28a"}
 STYLE = """
@@ -51,6 +52,11 @@ def heat_html(trace: Trace) -> str:
                 cells.append(f'<td title="{escape(title, quote=True)}" style="background:{colour}">{number}</td>')
             rows.append("<tr>" + "".join(cells) + "</tr>")
     return f'<table class="chorus-heat">{"".join(rows)}</table>'
+
+
+def trace_html(trace: Trace) -> Html:
+    """Experts and tokens of one answer, for a notebook."""
+    return Html(f"<style>{STYLE}</style>{heat_html(trace)}{words_html(trace)}")
 
 
 def spent_text(trace: Trace, tokens_per_second: float) -> str:

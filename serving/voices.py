@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
+from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
+from chorus_moe.modeling.modeling_heads import ChorusForSequenceClassification
 from chorus_moe.processors.processing_chorus import ChorusProcessor
-from chorus_moe.training.loading import ModelOrAdapter, base_model, load_model
+from chorus_moe.surgery.heads import HEADS
+from chorus_moe.training.loading import ModelOrAdapter, base_model, check_source, is_adapter, load_model
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,20 @@ def add_adapter(model: ModelOrAdapter, name: str, path: str) -> ModelOrAdapter:
         return PeftModel.from_pretrained(model, path, adapter_name=name)
     except RuntimeError as error:
         raise ValueError(f"the adapter {name} at {path!r} does not fit the model: {error}") from error
+
+
+def saved_kind(source: str, base: str | None = None) -> type[ChorusPreTrainedModel]:
+    """The class that a model, or the one below an adapter, was saved as; one that generates where nothing says."""
+    check_source(source)
+    if is_adapter(source):
+        from peft import PeftConfig
+
+        adapter = PeftConfig.from_pretrained(source)
+        if adapter.task_type == "SEQ_CLS":
+            return ChorusForSequenceClassification
+        source = base or adapter.base_model_name_or_path or source
+    saved_as = AutoConfig.from_pretrained(source).architectures or []
+    return next((head.kind for head in HEADS if head.kind.__name__ in saved_as), ChorusForConditionalGeneration)
 
 
 def check_generates(model: ModelOrAdapter) -> None:

@@ -20,10 +20,15 @@ from chorus_moe.surgery.modalities import add_modality
 from chorus_moe.surgery.parameters import ParameterReport, parameter_report
 from chorus_moe.surgery.parts import freeze, unfreeze
 from chorus_moe.surgery.processor import processor_from_config
+from chorus_moe.surgery.quantization import dequantize, quantize
+from chorus_moe.surgery.quantization_loading import ChorusQuantizationConfig
+from chorus_moe.surgery.quantization_report import BytesReport, bytes_report
 from chorus_moe.surgery.report import OperationReport
 from chorus_moe.surgery.tokenizer import add_media_tokens, build_tokenizer
 
 __all__ = [
+    "BytesReport",
+    "ChorusQuantizationConfig",
     "Composed",
     "OperationReport",
     "ParameterReport",
@@ -34,11 +39,13 @@ __all__ = [
     "add_modality",
     "add_skip_gates",
     "build_tokenizer",
+    "bytes_report",
     "close_bank",
     "compose",
     "compose_checkpoint",
     "compose_processor",
     "deepen_experts",
+    "dequantize",
     "export_experts",
     "freeze",
     "fuse_experts",
@@ -49,6 +56,7 @@ __all__ = [
     "processor_from_config",
     "prune_dense",
     "prune_experts",
+    "quantize",
     "save_bank",
     "unfreeze",
     "unfuse_experts",

@@ -130,12 +130,16 @@ def base_hash(model: nn.Module, bank: str) -> str:
         place = bank_tensor(name)
         if place is not None and place.bank in left_out:
             continue
-        tensor = tensor[columns[name]] if name in columns else tensor
-        # Name, dtype and shape first: the same bytes under another name or in another shape are another base.
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        # numpy has no bfloat16, so the hash reads bytes.
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        add_to_hash(digest, name, tensor[columns[name]] if name in columns else tensor)
     return digest.hexdigest()
+
+
+def add_to_hash(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
+    """Let a hash know a tensor, with its name."""
+    # Name, dtype and shape first: the same bytes under another name or in another shape are another base.
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    # numpy has no bfloat16, so the hash reads bytes.
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _sparse_layers(decoder: Any) -> Iterator[tuple[int, Any]]:

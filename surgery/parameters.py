@@ -14,6 +14,8 @@ from transformers import PreTrainedConfig
 from chorus_moe.modeling.configuration_modalities import ENCODED, MODALITY_IDS
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.surgery.parts import bank_tensor
+from chorus_moe.surgery.printing import Table
+from chorus_moe.surgery.report import numbers_in
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ class ParameterReport:
         lines += ["", f"{'expert bank':<24}{'parameters':>20}{'active a token':>20}"]
         lines += [f"{name:<24}{bank['total']:>20,}{bank['active']:>20,}" for name, bank in self.banks.items()]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = [("total", self.total), *((f"active for {name}", count) for name, count in self.active.items())]
+        rows += [(name, count) for name, count in self.parts.items() if count]
+        banks = [(name, bank["total"], bank["active"]) for name, bank in self.banks.items()]
+        return (
+            Table(("part", "parameters"), rows).to_html()
+            + Table(("expert bank", "parameters", "active a token"), banks).to_html()
+        )
 
 
 def parameter_report(config_or_model: PreTrainedConfig | nn.Module, expert_width_share: float = 1.0) -> ParameterReport:
@@ -76,12 +87,12 @@ def _count(model: nn.Module, width_share: float) -> ParameterReport:
     by_bank: dict[str, dict[str, float]] = {name: {"total": 0, "active": 0} for name in text.expert_banks}
     total = 0
     for name, parameter in model.named_parameters():
-        size = parameter.numel()
+        size = numbers_in(parameter)
         total += size
         # Names, not modules: the same code counts every head and a model on the meta device.
         place = bank_tensor(name)
         if place is None:
-            part = _part_of(name)
+            part = part_of(name)
             parts[part] = parts.get(part, 0) + size
             for modality in modalities:
                 active[modality] += size * _works_on(name, modality, config)
@@ -102,7 +113,8 @@ def _count(model: nn.Module, width_share: float) -> ParameterReport:
     )
 
 
-def _part_of(name: str) -> str:
+def part_of(name: str) -> str:
+    """The part of [`ParameterReport`] that a parameter outside of banks belongs to."""
     for row in ENCODED:
         if row.tower in name:
             return row.tower

@@ -188,7 +188,7 @@ def _matching(names: Mapping[str, nn.Parameter], pattern: str) -> dict[str, nn.P
 def set_trained(model: nn.Module, names: Sequence[str], is_trained: bool) -> OperationReport:
     """Train or freeze whole parts; names and errors as in `freeze`."""
     operation = "unfreeze" if is_trained else "freeze"
-    refuse_adapters(model, operation)
+    refuse_adapters(model, operation, may_be_quantized=True)
     # All names are checked before the first parameter changes.
     parts, everything = parameters_in(model, names, operation), dict(model.named_parameters())
     before = _num_trained(everything)

@@ -4,12 +4,17 @@ Operations (compose, add, prune, merge, convert, exchange) change weights and co
 report.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any, TypeVar
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from torch import Tensor, nn
+
+from chorus_moe.fastpaths.quantized_weights import QuantizedWeight
+from chorus_moe.surgery.printing import Table
 
 Built = TypeVar("Built")
 
@@ -51,9 +56,27 @@ class OperationReport:
             lines.append(f"  experts of {bank}: {counts}")
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
+    def _repr_html_(self) -> str:
+        rows: list[Sequence[object]] = [("parameters", self.parameters_before, self.parameters_after)]
+        if self.trainable_before is not None and self.trainable_after is not None:
+            rows.append(("trainable parameters", self.trainable_before, self.trainable_after))
+        rows += [
+            (f"experts of {bank}, layer {layer}", *counts)
+            for bank, layers in self.experts.items()
+            for layer, counts in layers.items()
+        ]
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
+        title = f"{self.operation} {self.subject}".strip()
+        return Table((title, "before", "after"), rows).to_html() + (f"<ul>{notes}</ul>" if notes else "")
+
 
 def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(numbers_in(parameter) for parameter in model.parameters())
+
+
+def numbers_in(parameter: Tensor) -> int:
+    """How many weights a parameter holds: bytes of 4-bit weights hold two each."""
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
 def checked(operation: str, build: Callable[[], Built]) -> Built:
@@ -65,11 +88,12 @@ def checked(operation: str, build: Callable[[], Built]) -> Built:
         raise ValueError(f"{operation}: {error.__cause__ or error}") from error
 
 
-def refuse_adapters(model: nn.Module, operation: str) -> None:
-    """Refuse an operation that would leave an adapter's tensors in the wrong shape or on the wrong expert.
+def refuse_adapters(model: nn.Module, operation: str, may_be_quantized: bool = False) -> None:
+    """Refuse an operation that would leave an adapter's tensors in the wrong shape or on the wrong expert, and one that
+    would take whole numbers for weights.
 
     Raises:
-        ValueError: the model carries adapters (PEFT), naming some of the adapted modules.
+        ValueError: the model carries adapters (PEFT), naming some of the adapted modules, or weights of `quantize`.
     """
     adapted = [
         name
@@ -84,3 +108,8 @@ def refuse_adapters(model: nn.Module, operation: str) -> None:
             f"{operation}: {len(adapted)} modules carry adapters ({', '.join(adapted[:3])}{more}); merge them "
             "(`merge_and_unload()`) or unload them first"
         )
+    stored = [name for name, module in model.named_modules() if isinstance(module, QuantizedWeight)]
+    if stored and not may_be_quantized:
+        name = stored[0].replace(".parametrizations", "").removesuffix(".0")
+        more = f" and {len(stored) - 1} more" if len(stored) > 1 else ""
+        raise ValueError(f"{operation}: {name}{more} are quantised; call dequantize(model) first, and quantize again")

@@ -29,13 +29,19 @@ EXCLUDED = {
     "chorus-moe serve": "runs until it is stopped; tests/serving runs it",
     "chorus-moe chat": "waits for a person; tests/serving runs it",
     "chorus-moe page": "runs until it is stopped; tests/serving runs it",
+    "chorus-moe federated server": "waits for clients; tests/training/federated/test_flower.py runs it",
+    "chorus-moe federated client": "waits for a server; tests/training/federated/test_flower.py runs it",
+    "chorus-moe export": "takes minutes; `.ci/matrix export` runs it",
     "python harness.py": "needs lm-eval; `.ci/matrix harness` runs its part",
     "python -m lmms_eval": "needs lmms-eval, which wants an environment of its own",
+    "torchrun": "starts several processes; tests/journeys/test_layouts.py does",
     "python -m benchmarks": "takes minutes; tests/test_benchmarks.py runs them small",
 }
 # Pages followed by tests of their own.
 OTHER_TESTS = {"docs/guides/add_a_router.md", "docs/guides/add_a_head.md", "docs/guides/add_a_modality.md"}
 HISTORY = {"docs/log.md"}
+# Pages whose code needs a package that is not in `dev`; a set of `.ci/matrix` runs them.
+NEEDS = {"docs/guides/privacy.md": "opacus"}
 # Pages that start in an empty folder, as the README does.
 FROM_NOTHING = {"docs/quickstart.md"}
 FENCE = re.compile(r"^```(\w+)?([^\n]*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
@@ -131,6 +137,8 @@ def test_the_readme_runs_as_pasted(after_readme: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", pages())
 def test_a_page_runs_as_pasted(name: str, after_readme: Path, parents: dict[str, str], tmp_path: Path) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not installed: .ci/matrix has a set with it")
     if name in FROM_NOTHING:
         (tmp_path / "work").mkdir()
     else:

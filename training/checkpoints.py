@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from chorus_moe.modeling.modeling_base import make_readable
 from chorus_moe.training.saving import INCOMPLETE, begin_aside, drop_aside, files_below, put_on_disk, take_places
+from chorus_moe.training.scale.ranks import num_data_ranks
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
@@ -161,7 +162,7 @@ def write_manifest(checkpoint: Path, arguments: TrainingArguments) -> None:
 
 def fixed_arguments(arguments: TrainingArguments) -> dict[str, Any]:
     """Arguments that a run keeps when it continues. `rows_per_step` counts all ranks and accumulated batches."""
-    rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * num_data_ranks(arguments)
     return {
         # The fused one is the same optimizer.
         "optim": str(getattr(arguments.optim, "value", arguments.optim)).removesuffix("_fused"),
@@ -220,6 +221,11 @@ class WholeCheckpoints(Trainer):
             raise
         finally:
             self._is_aside = False
+        self._finish_checkpoint(run, name)
+
+    def _finish_checkpoint(self, run: Path, name: str) -> None:
+        """Give the checkpoint that lies aside its manifest and its name, and remove older ones."""
+        aside = run / INCOMPLETE / name
         # Each rank has written its random state.
         self.accelerator.wait_for_everyone()
         # The first rank; then the first one of each machine, where the disk is its own and a part still lies there.
@@ -281,12 +287,16 @@ class WholeCheckpoints(Trainer):
             return super()._load_optimizer_and_scheduler(checkpoint)
         groups = self.optimizer.param_groups
         asked = [{name: group[name] for name in ASKED if name in group} for group in groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        self._read_states(checkpoint)
         # Loading makes new groups.
         changed = _put_back(asked, self.optimizer.param_groups)
         _put_back_rates(self.lr_scheduler, asked, self.optimizer.param_groups)
         if changed and self.is_world_process_zero():
             print(f"{Path(checkpoint).name}: the run continues with {'; '.join(changed)}", file=sys.stderr)
+
+    def _read_states(self, checkpoint: str) -> None:
+        """The states of optimizer and scheduler, with the settings they were saved with."""
+        super()._load_optimizer_and_scheduler(checkpoint)
 
 
 def _put_back(asked: Iterable[dict[str, Any]], groups: Iterable[dict[str, Any]]) -> list[str]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from chorus_moe.training.federated.commands import federated
+
 if TYPE_CHECKING:
     from chorus_moe.processors.processing_chorus import ChorusProcessor
     from chorus_moe.training.loading import ModelOrAdapter
@@ -21,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(federated, name="federated")
 # Options of the recipe and of the demo are not typer's: their own parsers read them.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 REVISION_HELP = "branch, tag or commit of that repository"
@@ -41,6 +44,7 @@ def train(
     recipe: Annotated[str | None, typer.Argument(help="recipe in YAML, or one that `chorus-moe recipes` lists")] = None,
 ) -> None:
     """Train or fine-tune from a recipe, in all its stages; more options override it: `--learning_rate 1e-4`."""
+    from chorus_moe.training.scale.faults import named_by_rank
     from chorus_moe.training.stages import find_recipe, read_stages, run_stages
 
     words = list(context.args)
@@ -48,8 +52,11 @@ def train(
         # The first option, where no recipe is given.
         words.insert(0, recipe)
         recipe = None
-    metrics = run_stages(read_stages(find_recipe(recipe) if recipe else None, words))
-    print(json.dumps(metrics, indent=2))
+    stages = read_stages(find_recipe(recipe) if recipe else None, words)
+    with named_by_rank(is_users):
+        metrics = run_stages(stages)
+    if stages[-1].recipe.training.process_index == 0:
+        print(json.dumps(metrics, indent=2))
 
 
 @app.command(context_settings=PASS_ON)

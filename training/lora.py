@@ -15,8 +15,9 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
+from chorus_moe.fastpaths.quantized_weights import Quantized, stored_weight
 from chorus_moe.modeling.modeling_chorus import ChorusModel
 from chorus_moe.surgery.parts import (
     CONNECTORS,
@@ -28,6 +29,7 @@ from chorus_moe.surgery.parts import (
     layer_parts,
     parameters_in,
 )
+from chorus_moe.surgery.report import count_parameters
 
 Layers = bool | Sequence[int]
 Banks = str | Sequence[str] | Mapping[str, Layers]
@@ -79,7 +81,7 @@ class LoraGroup:
 
     name: str
     linears: dict[str, nn.Linear] = field(default_factory=dict)
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    parameters: dict[str, Tensor | Quantized] = field(default_factory=dict)
     saved: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
@@ -167,15 +169,22 @@ def lora_config(
         # PEFT matches a list by suffix, which would also hit other banks and towers; a regular expression has to match
         # in full.
         target_modules=full_path_regex(linears) if linears else [],
-        target_parameters=parameters or None,
+        target_parameters=[*parameters, *_whole_names(model, parameters)] or None,
         modules_to_save=[name for group in groups for name in group.saved] or None,
         **options,
     )
 
 
+def _whole_names(model: nn.Module, parameters: Sequence[str]) -> list[str]:
+    """The names of quantised experts from the top of the model: PEFT finds them by no part of it."""
+    prefix = "" if isinstance(model, ChorusModel) else "model."
+    paths = {name: (prefix + name).rpartition(".")[0] for name in parameters}
+    return [prefix + name for name, path in paths.items() if hasattr(model.get_submodule(path), "parametrizations")]
+
+
 def lora_table(model: nn.Module, groups: Iterable[LoraGroup], options: Mapping[str, Any]) -> str:
     """One line per group: matched modules and parameters, trainable numbers, and their share of the model."""
-    total = sum(p.numel() for p in model.parameters())
+    total = count_parameters(model)
     # The full names are those below the head only where there is no head.
     prefix = "" if isinstance(model, ChorusModel) else "model."
     rows = [(group.name, len(group.names), group.num_trainable(options, prefix)) for group in groups]
@@ -325,7 +334,8 @@ def _bank_group(modules: Mapping[str, nn.Module], name: str, layers: Sequence[in
     if isinstance(modules[paths[0]], nn.ModuleList):  # experts_layout="linear"
         choice = "|".join(re.escape(path) for path in paths)
         return LoraGroup(f"bank {name}", _linears(modules, rf"(?:{choice})\..+"))
-    parameters = {f"{path}.{key}": getattr(modules[path], key) for path in paths for key in EXPERT_PARAMETERS}
+    # A quantised weight is computed anew whenever it is read, and here its shape is enough.
+    parameters = {f"{path}.{key}": stored_weight(modules[path], key) for path in paths for key in EXPERT_PARAMETERS}
     return LoraGroup(f"bank {name}", parameters=parameters)
 
 

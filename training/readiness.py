@@ -12,6 +12,7 @@ from chorus_moe.training.contrast.setup import check_head
 from chorus_moe.training.loading import ModelOrAdapter, is_finite
 from chorus_moe.training.objectives.arguments import weights_of
 from chorus_moe.training.objectives.distillation_arguments import check_distillation
+from chorus_moe.training.privacy.checks import check_private_recipe
 from chorus_moe.training.rates import Rates
 from chorus_moe.training.recipe import PRODIGY, Recipe, RunArguments, read_mapping
 
@@ -26,9 +27,9 @@ def check_recipe(recipe: Recipe) -> None:
 
     Raises:
         ValueError: a tracker or an optimizer that is unknown or not installed, an order by the length of rows, a
-            schedule or rates that the optimizer has no use for, parts that cannot be chosen so, or distillation that no
-            teacher can make right.
-        ImportError: 4-bit weights without bitsandbytes.
+            schedule or rates that the optimizer has no use for, parts that cannot be chosen so, distillation that no
+            teacher can make right, or what a private run cannot have.
+        ImportError: 4-bit weights without bitsandbytes, privacy without Opacus.
     """
     arguments, parts = recipe.training, recipe.parts
     if arguments.train_sampling_strategy in BY_LENGTH:
@@ -48,6 +49,7 @@ def check_recipe(recipe: Recipe) -> None:
     check_head(recipe)
     check_optimizer(arguments, has_rates=Rates.of(parts) is not None)
     check_distillation(recipe.distillation)
+    check_private_recipe(recipe)
     if recipe.lora.use_lora and parts.freeze:
         raise ValueError(f"freeze={parts.freeze} beside a LoRA: only what the LoRA names is trained; leave it out")
     if recipe.lora.use_lora and recipe.model.add_bank:

@@ -16,9 +16,12 @@ from typing import Any, NamedTuple, NoReturn
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from chorus_moe.training.federated.arguments import FederatedArguments
 from chorus_moe.training.layouts import ALONG, LAYOUTS, MEDIA_COLUMNS, TASK
 from chorus_moe.training.objectives.arguments import ObjectiveArguments
 from chorus_moe.training.objectives.distillation_arguments import DistillationArguments
+from chorus_moe.training.privacy.arguments import PrivacyArguments
+from chorus_moe.training.scale.layout import ParallelArguments, field_names_of, zero_config, zero_stage_of
 from chorus_moe.training.tasks.arguments import TaskArguments
 from chorus_moe.training.yaml_files import read_yaml
 
@@ -234,6 +237,9 @@ class Recipe(NamedTuple):
     objectives: ObjectiveArguments
     distillation: DistillationArguments
     tasks: TaskArguments
+    privacy: PrivacyArguments
+    federated: FederatedArguments
+    parallel: ParallelArguments
     training: RunArguments
     # Names that the file or the command line gives a value; the card lists them.
     given: frozenset[str] = frozenset()
@@ -257,8 +263,13 @@ SECTIONS: dict[str, type] = {
     "objectives": ObjectiveArguments,
     "distillation": DistillationArguments,
     "tasks": TaskArguments,
+    "privacy": PrivacyArguments,
+    "federated": FederatedArguments,
+    "parallel": ParallelArguments,
     "training": RunArguments,
 }
+# Names of `training` that may stand in another section, too: for a private run `max_grad_norm` bounds each row.
+BORROWED = {"privacy": {"max_grad_norm"}}
 # What the stock Trainer needs with this model: raw columns reach the collator, labels have their name under any
 # wrapper, and evaluation keeps no logits.
 TRAINER_SETTINGS = {"remove_unused_columns": False, "label_names": ["labels"], "prediction_loss_only": True}
@@ -269,7 +280,8 @@ def read_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
     Args:
         path: YAML with the sections `model`, `data`, `lora`, `routing`, `parts`, `guards`, `objectives`,
-            `distillation`, `tasks` and `training`, each a mapping; None for overrides alone.
+            `distillation`, `tasks`, `privacy`, `federated`, `parallel` and `training`, each a mapping; None for
+            overrides alone.
 
     Raises:
         ValueError: no YAML, an unknown section or name (naming the nearest one), or a value of another type.
@@ -284,6 +296,9 @@ def build_recipe(sections: object, where: str, overrides: Sequence[str] = ()) ->
     words = to_words(TRAINER_SETTINGS) + to_words(values) + with_underscores(overrides)
     # Abbreviations would make a misspelt option a valid one.
     parser = RecipeParser(list(SECTIONS.values()), allow_abbrev=False)
+    if stage := zero_stage_of(words):
+        # The Trainer's arguments must have it when they are made.
+        words += to_words({"deepspeed": zero_config(stage)})
     parsed = parser.parse_args_into_dataclasses(args=words)
     said = {word[2:] for word in with_underscores(overrides) if word.startswith("--")}
     names = {name for kind in SECTIONS.values() for name in field_names(kind)}
@@ -293,7 +308,8 @@ def build_recipe(sections: object, where: str, overrides: Sequence[str] = ()) ->
 
 
 def read_sections(sections: object, where: str) -> dict[str, Any]:
-    """The names and values of all sections, checked; a `lora` or `tasks` section switches itself on."""
+    """The names and values of all sections, checked; a `lora`, `tasks` or `privacy` section switches itself
+    on."""
     if not isinstance(sections, Mapping):
         raise ValueError(f"{where}: expected the sections {', '.join(SECTIONS)}, found {sections!r:.60}")
     values: dict[str, Any] = {}
@@ -302,11 +318,13 @@ def read_sections(sections: object, where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: unknown section {section!r}{nearest(section, SECTIONS)}")
         if not isinstance(content, Mapping):
             raise ValueError(f"{where}: section {section!r} must be a mapping, found {content!r:.60}")
-        for name, value in content.items():
-            if name not in field_names(SECTIONS[section]):
+        for name, value in (field_names_of(content) if section == "parallel" else content).items():
+            if name not in field_names(SECTIONS[section]) | BORROWED.get(section, set()):
                 home = next((s for s, kind in SECTIONS.items() if name in field_names(kind)), None)
                 hint = f"; it belongs to {home!r}" if home else nearest(name, field_names(SECTIONS[section]))
                 raise ValueError(f"{where}: section {section!r} has no {name!r}{hint}")
+            if values.get(name, value) != value:
+                raise ValueError(f"{where}: {name} is {values[name]!r} in one section and {value!r} in {section!r}")
             values[name] = value
     if values.get("train") == []:
         raise ValueError(f"{where}: nothing is trained: train=[]")
@@ -315,6 +333,8 @@ def read_sections(sections: object, where: str) -> dict[str, Any]:
         values.setdefault("use_lora", True)
     if "tasks" in sections:
         values.setdefault("use_tasks", True)
+    if "privacy" in sections:
+        values.setdefault("use_privacy", True)
     return values
 
 

@@ -99,6 +99,10 @@ def read_stages(path: str | Path | None, overrides: Sequence[str] = ()) -> list[
         raise ValueError(f"{where}: stages must be a list of at least one stage, found {given!r:.60}")
     if "lora" in sections:
         raise ValueError(f"{where}: with stages, section 'lora' belongs to one of them")
+    if "privacy" in sections:
+        raise ValueError(
+            f"{where}: with stages, section 'privacy' belongs to one of them: each would spend its epsilon"
+        )
     names = [_name_of(stage, number, where) for number, stage in enumerate(given)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{where}: two stages are called {twice!r}")
@@ -325,6 +329,7 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
     """What decides what a stage ends with, by name."""
     sections = {"data": recipe.data, "lora": recipe.lora, "routing": recipe.routing, "parts": recipe.parts}
     sections |= {"objectives": recipe.objectives, "distillation": recipe.distillation, "tasks": recipe.tasks}
+    sections |= {"privacy": recipe.privacy}
     found = {f"{section}.{key}": value for section, kind in sections.items() for key, value in vars(kind).items()}
     found |= {f"training.{name}": getattr(recipe.training, name) for name in DECISIVE}
     found["training.optim"] = str(getattr(recipe.training.optim, "value", recipe.training.optim))

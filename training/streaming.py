@@ -34,6 +34,7 @@ from chorus_moe.training.layouts import LayoutError
 from chorus_moe.training.loading import is_remote
 from chorus_moe.training.objectives.served import check_served
 from chorus_moe.training.recipe import DataArguments, Recipe, RunArguments
+from chorus_moe.training.scale.ranks import num_data_ranks
 
 if TYPE_CHECKING:
     import datasets
@@ -142,7 +143,7 @@ def stream_rows(data: DataArguments, arguments: RunArguments) -> StreamedRows:
     rows = StreamedRows(
         undecoded(table),
         folder if media_folder is None else Path(media_folder),
-        batch=arguments.train_batch_size * arguments.world_size,
+        batch=arguments.train_batch_size * num_data_ranks(arguments),
         seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         buffer=data.shuffle_buffer,
         columns=options["columns"],

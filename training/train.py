@@ -51,6 +51,11 @@ from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.routing.report import write_routing
 from chorus_moe.training.routing.reward import RouterRewardTrainer
 from chorus_moe.training.saving import held_model
+from chorus_moe.training.scale.faults import SlowRank
+from chorus_moe.training.scale.layout import accumulation, check_arguments, layout_of
+from chorus_moe.training.scale.ranks import hold_same_rows, num_data_ranks
+from chorus_moe.training.scale.spread import spread
+from chorus_moe.training.scale.trackers import outlive_trackers
 from chorus_moe.training.streaming import StreamedRows, skip_learned, training_rows
 from chorus_moe.training.tasks.learning import check_memory, task_columns
 from chorus_moe.training.tasks.plan import plan_tasks
@@ -81,6 +86,12 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     if recipe.model.model_name_or_path is not None and recipe.model.config is None:
         check_source(recipe.model.model_name_or_path)
     check_recipe(recipe)
+    layout = layout_of(recipe.parallel, arguments.world_size)
+    check_arguments(layout, arguments)
+    hold_same_rows(layout.tensor)
+    if rows := recipe.parallel.rows_per_step:
+        per_process, processes = arguments.train_batch_size, num_data_ranks(arguments)
+        arguments.gradient_accumulation_steps = accumulation(rows, per_process, processes)
     options, eval_rows = recipe.data.to_options(), None
     train_rows = training_rows(recipe)
     if recipe.data.eval_data:
@@ -94,6 +105,7 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     checkpoint = find_checkpoint(arguments, recipe.model.model_name_or_path)
     is_new = arguments.overwrite_output_dir and checkpoint is None
     model, processor = load_or_build(recipe, train_rows, checkpoint)
+    spread(model, layout)
     check_features(model, processor, {"data.train_data": train_rows, "data.eval_data": eval_rows})
     objectives, answers = distillation_objectives(recipe.distillation, model, processor, recipe.data.max_length)
     more: list[MoreColumns] = [teacher_columns] if answers is not None else []
@@ -112,6 +124,8 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     )
     # In front of the trackers, so that they see its metrics.
     callback = RoutingCallback.add_to(trainer)
+    outlive_trackers(trainer)
+    trainer.add_callback(SlowRank(recipe.parallel.rank_patience))
     skills = guard_skills(trainer, recipe.guards, eval_rows)
     if checkpoint is not None:
         check_memory(tasks, TrainerState.load_from_json(str(Path(checkpoint) / STATE)).stateful_callbacks)
@@ -140,15 +154,23 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
         _remove_earlier(Path(arguments.output_dir), is_adapter=base_model(model) is not model)
     if trainer.is_world_process_zero():
         run = run_section(recipe, trainer, train_rows, eval_rows)
+        if recipe.privacy.use_privacy:
+            from chorus_moe.training.privacy.card import privacy_section
+
+            run = [*privacy_section(trainer), *run]  # type: ignore[arg-type]  # by `new_trainer`
         _publish(model, processor, metrics, trainer, counters, stages, run)
     return metrics
 
 
 def new_trainer(recipe: Recipe, **parts: Any) -> ChorusTrainer:
-    """The Trainer of a recipe, with its rates and guards, or the one that also rewards routers."""
+    """The Trainer of a recipe, with its rates and guards, or the one that also rewards routers, or a private one."""
     guard = StepGuard(recipe.guards.norm_ratio, recipe.guards.max_skipped_steps)
-    parts |= {"guard": guard, "rates": Rates.of(recipe.parts)}
-    if not recipe.routing.router_reward_banks:
+    parts |= {"guard": guard, "rates": Rates.of(recipe.parts), "background_saves": recipe.parallel.background_saves}
+    if recipe.privacy.use_privacy:
+        from chorus_moe.training.privacy.trainer import PrivateTrainer
+
+        trainer: ChorusTrainer = PrivateTrainer(**parts, privacy=recipe.privacy)
+    elif not recipe.routing.router_reward_banks:
         trainer = ChorusTrainer(**parts)
     else:
         banks, coef = recipe.routing.router_reward_banks, recipe.routing.router_reward_coef

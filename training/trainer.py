@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from chorus_moe.training.checkpoints import WholeCheckpoints
 from chorus_moe.training.guards.steps import FOLDER, StepGuard, keep_batch
 from chorus_moe.training.objectives.objective import ClearGradients, Objective, ObjectiveTerms
 from chorus_moe.training.rates import Rates, split_groups
 from chorus_moe.training.recipe import PRODIGY
 from chorus_moe.training.results.tokens import TokenAccuracy
+from chorus_moe.training.scale.trainer import SpreadTrainer
 from chorus_moe.training.tasks.learning import TaskLearning
 from chorus_moe.training.tasks.plan import TaskPlan
 
 MEMORY = "step_guard"
 
 
-class ChorusTrainer(TokenAccuracy, WholeCheckpoints):
+class ChorusTrainer(TokenAccuracy, SpreadTrainer):
     """The Trainer with whole checkpoints and token accuracy, plus rates by part, a guard of its steps, tasks, more
     objectives, and Prodigy.
 
@@ -60,7 +60,7 @@ class ChorusTrainer(TokenAccuracy, WholeCheckpoints):
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
         """As in transformers, which does not have Prodigy."""
         if args.optim != PRODIGY:
-            return WholeCheckpoints.get_optimizer_cls_and_kwargs(args, model)
+            return SpreadTrainer.get_optimizer_cls_and_kwargs(args, model)
         from prodigyopt import Prodigy
 
         settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
@@ -74,6 +74,10 @@ class ChorusTrainer(TokenAccuracy, WholeCheckpoints):
             split_groups(optimizer, trained, self.rates.of_parameters(trained, self.args.learning_rate))
         for objective in self.objectives.objectives if is_new else ():
             if own := list(objective.parameters()):
+                if self.is_spread:
+                    raise ValueError(
+                        f"{objective.name} learns parameters of its own, which fsdp and tensor do not spread"
+                    )
                 rate = objective.learning_rate or self.args.learning_rate
                 optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
         return optimizer

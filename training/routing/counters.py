@@ -21,6 +21,7 @@ from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.modeling_outputs import BankRouting
 from chorus_moe.modeling.moe_routers import ROUTER_CLASSES
 from chorus_moe.modeling.moe_selection import normalised_entropy
+from chorus_moe.training.scale.ranks import data_group, num_copies
 
 NUM_MODALITIES = len(MODALITY_IDS)
 
@@ -185,13 +186,14 @@ def _columns(routing: BankRouting, modality_T: Tensor | None) -> Tensor:
 
 
 def sum_over_ranks(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Every tensor summed over all ranks, in one exchange; as it is where there is one process."""
+    """Every tensor summed over all ranks with rows of their own, in one exchange; as it is where there is one."""
     tensors = list(tensors)
-    if not tensors or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not tensors or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == num_copies():
         return tensors
     # One exchange instead of one for each bank of each layer.
     flat = torch.cat([tensor.reshape(-1).to(tensors[0].device) for tensor in tensors])
-    dist.all_reduce(flat)
+    # Ranks with the same rows count them once.
+    dist.all_reduce(flat, group=data_group())
     return [
         part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
     ]

@@ -1,7 +1,6 @@
 """What the experts of a model do with data: counted, as a table, as JSON and as a picture."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,9 @@ from chorus_moe.training.loading import ModelOrAdapter, base_model, device_of
 from chorus_moe.training.routing.counters import RoutingCounters
 from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.routing.pictures import can_draw, draw_routing
-from chorus_moe.training.routing.statistics import RoutingSummary, routing_shares, summarise
+from chorus_moe.training.routing.statistics import BITS, RoutingSummary, routing_shares, summarise
 
 PICTURE, FIGURES = "routing.png", "routing.json"
-HEADS = (
-    "tokens",
-    "load entropy",
-    "router entropy",
-    "dead",
-    "strongest",
-    "rerouted",
-    "dropped",
-    "expert bits",
-    "bank bits",
-)
 
 
 @torch.inference_mode()
@@ -80,32 +68,13 @@ def count_rows(
 
 def routing_table(summary: RoutingSummary) -> str:
     """One line for each bank of each layer."""
-    name_width = max(len("bank"), *(len(bank.bank) for bank in summary.banks))
-    lines = [f"{'layer':>5}  {'bank':<{name_width}}" + "".join(f"{head:>{len(head) + 2}}" for head in HEADS)]
-    shown = set()
-    for bank in summary.banks:
-        # Bits of a layer stand in the line of its first bank.
-        information = math.nan if bank.layer in shown else summary.bank_information[bank.layer]
-        shown.add(bank.layer)
-        cells = (
-            f"{bank.tokens:,}",
-            _cell(bank.load_entropy, ".3f"),
-            _cell(bank.router_entropy, ".3f"),
-            f"{bank.dead_experts}/{bank.num_experts}" if bank.tokens else "-",
-            _cell(bank.strongest_share, ".1%"),
-            _cell(bank.rerouted, ".1%"),
-            _cell(bank.dropped, ".1%"),
-            _cell(bank.expert_information, ".3f"),
-            _cell(information, ".3f"),
-        )
-        row = "".join(f"{cell:>{len(head) + 2}}" for cell, head in zip(cells, HEADS, strict=True))
-        lines.append(f"{bank.layer:>5}  {bank.bank:<{name_width}}{row}")
-    lines.append("bits: what an expert of the bank, and in each layer the bank, tell about the modality of a token")
-    return "\n".join(lines)
-
-
-def _cell(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
+    head, rows = summary.table()
+    name_width = max(len(str(row[1])) for row in [head, *rows])
+    lines = [f"{'layer':>5}  {'bank':<{name_width}}" + "".join(f"{name:>{len(name) + 2}}" for name in head[2:])]
+    for layer, bank, *cells in rows:
+        row = "".join(f"{cell:>{len(name) + 2}}" for cell, name in zip(cells, head[2:], strict=True))
+        lines.append(f"{layer:>5}  {bank:<{name_width}}{row}")
+    return "\n".join([*lines, BITS])
 
 
 def routing_figures(counters: RoutingCounters) -> dict[str, Any]:

@@ -15,10 +15,16 @@ from typing import Any
 import numpy as np
 
 from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
+from chorus_moe.surgery.printing import Table
 from chorus_moe.training.routing.counters import BankCounters, RoutingCounters
 
 # How many banks are logged by name: the least balanced ones.
 NAMED_BANKS = 8
+COLUMNS = (
+    "layer", "bank", "tokens", "load entropy", "router entropy", "dead", "strongest", "rerouted", "dropped",
+    "expert bits", "bank bits",
+)  # fmt: skip
+BITS = "bits: what an expert of the bank, and in each layer the bank, tell about the modality of a token"
 
 
 def load_entropy(count_E: np.ndarray) -> float:
@@ -102,6 +108,37 @@ class RoutingSummary:
             "banks": [_without_nan(asdict(bank)) for bank in self.banks],
             "bank_information": _without_nan({str(k): v for k, v in self.bank_information.items()}),
         }
+
+    def table(self) -> Table:
+        """A row for each bank of each layer."""
+        rows, shown = [], set()
+        for bank in self.banks:
+            # Bits of a layer stand in the line of its first bank.
+            information = math.nan if bank.layer in shown else self.bank_information[bank.layer]
+            shown.add(bank.layer)
+            rows.append(
+                (
+                    bank.layer,
+                    bank.bank,
+                    f"{bank.tokens:,}",
+                    _cell(bank.load_entropy, ".3f"),
+                    _cell(bank.router_entropy, ".3f"),
+                    f"{bank.dead_experts}/{bank.num_experts}" if bank.tokens else "-",
+                    _cell(bank.strongest_share, ".1%"),
+                    _cell(bank.rerouted, ".1%"),
+                    _cell(bank.dropped, ".1%"),
+                    _cell(bank.expert_information, ".3f"),
+                    _cell(information, ".3f"),
+                )
+            )
+        return Table(COLUMNS, rows)
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html() + f"<p>{BITS}</p>"
+
+
+def _cell(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def bank_statistics(layer: int, counters: BankCounters) -> BankStatistics:

@@ -1,0 +1,121 @@
+"""Quantised models in `save_pretrained` and `from_pretrained`, registered with transformers by `import chorus_moe`.
+
+Unusual here:
+- `ChorusQuantizationConfig` is our own method: the weights of `quantize`, saved as the plain tensors that they are;
+- quantizers of other libraries pass stacked experts by. That of torchao is made to reach them in our models, where the
+  format exists for stacks; after every one of them, the bytes by group are shown.
+"""
+
+import sys
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
+from chorus_moe.surgery.quantization_formats import (
+    Groups,
+    apply_formats,
+    below_adapter,
+    described,
+    plan_described,
+    plan_formats,
+)
+from chorus_moe.surgery.quantization_report import bytes_report
+
+METHOD = "chorus"
+# Libraries whose quantizers meet our models.
+OTHERS = ("bitsandbytes_4bit", "bitsandbytes_8bit", "torchao")
+EXPERTS = r"re:.*experts\.(gate_up_proj|down_proj)"
+
+
+@register_quantization_config(METHOD)
+class ChorusQuantizationConfig(QuantizationConfigMixin):
+    """For `from_pretrained(..., quantization_config=...)`: what `quantize` would do, once the weights are loaded.
+
+    Args:
+        groups: as in `chorus_moe.surgery.quantize`.
+        weights: what a saved model holds; written by `save_pretrained`.
+    """
+
+    def __init__(self, groups: Groups | None = None, weights: dict[str, dict[str, Any]] | None = None, **kwargs: Any):
+        if (groups is None) == (weights is None):
+            raise ValueError("ChorusQuantizationConfig: give groups, such as {'experts': 'int8'}")
+        self.quant_method: Any = METHOD
+        self.groups, self.weights = groups, weights
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@register_quantizer(METHOD)
+class ChorusQuantizer(HfQuantizer):
+    """Weights of `quantize`."""
+
+    quantization_config: ChorusQuantizationConfig
+    # An adapter on them is trained; the Trainer refuses a quantised model without one.
+    is_trainable = True
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _check_model(model, METHOD)
+        if self.quantization_config.weights is not None:
+            apply_formats(model, plan_described(model, self.quantization_config.weights))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.quantization_config.groups is not None:
+            apply_formats(model, plan_formats(model, self.quantization_config.groups))
+            mark_quantized(model)
+        _show(model)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        raise NotImplementedError("call chorus_moe.surgery.dequantize(model)")
+
+
+def _check_model(model: nn.Module, method: str) -> None:
+    if not isinstance(model, ChorusPreTrainedModel):
+        raise ValueError(f"quantization_config of {method!r} is for Chorus models; this one is {type(model).__name__}")
+
+
+def _show(model: nn.Module) -> None:
+    """The bytes of each group, on the error stream: a program's own output stays as it is."""
+    report = bytes_report(model)
+    print(report, file=sys.stderr)
+    report.warn()
+
+
+def mark_quantized(given: nn.Module) -> None:
+    """Say in the model and its configuration what is quantised, or that nothing is."""
+    weights, model = described(given), cast(Any, below_adapter(given))
+    if not weights:
+        getattr(model, "hf_quantizer", ChorusQuantizer).remove_quantization_config(model)
+        return
+    config = ChorusQuantizationConfig(weights=weights)
+    model.hf_quantizer = ChorusQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.is_quantized, model.quantization_method = True, METHOD
+
+
+def _with_table(base: type[HfQuantizer]) -> type[HfQuantizer]:
+    """A quantizer that shows what it did to a model of ours."""
+
+    def _process_model_after_weight_loading(self: Any, model: Any, **kwargs: Any) -> Any:
+        model = base._process_model_after_weight_loading(self, model, **kwargs)
+        if isinstance(model, ChorusPreTrainedModel):
+            _show(model)
+        return model
+
+    members = {"_process_model_after_weight_loading": _process_model_after_weight_loading}
+    return type(base.__name__, (base,), members)
+
+
+for _name in OTHERS:
+    AUTO_QUANTIZER_MAPPING[_name] = _with_table(AUTO_QUANTIZER_MAPPING[_name])

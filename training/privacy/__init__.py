@@ -1,0 +1,1 @@
+"""Differential privacy: training whose result says next to nothing of any one row."""

@@ -1,0 +1,1 @@
+"""More than one process: layouts, what is saved and found again, faults; plans and launch files."""

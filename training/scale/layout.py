@@ -1,0 +1,222 @@
+"""The section `parallel` of a recipe: over which processes a model, its data and its experts are spread.
+
+Processes are counted as data x fsdp x tensor. Experts take no processes of their own: `expert` of those that fsdp and
+tensor together have hold different experts. Every rank of a tensor group sees the same rows; all others see their own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
+
+# As a recipe writes them below `parallel:`. Names of fields are unique over all sections: the Trainer has an `fsdp`.
+KEYS = {
+    "data": "data_size",
+    "fsdp": "fsdp_size",
+    "tensor": "tensor_size",
+    "expert": "expert_size",
+    "context": "context_size",
+    "zero": "zero_stage",
+    "rows": "rows_per_step",
+    "patience": "rank_patience",
+    "background": "background_saves",
+}
+
+
+@dataclass
+class ParallelArguments:
+    """Sizes of the groups of processes. Other sizes than 1 want as many processes, from torchrun or accelerate."""
+
+    data_size: int | None = field(
+        default=None, metadata={"help": "copies of the model, each with its own rows; None: whatever is left"}
+    )
+    fsdp_size: int = field(default=1, metadata={"help": "processes that share one copy and its optimizer (FSDP2)"})
+    tensor_size: int = field(default=1, metadata={"help": "processes that share each layer, and see the same rows"})
+    expert_size: int = field(
+        default=1, metadata={"help": "processes with experts of their own; divides fsdp x tensor, multiple of tensor"}
+    )
+    context_size: int = field(default=1, metadata={"help": "processes that share each sequence"})
+    zero_stage: int = field(default=0, metadata={"help": "1 to 3: DeepSpeed's ZeRO shares optimizer, gradients, model"})
+    rows_per_step: int | None = field(
+        default=None,
+        metadata={"help": "rows of a step over all processes; accumulation follows, so a run may change their number"},
+    )
+    rank_patience: float = field(
+        default=60.0, metadata={"help": "seconds that ranks wait for the slowest one at a step; then it is named"}
+    )
+    background_saves: bool = field(
+        default=False, metadata={"help": "write checkpoints of fsdp and tensor while the run goes on, from a copy"}
+    )
+
+
+def field_names_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The section as a recipe writes it, under the names of the fields."""
+    return {KEYS.get(name, name): value for name, value in content.items()}
+
+
+class Layout(NamedTuple):
+    """How the processes of a run are shared out; see `ParallelArguments`."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
+    zero: int = 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process holds a part of the model alone, by transformers' own means."""
+        return self.fsdp > 1 or self.tensor > 1
+
+    @property
+    def name(self) -> str:
+        """As in `fsdp 2 x expert 2`; `one process` without any."""
+        sizes = {name: size for name, size in self._asdict().items() if name != "zero" and size > 1}
+        parts = [f"{name} {size}" for name, size in sizes.items()] + ([f"zero {self.zero}"] if self.zero else [])
+        return " x ".join(parts) or "one process"
+
+
+def layout_of(arguments: ParallelArguments, processes: int) -> Layout:
+    """The layout that a recipe asks for.
+
+    Args:
+        processes: of all machines together.
+
+    Raises:
+        ValueError: a size below 1, sizes that do not make up the processes, or what cannot be put together.
+        ImportError: ZeRO without DeepSpeed.
+    """
+    for key, name in KEYS.items():
+        value, least = getattr(arguments, name), 0 if key in ("zero", "patience", "background") else 1
+        if value is not None and value < least:
+            raise ValueError(f"parallel.{key} must be {least} or more, found {value}")
+    fsdp, tensor, expert = arguments.fsdp_size, arguments.tensor_size, arguments.expert_size
+    if arguments.context_size > 1:
+        raise ValueError(
+            f"parallel.context={arguments.context_size}: a sequence is not shared between processes, because masks, "
+            "windows and routing by modality read all of it; train long sequences with sliding windows and fsdp"
+        )
+    if arguments.zero_stage:
+        check_zero(arguments)
+    share = fsdp * tensor
+    if processes % share:
+        raise ValueError(
+            f"parallel: fsdp {fsdp} x tensor {tensor} = {share} does not divide the {processes} processes of this run; "
+            f"start it with torchrun --nproc_per_node {share}, or change the sizes"
+        )
+    data = processes // share if arguments.data_size is None else arguments.data_size
+    if data * share != processes:
+        raise ValueError(
+            f"parallel: data {data} x fsdp {fsdp} x tensor {tensor} = {data * share}, but the run has {processes} "
+            f"processes; start it with torchrun --nproc_per_node {data * share}, or leave data out"
+        )
+    if expert > 1 and (share % expert or expert % tensor):
+        raise ValueError(
+            f"parallel.expert={expert} must divide fsdp {fsdp} x tensor {tensor} = {share}, and be a multiple of "
+            f"tensor {tensor}: experts lie on the processes that these two have"
+        )
+    if data > 1 and tensor > 1 and fsdp == 1:
+        raise ValueError(
+            f"parallel: data {data} x tensor {tensor} without fsdp: nothing sums up the gradients of the {data} "
+            f"copies; write fsdp: {data} and leave data out"
+        )
+    return Layout(data, fsdp, tensor, expert, arguments.zero_stage)
+
+
+def check_arguments(layout: Layout, arguments: TrainingArguments) -> None:
+    """Refuse arguments of the Trainer that would do something else than the layout, or wait for ever.
+
+    Raises:
+        ValueError: accelerate's FSDP beside the layout, or on a CPU; an upload by one rank of what all of them hold.
+    """
+    if arguments.fsdp and (layout.is_sharded or arguments.device.type == "cpu"):
+        why = (
+            "beside parallel" if layout.is_sharded else "on a CPU, where accelerate trains plain data parallel instead"
+        )
+        raise ValueError(f"training.fsdp {why}: write parallel: {{fsdp: {layout.fsdp}}} and leave it out")
+    if layout.is_sharded and arguments.push_to_hub:
+        raise ValueError(
+            f"training.push_to_hub: {layout.name}: no process holds the model; upload the folder afterwards"
+        )
+
+
+def accumulation(rows: int, per_process: int, processes: int) -> int:
+    """Micro-batches of a step.
+
+    Args:
+        rows: of a step, over all processes.
+        per_process: rows of a micro-batch.
+        processes: with rows of their own.
+
+    Raises:
+        ValueError: they do not make up the rows.
+    """
+    if rows % (per_process * processes):
+        raise ValueError(
+            f"parallel.rows={rows} is no multiple of per_device_train_batch_size {per_process} x {processes} "
+            f"processes with rows of their own = {per_process * processes}"
+        )
+    return rows // (per_process * processes)
+
+
+def zero_stage_of(words: Sequence[str]) -> int:
+    """The stage that the words of a command line ask for, of which the last one counts; 0 for none.
+
+    Raises:
+        ValueError, ImportError: as `layout_of`, before the Trainer's arguments are made.
+    """
+    parser = HfArgumentParser(ParallelArguments, allow_abbrev=False)
+    arguments = parser.parse_known_args([*words])[0]
+    if arguments.zero_stage:
+        check_zero(ParallelArguments(**vars(arguments)))
+    return arguments.zero_stage
+
+
+def zero_config(stage: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for the Trainer, which fills in `auto`."""
+    sharing = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True}
+    if stage == 3:
+        # Otherwise the saved model would be in pieces that only DeepSpeed reads.
+        sharing["stage3_gather_16bit_weights_on_model_save"] = True
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {"zero_optimization": sharing, "bf16": {"enabled": "auto"}, **dict.fromkeys(auto, "auto")}
+
+
+def check_zero(arguments: ParallelArguments) -> None:
+    """Refuse ZeRO beside another way to share out the model, and without DeepSpeed."""
+    stage = arguments.zero_stage
+    if stage > 3:
+        raise ValueError(f"parallel.zero must be 0 to 3, found {stage}")
+    others = {"fsdp": arguments.fsdp_size, "tensor": arguments.tensor_size, "expert": arguments.expert_size}
+    if beside := next((name for name, size in others.items() if size > 1), None):
+        raise ValueError(f"parallel.zero={stage} beside {beside}={others[beside]}: each shares out the model; take one")
+    if find_spec("deepspeed") is None:
+        raise ImportError(f"parallel.zero={stage}: deepspeed is not installed; pip install deepspeed, or use fsdp")
+
+
+def check_layout(layout: Layout, config: PreTrainedConfig, *, is_adapter: bool = False) -> None:
+    """Refuse a layout that a model cannot be spread over, before it is.
+
+    Raises:
+        ValueError: naming what does not divide, with both sizes.
+    """
+    text = config.get_text_config()
+    if layout.tensor > 1:
+        if is_adapter:
+            raise ValueError(f"parallel.tensor={layout.tensor}: an adapter is not shared between processes; use fsdp")
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            if getattr(text, name) % layout.tensor:
+                raise ValueError(f"parallel.tensor={layout.tensor} does not divide {name}={getattr(text, name)}")
+    if layout.expert > 1:
+        if is_adapter:
+            raise ValueError(f"parallel.expert={layout.expert}: an adapter is not shared between processes; use fsdp")
+        if text.experts_layout == "linear":
+            raise ValueError(f"parallel.expert={layout.expert}: experts in linear layers do not travel; stack them")
+        for bank in text.banks:
+            if bank.num_experts % layout.expert:
+                raise ValueError(
+                    f"parallel.expert={layout.expert} does not divide the {bank.num_experts} experts of bank "
+                    f"{bank.name!r}"
+                )
