@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,9 @@ def compress(work: Work, device: str | None = None) -> list[Measurement]:
 def _done(work: Work, step: Step, current: str, folder: Path, device: torch.device) -> list[str]:
     """Carry out a step on the model in `current`, and save it to `folder`; lines on what was done."""
     if isinstance(step, Distil):
-        metrics = run_training(distil_recipe(step, work.recipe, current, folder))
+        # The Trainer prints its figures where the command's answer goes.
+        with redirect_stdout(sys.stderr):
+            metrics = run_training(distil_recipe(step, work.recipe, current, folder))
         for checkpoint in numbered_checkpoints(folder):
             shutil.rmtree(checkpoint)
         return [f"distil: loss {metrics['train_loss']:.4f} in {metrics['train_runtime']:.0f} s"]
