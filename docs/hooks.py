@@ -7,7 +7,7 @@ from typing import Any
 
 COMMANDS = (
     *("compose", "train", "precompute-teacher", "recipes", "evaluate", "generate", "routing", "inspect", "doctor"),
-    "export",
+    *("compress", "export"),
 )
 
 

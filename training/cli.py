@@ -344,6 +344,49 @@ def compose(
 
 
 @app.command()
+def compress(
+    model: Annotated[str | None, typer.Argument(help="model: a folder or a Hub id")] = None,
+    out: Annotated[Path | None, typer.Option(help="new folder for the smaller model")] = None,
+    target_bytes: Annotated[
+        str | None, typer.Option(help="weights on disk at most: 1900000, 1.9GB, or a share such as 0.25")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML with steps; options here win over it")] = None,
+    data: Annotated[str | None, typer.Option(help="training rows, for pruning, merging and distillation")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="rows that end with the right answer, for accuracy")] = None,
+    columns: Annotated[str | None, typer.Option(help="as data.columns in a recipe")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    keep_steps: Annotated[bool | None, typer.Option("--keep-steps", help="keep the models between steps")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan as a recipe, and write nothing")] = False,
+    device: DeviceName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prune, merge, distil and quantize by a recipe, or down to a size; bytes, accuracy and speed after each step."""
+    import yaml
+
+    from chorus_moe.training.compression.compress import compress as run_steps
+    from chorus_moe.training.compression.compress import prepare
+    from chorus_moe.training.compression.measure import table_of
+    from chorus_moe.training.compression.plan import read_compression
+
+    said: dict[str, Any] = {
+        "model": model,
+        "output_dir": None if out is None else str(out),
+        "target_bytes": target_bytes,
+    }
+    said |= {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "seed": seed, "keep_steps": keep_steps}
+    rows = {"train_data": data, "eval_data": eval_data, "columns": columns}
+    work = prepare(read_compression(recipe, {**said, "data": rows}))
+    print(work.outlook, file=sys.stderr)
+    if dry_run:
+        print(yaml.safe_dump(work.recipe.to_dict(), sort_keys=False, allow_unicode=True), end="")
+        return
+    found = run_steps(work, device)
+    print(json.dumps([row.to_dict() for row in found], indent=2) if as_json else table_of(found))
+
+
+@app.command()
 def export(
     model: ModelName,
     folder: Annotated[Path, typer.Argument(help="where the export is written")],
