@@ -56,7 +56,7 @@ format: setup
 
 bench: setup
 	@mkdir -p out/bench
-	@set -e; for program in sparse_layer routing_options train_step decode upcycle router_reward adaptive_experts moe_vs_dense multitask lifelong prune_merge distillation long_context early_exit draft_and_verify layer_skip serving feature_cache self_supervised; do \
+	@set -e; for program in sparse_layer routing_options train_step decode upcycle router_reward adaptive_experts moe_vs_dense multitask lifelong prune_merge distillation long_context early_exit draft_and_verify layer_skip serving feature_cache memory_tokens federated scaling placement compression self_supervised; do \
 		$(BIN)/python -m benchmarks.$$program --json out/bench/$$program.json; \
 	done
 

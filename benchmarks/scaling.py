@@ -5,7 +5,8 @@
 The layouts of as many processes run in one `torchrun`, on the CPU. All see the same eight rows a step, text with and
 without an image; the model has every rule of balance, capacity, a learned number of experts. `loss_difference` is the
 largest of all steps and ranks. Tokens a second are of this machine's cores, which all processes share: they show what
-the exchanges cost, and not what more machines bring.
+the exchanges cost, and not what more machines bring. At the end stands what `chorus-moe plan` says of small runs over
+what they took.
 """
 
 import json
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from benchmarks.plan_memory import planned_over_measured_memory
 from benchmarks.same_bits import AUDIO, AUDIO_TOKEN, IMAGE_TOKEN, TEXT, VISION
 from benchmarks.timing import Report, parse
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
@@ -171,6 +173,10 @@ def main(arguments: list[str] | None = None) -> None:
             print(
                 f"    loss differs by {max(differences):.1e}, {values['share_of_model']:.0%} held, {speed:.0f} tokens/s"
             )
+    planned = {} if parsed.quick else planned_over_measured_memory()
+    for name, ratio in planned.items():
+        report.cases[f"plan: {name}"] = {"planned_over_measured_memory": ratio}
+        print(f"plan: {name:<24} | planned_over_measured_memory {ratio:.2f}", flush=True)
     report.save()
 
 
