@@ -4,7 +4,7 @@ In YAML a step is a mapping with its name: `- prune: {experts: {text: 0.5}}`. Na
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -246,11 +246,11 @@ def read_distil(where: str, content: Mapping[str, Any]) -> Distil:
     return Distil({section: dict(values) for section, values in content.items()})
 
 
-def check_names(where: str, found: Any, known: Any) -> None:
+def check_names(where: str, found: Iterable[object], known: Collection[str]) -> None:
     """Raises ValueError naming the first unknown name and the nearest known one."""
     for name in found:
         if name not in known:
-            raise ValueError(f"{where}: unknown name {name!r}{nearest(name, known)}; known are {', '.join(known)}")
+            raise ValueError(f"{where}: unknown name {name!r}{nearest(str(name), known)}; known are {', '.join(known)}")
 
 
 def check_count(where: str, value: object) -> None:

@@ -25,6 +25,7 @@ from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.compression.importance import Scores, measure_importance
 from chorus_moe.training.compression.plan import CompressionRecipe, Distil, Merge, Prune, Quantize, Step
 from chorus_moe.training.data import RowDataset
+from chorus_moe.training.loading import ModelOrAdapter
 from chorus_moe.training.readiness import check_recipe
 from chorus_moe.training.recipe import Recipe, build_recipe
 from chorus_moe.training.routing.saliency import expert_saliency
@@ -89,7 +90,7 @@ def even_scores(model: nn.Module) -> dict[int, dict[str, torch.Tensor]]:
     }
 
 
-def layer_scores(model: Any, value: float) -> Scores:
+def layer_scores(model: ChorusForConditionalGeneration, value: float) -> Scores:
     """The same score for all layers of decoder and towers."""
     found: Scores = {}
     for owner, part in owners_of(model.model).items():
@@ -102,7 +103,7 @@ def layer_scores(model: Any, value: float) -> Scores:
 
 
 def apply(
-    step: Step, model: Any, processor: ChorusProcessor, rows: RowDataset | None, batch_size: int
+    step: Step, model: ModelOrAdapter, processor: ChorusProcessor, rows: RowDataset | None, batch_size: int
 ) -> list[OperationReport]:
     """Carry out a step that is no training on a model; what it did.
 
@@ -116,7 +117,8 @@ def apply(
     chosen = [rows[index] for index in range(min(step.rows, len(rows)))]
     if isinstance(step, Merge):
         found = expert_saliency(model, processor, chosen, batch_size=batch_size)
-        return [merge_experts(model, bank, count, found.uses, step.similarity) for bank, count in step.banks.items()]
+        whole: Any = model
+        return [merge_experts(whole, bank, count, found.uses, step.similarity) for bank, count in step.banks.items()]
     if step.experts:
         found = expert_saliency(model, processor, chosen, batch_size=batch_size)
         reports.append(prune_experts(model, step.experts, getattr(found, step.by)))
