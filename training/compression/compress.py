@@ -21,14 +21,13 @@ import yaml
 from transformers import set_seed
 
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
-from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.checkpoints import numbered_checkpoints
 from chorus_moe.training.compression.measure import Measurement, markdown_of, measure
 from chorus_moe.training.compression.plan import CompressionRecipe, Distil, Quantize, Step
 from chorus_moe.training.compression.steps import apply, distil_recipe
 from chorus_moe.training.compression.target import Outlook, look_ahead
 from chorus_moe.training.data import RowDataset, load_rows
-from chorus_moe.training.loading import ModelOrAdapter, check_head, check_source, find_device, is_adapter, load_model
+from chorus_moe.training.loading import check_head, check_source, find_device, is_adapter, load_model
 from chorus_moe.training.model_card import run_card
 from chorus_moe.training.saving import CARD, held_model, saved_whole
 from chorus_moe.training.train import run_training
@@ -158,17 +157,13 @@ def _done(work: Work, step: Step, current: str, folder: Path, device: torch.devi
         for checkpoint in numbered_checkpoints(folder):
             shutil.rmtree(checkpoint)
         return [f"distil: loss {metrics['train_loss']:.4f} in {metrics['train_runtime']:.0f} s"]
-    model, processor = _loaded(current, device)
+    model, processor = load_model(current, device=device)
     reports = apply(step, model, processor, work.train_rows, work.recipe.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     with saved_whole(folder) as whole:
         model.save_pretrained(whole)
         processor.save_pretrained(whole)
     return [line for report in reports for line in str(report).splitlines()]
-
-
-def _loaded(source: str, device: torch.device) -> tuple[ModelOrAdapter, ChorusProcessor]:
-    return load_model(source, device=device)
 
 
 def _measured(
@@ -181,7 +176,7 @@ def _measured(
     found = measure(
         name,
         Path(source),
-        *_loaded(source, device),
+        *load_model(source, device=device),
         work.eval_rows,
         batch_size=recipe.batch_size,
         max_new_tokens=recipe.max_new_tokens,
@@ -196,7 +191,7 @@ def _measured(
 def _publish(work: Work, last: Path, rows: Sequence[Measurement]) -> None:
     """Copy the last step's model into the output folder, with its card and figures."""
     recipe, out = work.recipe, Path(work.recipe.output_dir)
-    model, _ = _loaded(str(last), torch.device("cpu"))
+    model, _ = load_model(str(last), device="cpu")
     # The parents of a model stand in its own card, which the folders between do not have.
     model.name_or_path = recipe.model
     told = replace(recipe, model=Path(recipe.model).name, output_dir=out.name)
