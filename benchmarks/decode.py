@@ -113,8 +113,9 @@ def generate(model: PreTrainedModel, input_ids: Tensor, new_tokens: int, **optio
     )
 
 
-def write_gguf(model: Qwen3MoeForCausalLM, path: Path) -> None:
-    """The model in the file format of llama.cpp, float32 or bfloat16 as it is, without a vocabulary."""
+def write_gguf(model: Qwen3MoeForCausalLM, path: Path, kind: str | None = None) -> None:
+    """The model in the file format of llama.cpp, without a vocabulary: float32 or bfloat16 as it is, or matrices in one
+    of its formats of fewer bits, such as `Q8_0`."""
     import gguf
 
     config, writer = model.config, gguf.GGUFWriter(path, "qwen3moe")
@@ -151,7 +152,11 @@ def write_gguf(model: Qwen3MoeForCausalLM, path: Path) -> None:
 
     def add(name: str, tensor: Tensor) -> None:
         # Norms and routers are float32 in every file of llama.cpp.
-        if tensor.dtype == torch.bfloat16 and tensor.ndim > 1 and "gate_inp" not in name:
+        if kind is not None and tensor.ndim > 1 and "gate_inp" not in name:
+            found = gguf.GGMLQuantizationType[kind]
+            raw = gguf.quants.quantize(tensor.float().contiguous().numpy(), found)
+            writer.add_tensor(name, raw, raw_dtype=found)
+        elif tensor.dtype == torch.bfloat16 and tensor.ndim > 1 and "gate_inp" not in name:
             raw = tensor.contiguous().view(torch.uint8).numpy()
             writer.add_tensor(name, raw, raw_shape=raw.shape, raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:
@@ -173,14 +178,16 @@ def write_gguf(model: Qwen3MoeForCausalLM, path: Path) -> None:
     writer.close()
 
 
-def llama_cpp(model: Qwen3MoeForCausalLM, input_ids: Tensor, longest: int) -> Callable[[int], list[int]]:
-    """Greedy text of llama.cpp on the same weights, as a function of the number of tokens."""
+def llama_cpp(
+    model: Qwen3MoeForCausalLM, input_ids: Tensor, longest: int, kind: str | None = None
+) -> Callable[[int], list[int]]:
+    """Greedy text of llama.cpp on the same weights, by the number of tokens; `kind` as in `write_gguf`."""
     import llama_cpp as library
 
     threads, prompt = torch.get_num_threads(), input_ids[0].tolist()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        write_gguf(model, path)
+        write_gguf(model, path, kind)
         # Read whole into memory: the file goes with the folder.
         options = {"n_ctx": len(prompt) + longest, "n_threads": threads, "n_threads_batch": threads}
         llama = library.Llama(str(path), use_mmap=False, verbose=False, **options)

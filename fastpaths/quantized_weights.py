@@ -208,7 +208,11 @@ def stored_weight(module: object, name: str) -> Tensor | Quantized:
         steps: Any = module.parametrizations[name]  # type: ignore[index]
         if len(steps) == 1 and isinstance(steps[0], QuantizedWeight):
             return steps[0].of(steps.original)
-    return getattr(module, name)
+    weight = getattr(module, name)
+    # What torchao stores in the same way. It multiplies stacks by nothing.
+    if type(weight).__name__ == "Int8Tensor" and weight.ndim == 3:
+        return Quantized(weight.qdata, weight.scale, None)
+    return weight
 
 
 class _Steps(ParametrizationList):

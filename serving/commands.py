@@ -5,13 +5,14 @@ Commands import what they need when they run, so that `--help` is quick.
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from chorus_moe.training.cli import BaseName, DeviceName, DtypeName, ModelName, app, check_dtype, main, print_choice
+from chorus_moe.training.scale import launch_command, plan_command
 
-__all__ = ["app", "main"]
+__all__ = ["app", "launch_command", "main", "plan_command"]
 
 AdapterNames = Annotated[
     list[str] | None, typer.Option("--adapter", help="NAME=FOLDER or Hub id of an adapter; may be repeated")
@@ -92,18 +93,29 @@ def page(
     device: DeviceName = None,
     dtype: DtypeName = "auto",
 ) -> None:
-    """Talk to a model in the browser, with camera and microphone, and see what its experts do."""
+    """Talk to a model in the browser, with camera and microphone, and see what its experts do; of a classifier see its
+    labels, of an embedding model what is nearest."""
     need("page", "gradio")
     from chorus_moe.serving.page import Page, read_examples, run_page
-    from chorus_moe.serving.voices import check_generates, load_voices
+    from chorus_moe.serving.page_heads import PAGES
+    from chorus_moe.serving.voices import check_generates, load_voices, saved_kind
     from chorus_moe.training.loading import find_device
 
     check_dtype(dtype)
-    voices, processor = load_voices(model, read_pairs(adapter), base=base, device=find_device(device), dtype=dtype)
+    kind = saved_kind(model, base)
+    options: dict[str, Any] = {"base": base, "device": find_device(device), "dtype": dtype}
+    if kind in PAGES:
+        options["kind"] = kind
+    voices, processor = load_voices(model, read_pairs(adapter), **options)
     voice = next(iter(voices.values()))
-    check_generates(voice.model)
     print_choice(model, voice.model)
-    blocks = Page(voices, processor, max_new_tokens).build(read_examples(examples) if examples else ())
+    layout: Any
+    if kind in PAGES:
+        layout = PAGES[kind](voices, processor)
+    else:
+        check_generates(voice.model)
+        layout = Page(voices, processor, max_new_tokens)
+    blocks = layout.build(read_examples(examples) if examples else ())
     print(f"http://{host}:{port}", file=sys.stderr)
     run_page(blocks, host, port)
 

@@ -1,6 +1,7 @@
 """HTML and pictures of what the model did for one answer."""
 
 import io
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -15,6 +16,9 @@ STYLE = """
 .chorus-words span {padding: 1px 2px; margin: 1px; border-radius: 3px; display: inline-block; white-space: pre-wrap}
 .chorus-heat td {min-width: 20px; height: 16px; font-size: 10px; text-align: center; border: 1px solid #8883}
 .chorus-heat th {font-weight: normal; font-size: 11px; padding: 0 6px; text-align: left}
+.chorus-nearest {width: 100%}
+.chorus-nearest td:nth-child(2) {width: 45%}
+.chorus-nearest th {font-weight: normal; padding: 0 6px; text-align: left; overflow-wrap: anywhere}
 """
 
 
@@ -57,6 +61,17 @@ def heat_html(trace: Trace) -> str:
 def trace_html(trace: Trace) -> Html:
     """Experts and tokens of one answer, for a notebook."""
     return Html(f"<style>{STYLE}</style>{heat_html(trace)}{words_html(trace)}")
+
+
+def nearest_html(found: Sequence[tuple[str, float]]) -> str:
+    """A bar for each name, of cosine similarities; what points away has none."""
+    rows = [
+        f"<tr><th>{escape(name)}</th>"
+        f'<td><div style="background:{COLOURS["text"]};width:{100 * max(score, 0):.1f}%">&nbsp;</div></td>'
+        f"<td>{score:.3f}</td></tr>"
+        for name, score in found
+    ]
+    return f'<table class="chorus-nearest">{"".join(rows)}</table>'
 
 
 def spent_text(trace: Trace, tokens_per_second: float) -> str:

@@ -106,7 +106,7 @@ def decoder_groups(config: ChorusTextConfig) -> dict[str, Group]:
         Place(rf"{projection}[qkv]_proj\.(?:{weight}|(?:\w+\.)?bias)", 0),
         Place(rf"{projection}o_proj\.{weight}", 1),
     ]
-    heads.append(Place(rf"{projection}global_tokens\.(?:key|value)", 0))
+    heads.append(Place(rf"{projection}(?:global_tokens\.(?:key|value)|memory_tokens\.(?:write|gate))", 0))
     groups = {"heads": Group(config.num_key_value_heads, tuple(heads))}
     if len(config.sparse_layers) < config.num_hidden_layers:
         groups["feed_forward"] = Group(config.intermediate_size, _gated(r"layers\.(\d+)\.mlp\."))

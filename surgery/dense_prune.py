@@ -228,6 +228,11 @@ def check_decoder(config: ChorusTextConfig, keep: Mapping[str, int | float]) -> 
     if "heads" in keep and config.use_qk_norm and config.qk_norm_scope == "projection":
         raise ValueError(f"{OPERATION}: 'heads': qk_norm_scope='projection' norms all heads together")
     experts = [name for name in keep if name.startswith("experts:")]
+    if experts and config.expert_width_shares:
+        raise ValueError(
+            f"{OPERATION}: {experts[0]!r}: expert_width_shares={config.expert_width_shares} count the leading units, "
+            "which would be others"
+        )
     if experts and config.experts_layout == "linear":
         raise ValueError(f"{OPERATION}: {experts[0]!r}: experts_layout='linear'; stack them with fuse_experts() first")
 
@@ -239,6 +244,8 @@ def keep_layers(config: ChorusTextConfig, kept: list[int]) -> None:
     for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
         if (values := getattr(config, name)) is not None:
             setattr(config, name, [values[layer] for layer in kept])
+    if "hybrid_sliding" not in config.layer_types:
+        config.num_memory_tokens = 0
     for name in ("cross_modal_layers", "skip_layers"):
         if (values := getattr(config, name)) is not None:
             setattr(config, name, [place[layer] for layer in values if layer in place])

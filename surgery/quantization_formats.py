@@ -21,7 +21,7 @@ from chorus_moe.modeling.moe_banks import ChorusExperts
 from chorus_moe.surgery.parts import TOWERS, below_head, part_patterns
 
 OPERATION = "quantize"
-NONE = "none"
+FORMATS, NONE = ("int8", "int4"), "none"
 # Weights that share a scale at 4 bits, unless a group says otherwise: the largest of these that divides the row.
 GROUP_SIZES = (64, 32, 16)
 # The weights of a module that may be quantised.
@@ -77,7 +77,7 @@ def read_format(given: object, group: str) -> WeightFormat | None:
     if isinstance(given, WeightFormat):
         given = asdict(given)
     if isinstance(given, str):
-        check_name(where, "format", given, ("int8", "int4", NONE))
+        check_name(where, "format", given, (*FORMATS, NONE))
         return None if given == NONE else WeightFormat(int(given.removeprefix("int")))
     if not isinstance(given, Mapping):
         raise ValueError(f"{where}: expected int8, int4, none or a mapping such as {{bits: 4}}; found {given!r}")

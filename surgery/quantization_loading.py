@@ -12,10 +12,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
+from chorus_moe.surgery.parts import TOWERS
 from chorus_moe.surgery.quantization_formats import (
     Groups,
     apply_formats,
@@ -29,7 +31,9 @@ from chorus_moe.surgery.quantization_report import bytes_report
 METHOD = "chorus"
 # Libraries whose quantizers meet our models.
 OTHERS = ("bitsandbytes_4bit", "bitsandbytes_8bit", "torchao")
-EXPERTS = r"re:.*experts\.(gate_up_proj|down_proj)"
+# Not torchao's "_default", which would quantise biases as well.
+LINEARS = r"re:.*\.(?:q|k|v|o|gate|up|down)_proj(?:\.\w+)?\.weight"
+EXPERTS = r"re:.*\bexperts(?:\.\d+)?\.(?:gate_up_proj|down_proj)"
 
 
 @register_quantization_config(METHOD)
@@ -117,5 +121,41 @@ def _with_table(base: type[HfQuantizer]) -> type[HfQuantizer]:
     return type(base.__name__, (base,), members)
 
 
+class ChorusTorchAoQuantizer(TorchAoHfQuantizer):
+    """torchao's formats also for stacked experts, and not for towers, where the caller leaves both open."""
+
+    def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if isinstance(model, ChorusPreTrainedModel) and not self.pre_quantized:
+            if config.modules_to_not_convert is None:
+                towers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in TOWERS.values()]
+                config.modules_to_not_convert = [*get_keys_to_not_convert(model), *towers]
+            config.quant_type = _with_stacks(config.quant_type)
+        super()._process_model_before_weight_loading(model, *args, **kwargs)
+
+    @property
+    def is_trainable(self) -> bool:
+        # As transformers decides it: 8-bit weights, here also of the formats by name.
+        given = self.quantization_config.quant_type
+        formats = getattr(given, "fqn_to_config", {"": given}).values()
+        return all("8weight" in type(each).__name__.lower() for each in formats)
+
+
+def _with_stacks(given: Any) -> Any:
+    """A configuration of torchao that names stacked experts, where its format exists for stacks of matrices."""
+    from torchao.quantization import FqnToConfig, quantize_
+
+    if isinstance(given, FqnToConfig):
+        return given
+    probe = nn.Module()
+    probe.stack = nn.Parameter(torch.zeros(2, 128, 128), requires_grad=False)
+    try:
+        quantize_(probe, FqnToConfig({"stack": given}), filter_fn=None)
+    except (AssertionError, AttributeError, ImportError, NotImplementedError, RuntimeError, ValueError):
+        return given  # the table and its warning say what was not reached
+    return FqnToConfig({EXPERTS: given, LINEARS: given})
+
+
+AUTO_QUANTIZER_MAPPING["torchao"] = ChorusTorchAoQuantizer
 for _name in OTHERS:
     AUTO_QUANTIZER_MAPPING[_name] = _with_table(AUTO_QUANTIZER_MAPPING[_name])

@@ -44,7 +44,7 @@ def train(
     recipe: Annotated[str | None, typer.Argument(help="recipe in YAML, or one that `chorus-moe recipes` lists")] = None,
 ) -> None:
     """Train or fine-tune from a recipe, in all its stages; more options override it: `--learning_rate 1e-4`."""
-    from chorus_moe.training.scale.faults import named_by_rank
+    from chorus_moe.training.scale.faults import named_by_rank, warn_of_old_store
     from chorus_moe.training.stages import find_recipe, read_stages, run_stages
 
     words = list(context.args)
@@ -52,6 +52,7 @@ def train(
         # The first option, where no recipe is given.
         words.insert(0, recipe)
         recipe = None
+    warn_of_old_store()
     stages = read_stages(find_recipe(recipe) if recipe else None, words)
     with named_by_rank(is_users):
         metrics = run_stages(stages)

@@ -16,10 +16,15 @@ def inspect_model(name_or_path: str | os.PathLike[str]) -> tuple[ParameterReport
         FileNotFoundError: a path that is not there.
         ValueError: a configuration of another kind of model.
     """
+    config = read_config(name_or_path)
+    return parameter_report(config), size_report(config)
+
+
+def read_config(name_or_path: str | os.PathLike[str]) -> ChorusConfig:
+    """The configuration at a path or Hub id; errors as in `inspect_model`."""
     source = str(name_or_path)
     check_source(source)
     values, _ = ChorusConfig.get_config_dict(source)
     if values.get("model_type") != ChorusConfig.model_type:
         raise ValueError(f"{source!r} is a {values.get('model_type')!r}, expected {ChorusConfig.model_type!r}")
-    config = ChorusConfig.from_dict(values)
-    return parameter_report(config), size_report(config)
+    return ChorusConfig.from_dict(values)

@@ -54,7 +54,11 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError(f"freeze={parts.freeze} beside a LoRA: only what the LoRA names is trained; leave it out")
     if recipe.lora.use_lora and recipe.model.add_bank:
         raise ValueError("model.add_bank beside a LoRA: the saved model below it would lack it; add it in a stage")
+    if recipe.quantization.groups is not None and not recipe.lora.use_lora:
+        raise ValueError("quantization.quantize needs a lora section: whole numbers themselves cannot be trained")
     if recipe.model.load_in_4bit:
+        if recipe.quantization.groups is not None:
+            raise ValueError("quantization.quantize beside model.load_in_4bit: both quantise, leave one of them out")
         if not recipe.lora.use_lora:
             raise ValueError("model.load_in_4bit needs a lora section: 4-bit weights themselves cannot be trained")
         four_bits()

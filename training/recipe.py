@@ -21,6 +21,7 @@ from chorus_moe.training.layouts import ALONG, LAYOUTS, MEDIA_COLUMNS, TASK
 from chorus_moe.training.objectives.arguments import ObjectiveArguments
 from chorus_moe.training.objectives.distillation_arguments import DistillationArguments
 from chorus_moe.training.privacy.arguments import PrivacyArguments
+from chorus_moe.training.quantization import QuantizationArguments
 from chorus_moe.training.scale.layout import ParallelArguments, field_names_of, zero_config, zero_stage_of
 from chorus_moe.training.tasks.arguments import TaskArguments
 from chorus_moe.training.yaml_files import read_yaml
@@ -240,6 +241,7 @@ class Recipe(NamedTuple):
     privacy: PrivacyArguments
     federated: FederatedArguments
     parallel: ParallelArguments
+    quantization: QuantizationArguments
     training: RunArguments
     # Names that the file or the command line gives a value; the card lists them.
     given: frozenset[str] = frozenset()
@@ -266,6 +268,7 @@ SECTIONS: dict[str, type] = {
     "privacy": PrivacyArguments,
     "federated": FederatedArguments,
     "parallel": ParallelArguments,
+    "quantization": QuantizationArguments,
     "training": RunArguments,
 }
 # Names of `training` that may stand in another section, too: for a private run `max_grad_norm` bounds each row.
@@ -280,8 +283,8 @@ def read_recipe(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
     Args:
         path: YAML with the sections `model`, `data`, `lora`, `routing`, `parts`, `guards`, `objectives`,
-            `distillation`, `tasks`, `privacy`, `federated`, `parallel` and `training`, each a mapping; None for
-            overrides alone.
+            `distillation`, `tasks`, `privacy`, `federated`, `parallel`, `quantization` and `training`, each a mapping;
+            None for overrides alone.
 
     Raises:
         ValueError: no YAML, an unknown section or name (naming the nearest one), or a value of another type.

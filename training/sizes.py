@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
@@ -81,15 +81,7 @@ def size_report(model: ChorusConfig | ChorusForConditionalGeneration) -> SizeRep
     in_four_bits = sum(
         module.weight.numel() for module in built.modules() if isinstance(module, nn.Linear) and module is not head
     )
-    text = given.text_config
-    banks, cross_modal = "all" if text.sparse_layers else (), bool(text.cross_modal_layers)
-    # A dense model without media has neither.
-    attention = not (banks or cross_modal)
-    config = lora_config(built, banks=banks, cross_modal=cross_modal, attention=attention, r=RANK, verbose=False)
-    with warnings.catch_warnings():
-        # PEFT asks transformers by a name that is about to change.
-        warnings.simplefilter("ignore", FutureWarning)
-        adapted = get_peft_model(built, config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    adapted = with_lora(built)
     lora = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     trained = COPIES * lora * torch.float32.itemsize
     sizes = {}
@@ -100,6 +92,19 @@ def size_report(model: ChorusConfig | ChorusForConditionalGeneration) -> SizeRep
     weights = round(in_four_bits * FOUR_BITS + (total - in_four_bits) * torch.bfloat16.itemsize)
     sizes["4-bit"] = Size(disk=None, load=weights, lora=weights + trained, whole=None)
     return SizeReport(total, lora, in_four_bits / total, sizes)
+
+
+def with_lora(built: ChorusForConditionalGeneration) -> PeftModel:
+    """A model with the LoRA that `Size.lora` is about, which is where the model is."""
+    text = built.config.text_config
+    banks, cross_modal = "all" if text.sparse_layers else (), bool(text.cross_modal_layers)
+    # A dense model without media has neither.
+    attention = not (banks or cross_modal)
+    config = lora_config(built, banks=banks, cross_modal=cross_modal, attention=attention, r=RANK, verbose=False)
+    with warnings.catch_warnings():
+        # PEFT asks transformers by a name that is about to change.
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(built, config, low_cpu_mem_usage=built.device.type == "meta")  # type: ignore[arg-type]
 
 
 def readable(count: int) -> str:

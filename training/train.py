@@ -39,6 +39,7 @@ from chorus_moe.training.loading import ModelOrAdapter, base_model, check_source
 from chorus_moe.training.objectives.distillation import distillation_objectives
 from chorus_moe.training.objectives.teacher_files import TaughtRows, teacher_columns
 from chorus_moe.training.objectives.terms import build_objectives, weigh_tokens
+from chorus_moe.training.quantization import quantize_below
 from chorus_moe.training.rates import Rates
 from chorus_moe.training.readiness import check_recipe, check_weights, four_bits, prepare_parts
 from chorus_moe.training.recipe import GuardArguments, ModelArguments, Recipe
@@ -275,8 +276,11 @@ def load_or_build(
     if is_contrastive(recipe):
         set_temperature(model, recipe.objectives)
     check_weights(model)
-    # The table once, not once on each rank.
-    return prepare_parts(model, recipe, verbose=recipe.training.process_index == 0), processor
+    # The tables once, not once on each rank.
+    is_first = recipe.training.process_index == 0
+    prepared = prepare_parts(model, recipe, verbose=is_first)
+    quantize_below(prepared, recipe.quantization, verbose=is_first)
+    return prepared, processor
 
 
 def build_model(

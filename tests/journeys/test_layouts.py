@@ -69,12 +69,13 @@ def test_four_processes_learn_what_one_learns_and_any_number_reads_it(tmp_path: 
     FOUR[1][4]["save_strategy"] = "steps"
     done = run_ranks(PROGRAM, [str(tmp_path), json.dumps(FOUR)], cwd=tmp_path, ranks=4, seconds=400)
     assert [rank.returncode for rank in done] == [0] * 4, [rank.stderr[-2000:] for rank in done]
-    losses = run(tmp_path / "alone", "routing", {}, None, {})["losses"]
+    # The rate falls over the steps that a run has, so four are not the first four of twenty.
+    alone = {"hybrid": losses_alone(tmp_path, "routing", {}), "tensor": losses_alone(tmp_path, "routing", SAVED)}
     for rank in range(4):
         found = json.loads((tmp_path / f"4-{rank}.json").read_text())
-        for name, steps in (("hybrid", 20), ("tensor", 4)):
+        for name, losses in alone.items():
             assert "error" not in found[name], found[name]["error"]
-            assert found[name]["losses"] == pytest.approx(losses[:steps], abs=LOSSES)
+            assert found[name]["losses"] == pytest.approx(losses, abs=LOSSES)
 
     # Nothing is left to learn: what is saved is what was loaded.
     loads = [["loaded", "routing", {"fsdp": 3}, at_end(tmp_path, "tensor"), {"max_steps": 4, "ignore_data_skip": True}]]
@@ -108,14 +109,14 @@ def test_torchrun_restarts_a_run_whose_rank_is_killed(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words, *program],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         capture_output=True,
         text=True,
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "the run continues from checkpoint-2" in done.stderr
-    assert "exitcode  : -9" in done.stderr or "Signal 9" in done.stderr
+    assert "exitcode: -9" in done.stderr
 
     whole = [*program[1:], "--output_dir", "whole"]
     for rank in run_ranks(SCRIPTS / "killed_rank.py", whole, cwd=tmp_path, seconds=200):

@@ -84,9 +84,11 @@ def test_outputs_are_those_of_the_whole_model_without_the_cut_weights(name: str)
         {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True, "use_qk_norm": True},
         {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 4,
          "num_global_tokens": 2},
+        {"layer_types": ["hybrid_sliding", "full_attention", "hybrid_sliding"], "sliding_window": 4,
+         "num_memory_tokens": 2},
         {"share_cross_modal_query": False, "tie_word_embeddings": True},
     ],
-    ids=["biases and norms", "windows", "own queries, tied"],
+    ids=["biases and norms", "windows", "memory", "own queries, tied"],
 )  # fmt: skip
 def test_every_kind_of_attention_loses_heads(text: dict[str, Any]) -> None:
     model = make(**text)
@@ -246,3 +248,16 @@ def test_magnitude_orders_units_as_torch_does() -> None:
     prune.ln_structured(stack, "weight", amount=40, n=2, dim=0)
     kept = stack.weight_mask[:, 0].nonzero().flatten()
     assert score.topk(len(kept)).indices.sort().values.equal(kept)
+
+
+def test_a_model_that_loses_its_memory_layers_is_one_without_memory() -> None:
+    kinds = ["full_attention", "full_attention", "hybrid_sliding"]
+    model = make(layer_types=kinds, sliding_window=4, num_memory_tokens=2)
+    prune_dense(model, {"layers": 2}, {"layers": {"": torch.tensor([2.0, 1.0, 0.0])}})
+    assert (model.config.text_config.num_memory_tokens, len(model.model.language_model.layers)) == (0, 2)
+    logits(model)
+
+
+def test_experts_whose_leading_part_works_alone_keep_their_units() -> None:
+    with pytest.raises(ValueError, match=r"'experts:image': expert_width_shares=\[0.5, 1.0\] count the leading units"):
+        prune_dense(make(expert_width_shares=[0.5, 1.0]), {"experts:image": 12})

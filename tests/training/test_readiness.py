@@ -24,6 +24,8 @@ QUIET = ["--report_to", "none", "--use_cpu", "true"]
             "warmup_steps to a whole number; found constant and 0.1",
         ),
         (["--load_in_4bit", "true"], "load_in_4bit needs a lora section"),
+        (["--quantize", "int8"], "quantization.quantize needs a lora section"),
+        (["--quantize", "int8", "--load_in_4bit", "true", "--use_lora", "true"], "both quantise"),
         (["--use_lora", "true", "--add_bank", '{"name": "law"}'], "add_bank beside a LoRA"),
     ],
 )

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
 from transformers.utils import is_bitsandbytes_available
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
+from chorus_moe.surgery import bytes_report, dequantize, quantize
 from chorus_moe.training import readiness
 from chorus_moe.training.checkpoints import numbered_checkpoints
 from chorus_moe.training.data import load_rows
@@ -188,10 +190,9 @@ SMALL = ["--use_cpu", "true", "--disable_tqdm", "true", "--max_steps", "1", "--p
 
 
 needs_bitsandbytes = pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
-NAMES = [pytest.param(n, marks=needs_bitsandbytes if n == "qlora" else ()) for n in sorted(shipped_recipes())]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_a_shipped_recipe_runs_on_small_data(
     name: str, base: Path, data: Path, model: ChorusForConditionalGeneration, processor: ChorusProcessor
 ) -> None:
@@ -208,10 +209,43 @@ def test_a_shipped_recipe_runs_on_small_data(
         assert "domain" in loaded.config.text_config.expert_banks
 
 
-@needs_bitsandbytes
-def test_qlora_trains_an_adapter_on_weights_in_four_bits(base: Path, data: Path) -> None:
+def test_qlora_trains_quantised_banks_and_merges_into_them(base: Path, data: Path) -> None:
     words = ["--model_name_or_path", str(base), "--train_data", str(data), "--output_dir", str(data / "out"), *SMALL]
     [stage] = read_stages(shipped_recipes()["qlora"], [*words, "--max_steps", "4", "--learning_rate", "1e-2"])
+    model, _ = load_or_build(stage.recipe, load_rows(data))
+    groups = bytes_report(model).groups
+    assert all("int4" in groups[f"experts:{name}"].numbers for name in ("text", "image", "audio", "common"))
+    assert "int8" in groups["attention"].numbers
+    run_stages([stage])
+    history = json.loads((data / "out" / "trainer_state.json").read_text())["log_history"]
+    assert math.isfinite(history[-1]["train_loss"])
+    adapter = load_file(data / "out" / "adapter_model.safetensors")
+    # The adapter has moved from where LoRA starts, at zero, in banks as well.
+    assert all(
+        tensor.any() for name, tensor in adapter.items() if "q_proj.lora_B" in name or "text.experts.lora_B" in name
+    )
+    assert any("text.experts.lora_B" in name for name in adapter)
+    # On weights as they were, and on those that it was trained on: merged, it gives what it gave.
+    loaded, _ = load_model(data / "out")
+    quantize(loaded, stage.recipe.quantization.groups, verbose=False)
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        expected = loaded(input_ids=ids).logits
+        dequantize(loaded)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
+    load_model(data / "out", merge=True)
+
+
+FOUR_BITS = ["--quantize", "none", "--load_in_4bit", "true", "--learning_rate", "1e-2"]
+
+
+@needs_bitsandbytes
+def test_an_adapter_trains_on_the_four_bits_of_bitsandbytes(base: Path, data: Path) -> None:
+    words = ["--model_name_or_path", str(base), "--train_data", str(data), "--output_dir", str(data / "out"), *SMALL]
+    [stage] = read_stages(
+        shipped_recipes()["qlora"], [*words, "--max_steps", "4", "--learning_rate", "1e-2", *FOUR_BITS]
+    )
     model, _ = load_or_build(stage.recipe, load_rows(data))
     projections = {name: module for name, module in model.named_modules() if name.endswith("q_proj.base_layer")}
     assert projections
@@ -232,7 +266,7 @@ def test_four_bits_without_bitsandbytes_are_refused(base: Path, data: Path, monk
     monkeypatch.setattr(readiness, "is_bitsandbytes_available", lambda: False)
     words = ["--model_name_or_path", str(base), "--train_data", str(data), "--output_dir", str(data / "out"), *SMALL]
     with pytest.raises(ImportError, match=r"bitsandbytes is not installed; pip install 'chorus-moe\[qlora\]'"):
-        run_stages(read_stages(shipped_recipes()["qlora"], words))
+        run_stages(read_stages(shipped_recipes()["qlora"], [*words, *FOUR_BITS]))
 
 
 def test_variables_fill_a_recipe_in(tmp_path: Path) -> None:

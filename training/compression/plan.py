@@ -246,11 +246,11 @@ def read_distil(where: str, content: Mapping[str, Any]) -> Distil:
     return Distil({section: dict(values) for section, values in content.items()})
 
 
-def check_names(where: str, found: Iterable[object], known: Collection[str]) -> None:
+def check_names(where: str, found: Iterable[str], known: Collection[str]) -> None:
     """Raises ValueError naming the first unknown name and the nearest known one."""
     for name in found:
         if name not in known:
-            raise ValueError(f"{where}: unknown name {name!r}{nearest(str(name), known)}; known are {', '.join(known)}")
+            raise ValueError(f"{where}: unknown name {name!r}{nearest(name, known)}; known are {', '.join(known)}")
 
 
 def check_count(where: str, value: object) -> None:

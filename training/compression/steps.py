@@ -90,7 +90,7 @@ def even_scores(model: nn.Module) -> dict[int, dict[str, torch.Tensor]]:
     }
 
 
-def layer_scores(model: ChorusForConditionalGeneration, value: float) -> Scores:
+def layer_scores(model: ModelOrAdapter, value: float) -> Scores:
     """The same score for all layers of decoder and towers."""
     found: Scores = {}
     for owner, part in owners_of(model.model).items():
@@ -117,8 +117,7 @@ def apply(
     chosen = [rows[index] for index in range(min(step.rows, len(rows)))]
     if isinstance(step, Merge):
         found = expert_saliency(model, processor, chosen, batch_size=batch_size)
-        whole: Any = model
-        return [merge_experts(whole, bank, count, found.uses, step.similarity) for bank, count in step.banks.items()]
+        return [merge_experts(model, bank, count, found.uses, step.similarity) for bank, count in step.banks.items()]
     if step.experts:
         found = expert_saliency(model, processor, chosen, batch_size=batch_size)
         reports.append(prune_experts(model, step.experts, getattr(found, step.by)))

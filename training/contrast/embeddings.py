@@ -83,6 +83,26 @@ def embed_texts(model: ModelOrAdapter, processor: ChorusProcessor, texts: Sequen
     return head.get_text_features(**{key: batch[key] for key in INPUTS["text"]}).float().cpu()
 
 
+@torch.inference_mode()
+def embed_media(model: ModelOrAdapter, processor: ChorusProcessor, name: str, items: Sequence[Any]) -> Tensor:
+    """`(items, D)` float32 unit vectors of pictures (`image`) or clips (`audio`), on the CPU.
+
+    Raises:
+        MediaError: an item that cannot be read, by its number.
+        ValueError: a clip of several windows, by its number.
+    """
+    # A placeholder each, so that errors name the item.
+    text = [getattr(processor, f"{name}_token")] * len(items)
+    batch = processor(text=text, return_tensors="pt", **{MEDIA[name].column: [[item] for item in items]})
+    if len(batch[INPUTS[name][0]]) != len(items):
+        whole = [len(processor(return_tensors="pt", **{MEDIA[name].column: [item]})[INPUTS[name][0]]) for item in items]
+        number = next(index for index, windows in enumerate(whole) if windows > 1)
+        raise ValueError(f"{name} {number} fills {whole[number]} windows, a vector is of one; cut it shorter")
+    batch, head = batch.to(device_of(model)), base_model(model)
+    assert isinstance(head, ChorusForContrastive)
+    return getattr(head, f"get_{name}_features")(**{key: batch[key] for key in INPUTS[name]}).float().cpu()
+
+
 def _keys(name: str, inputs: Mapping[str, Tensor]) -> list[bytes]:
     """What tells the items of a batch apart, whatever they were padded to."""
     values = inputs[INPUTS[name][0]]

@@ -180,7 +180,8 @@ def is_reached(tensors: Tensors, tokens: dict[Place, Tensor], seen: dict[str, in
 
 
 def check_federated_recipe(recipe: Recipe) -> None:
-    """Raises ValueError for what has no meaning in a federation: a new model, a stream, tasks, a teacher."""
+    """Raises ValueError for what has no meaning in a federation: a new model, a stream, tasks, row-level privacy, a
+    teacher."""
     check_recipe(recipe)
     if recipe.model.model_name_or_path is None:
         raise ValueError("a federation trains a model that all have: set model.model_name_or_path")
@@ -188,5 +189,10 @@ def check_federated_recipe(recipe: Recipe) -> None:
         raise ValueError("data.streaming: a client says how many rows it has, and a stream does not end")
     if recipe.tasks.use_tasks:
         raise ValueError("tasks: a federation does not join what the tasks' own weights learn; leave the section out")
+    if recipe.privacy.use_privacy:
+        raise ValueError(
+            "privacy: each round would spend its epsilon anew, and counts of rows and tokens are sent as they are; "
+            "leave the section out, see federated.client_noise"
+        )
     if recipe.distillation.teachers:
         raise ValueError("distillation: a client of a federation has no teacher; leave the section out")

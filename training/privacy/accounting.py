@@ -66,7 +66,7 @@ def noise_for(
     accountant: str = "prv",
     spent: Sequence[Updates] = (),
 ) -> float:
-    """The least noise multiplier with which `steps` more updates keep within epsilon.
+    """The least noise multiplier with which `steps` more updates keep within epsilon; the most there is for none.
 
     Args:
         spent: the updates before.
@@ -74,8 +74,11 @@ def noise_for(
     Raises:
         ValueError: the budget is spent already, or no noise is enough.
     """
+    if steps < 1:
+        # Of a run that is finished: should it take an update all the same, that would be noise alone.
+        return MOST_NOISE
     before = epsilon_of(spent, delta, mechanism, accountant)
-    if before > ALL_SPENT * epsilon and steps:
+    if before > ALL_SPENT * epsilon:
         raise ValueError(
             f"privacy.epsilon={epsilon:g} is spent: the updates so far have spent {before:.4g} at delta={delta:g}, "
             f"and {steps} more are asked for"

@@ -40,6 +40,17 @@ def named_by_rank(is_users: Callable[[Exception], bool]) -> Iterator[None]:
         os._exit(1)
 
 
+def warn_of_old_store() -> None:
+    """torchrun keeps its store over restarts, with addresses of ranks that are gone, unless it is told not to."""
+    attempt, shares = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "USE_AGENT_STORE"))
+    if attempt not in (None, "0") and shares == "True" and os.environ.get("RANK") == "0":
+        print(
+            "restarted with the store of the failed attempt: if ranks find no connection, start torchrun with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+            file=sys.stderr,
+        )
+
+
 class SlowRank(TrainerCallback):
     """Before each step all ranks wait for the last one, but not for ever.
 
@@ -66,8 +77,8 @@ class SlowRank(TrainerCallback):
         try:
             dist.monitored_barrier(self._group, timeout=self.patience, wait_all_ranks=True)
         except RuntimeError as error:
-            seconds = self.patience.total_seconds()
+            step, seconds = state.global_step + 1, self.patience.total_seconds()
             raise RuntimeError(
-                f"before step {state.global_step + 1} not all ranks arrived within {seconds:g} seconds "
+                f"before step {step} not all ranks arrived: they are gone, or over {seconds:g} seconds behind "
                 f"(parallel.patience): {error}"
             ) from error

@@ -104,7 +104,8 @@ class TaskLearning(TrainerCallback):
             )
         if arguments.n_gpu > 1:
             raise ValueError(f"tasks: {arguments.n_gpu} GPUs in one process; start one process a GPU with torchrun")
-        sharded = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
+        is_fsdp = trainer.is_fsdp_enabled or getattr(trainer, "is_spread", False)
+        sharded = "FSDP" if is_fsdp else "DeepSpeed" if trainer.is_deepspeed_enabled else None
         if sharded and given.task_weighting == "uncertainty":
             raise ValueError(
                 f"tasks.task_weighting=uncertainty trains numbers beside the model, which {sharded} does not know; "

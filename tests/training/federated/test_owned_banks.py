@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -41,21 +40,22 @@ def load(folder: Path) -> nn.Module:
     return AutoModelForMultimodalLM.from_pretrained(folder)
 
 
-@pytest.fixture
-def gates(federation_folder: Path, tmp_path: Path) -> dict[str, Any]:
-    found = sections(federation_folder, {"train": ["image"]}, tmp_path / "unused", "both")
-    return {name: found[name] for name in ("data", "training")}
+@pytest.fixture(scope="module")
+def gathered(
+    files: dict[str, Path], federation_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Models of all banks and of two, gates trained, and of two as their owners have trained them."""
+    folder = tmp_path_factory.mktemp("gathered")
+    recipe = sections(federation_folder, {"train": ["image"]}, folder / "unused", "both")
+    gates, two = {name: recipe[name] for name in ("data", "training")}, [files["clinic"], files["garage"]]
+    for name, chosen, trained in (("all", list(files.values()), gates), ("two", two, gates), ("plain", two, None)):
+        assert gather_banks(federation_folder / "model", chosen, folder / name, trained) == [f.stem for f in chosen]
+    return {path.name: path for path in folder.iterdir()}
 
 
-def test_a_withdrawn_bank_leaves_no_trace(
-    files: dict[str, Path], federation_folder: Path, gates: dict[str, Any], tmp_path: Path
-) -> None:
-    base = federation_folder / "model"
-    names = gather_banks(base, list(files.values()), tmp_path / "all", gates)
-    assert names == list(OWNERS)
-    gather_banks(base, [files["clinic"], files["garage"]], tmp_path / "never", gates)
-    assert withdraw_bank(tmp_path / "all", "bakery", tmp_path / "without") == ["clinic", "garage"]
-    never, without, whole = (load(tmp_path / name) for name in ("never", "without", "all"))
+def test_a_withdrawn_bank_leaves_no_trace(gathered: dict[str, Path], tmp_path: Path) -> None:
+    assert withdraw_bank(gathered["all"], "bakery", tmp_path / "without") == ["clinic", "garage"]
+    never, without, whole = load(gathered["two"]), load(tmp_path / "without"), load(gathered["all"])
     states = without.state_dict()
     assert states.keys() == never.state_dict().keys() and not any("bakery" in name for name in states)
     assert torch.equal(logits_of(without), logits_of(never))
@@ -63,13 +63,8 @@ def test_a_withdrawn_bank_leaves_no_trace(
     assert not (tmp_path / "without" / BANKS / "bakery.safetensors").exists()
 
 
-def test_gates_alone_are_trained(
-    files: dict[str, Path], federation_folder: Path, gates: dict[str, Any], tmp_path: Path
-) -> None:
-    pair = [files["clinic"], files["garage"]]
-    gather_banks(federation_folder / "model", pair, tmp_path / "plain")
-    gather_banks(federation_folder / "model", pair, tmp_path / "trained", gates)
-    before, after = (load(tmp_path / name).state_dict() for name in ("plain", "trained"))
+def test_gates_alone_are_trained(gathered: dict[str, Path]) -> None:
+    before, after = (load(gathered[name]).state_dict() for name in ("plain", "two"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(".gate." in name and name.split(".banks.")[1].startswith(OWNERS) for name in changed)
 

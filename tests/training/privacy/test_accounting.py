@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from chorus_moe.training.privacy.accounting import Updates, epsilon_of, laplace_epsilon, noise_for
+from chorus_moe.training.privacy.accounting import MOST_NOISE, Updates, epsilon_of, laplace_epsilon, noise_for
 from tests.training.privacy.conftest import REASON
 
 DELTA = 1e-5
@@ -82,6 +82,7 @@ def test_what_is_spent_leaves_less_for_the_rest() -> None:
     assert epsilon_of([*spent, (rest, 0.1, 5)], DELTA, "laplace") <= 2.0
     with pytest.raises(ValueError, match=r"epsilon=0.1 is spent: the updates so far have spent .*, and 5 more"):
         noise_for(0.1, DELTA, 0.1, 5, "laplace", spent=spent)
+    assert noise_for(0.1, DELTA, 0.1, 0, "laplace", spent=spent) == MOST_NOISE
     with pytest.raises(ValueError, match="no noise is enough for 1000000 updates"):
         noise_for(1e-6, DELTA, 1.0, 1_000_000, "laplace")
 

@@ -1,0 +1,120 @@
+"""Smaller models: bytes, accuracy and speed in 8 and 4 bits.
+
+Run as `python -m benchmarks.compression --threads 1`. Three parts, and a summary of their figures:
+
+- bytes of the model of `benchmarks.decode`, of float32;
+- an expert model learns the demo's questions, and copies of it in 8 and 4 bits answer the held-out ones: the drop is in
+  points, the mean over the seeds;
+- prefill and decoding of the first model, compiled, in float32, 8 and 4 bits and, where `llama-cpp-python` and `gguf`
+  are installed, llama.cpp on the same weights in Q8_0 and Q4_0. A ratio above 1: ours in that format is faster than our
+  float32, or than llama.cpp's.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from copy import deepcopy
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from benchmarks.decode import QUICK, SIZES, WIDTH, chorus_model, generate, llama_cpp, qwen_model
+from benchmarks.digit_lessons import Lesson, LessonSettings, lesson_options, media, with_text
+from benchmarks.moe_vs_dense import EXPERTS
+from benchmarks.timing import OURS, Report, measure, parse
+from chorus_moe.fastpaths.compiled_decoding import compile_decoding
+from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
+from chorus_moe.surgery import bytes_report, quantize
+
+FORMATS = {"int8": "Q8_0", "int4": "Q4_0"}
+Models = dict[str, ChorusForConditionalGeneration]
+
+
+def with_copies(model: ChorusForConditionalGeneration) -> Models:
+    """The model, and copies of it in fewer bits."""
+    models = {OURS: model.eval()} | {name: deepcopy(model) for name in FORMATS}
+    for name in FORMATS:
+        quantize(models[name], name, verbose=False)
+    return models
+
+
+def bytes_ratios(models: Models) -> dict[str, float]:
+    whole = bytes_report(models[OURS]).bytes
+    return {f"bytes_ratio_{name}": bytes_report(models[name]).bytes / whole for name in FORMATS}
+
+
+def accuracy_drops(parsed: Any, report: Report) -> dict[str, float]:
+    """Points that copies in fewer bits lose on held-out questions."""
+    settings = LessonSettings.read(parsed)
+    drops: dict[str, list[float]] = {name: [] for name in FORMATS}
+    with media(parsed) as found:
+        for seed in parsed.seeds[:1] if parsed.quick else parsed.seeds:
+            lesson = Lesson(found, settings, seed)
+            model = lesson.decoder(with_text(lesson.teacher.config, **EXPERTS))
+            lesson.learn({OURS: model})
+            models = with_copies(model)
+            accuracies = {name: lesson.accuracies(each)[0]["all"] for name, each in models.items()}
+            report.add(f"seed {seed}", {f"{name}_accuracy": share for name, share in accuracies.items()}, "accuracy")
+            for name, points in drops.items():
+                points.append(100 * (accuracies[OURS] - accuracies[name]))
+    return {f"accuracy_drop_{name}": fmean(points) for name, points in drops.items()}
+
+
+def speeds(models: Models, sizes: dict[str, int], width: int, parsed: Any, report: Report) -> dict[str, float]:
+    """Tokens a second, and how many times as long others take."""
+    prompt, count = (4, 3) if parsed.quick else (parsed.prompt, parsed.new_tokens)
+    input_ids = torch.randint(1, sizes["vocab_size"], (1, prompt))
+    variants: dict[str, Callable[[int], Any]] = {
+        name: lambda tokens, m=model: generate(m, input_ids, tokens) for name, model in models.items()
+    }
+    peer = qwen_model(sizes, width, models[OURS]).eval()
+    for model in models.values():
+        model.generation_config.eos_token_id = None
+        compile_decoding(model)
+    if importlib.util.find_spec("llama_cpp") and not parsed.quick:
+        variants |= {kind: llama_cpp(peer, input_ids, count + 1, kind) for kind in FORMATS.values()}
+    calls = {f"{name} {n}": lambda v=v, n=n: v(n) for name, v in variants.items() for n in (1, 1 + count)}
+    timings = measure(calls, parsed.rounds, memory=False)
+    prefill = {name: timings[f"{name} 1"].rounds for name in variants}
+    decode = {
+        name: [b - a for a, b in zip(first, timings[f"{name} {1 + count}"].rounds, strict=True)]
+        for name, first in prefill.items()
+    }
+    report.add("prefill", {f"{name}_ms": 1e3 * median(rounds) for name, rounds in prefill.items()})
+    report.add("decode", {f"{n}_tokens_per_second": count / median(r) for n, r in decode.items()}, "tokens_per_second")
+
+    def times_as_long(of: dict[str, list[float]], other: str, ours: str) -> float:
+        return median(b / a for a, b in zip(of[ours], of[other], strict=True))
+
+    found = {f"decode_ratio_{name}": times_as_long(decode, OURS, name) for name in models if name != OURS}
+    found |= {f"prefill_ratio_{name}": times_as_long(prefill, OURS, name) for name in models if name != OURS}
+    if "Q8_0" in decode:
+        found["llama_cpp_ratio"] = times_as_long(decode, "Q8_0", "int8")
+        found["llama_cpp_ratio_int4"] = times_as_long(decode, "Q4_0", "int4")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = (
+        ("--prompt", {"type": int, "default": 64, "help": "tokens of the prompt"}),
+        ("--new-tokens", {"type": int, "default": 32}),
+        ("--parts", {"nargs": "+", "choices": ["accuracy", "speed"], "default": ["accuracy", "speed"]}),
+    )
+    parsed = parse("Bytes, accuracy and speed in fewer bits.", arguments, *lesson_options(250, seeds=3), *options)
+    sizes, width = (QUICK, 16) if parsed.quick else (SIZES, WIDTH)
+    report = Report("fewer bits", parsed)
+    models = with_copies(chorus_model(sizes, width))
+    summary = bytes_ratios(models)
+    if "accuracy" in parsed.parts:
+        summary |= accuracy_drops(parsed, report)
+    if "speed" in parsed.parts:
+        if parsed.quick:
+            del models["int4"]  # each is compiled
+        summary |= speeds(models, sizes, width, parsed, report)
+    report.add("summary", summary, "")
+    print("  ".join(f"{name} {value:.3g}" for name, value in summary.items()))
+    report.save()
+
+
+if __name__ == "__main__":
+    main()
