@@ -13,8 +13,8 @@ PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
 help:
 	@echo "make demo    train, fine-tune, save, reload and question a small trimodal model (report in out/demo)"
-	@echo "make test    the test suite, without the journeys"
-	@echo "make journeys  what users do from end to end, each step a process of its own, in some five minutes"
+	@echo "make test    the test suite, without the journeys and slow tests"
+	@echo "make journeys  what users do from end to end, each step a process of its own, then the tests marked slow; some twelve minutes"
 	@echo "make test-matrix  a core of the suite on other releases (MATRIX=newest: one set)"
 	@echo "make check   lint, format, types and layout tests, in seconds"
 	@echo "make format  rewrite the files as make check wants them"
@@ -36,10 +36,11 @@ demo: setup
 	$(BIN)/chorus-moe demo $(DEMO_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest --ignore=tests/journeys $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --ignore=tests/journeys -m 'not slow' $(PYTEST_ARGS)
 
 journeys: setup
 	$(BIN)/python -m pytest tests/journeys --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --ignore=tests/journeys -m slow --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-matrix: setup
 	.ci/matrix $(MATRIX)

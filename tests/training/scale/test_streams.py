@@ -27,7 +27,8 @@ def seen_by(rows: StreamedRows, ranks: int, first: int, last: int) -> list[list[
     return [texts(iter(step)) for step in steps[first:]]
 
 
-@pytest.mark.parametrize("source", ["parquet", "shards", "jsonl"])
+# Not Parquet: `datasets` sleeps five seconds at the end of each pass over several such files, and these are sixty passes.
+@pytest.mark.parametrize("source", ["shards", "jsonl"])
 def test_each_row_once_whatever_the_ranks_before_and_after_a_stop(source: str, tmp_path: Path) -> None:
     SOURCES[source](tmp_path)
     rows = stream_of(tmp_path, data={"shuffle_buffer": 3})
