@@ -7,7 +7,7 @@ from typing import Any
 
 COMMANDS = (
     *("compose", "train", "precompute-teacher", "recipes", "evaluate", "generate", "routing", "inspect", "doctor"),
-    *("compress", "export"),
+    *("compress", "export", "export-graphs", "plan", "launch", "federated"),
 )
 
 

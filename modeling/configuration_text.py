@@ -145,7 +145,7 @@ class ChorusTextConfig(PreTrainedConfig):
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 512
     shared_expert_intermediate_size: int = 512
-    expert_width_shares: list[float] | None = None
+    expert_width_shares: list[int | float] | None = None
     experts_layout: str = "fused"
     router_aux_loss_coef: int | float = 0.01
     router_z_loss_coef: int | float = 0.0
@@ -332,7 +332,7 @@ class ChorusTextConfig(PreTrainedConfig):
             if not self.banks_of_layer(layer):
                 raise ValueError(f"ChorusTextConfig: sparse layer {layer} holds no expert bank")
 
-    def _validate_widths(self, shares: list[float] | None) -> None:
+    def _validate_widths(self, shares: list[int | float] | None) -> None:
         if shares is None:
             return
         if len(shares) < 2 or shares[-1] != 1 or shares[0] <= 0 or sorted(set(shares)) != shares:

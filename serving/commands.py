@@ -121,7 +121,7 @@ def page(
 
 
 @app.command()
-def export(
+def export_graphs(
     model: ModelName,
     out: Annotated[Path, typer.Argument(help="folder for the graphs, the configuration and the processor")],
     format: Annotated[str, typer.Option(help="onnx, or torch for torch.export's archives")] = "onnx",

@@ -33,7 +33,9 @@ class OnnxModel:
 
         paths = sorted(Path(folder).glob("*.onnx"))
         if not paths:
-            raise FileNotFoundError(f"{str(folder)!r} holds no .onnx files: chorus-moe export MODEL OUT writes them")
+            raise FileNotFoundError(
+                f"{str(folder)!r} holds no .onnx files: chorus-moe export-graphs MODEL OUT writes them"
+            )
         self.config = AutoConfig.from_pretrained(folder)
         self.sessions = {path.stem: onnxruntime.InferenceSession(path, providers=list(providers)) for path in paths}
         is_generating = (Path(folder) / "generation_config.json").is_file()

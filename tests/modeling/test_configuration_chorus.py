@@ -298,10 +298,11 @@ def test_a_whole_number_is_a_coefficient_and_true_is_none(tmp_path: Path) -> Non
     own[ChorusConfig, "exit_thresholds"] = {"text_config": TEXT | {"exit_layers": [1]}}
     assert len(numbers) >= 13
     for kind, name in numbers:
+        several = {"exit_thresholds": [], "expert_width_shares": [0.5]}.get(name)
         for value in (1, 1.0):
-            given = [value] if name == "exit_thresholds" else value
+            given = value if several is None else [*several, value]
             config = kind(**parts[kind] | own.get((kind, name), {}) | {name: given})
             config.save_pretrained(tmp_path)
             assert getattr(kind.from_pretrained(tmp_path), name) == given, name
         with pytest.raises(StrictDataclassFieldValidationError, match=name):
-            kind(**parts[kind] | {name: [True] if name == "exit_thresholds" else True})
+            kind(**parts[kind] | {name: True if several is None else [*several, True]})

@@ -24,7 +24,7 @@ SPARSE = TEXT | {"expert_banks": {"common": {"adaptive_experts": True}, "image":
 
 
 def test_onnxruntime_writes_what_generate_writes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert not app(["export", str(folder), str(tmp_path / "onnx")], standalone_mode=False)
+    assert not app(["export-graphs", str(folder), str(tmp_path / "onnx")], standalone_mode=False)
     assert "decoder.onnx" in capsys.readouterr().out
     model, processor = load_model(folder)
     pictures, sounds = [picture_file(seed) for seed in range(2)], [sound_file(3, 0.5), sound_file(4)]

@@ -27,7 +27,7 @@ def seen_by(rows: StreamedRows, ranks: int, first: int, last: int) -> list[list[
     return [texts(iter(step)) for step in steps[first:]]
 
 
-# Not Parquet: `datasets` sleeps five seconds at the end of each pass over several such files, and these are sixty passes.
+# Not Parquet: at the end of each pass over several such files `datasets` sleeps five seconds, and these are sixty.
 @pytest.mark.parametrize("source", ["shards", "jsonl"])
 def test_each_row_once_whatever_the_ranks_before_and_after_a_stop(source: str, tmp_path: Path) -> None:
     SOURCES[source](tmp_path)
