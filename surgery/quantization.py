@@ -7,14 +7,12 @@ it, see `quantization_loading`.
 
 from torch import nn
 
-from chorus_moe.fastpaths.quantized_weights import restore
 from chorus_moe.surgery.quantization_formats import (
     OPERATION,
     Groups,
     apply_formats,
-    is_stored,
     plan_formats,
-    weights_of,
+    restore_weights,
 )
 from chorus_moe.surgery.quantization_loading import mark_quantized
 from chorus_moe.surgery.quantization_report import bytes_report
@@ -61,16 +59,13 @@ def dequantize(model: nn.Module) -> OperationReport:
     Raises:
         ValueError: nothing is quantised.
     """
-    stored = {id(w.module): w.module for w in weights_of(model).values() if is_stored(*w)}
-    if not stored:
+    before, number = count_parameters(model), restore_weights(model)
+    if not number:
         raise ValueError("dequantize: no weight of the model was quantised by quantize()")
-    before = count_parameters(model)
-    for module in stored.values():
-        restore(module)
     mark_quantized(model)
     return OperationReport(
         operation="dequantize",
-        subject=f"{len(stored)} modules",
+        subject=f"{number} modules",
         parameters_before=before,
         parameters_after=count_parameters(model),
     )

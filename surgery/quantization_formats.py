@@ -15,7 +15,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from chorus_moe.fastpaths.quantized_weights import CLASSES, QuantizedWeight, quantized, store_quantized, stored_weight
+from chorus_moe.fastpaths.quantized_weights import (
+    CLASSES,
+    QuantizedWeight,
+    quantized,
+    restore,
+    store_quantized,
+    stored_weight,
+)
 from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.moe_banks import ChorusExperts
 from chorus_moe.surgery.parts import TOWERS, below_head, part_patterns
@@ -188,6 +195,14 @@ def apply_formats(model: nn.Module, plan: Mapping[str, WeightFormat]) -> None:
             size = chosen.group_of(weight.shape[-1], name)
             made[key] = quantized(weight, chosen.bits, size, chosen.symmetric)
         store_quantized(module, made)
+
+
+def restore_weights(model: nn.Module) -> int:
+    """Make floating-point weights of all stored ones; in how many modules."""
+    stored = {id(w.module): w.module for w in weights_of(model).values() if is_stored(*w)}
+    for module in stored.values():
+        restore(module)
+    return len(stored)
 
 
 def _untie(model: Any, plan: Mapping[str, WeightFormat]) -> None:

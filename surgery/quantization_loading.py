@@ -25,6 +25,7 @@ from chorus_moe.surgery.quantization_formats import (
     described,
     plan_described,
     plan_formats,
+    restore_weights,
 )
 from chorus_moe.surgery.quantization_report import bytes_report
 
@@ -81,7 +82,8 @@ class ChorusQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        raise NotImplementedError("call chorus_moe.surgery.dequantize(model)")
+        restore_weights(model)
+        return model
 
 
 def _check_model(model: nn.Module, method: str) -> None:

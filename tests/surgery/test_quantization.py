@@ -153,10 +153,13 @@ def test_a_largest_group_that_is_not_reached_is_named(
     assert len(said) == 1
 
 
-def test_dequantised_it_is_an_ordinary_model(model: ChorusForConditionalGeneration, tmp_path: Path) -> None:
+@pytest.mark.parametrize("undo", [dequantize, ChorusForConditionalGeneration.dequantize], ids=["ours", "transformers'"])
+def test_dequantised_it_is_an_ordinary_model(
+    undo: Callable[[Any], object], model: ChorusForConditionalGeneration, tmp_path: Path
+) -> None:
     quantize(model, "int4", verbose=False)
     expected = logits_of(model)
-    dequantize(model)
+    undo(model)
     # The same weights; products of whole numbers and of floats sum in another order.
     torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-4)
     assert not hasattr(model.config, "quantization_config")
