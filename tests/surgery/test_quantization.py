@@ -110,7 +110,9 @@ for folder in sorted(Path().iterdir()):
         same = torch.equal(model(**saved["inputs"]).logits, saved["logits"])
     print(f"{folder}: {model.config.quantization_config.quant_method} {same}")
 """
-    done = run_fresh(program, cwd=tmp_path, environment=os.environ | {"OMP_NUM_THREADS": "1"})
+    # As many threads as here: another number sums in another order.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = run_fresh(program, cwd=tmp_path, environment=os.environ | threads)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{name}: chorus True" for name in sorted(FORMATS)]
     # The tables of bytes, where they do not mix with a program's own output.
