@@ -156,7 +156,7 @@ class Attention(nn.Module):
         # Keys are cached rotated, as in transformers. The new ones alone are returned: the alignment loss compares new
         # queries with new keys.
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
         memory = None
         if self.memory_tokens is not None:
             written = (hidden_states, plain_key, new_value, plan.real_T, past_key_values, self.layer_idx)

@@ -42,9 +42,6 @@ class ChorusProcessor(ChatProcessor):
         ValueError: a media token that the tokenizer does not know as one token.
     """
 
-    return_mm_token_type_ids = True
-    text_kwargs = {"padding": True}
-
     def __init__(
         self,
         image_processor: ChorusImageProcessor | None = None,
@@ -163,9 +160,11 @@ class ChorusProcessor(ChatProcessor):
         """
         if kwargs.pop("videos", None) is not None:
             raise MediaError("unknown modality: videos; this processor takes text, images and audio", modality="video")
+        media = kwargs.pop("media", {})  # of conversations, from `apply_chat_template`
+        images, audio = media.get("image", images), media.get("audio", audio)
         if text is None and images is None and audio is None:
             raise ValueError("ChorusProcessor needs text, images or audio")
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(self.valid_processor_kwargs, self.tokenizer.init_kwargs, **kwargs)
         if text is None:
             image_rows, clip_rows = [flatten_media(images, "image")], [flatten_media(audio, "audio")]
         else:
@@ -221,8 +220,9 @@ class ChorusProcessor(ChatProcessor):
     def _encode(self, texts: list[str], images: list, clips: list, merged: dict[str, Any]) -> dict[str, Any]:
         """Token rows with expanded placeholders, truncated and padded."""
         options = dict(merged["text_kwargs"])
-        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets", "sanitize_control_tokens"):
-            options.pop(name, None)
+        options.pop("sanitize_control_tokens", None)
+        wants_types = options.pop("return_mm_token_type_ids", True)
+        wants_offsets = options.pop("return_text_replacement_offsets", False)
         # Taken from the tokenizer: it would pad and cut without knowing which tokens stand for media.
         padding, truncation = options.pop("padding", True), options.pop("truncation", None)
         max_length, multiple = options.pop("max_length", None), options.pop("pad_to_multiple_of", None)
@@ -247,13 +247,13 @@ class ChorusProcessor(ChatProcessor):
                     sample,
                     "text",
                 )
-        if merged["return_mm_token_type_ids"]:
+        if wants_types:
             rows["mm_token_type_ids"] = self.create_mm_token_type_ids(rows["input_ids"])
         strategy = getattr(padding, "value", padding)
         if strategy and strategy != "do_not_pad":
             length = max_length if strategy == "max_length" else None
             rows = pad_rows(rows, side, self.tokenizer.pad_token_id, length, multiple)
-        if merged["return_text_replacement_offsets"]:
+        if wants_offsets:
             rows["text_replacement_offsets"] = offsets
         return rows
 
