@@ -103,8 +103,7 @@ class ChorusAudioModel(ChorusPreTrainedModel):
             return torch.ones(shape[:2], dtype=torch.bool, device=input_features.device)
         if tuple(mask.shape) != shape[:2]:
             raise ValueError(
-                f"input_features_mask has shape {tuple(mask.shape)}, input_features has (clips, frames)={shape[:2]}; a "
-                "pipeline with batch_size > 1 keeps one of several clips: take batch_size=1"
+                f"input_features_mask has shape {tuple(mask.shape)}, input_features has (clips, frames)={shape[:2]}"
             )
         return mask.bool()
 

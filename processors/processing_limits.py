@@ -337,7 +337,8 @@ def decode_sound(
     }
     with open(source, "rb") if isinstance(source, str) else source as file:
         head = file.read(8)
-        claimed = int.from_bytes(head[4:], "little") + 8 if head.startswith(b"RIFF") else 0
+        order: Any = {b"RIFF": "little", b"FORM": "big"}.get(head[:4])
+        claimed = int.from_bytes(head[4:], order) + 8 if order else 0
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         try:
@@ -346,8 +347,9 @@ def decode_sound(
         except av.FFmpegError as cause:
             raise place.error(f"no readable sound of the formats {', '.join(SOUND_FORMATS)} ({cause})") from cause
     # ffmpeg says nothing of it. The largest numbers stand for a stream of unknown length.
-    if size < claimed < UNKNOWN_RIFF_BYTES:
-        logger.warning(str(place.error(f"the file is cut: {size} of {claimed} bytes")))
+    if 8 < claimed < UNKNOWN_RIFF_BYTES and not 0 <= size - claimed < 2:
+        why = "the file is cut" if size < claimed else "of joined files the first is read"
+        logger.warning(str(place.error(f"{why}: {min(size, claimed)} of {max(size, claimed)} bytes")))
     return samples, rate
 
 
@@ -399,7 +401,9 @@ def _decode_best_track(
         raise place.error(f"broken sound file: none of {broken} packets can be decoded")
     check_clip_size(heard, codec.channels, rate, limits, max_seconds, place)
     claimed = max(packets, header if is_counted else 0.0)
-    if broken or claimed - heard / rate > (PADDING_SECONDS if codec.name in PADDED_CODECS else 0.05):
+    # The header of the first of several joined FLAC files is decoded as sound of the others.
+    is_joined = codec.name == "flac" and heard / rate - header > 0.05 and header > 0
+    if broken or is_joined or claimed - heard / rate > (PADDING_SECONDS if codec.name in PADDED_CODECS else 0.05):
         report = f"decoded {heard / rate:.2f} of {claimed:.2f} seconds, {broken} broken packets were skipped"
         logger.warning(str(place.error(report)))
     return np.concatenate(pieces)[:heard], rate

@@ -20,6 +20,8 @@ WORD_JOINER = "\u2060"
 # What a message may say beside its content. transformers passes each of the second line under all three names.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SPOKEN = ("tool_calls", "function_call", "refusal", "documents", *REASONING)
+# Media beside the content, as Ollama has them; no template writes them.
+BESIDE = ("image", "images", "audio", "audios", "video", "videos", "files", "attachments")
 # Lines that a template may run for one conversation; a message takes about ten.
 MAX_TEMPLATE_STEPS = 1_000_000
 
@@ -107,8 +109,15 @@ def check_rendered(template: str, conversations: list[list[dict]], **given: Any)
             raise MediaError(f"{name}: {cure}", modality="text")
     for sample, messages in enumerate(conversations):
         for number, message in enumerate(messages):
-            if lost := [key for key in SPOKEN if message.get(key) and key not in written]:
-                raise MediaError(f"sample {sample}, message {number}, {lost[0]}: {cure}", sample, "text")
+            for key in (*SPOKEN, *BESIDE):
+                if _is_given(message.get(key)) and key not in written:
+                    why = cure if key in SPOKEN else "media are parts of the content, and would be lost here"
+                    raise MediaError(f"sample {sample}, message {number}, {key}: {why}", sample, "text")
+
+
+def _is_given(value: Any) -> bool:
+    """Of a column that a data set fills in, None or something empty is nothing."""
+    return value is not None and value is not False and (not hasattr(value, "__len__") or len(value) > 0)
 
 
 @contextmanager
@@ -218,6 +227,9 @@ def _prepare_part(
         inner = inner.get("data" if key == "base64" else "url") if isinstance(inner, dict) else inner
         kind = "image" if kind == "image_url" else "audio"
         part = {"type": kind, key: inner}
+    others = [key for key in ("text", *BESIDE, "image_url", "audio_url", "input_audio") if key != kind]
+    if kind in ("text", *MEDIA) and (lost := [key for key in others if _is_given(part.get(key))]):
+        raise MediaError(f"{where}: a part of the type {kind} also holds {lost[0]}, which would be lost", sample, kind)
     if kind == "text" and isinstance(part.get("text"), str):
         return {**part, "text": break_control_tokens(part["text"], control_tokens)}
     if kind not in MEDIA:

@@ -115,6 +115,34 @@ def test_what_a_template_does_not_write_is_refused_by_name(key):
     check_rendered(PLAIN, [[{"role": "user", "content": "x", key: None}]])
 
 
+@pytest.mark.parametrize("key", ["images", "audio", "videos", "attachments"])
+def test_media_beside_the_content_are_refused(key):
+    with pytest.raises(MediaError, match=f"sample 0, message 0, {key}: media are parts of the content"):
+        check_rendered(PLAIN + key, [[{"role": "user", "content": "x", key: np.ones(2)}]])
+    for nothing in (None, [], "", np.empty(0)):
+        check_rendered(PLAIN, [[{"role": "user", "content": "x", key: nothing}]])
+
+
+@pytest.mark.parametrize(
+    ("part", "lost"),
+    [
+        ({"type": "image", "image": "a.png", "audio": np.ones(3)}, "audio"),
+        ({"type": "text", "text": "x", "image": "a.png"}, "image"),
+        ({"type": "audio", "path": "a.wav", "text": "said"}, "text"),
+        ({"type": "audio", "path": "a.wav", "image_url": "a.png"}, "image_url"),
+    ],
+)
+def test_a_part_holds_one_thing(part, lost):
+    def prepare(part):
+        message = {"role": "user", "content": [part]}
+        return prepare_conversation([message], {"image": [], "audio": []}, CONTROL, 16_000, 0)
+
+    with pytest.raises(MediaError, match=f"message 0: a part of the type {part['type']} also holds {lost}"):
+        prepare(part)
+    # Tables have all columns in all rows.
+    prepare({**part, lost: None})
+
+
 @pytest.mark.parametrize("name", ["tools", "documents"])
 def test_tools_and_documents_are_written_or_refused(name):
     with pytest.raises(MediaError, match=f"{name}: the chat template does not write it"):
