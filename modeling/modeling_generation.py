@@ -23,7 +23,7 @@ from .attention_masks import Masks, build_masks
 from .configuration_chorus import ChorusConfig
 from .configuration_modalities import MODALITY_IDS
 from .configuration_services import SERVICES, service
-from .depth_exits import EarlyExitDrafts, TokenExits, check_drafts, check_token_exits
+from .depth_exits import TokenExits, check_token_exits
 from .losses import share_of_batch
 from .modeling_heads import ChorusHead
 from .modeling_outputs import CACHE, ChorusLossOutput, takes_cache
@@ -211,7 +211,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
                 "taken out of the memory again; generate without drafts"
             )
         if generation_config.assistant_early_exit is not None:
-            return EarlyExitDrafts(self, generation_config, logits_processor)
+            draft = service("draft_with_first_layers", "assistant_early_exit")
+            return draft(self, generation_config, logits_processor)
         assistant = kwargs.get("assistant_model")
         if assistant is not None and "mm_encoder_outputs" not in signature(assistant.forward).parameters:
             kept = model_kwargs.keys() - {"mm_token_type_ids", "mm_encoder_outputs"}
@@ -238,8 +239,12 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         for name in ("skip_threshold", "exit_confidence"):
             if (value := getattr(generation_config, name, None)) is not None:
                 model_kwargs[name] = value
-        num_layers = self.config.text_config.num_hidden_layers
-        check_drafts(generation_config, num_layers, model_kwargs.get("exit_confidence"))
+        threshold = model_kwargs.get("exit_confidence")
+        if threshold is not None and not generation_config.use_cache:
+            raise ValueError(f"exit_confidence={threshold} saves what a cache keeps; use_cache=False computes all anew")
+        if generation_config.assistant_early_exit is not None:
+            check = service("check_drafts", "assistant_early_exit")
+            check(generation_config, self.config.text_config.num_hidden_layers, threshold)
         return generation_config, model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
