@@ -6,6 +6,7 @@ Registration takes the classes themselves, so it costs what they import: torch, 
 import transformers
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoProcessor
 
+import chorus_moe.fastpaths.attention_blocks  # noqa: F401  registers `block_local`, windows in blocks
 import chorus_moe.fastpaths.early_exit_drafts  # noqa: F401  registers drafts of the first layers
 import chorus_moe.fastpaths.experts_cpu  # noqa: F401  registers `cpu_mm` and `gpu_mm`
 import chorus_moe.surgery.printing  # noqa: F401  registers how configurations print

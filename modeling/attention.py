@@ -13,9 +13,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from .attention_blocks import BLOCK_LOCAL
 from .attention_globals import GlobalKeyValues, MemoryTokens
-from .attention_masks import LocalMask
+from .attention_masks import BLOCK_LOCAL, LocalMask
 from .configuration_modalities import MODALITY_IDS
 from .configuration_text import ChorusTextConfig
 from .layers import CHUNK, GPU_CHUNKS, RMSNorm
