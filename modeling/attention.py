@@ -16,8 +16,9 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from .attention_globals import GlobalKeyValues, MemoryTokens
 from .attention_masks import BLOCK_LOCAL, LocalMask
 from .configuration_modalities import MODALITY_IDS
+from .configuration_services import service
 from .configuration_text import ChorusTextConfig
-from .layers import CHUNK, GPU_CHUNKS, RMSNorm
+from .layers import RMSNorm
 from .moe_plan import ForwardPlan
 
 
@@ -110,9 +111,9 @@ class Attention(nn.Module):
             self.global_tokens = GlobalKeyValues(config.num_global_tokens, config.num_key_value_heads, config.head_dim)
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = self._query_projection(config.hidden_size, query_size, config.attention_bias)
-        self.k_proj = self._key_value_projection(config.hidden_size, key_size, config.attention_bias)
-        self.v_proj = self._key_value_projection(config.hidden_size, key_size, config.attention_bias)
+        self.q_proj = self._projection(query_size, is_query=True)
+        self.k_proj = self._projection(key_size)
+        self.v_proj = self._projection(key_size)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
         # Qwen3 norms each head, OLMo 2 the whole projection before it is split into heads.
         by_head = config.qk_norm_scope == "head"
@@ -124,11 +125,8 @@ class Attention(nn.Module):
         # SmolLM3's name and convention: 1 in `no_rope_layers` is a layer WITH rotary positions.
         self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
 
-    def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return nn.Linear(in_features, out_features, bias=bias)
-
-    def _key_value_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return nn.Linear(in_features, out_features, bias=bias)
+    def _projection(self, out_features: int, is_query: bool = False) -> nn.Module:
+        return nn.Linear(self.config.hidden_size, out_features, bias=self.config.attention_bias)
 
     def _rotated(self, states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         return rotate(states, position_embeddings) if self.use_rope else states
@@ -167,7 +165,6 @@ class Attention(nn.Module):
         # After the cache and not in it: a sliding cache would drop them first.
         if self.global_tokens is not None:
             key, value = self.global_tokens(key, value)
-        states = (hidden_states, position_embeddings, plan, key, value)
         # Queries are left out where no other reads them all, and where the mask is a table or none.
         is_table = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4)
         in_place = (
@@ -178,17 +175,11 @@ class Attention(nn.Module):
             output, weights, query = self._attend(*chosen[:2], plan, key, value, chosen[2], **kwargs)
             return output, weights, (query, new_key)
 
-        # Fresh memory as long as the sequence costs more than the work done on it, since its pages are cleared at each
-        # call. So only keys, values and output are that long. With gradients all chunks would be kept anyway.
-        size = CHUNK if hidden_states.device.type == "cpu" else CHUNK * GPU_CHUNKS
-        rule = attention_mask if isinstance(attention_mask, LocalMask) and attention_mask.is_causal else None
-        is_long = hidden_states.shape[1] > size and self.keeps_no_queries and not torch.is_grad_enabled()
-        # Memory tokens add up over the whole sequence, so it is not cut.
-        if rule is not None and is_long and memory is None:
-            output = self._attend_in_chunks(*states, rule, size, **kwargs)
-            output = output if queries_BQ is None else output.take_along_dim(queries_BQ[..., None], dim=1)
-            return output, None, (None, new_key)
-        output, weights, query = self._attend(*states, attention_mask, memory, **kwargs)
+        attend: Callable = self._attend
+        if isinstance(attention_mask, LocalMask) and self.keeps_no_queries:
+            attend = partial(service("attend_in_chunks", "attention under a rule"), self._attend)
+        states = (hidden_states, position_embeddings, plan, key, value)
+        output, weights, query = attend(*states, attention_mask, memory, **kwargs)
         if queries_BQ is not None:
             output = output.take_along_dim(queries_BQ[..., None], dim=1)
         return output, weights, (query, new_key)
@@ -251,31 +242,6 @@ class Attention(nn.Module):
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         return output, weights, query
 
-    def _attend_in_chunks(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        plan: ForwardPlan,
-        key: Tensor,
-        value: Tensor,
-        mask: LocalMask,
-        size: int,
-        **kwargs: Any,
-    ) -> Tensor:
-        """The output `(B, S, D)` of a long causal prefill with windows."""
-        output = torch.empty_like(hidden_states)
-        length, num_keys = hidden_states.shape[1], key.shape[2]
-        for start in range(0, length, size):
-            stop = min(start + size, length)
-            # Causal: keys behind the chunk's last query are cut off, global ones in front stay.
-            seen = num_keys - (length - stop)
-            tables = (position_embeddings[0][:, :, start:stop], position_embeddings[1][:, :, start:stop])
-            part, rule = hidden_states[:, start:stop], mask.of_first(seen)
-            output[:, start:stop] = self._attend(
-                part, tables, plan, key[:, :, :seen], value[:, :, :seen], rule, **kwargs
-            )[0]
-        return output
-
 
 class CrossModalAttention(Attention):
     """Attention whose keys and values are projected by modality and whose queries share one projection.
@@ -287,11 +253,9 @@ class CrossModalAttention(Attention):
     # attention backends are the ordinary ones.
     keeps_no_queries = False
 
-    def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        # Untied, it is the attention of Mixture-of-Transformers (arXiv 2411.04996).
-        if self.config.share_cross_modal_query:
-            return nn.Linear(in_features, out_features, bias=bias)
-        return ModalityProjection(in_features, out_features, bias, self.config.modalities)
-
-    def _key_value_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return ModalityProjection(in_features, out_features, bias, self.config.modalities)
+    def _projection(self, out_features: int, is_query: bool = False) -> nn.Module:
+        # An untied query is the attention of Mixture-of-Transformers (arXiv 2411.04996).
+        if is_query and self.config.share_cross_modal_query:
+            return super()._projection(out_features)
+        config = self.config
+        return ModalityProjection(config.hidden_size, out_features, config.attention_bias, config.modalities)

@@ -45,10 +45,6 @@ class LocalMask:
     num_global_tokens: int = 0
     real_BK: Tensor | None = None
 
-    def of_first(self, num_keys: int) -> "LocalMask":
-        """The rule where there are only the first keys."""
-        return self if self.real_BK is None else replace(self, real_BK=self.real_BK[:, :num_keys])
-
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "LocalMask":
         """The mask on another device (layers of one model may live on several)."""
         return (

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.fastpaths import attention_blocks
-from chorus_moe.modeling import attention as attention_module
 from chorus_moe.modeling.attention import Attention, CrossModalAttention, ModalityProjection
 from chorus_moe.modeling.moe_plan import ForwardPlan
 from tests.conftest import moved, tiny_batch, tiny_config
@@ -132,7 +131,7 @@ def test_a_long_input_of_a_bidirectional_model_with_windows_reads_what_follows(
     num_global: int, monkeypatch: pytest.MonkeyPatch
 ):
     """The chunks of a long prefill cut off what stands behind them, so they are for causal models alone."""
-    monkeypatch.setattr(attention_module, "CHUNK", 10)
+    monkeypatch.setattr(attention_blocks, "CHUNK", 10)
     monkeypatch.setattr(attention_blocks, "WINDOWS_THAT_PAY", 2)
     input_ids = torch.randint(5, 128, (2, 37), generator=torch.Generator().manual_seed(0))
     options = {"is_causal": False, "num_global_tokens": num_global}

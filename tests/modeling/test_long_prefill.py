@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chorus_moe.modeling import attention
+from chorus_moe.fastpaths import attention_blocks
 from chorus_moe.modeling.attention import Attention
 from tests.modeling.conftest import WINDOW, windowed_model
 
@@ -26,7 +26,7 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         lengths.append(hidden_states.shape[1])
         return real(self, hidden_states, *args, **kwargs)
 
-    monkeypatch.setattr(attention, "CHUNK", 10)
+    monkeypatch.setattr(attention_blocks, "CHUNK", 10)
     monkeypatch.setattr(Attention, "_attend", watched)
     return lengths
 
