@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +14,7 @@ from transformers.utils import CONFIG_NAME
 
 from .attention import ModalityProjection
 from .configuration_chorus import ChorusConfig
+from .configuration_services import SERVICES
 
 # What `import chorus_moe` registers. Code that was exported without the package runs transformers' own functions.
 FAST_EXPERTS = "cpu_mm"
@@ -135,8 +135,6 @@ def make_readable(path: Path) -> None:
 
 
 MAX_NAMES = 5
-# Operation of a model -> the tensors that it adds, where a configuration alone asks for them in vain.
-GROWN = {"add_exits": r"exits\.\d+\..+", "add_skip_gates": r".*\.skip_gate\..+"}
 ALIGNMENT = 64  # bytes, as torch allocates
 
 
@@ -184,19 +182,11 @@ def describe_misfit(
     ]
     if not faults:
         return None
-    # A configuration alone that asks for exits or skip gates finds no tensors: say which function adds them.
-    operations = [] if has_too_much else _operations_that_add(lacks)
-    advice = f"Load it with its own configuration and call {' and '.join(operations)}. " if operations else ""
+    advice = SERVICES["advise_missing"](lacks) if "advise_missing" in SERVICES and not has_too_much else ""
     return (
         f"{_subject(model, name_or_path)}: {'; '.join(faults)}. {advice}Pass output_loading_info=True to load it all "
         "the same, missing tensors newly initialised, and get the full list"
     )
-
-
-def _operations_that_add(missing: list[str]) -> list[str]:
-    """The operations of a model after which it has these tensors; empty if one is of another kind."""
-    found = {name: sum(bool(re.fullmatch(pattern, tensor)) for tensor in missing) for name, pattern in GROWN.items()}
-    return [name for name, count in found.items() if count] if sum(found.values()) == len(missing) else []
 
 
 def _subject(model: nn.Module, name_or_path: PathOrName | None) -> str:

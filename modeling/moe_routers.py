@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_banks import ROUTERS, LayerBankConfig, check_name
+from .configuration_services import service
 from .layers import ROW_BLOCK, TokenGate, filled_rows, float32_product, without_autocast
 from .modeling_outputs import BankRouting, RouterChoice
 from .moe_plan import NO_OPTIONS, RowOptions
@@ -21,10 +22,8 @@ from .moe_selection import (
     CLOSED,
     best_experts,
     choice_weights,
-    draw_log_probability,
     limit_groups,
     normalised_entropy,
-    perturbed,
     serve,
     unused_slots,
     used_parts,
@@ -158,13 +157,15 @@ class Router(nn.Module):
         if options.is_sampled:
             # Drawn from the weights and not from biased scores: the log-probability must be that of the draw.
             log_weights_TE = self.open_log_weights(logits_TE)
-            scores_TE = perturbed(log_weights_TE)
+            scores_TE = service("perturbed", "sample_experts")(log_weights_TE)
         else:
             scores_TE = self._rank(logits_TE)
         index_TK = best_TK = best_experts(scores_TE, self.top_k)
         if is_unused_TK is not None:
             index_TK = best_TK.masked_fill(is_unused_TK, bank.num_experts)
-        log_probs_T = draw_log_probability(log_weights_TE, index_TK, is_unused_TK) if options.is_sampled else None
+        log_probs_T = None
+        if options.is_sampled:
+            log_probs_T = service("log_probability_of_draw", "sample_experts")(log_weights_TE, index_TK, is_unused_TK)
         if options.places is None:
             weights_TK = self._weigh(log_weights_TE, best_TK, is_unused_TK, part_TK)
             return RouterChoice(logits_TE, weights_TK, index_TK, log_probs_T, wanted_experts=wanted_T)

@@ -32,7 +32,7 @@ from chorus_moe.modeling.losses import share_of_batch
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.modeling.modeling_outputs import RouterChoice, RoutingOfLayer
 from chorus_moe.modeling.moe_routers import Router
-from chorus_moe.modeling.moe_selection import draw_log_probability
+from chorus_moe.training.expert_draws import draw_log_probability
 from chorus_moe.training.loading import base_model
 from chorus_moe.training.trainer import ChorusTrainer
 
