@@ -14,6 +14,7 @@ import chorus_moe.surgery.depth  # noqa: F401  registers advice for checkpoints 
 import chorus_moe.surgery.printing  # noqa: F401  registers how configurations print
 import chorus_moe.surgery.quantization_loading  # noqa: F401  registers quantised checkpoints with transformers
 import chorus_moe.surgery.vision_probe  # noqa: F401  registers what measures a new vision encoder
+import chorus_moe.training.alignment_kinds  # noqa: F401  registers kinds of alignment that are there for comparison
 import chorus_moe.training.depth_cost  # noqa: F401  registers what counts for `output_compute`
 import chorus_moe.training.expert_draws  # noqa: F401  registers draws for `sample_experts`
 import chorus_moe.training.label_watch  # noqa: F401  registers the look at the labels of a training run

@@ -8,7 +8,7 @@ N blocks, Q queries of a block, W keys of its window, E the same and the global 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from chorus_moe.modeling.attention_masks import BLOCK_LOCAL, LocalMask, is_packed
+from chorus_moe.modeling.attention_masks import BLOCK_LOCAL, MaskRule, is_packed
 from chorus_moe.modeling.configuration_services import SERVICES
 from chorus_moe.modeling.configuration_text import WINDOW_TYPES, ChorusTextConfig
 from chorus_moe.modeling.layers import CHUNK, GPU_CHUNKS
@@ -31,6 +31,29 @@ from chorus_moe.modeling.moe_plan import ForwardPlan
 INFERENCE_ROWS, TRAINING_ROWS = 512, 4096
 # With `sdpa`, prefills longer than this many windows are worked on in blocks: below, nothing is gained.
 WINDOWS_THAT_PAY = 2
+
+
+@dataclass(frozen=True)
+class LocalMask(MaskRule):
+    """The mask of a sliding layer as a rule. The last keys are those of the queries, the first the global ones.
+
+    Args:
+        window: keys that a causal query sees, its own included; other queries see this many on either side.
+        num_global_tokens: keys in front that every query sees. If nothing is causal the first queries are theirs and
+            see every key.
+        real_BK: True for real keys; None for all.
+    """
+
+    window: int
+    is_causal: bool
+    num_global_tokens: int = 0
+    real_BK: Tensor | None = None
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "LocalMask":
+        """The mask on another device (layers of one model may live on several)."""
+        return (
+            self if self.real_BK is None else replace(self, real_BK=self.real_BK.to(device, non_blocking=non_blocking))
+        )
 
 
 def block_size(window: int) -> int:

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .attention_globals import GlobalKeyValues, MemoryTokens
-from .attention_masks import BLOCK_LOCAL, LocalMask
+from .attention_masks import BLOCK_LOCAL, MaskRule
 from .configuration_modalities import MODALITY_IDS
 from .configuration_services import service
 from .configuration_text import ChorusTextConfig
@@ -32,9 +32,8 @@ def rotate(states_BHSC: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary positions (arXiv 2104.09864) as `x * cos + (x, halves exchanged) * signed sin`: three operations."""
     cos_B1SC, sin_B1SC = tables
     exchanged = states_BHSC.roll(states_BHSC.shape[-1] // 2, dims=-1)
-    # Llama negates and concatenates halves of every query and key; here the sign is in the table, made once per
-    # forward. In place on the fresh product, which autograd does not need: a product's gradient reads its factors
-    # alone.
+    # Llama negates and concatenates halves of every query and key; here the table, made once per forward, has the sign.
+    # In place on the fresh product: the gradient of a product reads its factors alone.
     return (states_BHSC * cos_B1SC).addcmul_(exchanged, sin_B1SC)
 
 
@@ -135,7 +134,7 @@ class Attention(nn.Module):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | LocalMask | None,
+        attention_mask: Tensor | MaskRule | None,
         plan: ForwardPlan,
         past_key_values: Cache | None = None,
         keys_alone: bool = False,
@@ -150,8 +149,8 @@ class Attention(nn.Module):
         new_value = value = self._by_head(project(self.v_proj, hidden_states, plan))
         plain_key = self._by_head(key)
         new_key = key = self._rotated(plain_key, position_embeddings)
-        # Keys are cached rotated, as in transformers. The new ones alone are returned: the alignment loss compares new
-        # queries with new keys.
+        # Keys are cached rotated, as in transformers. Only the new ones are returned, which the alignment loss
+        # compares.
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         memory = None
@@ -176,7 +175,7 @@ class Attention(nn.Module):
             return output, weights, (query, new_key)
 
         attend: Callable = self._attend
-        if isinstance(attention_mask, LocalMask) and self.keeps_no_queries:
+        if isinstance(attention_mask, MaskRule) and self.keeps_no_queries:
             attend = partial(service("attend_in_chunks", "attention under a rule"), self._attend)
         states = (hidden_states, position_embeddings, plan, key, value)
         output, weights, query = attend(*states, attention_mask, memory, **kwargs)
@@ -214,7 +213,7 @@ class Attention(nn.Module):
         plan: ForwardPlan,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | LocalMask | None,
+        attention_mask: Tensor | MaskRule | None,
         memory: Callable[..., Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -223,7 +222,7 @@ class Attention(nn.Module):
         plain_query = self._by_head(query)
         query = self._rotated(plain_query, position_embeddings)
         # A rule is no tensor: the block implementation alone reads it, whichever one the model was set to.
-        name = BLOCK_LOCAL if isinstance(attention_mask, LocalMask) else self.config._attn_implementation
+        name = BLOCK_LOCAL if isinstance(attention_mask, MaskRule) else self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         output, weights = attend(
             self,

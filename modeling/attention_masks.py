@@ -1,9 +1,8 @@
-"""Who sees whom: one mask per layer type, built once per forward; for long prefills a rule instead of a matrix.
+"""Who sees whom: one mask per layer type, built once per forward; for long prefills a rule.
 
 Shape suffixes: B batch, Q queries, K keys.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,27 +28,8 @@ Masks = Tensor | dict[str, Any] | None
 WITH_GLOBAL_TOKENS = ("eager", "sdpa", "flex_attention", BLOCK_LOCAL)
 
 
-@dataclass(frozen=True)
-class LocalMask:
-    """The mask of a sliding layer as a rule. The last keys are those of the queries, the first the global ones.
-
-    Args:
-        window: keys that a causal query sees, its own included; other queries see this many on either side.
-        num_global_tokens: keys in front that every query sees. If nothing is causal the first queries are theirs and
-            see every key.
-        real_BK: True for real keys; None for all.
-    """
-
-    window: int
-    is_causal: bool
-    num_global_tokens: int = 0
-    real_BK: Tensor | None = None
-
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "LocalMask":
-        """The mask on another device (layers of one model may live on several)."""
-        return (
-            self if self.real_BK is None else replace(self, real_BK=self.real_BK.to(device, non_blocking=non_blocking))
-        )
+class MaskRule:
+    """The mask of a sliding layer as a rule instead of a matrix: `import chorus_moe` makes them (`LocalMask`)."""
 
 
 def is_packed(attention_mask: Masks, position_ids: Tensor | None) -> bool:
@@ -71,8 +51,7 @@ def build_masks(
 
     Args:
         inputs_embeds: `(B, Q, D)`, global tokens of a bidirectional model included.
-        attention_mask: `(B, past + Q)`, 1 for real tokens; a mask `(B, 1, Q, K)`; or masks by layer type, as this
-            function returns them.
+        attention_mask: `(B, past + Q)`, 1 for real tokens; a mask `(B, 1, Q, K)`; or what this function returns.
 
     Raises:
         ValueError: global tokens with an attention implementation that cannot show them to every query; packed

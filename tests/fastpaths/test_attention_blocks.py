@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chorus_moe.fastpaths import attention_blocks
-from chorus_moe.fastpaths.attention_blocks import attend_in_blocks, block_size
-from chorus_moe.modeling.attention_masks import LocalMask
+from chorus_moe.fastpaths.attention_blocks import LocalMask, attend_in_blocks, block_size
 from chorus_moe.modeling.configuration_services import SERVICES
 from tests.conftest import tiny_batch
 from tests.modeling.conftest import WINDOW, windowed_model

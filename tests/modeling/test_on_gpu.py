@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusForSequenceClassification
 from chorus_moe.fastpaths import attention_blocks, experts_gpu
-from chorus_moe.fastpaths.attention_blocks import attend_in_blocks
-from chorus_moe.modeling.attention_masks import LocalMask
+from chorus_moe.fastpaths.attention_blocks import LocalMask, attend_in_blocks
 from chorus_moe.modeling.layers import float32_product
 from chorus_moe.modeling.moe_selection import best_experts
 from chorus_moe.training.lora import lora_config
