@@ -56,8 +56,8 @@ class ExpertBankConfig:
         bias_update_rate: step of the correction bias at each optimizer step, with `balance="bias"`.
         expert_capacity: tokens of one sequence that an expert takes at most: a number, or a factor (float) on the even
             share of the sequence so far, see `moe_selection.py`; unlimited if None.
-        capacity_overflow: a choice that finds its expert full goes to the token's next best expert (`reroute`) or is
-            dropped (`drop`).
+        capacity_overflow: where a choice goes whose expert is full: to the token's next best (`reroute`) or nowhere
+            (`drop`).
         capacity_scope: what capacity is counted over: a `sequence`, or the whole `batch`, whose later samples then
             depend on earlier ones; for training alone, on a device with buffers of a fixed size.
         capacity_in_eval: whether capacity holds outside training as well.
@@ -306,8 +306,7 @@ def read_expert_banks(banks: Mapping[str, Mapping[str, Any]], defaults: Mapping[
     `defaults`, and so do the modalities of a bank that is not named after one.
 
     Raises:
-        ValueError: a bank has a key that does not exist (a misspelt key would otherwise be ignored in silence), or a
-            value of another type.
+        ValueError: a bank has a key that does not exist, which would be ignored in silence, or a value of another type.
     """
     known = {f.name for f in fields(ExpertBankConfig)} - {"name"}
     result = []

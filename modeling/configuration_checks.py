@@ -12,23 +12,10 @@ MAX_BANKS = 1_024
 
 # Keys that `PreTrainedConfig` itself accepts besides its fields.
 _TRANSFORMERS_KEYS = {
-    "attn_implementation",
-    "auto_map",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "per_layer_config",
-    "rope_scaling",
-    "rope_theta",
-    "partial_rotary_factor",
-    "tie_last_hidden_states",
-    "torch_dtype",
-    "transformers_weights",
-    "quantization_config",
-    "distributed_config",
-}
+    "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels",
+    "output_attentions", "per_layer_config", "rope_scaling", "rope_theta", "partial_rotary_factor",
+    "tie_last_hidden_states", "torch_dtype", "transformers_weights", "quantization_config", "distributed_config",
+}  # fmt: skip
 
 
 def refuse_unknown_keys(config: PreTrainedConfig, keys: dict[str, Any]) -> None:

@@ -24,9 +24,9 @@ class ChorusVisionConfig(PreTrainedConfig):
         backbone_config: a Hugging Face vision configuration, instead of `architecture`.
         image_size: height and width of the images, in pixels.
         pool_size: the connector averages `pool_size x pool_size` neighbouring tokens into one.
-        hidden_size, layout, num_prefix_tokens, grid_size, num_tokens: what the encoder yields. Probed and saved when
-            None: its width, `NCHW`, `NHWC` or `NLC`, class and register tokens, (rows, columns) or None, and the tokens
-            per image without prefix.
+        hidden_size, layout, num_prefix_tokens, grid_size, num_tokens: what the encoder yields, probed and saved if
+            None: width, `NCHW`, `NHWC` or `NLC`, class and register tokens, (rows, columns) or None, tokens without
+            prefix.
     """
 
     model_type = "chorus_vision"
@@ -191,22 +191,11 @@ class ChorusAudioConfig(PreTrainedConfig):
 
     def validate_sizes(self) -> None:
         """Part of `@strict` validation."""
-        check_range(
-            self,
-            {
-                "sampling_rate": (1_000, 768_000),
-                "num_mel_bins": (1, 1_024),
-                "n_fft": (2, 65_536),
-                "hop_length": (1, 65_536),
-                "hidden_size": (1, MAX_WIDTH),
-                "num_hidden_layers": (1, MAX_LAYERS),
-                "num_attention_heads": (1, MAX_WIDTH),
-                "intermediate_size": (1, MAX_WIDTH),
-                "conv_kernel_size": (1, 4_095),
-                "subsampling": (1, 64),
-                "pool_size": (1, 1_024),
-            },
-        )
+        widths = ["hidden_size", "num_attention_heads", "intermediate_size"]
+        check_range(self, dict.fromkeys(widths, (1, MAX_WIDTH)) | {"num_hidden_layers": (1, MAX_LAYERS)})
+        check_range(self, {"sampling_rate": (1_000, 768_000), "n_fft": (2, 65_536), "hop_length": (1, 65_536)})
+        check_range(self, {"num_mel_bins": (1, 1_024), "pool_size": (1, 1_024), "subsampling": (1, 64)})
+        check_range(self, {"conv_kernel_size": (1, 4_095)})
         check_divides(self, "hidden_size", "num_attention_heads")
         # The front end halves the frames, convolution by convolution.
         if self.subsampling & (self.subsampling - 1):

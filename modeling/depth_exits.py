@@ -111,8 +111,8 @@ class ExitRun:
     """One forward past the exits.
 
     Args:
-        thresholds: one an exit, shallow first; a sample leaves where its confidence is above. None: all stay, and every
-            exit answers every sample.
+        thresholds: one an exit, shallow first; a sample leaves above it. None: every exit answers every sample, and all
+            stay.
         attention_mask: `(B, S)`, as the head was given it.
         batch: samples before any has left.
 
@@ -249,8 +249,7 @@ def check_token_exits(text: ChorusTextConfig, threshold: float, is_training: boo
     """Refuse an `exit_confidence` that cannot be kept.
 
     Raises:
-        ValueError: training, a threshold outside 0..1, a model without exits, or outputs of layers that tokens do not
-            run through.
+        ValueError: training, a threshold outside 0..1, a model without exits, or outputs of layers that are left out.
     """
     if is_training:
         raise ValueError(

@@ -143,19 +143,10 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             if train_exits and outputs.hidden_states is not None:
                 terms["exit_loss"] = exit_loss = self._exit_loss(outputs.hidden_states, labels, counted, **kwargs)
                 loss = loss + self.config.text_config.exit_loss_coef * exit_loss
-        return ChorusLossOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states if keep_hidden_states else None,
-            attentions=outputs.attentions,
-            routing=outputs.routing,
-            image_hidden_states=outputs.image_hidden_states,
-            audio_hidden_states=outputs.audio_hidden_states,
-            compute=outputs.compute,
-            left_after=None if token_exits is None else token_exits.left_after,
-            **{CACHE: outputs[CACHE]} if CACHE in outputs else {},
-            **terms,  # type: ignore[arg-type]
-        )
+        if not keep_hidden_states:
+            outputs.hidden_states = None
+        left_after = None if token_exits is None else token_exits.left_after
+        return self._loss_output(outputs, terms, loss=loss, logits=logits, left_after=left_after)
 
     def _token_exits(
         self, threshold: float, tokens: Any, cache: Cache | None, asked: Mapping[str, Any]
@@ -172,8 +163,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         return self.loss_function(logits, labels, vocab_size=vocab_size, num_items_in_batch=counted, **kwargs)
 
     def _exit_loss(self, hidden_states: tuple[Tensor, ...], labels: Tensor, counted: Tensor, **kwargs: Any) -> Tensor:
-        """Mean of the language losses at the exits, through the final norm and the head (LayerSkip, arXiv
-        2404.16710)."""
+        """Mean of the language losses at the exits, by the final norm and head (LayerSkip, arXiv 2404.16710)."""
         states = [hidden_states[layers] for layers in self.config.text_config.exit_layers or ()]
         # The shared norm and head, as at the end: drafts are made by them, too.
         norm = self.model.language_model.norm

@@ -209,8 +209,7 @@ class Router(nn.Module):
                 # At least one, so that the last expert, used in part, always has a gradient.
                 asked_T = 1 + learned_T * (self.top_k - 1)
             else:
-                # A token that its router is certain of needs few experts; detached, or routers would learn to look
-                # certain.
+                # A token that its router is sure of needs few experts; detached, or routers would learn to look sure.
                 asked_T = normalised_entropy(log_weights_TE.detach(), self.top_k)
             if options.complexity_R is not None:
                 given_T, is_given_T = options.complexity_R * self.top_k, ~options.complexity_R.isnan()

@@ -70,8 +70,7 @@ def best_experts(scores_TE: Tensor, top_k: int) -> Tensor:
 
 
 def normalised_entropy(log_weights_TE: Tensor, scale: int = 1) -> Tensor:
-    """Entropy over log E, times `scale`: 0 for a router that is certain (as of a single expert), 1 for one that
-    finds all experts alike."""
+    """Entropy over log E, times `scale`: 0 for a router that is sure, 1 for one that finds all experts alike."""
     entropy_T = torch.special.entr(log_weights_TE.softmax(dim=-1)).sum(dim=-1)
     return entropy_T / (math.log(max(2, log_weights_TE.shape[-1])) / scale)
 
@@ -203,8 +202,8 @@ def serve(scores_RE: Tensor, index_RK: Tensor, places: Places, capacity_L: Tenso
         num_dropped = refused_RE.sum()
         return Served(index_RK.masked_fill(lost_RK, num_experts), torch.zeros_like(num_dropped), num_dropped)
     # A loop over tokens would be slow. All ask at once, an expert serves the first that ask and turns the rest away,
-    # who ask their next best, until no token is turned away. As all experts rank tokens alike, this deferred acceptance
-    # ends where the loop ends.
+    # who ask their next best, until none is turned away. As all experts rank tokens alike, this ends where the loop
+    # ends.
     order_RE = scores_RE.detach().sort(dim=-1, descending=True, stable=True).indices
     closed_RE = scores_RE == CLOSED
     while True:

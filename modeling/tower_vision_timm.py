@@ -9,19 +9,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 # Arguments of `timm.create_model` that load files, or that the configuration or the tower decides.
-RESERVED_MODEL_ARGS = frozenset(
-    {
-        "pretrained",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-        "pretrained_strict",
-        "checkpoint_path",
-        "cache_dir",
-        "features_only",
-        "num_classes",
-        "in_chans",
-    }
-)
+RESERVED_MODEL_ARGS = {
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir",
+    "features_only", "num_classes", "in_chans",
+}  # fmt: skip
 # No argument of a timm model is larger; a greater number in a configuration is a mistake or an attack.
 MAX_MODEL_ARG = 65_536
 MAX_DEPTH = 1_024

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.processing_utils import ProcessorMixin
 
-from .processing_limits import MediaError
+from .processing_limits import MediaError, MediaPlace
 from .processing_media import MEDIA
 from .processing_messages import (
     break_control_tokens,
@@ -58,8 +58,8 @@ class ChatProcessor(ProcessorMixin):
         of these become text (see `processing_messages`).
 
         Args:
-            images, audio: items for parts that hold no data, in order: a flat list for one conversation, a list per
-                conversation for a batch.
+            images, audio: items for parts that hold no data, in order: a flat list, or for a batch a list per
+                conversation.
             return_labels: add `labels`, see `build_labels`; implies `tokenize=True, return_dict=True`.
             processor_kwargs: settings of `__call__`, such as `padding`, `truncation`, `max_length`, `sampling_rate`.
             kwargs: as in `ProcessorMixin.apply_chat_template`.
@@ -143,7 +143,7 @@ class ChatProcessor(ProcessorMixin):
                 items = [part[modality] for part in parts if part["type"] == modality]
                 if any(item is None for item in items):
                     missing = sum(item is None for item in items)
-                    raise MediaError(f"sample {sample}: {missing} {modality} parts hold no data", sample, modality)
+                    raise MediaPlace(modality, sample=sample).error(f"{missing} {modality} parts hold no data")
                 rows[modality].append(items)
         clips = rows["audio"] if any(rows["audio"]) else []
         return rows["image"], [[] for _ in conversations], clips, {}
