@@ -7,7 +7,7 @@ Shape suffixes: B batch, S queries, K keys, H heads, G key-value heads, R query 
 N blocks, Q queries of a block, W keys of its window, E the same and the global ones.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from chorus_moe.modeling.attention_masks import BLOCK_LOCAL, MaskRule, is_packed
 from chorus_moe.modeling.configuration_services import SERVICES
 from chorus_moe.modeling.configuration_text import WINDOW_TYPES, ChorusTextConfig
-from chorus_moe.modeling.layers import CHUNK, GPU_CHUNKS
 from chorus_moe.modeling.modeling_outputs import takes_cache
-from chorus_moe.modeling.moe_plan import ForwardPlan
 
 # Rows of queries in one call on the CPU: with few, copies of windows stay in cache. A training step keeps them all in
 # memory for the backward and gains nothing from small calls.
@@ -223,38 +221,6 @@ def block_local_attention_forward(
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
-def attend_in_chunks(
-    attend: Callable[..., Any],
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    plan: ForwardPlan,
-    key: Tensor,
-    value: Tensor,
-    mask: LocalMask,
-    memory: Callable[..., Tensor] | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What `attend` of a layer returns, whose queries nobody else reads: of a long causal prefill chunk by chunk, and
-    then without the queries."""
-    length, num_keys = hidden_states.shape[1], key.shape[2]
-    size = CHUNK if hidden_states.device.type == "cpu" else CHUNK * GPU_CHUNKS
-    # With gradients all chunks would be kept anyway, and memory tokens add up over the whole sequence.
-    if length <= size or not mask.is_causal or memory is not None or torch.is_grad_enabled():
-        return attend(hidden_states, position_embeddings, plan, key, value, mask, memory, **kwargs)
-    # Fresh memory as long as the sequence costs more than the work done on it, since its pages are cleared at each
-    # call. So only keys, values and output are that long.
-    output = torch.empty_like(hidden_states)
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        # Causal: keys behind the chunk's last query are cut off, global ones in front stay.
-        seen = num_keys - (length - stop)
-        rule = mask if mask.real_BK is None else replace(mask, real_BK=mask.real_BK[:, :seen])
-        tables = (position_embeddings[0][:, :, start:stop], position_embeddings[1][:, :, start:stop])
-        part = hidden_states[:, start:stop]
-        output[:, start:stop] = attend(part, tables, plan, key[:, :, :seen], value[:, :, :seen], rule, **kwargs)[0]
-    return output, None, None
-
-
 @takes_cache
 def local_mask(
     config: ChorusTextConfig,
@@ -297,4 +263,3 @@ ALL_ATTENTION_FUNCTIONS.register(BLOCK_LOCAL, block_local_attention_forward)
 # transformers makes masks by the implementation's name. Where there is no rule, the mask is that of `sdpa`.
 ALL_MASK_ATTENTION_FUNCTIONS.register(BLOCK_LOCAL, sdpa_mask)
 SERVICES["local_mask"] = local_mask
-SERVICES["attend_in_chunks"] = attend_in_chunks

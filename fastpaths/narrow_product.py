@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from chorus_moe.modeling.configuration_services import SERVICES
 
 
-class NarrowProduct(torch.autograd.Function):
+class _NarrowProduct(torch.autograd.Function):
     """`x @ W.T` in float32 of states and weights that are stored in fewer bits, on a GPU; gradients in float32."""
 
     @staticmethod
@@ -32,4 +32,4 @@ class NarrowProduct(torch.autograd.Function):
         return grad_hidden, grad_weight
 
 
-SERVICES["narrow_product"] = NarrowProduct.apply
+SERVICES["narrow_product"] = _NarrowProduct.apply

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from .attention_globals import GlobalKeyValues, MemoryTokens
 from .attention_masks import BLOCK_LOCAL, MaskRule
 from .configuration_modalities import MODALITY_IDS
-from .configuration_services import service
+from .configuration_services import SERVICES
 from .configuration_text import ChorusTextConfig
 from .layers import RMSNorm
 from .moe_plan import ForwardPlan
@@ -45,9 +45,7 @@ def project(layer: nn.Module, hidden_states: Tensor, plan: ForwardPlan) -> Tenso
 class ModalityProjection(nn.ModuleDict):
     """One projection per modality; each token goes through that of its own modality (arXiv 2411.04996)."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, modalities: Collection[str] = tuple(MODALITY_IDS)
-    ):
+    def __init__(self, in_features: int, out_features: int, bias: bool, modalities: Collection[str]):
         super().__init__({name: nn.Linear(in_features, out_features, bias=bias) for name in modalities})
 
     def forward(self, hidden_states: Tensor, plan: ForwardPlan) -> Tensor:
@@ -164,49 +162,20 @@ class Attention(nn.Module):
         # After the cache and not in it: a sliding cache would drop them first.
         if self.global_tokens is not None:
             key, value = self.global_tokens(key, value)
-        # Queries are left out where no other reads them all, and where the mask is a table or none.
-        is_table = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4)
-        in_place = (
-            self.keeps_no_queries and memory is None and self.config._attn_implementation in ("sdpa", BLOCK_LOCAL)
-        )
-        if queries_BQ is not None and is_table and in_place:
-            chosen = self._chosen(hidden_states, position_embeddings, attention_mask, queries_BQ, key)
-            output, weights, query = self._attend(*chosen[:2], plan, key, value, chosen[2], **kwargs)
-            return output, weights, (query, new_key)
-
-        attend: Callable = self._attend
-        if isinstance(attention_mask, MaskRule) and self.keeps_no_queries:
-            attend = partial(service("attend_in_chunks", "attention under a rule"), self._attend)
-        states = (hidden_states, position_embeddings, plan, key, value)
-        output, weights, query = attend(*states, attention_mask, memory, **kwargs)
-        if queries_BQ is not None:
-            output = output.take_along_dim(queries_BQ[..., None], dim=1)
+        states = (self, hidden_states, position_embeddings, plan, key, value, attention_mask, memory)
+        # The package leaves out queries that nobody reads, and takes a long prefill chunk by chunk.
+        if self.keeps_no_queries and "attend" in SERVICES:
+            output, weights, query = SERVICES["attend"](*states, queries_BQ, **kwargs)
+        else:
+            output, weights, query = self.attend(*states[1:], **kwargs)
+            output = output if queries_BQ is None else output.take_along_dim(queries_BQ[..., None], dim=1)
         return output, weights, (query, new_key)
-
-    def _chosen(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        mask: Any,
-        queries_BQ: Tensor,
-        key: Tensor,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-        """States, rotary tables and mask of some of the tokens of each sample."""
-        length, num_keys = hidden_states.shape[1], key.shape[2]
-        rows_B1Q1 = queries_BQ[:, None, :, None]
-        if mask is not None:
-            mask = mask.take_along_dim(rows_B1Q1, dim=2)
-        elif self.is_causal and length > 1:
-            # What no mask means: each token sees itself and all before; the last keys are those of the tokens.
-            mask = torch.arange(num_keys, device=key.device) <= rows_B1Q1 + (num_keys - length)
-        cos, sin = (table.take_along_dim(rows_B1Q1, dim=2) for table in position_embeddings)
-        return hidden_states.take_along_dim(queries_BQ[..., None], dim=1), (cos, sin), mask
 
     def _by_head(self, states: Tensor) -> Tensor:
         """`(B, S, ...)` as `(B, heads, S, C)`."""
         return states.reshape(*states.shape[:2], -1, self.head_dim).transpose(1, 2)
 
-    def _attend(
+    def attend(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],

@@ -1,6 +1,5 @@
 """The base class of every Chorus model: what transformers needs to know, how weights start, and what may be loaded."""
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -86,7 +85,8 @@ class ChorusPreTrainedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             for path in Path(save_directory).glob("*.safetensors"):
                 make_readable(path)
-            drop_absent_code(Path(save_directory, CONFIG_NAME))
+            if "drop_absent_code" in SERVICES:
+                SERVICES["drop_absent_code"](Path(save_directory, CONFIG_NAME))
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
@@ -111,18 +111,6 @@ class ChorusPreTrainedModel(PreTrainedModel):
         start_weights = getattr(module, "start_weights", None)
         if start_weights is not None:
             start_weights(self.config.get_text_config().initializer_range)
-
-
-def drop_absent_code(path: Path) -> None:
-    """Take out of a saved configuration what names code that is not beside it, as of an export that is saved again."""
-    values = json.loads(path.read_text(encoding="utf-8"))
-    named = values.pop("auto_map", {})
-    files = {file.stem for file in path.parent.glob("*.py")}
-    # `repository--file.Class` lies on the Hub.
-    kept = {auto: name for auto, name in named.items() if "--" in name or name.split(".")[0] in files}
-    if kept != named:
-        values |= {"auto_map": kept} if kept else {}
-        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def make_readable(path: Path) -> None:

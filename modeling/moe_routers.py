@@ -19,7 +19,6 @@ from .layers import ROW_BLOCK, TokenGate, filled_rows, float32_product, without_
 from .modeling_outputs import BankRouting, RouterChoice
 from .moe_plan import NO_OPTIONS, RowOptions
 from .moe_selection import (
-    CLOSED,
     best_experts,
     choice_weights,
     limit_groups,
@@ -155,11 +154,9 @@ class Router(nn.Module):
             is_unused_TK = unused_slots(limit_T, self.top_k)
         part_TK = None if wanted_T is None or limit_T is None else used_parts(limit_T, self.top_k)
         if options.is_sampled:
-            # Drawn from the weights and not from biased scores: the log-probability must be that of the draw.
-            log_weights_TE = self.open_log_weights(logits_TE)
-            scores_TE = service("perturbed", "sample_experts")(log_weights_TE)
+            log_weights_TE, scores_TE = service("draw", "sample_experts")(self, logits_TE)
         else:
-            scores_TE = self._rank(logits_TE)
+            scores_TE = self.rank(logits_TE)
         index_TK = best_TK = best_experts(scores_TE, self.top_k)
         if is_unused_TK is not None:
             index_TK = best_TK.masked_fill(is_unused_TK, bank.num_experts)
@@ -179,14 +176,7 @@ class Router(nn.Module):
         weights_TK = self._weigh(log_weights_TE, best_TK, is_unused_TK, part_TK).masked_fill(is_lost_TK, 0.0)
         return RouterChoice(logits_TE, weights_TK, *served[:1], log_probs_T, *served[1:], wanted_T)
 
-    def open_log_weights(self, logits_TE: Tensor) -> Tensor:
-        """The log-weights that experts are drawn by: those outside a token's best groups are never drawn."""
-        log_weights_TE = self.log_weights(logits_TE)
-        if not self.limits_groups:
-            return log_weights_TE
-        return log_weights_TE.masked_fill(self._rank(logits_TE) == CLOSED, torch.finfo(torch.float32).min)
-
-    def _rank(self, logits_TE: Tensor) -> Tensor:
+    def rank(self, logits_TE: Tensor) -> Tensor:
         """What ranks the experts; `CLOSED` for those that a token may not choose."""
         if self.e_score_correction_bias is None and not self.limits_groups:
             return logits_TE
