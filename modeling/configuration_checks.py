@@ -56,11 +56,11 @@ def _check_finite(name: str, value: Any) -> None:
             _check_finite(f"{name}[{key!r}]", item)
 
 
-def check_range(config: PreTrainedConfig, limits: dict[str, tuple[int, int]]) -> None:
+def check_range(config: object, limits: dict[str, tuple[int, int]], where: str | None = None) -> None:
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"{type(config).__name__}: {name}={value} is outside {low}..{high}")
+            raise ValueError(f"{where or type(config).__name__}: {name}={value} is outside {low}..{high}")
 
 
 def check_exit(name: str, layers: int, num_hidden_layers: int) -> None:

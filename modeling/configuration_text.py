@@ -163,7 +163,13 @@ class ChorusTextConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)
         # Not text alone: configurations saved before this field existed built parts for all three.
-        self.modalities = self._read_modalities(list(UNNAMED) if self.modalities is None else self.modalities)
+        names = list(UNNAMED) if self.modalities is None else self.modalities
+        for name in names:
+            check_name("ChorusTextConfig", "modality", name, MODALITY_IDS)
+        # Placeholders, prompts and global tokens are text, whatever else the model takes.
+        if TEXT.name not in names:
+            raise ValueError(f"ChorusTextConfig: modalities={names} lacks 'text', which every model has")
+        self.modalities = in_order(names)
         # Now and not in `validate_sizes`: the defaults below make lists of this length and divide by this number.
         check_range(self, {"num_hidden_layers": (1, MAX_LAYERS), "num_attention_heads": (1, MAX_WIDTH)})
         if self.num_key_value_heads is None:
@@ -192,15 +198,6 @@ class ChorusTextConfig(PreTrainedConfig):
             raise ValueError(f"ChorusTextConfig: {len(self.expert_banks)} expert_banks, at most {MAX_BANKS}")
         self.expert_banks = {bank.name: bank.to_dict() for bank in self.banks}
         super().__post_init__(**kwargs)
-
-    @staticmethod
-    def _read_modalities(names: list[str]) -> list[str]:
-        for name in names:
-            check_name("ChorusTextConfig", "modality", name, MODALITY_IDS)
-        # Placeholders, prompts and global tokens are text, whatever else the model takes.
-        if TEXT.name not in names:
-            raise ValueError(f"ChorusTextConfig: modalities={names} lacks 'text', which every model has")
-        return in_order(names)
 
     # Class attributes in transformers; which rules match depends on the banks and modalities of this configuration.
     @property

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_banks import check_name
 from .configuration_checks import MAX_LAYERS, MAX_WIDTH, check_divides, check_range, refuse_unknown_keys
 from .configuration_services import SERVICES
 from .tower_vision_timm import check_backbone
@@ -88,8 +89,8 @@ class ChorusVisionConfig(PreTrainedConfig):
 
     def validate_probe(self) -> None:
         """Part of `@strict` validation."""
-        if self.layout not in ("NCHW", "NHWC", "NLC") and self.num_tokens is not None:
-            raise ValueError(f"ChorusVisionConfig: layout={self.layout!r}; choose from NCHW, NHWC, NLC")
+        if self.num_tokens is not None:
+            check_name("ChorusVisionConfig", "layout", self.layout, ("NCHW", "NHWC", "NLC"))
         if self.grid_size is not None and self.grid_size[0] * self.grid_size[1] != self.num_tokens:
             raise ValueError(
                 f"ChorusVisionConfig: grid_size={self.grid_size} does not hold num_tokens={self.num_tokens} tokens"
@@ -173,14 +174,8 @@ class ChorusAudioConfig(PreTrainedConfig):
 
     def validate_features(self) -> None:
         """Part of `@strict` validation: the features are those that the encoder takes."""
-        if self.feature_type not in FEATURE_TYPES:
-            raise ValueError(
-                f"ChorusAudioConfig: feature_type={self.feature_type!r}; choose from {', '.join(FEATURE_TYPES)}"
-            )
-        if self.backbone_library not in ("transformers", "torchaudio"):
-            raise ValueError(
-                f"ChorusAudioConfig: backbone_library={self.backbone_library!r}; choose transformers or torchaudio"
-            )
+        check_name("ChorusAudioConfig", "feature_type", self.feature_type, FEATURE_TYPES)
+        check_name("ChorusAudioConfig", "backbone_library", self.backbone_library, ("transformers", "torchaudio"))
         if self.feature_type != "waveform":
             return
         if self.backbone_config is None:

@@ -20,18 +20,14 @@ from .moe_routers import ROUTER_CLASSES, Router
 from .moe_selection import count_choices
 
 
-def counted_logits(routing: BankRouting) -> Tensor:
-    """Logits of the rows that count."""
-    return routing.router_logits if routing.token_mask is None else routing.router_logits[routing.token_mask]
-
-
 def bank_sums(routing: BankRouting, router: type[Router] = Router) -> Tensor:
     """`(2E + 3,)`, sums over the rows that count: choices and probabilities of each expert, visits that a learned
     complexity asks for, `logsumexp(logits)^2`, and the rows themselves."""
     if routing.sums is not None:
         return routing.sums
     # Sums of no rows are zeros in the graph: all ranks of a distributed run must have gradients for all parameters.
-    logits_TE, asked_T = counted_logits(routing), routing.wanted_experts
+    logits_TE, asked_T = routing.router_logits, routing.wanted_experts
+    logits_TE = logits_TE if routing.token_mask is None else logits_TE[routing.token_mask]
     if asked_T is None or routing.token_mask is not None:
         asked_T = logits_TE[:, 0] * 0 if asked_T is None else asked_T[routing.token_mask]
     # What is counted are whole visits, which have no gradient: that of the number asked for goes straight through.

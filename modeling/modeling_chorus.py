@@ -1,5 +1,7 @@
 """Chorus: text, image and audio tokens in one sequence through a decoder of expert banks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -246,12 +248,12 @@ class ChorusModel(ChorusPreTrainedModel):
                 pooled, mask = (getattr(output, key, None) for key in ("pooler_output", "attention_mask"))
                 features[name] = self._connected(name, output.last_hidden_state, mask) if pooled is None else pooled
         idle = []
-        for name, tower, encode, raw in (
+        for name, tower, encode, inputs in (
             ("image", self.vision_tower, self.get_image_features, (pixel_values,)),
             ("audio", self.audio_tower, self.get_audio_features, (input_features, input_features_mask)),
         ):
-            if raw[0] is not None and len(raw[0]):
-                features[name] = encode(*raw).pooler_output
+            if inputs[0] is not None and len(inputs[0]):
+                features[name] = encode(*inputs).pooler_output
             elif self.training and tower is not None and name not in features:
                 with frozen_batch_norm(tower):
                     pieces = encode(tower.smallest_input()).pooler_output
@@ -290,34 +292,29 @@ def no_graph_if_frozen(tower: nn.Module, inputs: Tensor) -> torch.set_grad_enabl
     return torch.set_grad_enabled(torch.is_grad_enabled() and is_trained)
 
 
-class all_loaded:
+@contextmanager
+def all_loaded(tower: nn.Module) -> Iterator[None]:
     """Holds all weights of a tower that accelerate has offloaded. Each module's are loaded when it is called, but timm
     and torch read some of a module that nobody calls, such as the output projection of attention."""
-
-    def __init__(self, tower: nn.Module):
-        hooks = ((module, getattr(module, "_hf_hook", None)) for module in tower.modules())
-        self.hooks = [(module, hook) for module, hook in hooks if hook is not None]
-
-    def __enter__(self) -> None:
-        for module, hook in self.hooks:
-            hook.pre_forward(module)
-
-    def __exit__(self, *exception: object) -> None:
-        for module, hook in self.hooks:
+    hooks = [(module, hook) for module in tower.modules() if (hook := getattr(module, "_hf_hook", None)) is not None]
+    for module, hook in hooks:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module, hook in hooks:
             hook.post_forward(module, None)
 
 
-class frozen_batch_norm:
+@contextmanager
+def frozen_batch_norm(module: nn.Module) -> Iterator[None]:
     """Keeps an idle encoder's input out of its running statistics."""
-
-    def __init__(self, module: nn.Module):
-        plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-        self.norms = [m for m in module.modules() if isinstance(m, plain) and m.training]
-
-    def __enter__(self) -> None:
-        for norm in self.norms:
-            norm.training = False
-
-    def __exit__(self, *exception: object) -> None:
-        for norm in self.norms:
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    norms = [m for m in module.modules() if isinstance(m, plain) and m.training]
+    for norm in norms:
+        norm.training = False
+    try:
+        yield
+    finally:
+        for norm in norms:
             norm.training = True

@@ -31,7 +31,12 @@ ROWS_OF_AN_EXPERT = 128
 
 
 def run_one_by_one(
-    experts: Any, output_TD: Tensor, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, runs_idle: bool = False
+    experts: "ChorusExperts | LinearExperts",
+    output_TD: Tensor,
+    hidden_TD: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
+    runs_idle: bool = False,
 ) -> Tensor:
     """`output_TD` with what each expert makes of its tokens; those without tokens run on no rows or not at all."""
     for expert in range(experts.num_experts):

@@ -26,14 +26,8 @@ TORCHAUDIO_FIXED = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "la
 
 
 def build_waveform_backbone(backbone: PreTrainedConfig, library: str = "transformers") -> nn.Module:
-    """A newly initialised encoder of samples.
-
-    Args:
-        library: `transformers`, or `torchaudio` for what `import_huggingface_model` makes of it.
-
-    Raises:
-        ValueError: a model type or a setting that is not known here.
-    """
+    """A newly initialised encoder of samples, of the modules of `transformers` or `torchaudio`; raises as the next two
+    functions do."""
     return convert_backbone(AutoModel.from_config(prepare_backbone_config(backbone)), library)
 
 

@@ -19,9 +19,9 @@ MAX_DEPTH = 1_024
 
 
 def create_timm_encoder(
-    architecture: str | None, model_args: dict[str, Any] | None, image_size: int, num_channels: int
+    architecture: str | None, model_args: dict[str, Any] | None, image_size: int, num_channels: int, **options: Any
 ) -> nn.Module:
-    """Builds a timm model without classifier and without weights, from its name alone.
+    """Builds a timm model, from its name alone; without classifier and weights unless `options` say otherwise.
 
     Args:
         architecture: a name of `timm.list_models()`, with or without a pretrained tag.
@@ -32,13 +32,7 @@ def create_timm_encoder(
         ImportError: timm is missing.
         ValueError: an unknown name, a reserved or oversized argument, or a model that timm refuses to build.
     """
-    return timm_model(architecture, model_args, image_size, pretrained=False, num_classes=0, in_chans=num_channels)
-
-
-def timm_model(
-    architecture: str | None, model_args: dict[str, Any] | None, image_size: int, **options: Any
-) -> nn.Module:
-    """A timm model by the rules of `create_timm_encoder`; `options` are those of `timm.create_model`."""
+    options = {"pretrained": False, "num_classes": 0, "in_chans": num_channels} | options
     timm = _import_timm()
     _check_architecture(architecture, timm)
     # Through JSON, so that the probed encoder is the one that a saved configuration rebuilds.

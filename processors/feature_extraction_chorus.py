@@ -114,11 +114,8 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         return super().from_dict(feature_extractor_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings to save; limits are never among them."""
-        output = super().to_dict()
-        # A downloaded repository must not lift the limits.
-        output.pop("limits", None)
-        return output
+        """The settings to save; never the limits, which a downloaded repository must not lift."""
+        return {name: value for name, value in super().to_dict().items() if name != "limits"}
 
     @property
     def window_frames(self) -> int:

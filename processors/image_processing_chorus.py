@@ -73,11 +73,8 @@ class ChorusImageProcessor(TorchvisionBackend):
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings to save; limits are never among them."""
-        output = super().to_dict()
-        # A downloaded repository must not lift the limits.
-        output.pop("limits", None)
-        return output
+        """The settings to save; never the limits, which a downloaded repository must not lift."""
+        return {name: value for name, value in super().to_dict().items() if name != "limits"}
 
     def load(
         self, image: object, place: MediaPlace, do_rescale: bool | None = None, input_data_format: str | None = None

@@ -76,10 +76,9 @@ class ChatProcessor(ProcessorMixin):
             or options.get("sampling_rate")
             or options.get("audio_kwargs", {}).get("sampling_rate")
         )
-        given = {"image": images, "audio": audio}
         rows = {
             modality: self._media_rows(media, len(conversations), is_batched, modality)
-            for modality, media in given.items()
+            for modality, media in (("image", images), ("audio", audio))
         }
         control = self._control_tokens()
         beside: dict[str, Any] = {
@@ -101,17 +100,16 @@ class ChatProcessor(ProcessorMixin):
         # Our own template needs no limit, which takes longer than the template itself.
         is_ours = template == default_chat_template(self.image_token, self.audio_token)
         limit = nullcontext() if is_ours else limited_steps(len(prepared))
-        if not return_labels:
-            with limit:
-                return super().apply_chat_template(target, chat_template, processor_kwargs=options, **kwargs)
-
-        wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
-        tensor_type = kwargs.pop("return_tensors", "auto")
-        tensor_type = options.pop("return_tensors", None) if tensor_type == "auto" else tensor_type
-        # As lists: labels are made row by row, and everything becomes tensors in one place.
-        kwargs.update(tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors=None)
+        wants_mask = kwargs.get("return_assistant_tokens_mask", False)
+        if return_labels:
+            tensor_type = kwargs.pop("return_tensors", "auto")
+            tensor_type = options.pop("return_tensors", None) if tensor_type == "auto" else tensor_type
+            # As lists: labels are made row by row, and everything becomes tensors in one place.
+            kwargs.update(tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors=None)
         with limit:
             batch = super().apply_chat_template(target, chat_template, processor_kwargs=options, **kwargs)
+        if not return_labels:
+            return batch
         batch["labels"] = self.build_labels(batch["input_ids"], batch["assistant_masks"])
         if not wants_mask:
             del batch["assistant_masks"]

@@ -196,12 +196,7 @@ def _join_texts(content: list[Any]) -> list[Any]:
 
 
 def _prepare_part(
-    part: Any,
-    queues: dict,
-    wanted: dict,
-    control_tokens: re.Pattern[str],
-    sampling_rate: int | None,
-    place: MediaPlace,
+    part: Any, queues: dict, wanted: dict, control_tokens: re.Pattern[str], sampling_rate: int | None, place: MediaPlace
 ) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
     # The forms of OpenAI's API, which many datasets copy.

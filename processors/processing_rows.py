@@ -52,7 +52,6 @@ def pad_rows(
     lengths = [len(ids) for ids in rows["input_ids"]]
     target = max([*lengths, length or 0])
     if multiple:
-        # Rounded up.
         target = -(-target // multiple) * multiple
     if pad_token_id is None and min(lengths) < target:
         raise ValueError("rows of different length need padding, but the tokenizer has no pad token")
