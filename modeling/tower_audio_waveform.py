@@ -149,7 +149,7 @@ class WaveformEncoder(nn.Module):
         mask = None
         if not self.is_wavlm:
             tokens = real_NL.shape[1]
-            # torchaudio's WavLM masks by `key_padding_mask` and refuses this one; other encoders read this alone.
+            # torchaudio's WavLM takes `key_padding_mask` and refuses this argument; others read this alone.
             mask = real_NL[:, None, None].expand(-1, 1, tokens, tokens)
         for layer in encoder.transformer.layers:
             hidden_NLD, bias = layer(hidden_NLD, mask, position_bias=bias, key_padding_mask=~real_NL)

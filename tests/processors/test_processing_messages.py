@@ -108,7 +108,7 @@ PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 )
 def test_what_a_template_does_not_write_is_refused_by_name(key):
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, key: ["y"]}]
-    with pytest.raises(MediaError, match=f"sample 1, message 1, {key}: the chat template does not write it"):
+    with pytest.raises(MediaError, match=f"sample 1, message 1: {key}: the chat template does not write it"):
         check_rendered(PLAIN + "{{ enable_thinking }}", [[], messages])
     check_rendered(PLAIN + "{{ message." + key + " }}", [[], messages])
     # Tables fill the columns of other rows with None.
