@@ -147,8 +147,7 @@ class Attention(nn.Module):
         new_value = value = self._by_head(project(self.v_proj, hidden_states, plan))
         plain_key = self._by_head(key)
         new_key = key = self._rotated(plain_key, position_embeddings)
-        # Keys are cached rotated, as in transformers. Only the new ones are returned, which the alignment loss
-        # compares.
+        # Keys are cached rotated, as in transformers. The alignment loss compares new ones, which alone are returned.
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         memory = None

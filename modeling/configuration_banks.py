@@ -57,8 +57,7 @@ class ExpertBankConfig:
         bias_update_rate: step of the correction bias at each optimizer step, with `balance="bias"`.
         expert_capacity: tokens of one sequence that an expert takes at most: a number, or a factor (float) on the even
             share of the sequence so far, see `moe_selection.py`; unlimited if None.
-        capacity_overflow: where a choice goes whose expert is full: to the token's next best (`reroute`) or nowhere
-            (`drop`).
+        capacity_overflow: a choice whose expert is full goes to the token's next best (`reroute`) or is lost (`drop`).
         capacity_scope: what capacity is counted over: a `sequence`, or the whole `batch`, whose later samples then
             depend on earlier ones; for training alone, on a device with buffers of a fixed size.
         capacity_in_eval: whether capacity holds outside training as well.

@@ -111,8 +111,7 @@ class ExitRun:
     """One forward past the exits.
 
     Args:
-        thresholds: one an exit, shallow first; a sample leaves above it. None: every exit answers every sample, and all
-            stay.
+        thresholds: one an exit, shallow first; above it a sample leaves. None: all stay, and each exit answers all.
         attention_mask: `(B, S)`, as the head was given it.
         batch: samples before any has left.
 

@@ -1,7 +1,5 @@
 """Chorus: text, image and audio tokens in one sequence through a decoder of expert banks."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -292,29 +290,35 @@ def no_graph_if_frozen(tower: nn.Module, inputs: Tensor) -> torch.set_grad_enabl
     return torch.set_grad_enabled(torch.is_grad_enabled() and is_trained)
 
 
-@contextmanager
-def all_loaded(tower: nn.Module) -> Iterator[None]:
+# These are classes, since a compiled graph cannot run through the generator of a context.
+class all_loaded:
     """Holds all weights of a tower that accelerate has offloaded. Each module's are loaded when it is called, but timm
     and torch read some of a module that nobody calls, such as the output projection of attention."""
-    hooks = [(module, hook) for module in tower.modules() if (hook := getattr(module, "_hf_hook", None)) is not None]
-    for module, hook in hooks:
-        hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        for module, hook in hooks:
+
+    def __init__(self, tower: nn.Module):
+        hooks = ((module, getattr(module, "_hf_hook", None)) for module in tower.modules())
+        self.hooks = [(module, hook) for module, hook in hooks if hook is not None]
+
+    def __enter__(self) -> None:
+        for module, hook in self.hooks:
+            hook.pre_forward(module)
+
+    def __exit__(self, *exception: object) -> None:
+        for module, hook in self.hooks:
             hook.post_forward(module, None)
 
 
-@contextmanager
-def frozen_batch_norm(module: nn.Module) -> Iterator[None]:
+class frozen_batch_norm:
     """Keeps an idle encoder's input out of its running statistics."""
-    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    norms = [m for m in module.modules() if isinstance(m, plain) and m.training]
-    for norm in norms:
-        norm.training = False
-    try:
-        yield
-    finally:
-        for norm in norms:
+
+    def __init__(self, module: nn.Module):
+        plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        self.norms = [m for m in module.modules() if isinstance(m, plain) and m.training]
+
+    def __enter__(self) -> None:
+        for norm in self.norms:
+            norm.training = False
+
+    def __exit__(self, *exception: object) -> None:
+        for norm in self.norms:
             norm.training = True

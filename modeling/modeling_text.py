@@ -240,8 +240,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
                 hidden_states = token_exits.after(number, before, hidden_states)
             staying = None if exits is None else exits.passes(number, hidden_states)
             if staying is not None:
-                # Early exit saves time only if later layers see fewer samples, for whom all that is shared is made
-                # anew.
+                # Early exit saves time only if later layers see fewer samples: all that they share is made anew.
                 hidden_states, tokens = hidden_states.index_select(0, staying), tokens.at(staying)
                 if len(staying) == 0:
                     break

@@ -303,8 +303,7 @@ class BankGate(nn.Module):
         with without_autocast(hidden_TD):
             logits_TN = float32_product(hidden_TD, self.weight)
             logits_TN = logits_TN.masked_fill(~open_TN, torch.finfo(torch.float32).min)
-            # The lowest number, not minus infinity: without any open bank the softmax would be NaN. Now the product
-            # makes it 0.
+            # The lowest number, not minus infinity, whose softmax over no open bank would be NaN. The product gives 0.
             return logits_TN.softmax(dim=-1) * open_TN
 
 
