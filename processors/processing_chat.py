@@ -78,7 +78,7 @@ class ChatProcessor(ProcessorMixin):
             for modality, media in (("image", images), ("audio", audio))
         }
         control = self._control_tokens()
-        beside = {key: break_control_tokens(kwargs[key], control) for key in ("tools", "documents") if key in kwargs}
+        beside = {key: break_control_tokens(kwargs[key], control) for key in kwargs.keys() & {"tools", "documents"}}
         kwargs.update(beside)
         prepared = [
             prepare_conversation(messages, {name: rows[name][sample] for name in rows}, control, rate, sample)
