@@ -17,6 +17,7 @@ from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.guards.steps import StepGuard
 from chorus_moe.training.lora import lora_config
 from chorus_moe.training.recipe import TRAINER_SETTINGS, read_recipe
+from chorus_moe.training.releases import CHECKPOINTING
 from chorus_moe.training.stages import check_stages, read_stages
 from chorus_moe.training.tasks.arguments import TaskArguments
 from chorus_moe.training.tasks.learning import TASK_IDS, task_columns
@@ -225,7 +226,7 @@ def test_an_adapter_learns_by_task(
     assert changed and all("lora_" in name for name in changed)
 
 
-@pytest.mark.parametrize("settings", [{"bf16": True}, {"activation_checkpointing": True}, {"max_grad_norm": 1.0}])
+@pytest.mark.parametrize("settings", [{"bf16": True}, {CHECKPOINTING: True}, {"max_grad_norm": 1.0}])
 def test_conflicts_are_resolved_in_other_numbers_and_with_checkpointing(
     settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor, tmp_path: Path
 ) -> None:
@@ -391,9 +392,9 @@ def test_a_checkpoint_of_other_tasks_is_refused(
     [
         ({"train_sampling_strategy": "sequential"}, {}, "train_sampling_strategy='sequential' orders the rows"),
         (
-            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
             KINDS["pcgrad"],
-            "task_conflicts=pcgrad takes the gradient of each task by itself, which activation_checkpointing_kwargs",
+            f"task_conflicts=pcgrad takes the gradient of each task by itself, which {CHECKPOINTING}_kwargs",
         ),
     ],
 )
