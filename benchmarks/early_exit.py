@@ -233,17 +233,13 @@ class Seeds:
 
     def add(self, case: str, values: dict[str, float], seed: int) -> None:
         self.rows.setdefault(case, []).append(values)
-        self._print(f"{self.task}, {case}, seed {seed}", values)
+        self.report.add_named(f"{self.task}, {case}, seed {seed}", values)
 
     def means(self) -> None:
         for case, rows in self.rows.items():
             values = {name: fmean(row[name] for row in rows) for name in rows[0]}
             values |= {f"{name}_spread": pstdev(row[name] for row in rows) for name in rows[0]}
-            self._print(f"{self.task}, {case}, mean", values)
-
-    def _print(self, case: str, values: dict[str, float]) -> None:
-        self.report.add(case, values, "accuracy")
-        print({name: round(value, 4) for name, value in values.items()}, flush=True)
+            self.report.add_named(f"{self.task}, {case}, mean", values)
 
 
 def study(
@@ -293,7 +289,7 @@ def study_digits(parsed: argparse.Namespace, report: Report) -> None:
             if seed == parsed.seeds[0]:
                 drawn = curve(lesson, model, answers, min(parsed.rounds, 3), 3 if parsed.quick else 12)
                 for name, values in drawn.items():
-                    report.add(f"curve {name}", values, "accuracy")
+                    report.add_named(f"curve {name}", values)
                 if parsed.plot is not None:
                     plot(parsed.plot, drawn, promised[0])
     seeds.means()

@@ -135,8 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = counting.decoder(parsed.layers, parsed.hidden_size, seed, exit_layers=exits, exit_loss_coef=1.0)
         counting.learn({OURS: model}, parsed.steps, seed=seed, one_in=ONE_IN)
         calibrated = calibrate(model, prompts, parsed)
-        print({name: round(value, 4) for name, value in calibrated.items()}, flush=True)
-        report.add(f"calibration, seed {seed}", calibrated, "confidence")
+        report.add_named(f"calibration, seed {seed}", calibrated)
         for title, is_batch in (("one text", False), (f"batch of {len(texts)}", True)):
             values = score(model, texts, is_batch, calibrated["found_confidence"], parsed)
             for unit in UNITS:
