@@ -164,8 +164,9 @@ class Study:
         }
         self.exam = {medium: self.collate(rows) for medium, rows in asked.items()}
         self.learn(self.base, self.rows["public"], parsed.base_steps)
-        self.base.save_pretrained(self.path)
-        self.processor.save_pretrained(self.path)
+        with quiet():
+            self.base.save_pretrained(self.path)
+            self.processor.save_pretrained(self.path)
 
     def learn(self, model: Any, rows: Sequence[Row], steps: int) -> None:
         take, rng = stepper(model.train(), steps, RATE), np.random.default_rng(self.seed)
