@@ -36,8 +36,8 @@ def paged_attention(
     No mask comes here, and none is needed: transformers makes none for a function whose masks it does not know.
     """
     states = (states.squeeze(0).transpose(0, 1).flatten(1) for states in (query_1HTC, key_1GTC, value_1GTC))
-    output: Any = module.paged(*states)
-    return output.unflatten(-1, (-1, query_1HTC.shape[-1])).unsqueeze(0), None
+    paged: Any = module.paged
+    return paged(*states).unflatten(-1, (-1, query_1HTC.shape[-1])).unsqueeze(0), None
 
 
 AttentionInterface.register(PAGED, paged_attention)
@@ -69,7 +69,11 @@ class PagedChorus(nn.Module, SupportsMultiModal):
                 per_layer_sliding_window=attention.sliding_window,
                 prefix=maybe_prefix(prefix, f"layers.{attention.layer_idx}.self_attn.paged"),
             )
-        self.suppressed = sorted(set(self.model.generation_config.suppress_tokens or ()))
+        # What `generate` reads from the saved settings, which vLLM passes to no model.
+        saved = self.model.generation_config
+        self.suppressed = list(saved.suppress_tokens or ())
+        threshold = getattr(saved, "skip_threshold", None)
+        self.options = {} if threshold is None else {"skip_threshold": threshold}
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -115,6 +119,7 @@ class PagedChorus(nn.Module, SupportsMultiModal):
             position_ids=positions.unsqueeze(0),
             mm_token_type_ids=self.model.model.modality_ids(input_ids.unsqueeze(0)),
             use_cache=False,
+            **self.options,
         ).last_hidden_state.squeeze(0)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

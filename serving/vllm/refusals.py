@@ -29,21 +29,31 @@ def of_model(config: ChorusConfig) -> Iterator[str]:
             )
 
 
+def head_sizes() -> list[int]:
+    """Head sizes that vLLM's attention takes here; empty where it says nothing, as on a GPU before it is asked."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    return CPUAttentionBackend.get_supported_head_sizes() if current_platform.is_cpu() else []
+
+
 def of_engine(vllm_config: "VllmConfig") -> Iterator[str]:
     """What was asked of the engine that the model class does not do."""
     parallel = vllm_config.parallel_config
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         if (size := getattr(parallel, name)) > 1:
             yield f"{name}={size}: each engine holds the whole model; start several and share out the requests"
-    saved = vllm_config.model_config.try_get_generation_config()
-    # Without the file's settings, `vllm` promises its own and nothing else.
-    if vllm_config.model_config.generation_config != "vllm":
-        for name in ("exit_confidence", "skip_threshold"):
-            if saved.get(name) is not None:
-                yield (
-                    f"{name}={saved[name]} of generation_config.json: vLLM passes it to no model; take it out of the "
-                    "file, or start with --generation-config vllm"
-                )
+    served = vllm_config.model_config
+    head_dim, sizes = served.hf_config.text_config.head_dim, head_sizes()
+    if head_dim not in (sizes or [head_dim]):
+        yield f"head_dim={head_dim}: vLLM's attention on a CPU has kernels for {sizes}"
+    confidence = served.try_get_generation_config().get("exit_confidence")
+    # With `vllm` nobody expects what the file says.
+    if confidence is not None and served.generation_config != "vllm":
+        yield (
+            f"exit_confidence={confidence} of generation_config.json: tokens that leave early have keys in some layers "
+            "alone; start with --generation-config vllm to run them through all layers"
+        )
 
 
 def check(vllm_config: "VllmConfig") -> None:
