@@ -1,4 +1,4 @@
-"""Images and sound of a request, for vLLM: how many tokens they are, and the tensors that our processor makes of them."""
+"""Images and sound of a request, for vLLM: how many tokens they are, and what tensors our processor makes of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,15 +7,19 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
+from vllm.config.multimodal import MultiModalDummyOptions
+from vllm.inputs import MultiModalDataDict, MultiModalInput
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import MultiModalDataParser
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
     BaseProcessingInfo,
+    ProcessorInputs,
     PromptReplacement,
     PromptUpdateDetails,
 )
+from vllm.multimodal.processing.context import TimingContext
 
 from chorus_moe.processors.feature_extraction_chorus import ChorusFeatureExtractor
 from chorus_moe.processors.processing_chorus import ChorusProcessor
@@ -73,8 +77,10 @@ class EmptyMedia(BaseDummyInputsBuilder):
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         return "".join(MEDIA[name].token * count for name, count in mm_counts.items())
 
-    def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> Any:
-        data: dict[str, Any] = {}
+    def get_dummy_mm_data(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
+    ) -> MultiModalDataDict:
+        data: dict[str, list] = {}
         if count := mm_counts.get("image", 0):
             data["image"] = [Image.new("RGB", (32, 32))] * count
         if count := mm_counts.get("audio", 0):
@@ -86,7 +92,7 @@ class EmptyMedia(BaseDummyInputsBuilder):
 class ChorusMediaProcessor(BaseMultiModalProcessor):
     """From the media of a request and the ids of its prompt to tensors and expanded ids."""
 
-    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         """As in vLLM, for a request whose placeholders and media match.
 
         Raises:

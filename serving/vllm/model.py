@@ -8,7 +8,7 @@ Unusual here:
 Shape suffixes: T tokens of all requests, H heads, C head size, D hidden size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,7 +79,7 @@ class PagedChorus(nn.Module, SupportsMultiModal):
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         return {"image": "<image>", "audio": "<audio>"}[modality]
 
-    def get_language_model(self) -> Any:
+    def get_language_model(self) -> "PagedChorus":
         return self
 
     def embed_multimodal(self, **media: Any) -> list[Tensor]:
@@ -96,7 +96,11 @@ class PagedChorus(nn.Module, SupportsMultiModal):
         return tokens
 
     def embed_input_ids(
-        self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        multimodal_embeddings: Sequence[Tensor] | None = None,
+        *,
+        is_multimodal: Tensor | None = None,
     ) -> Tensor:
         """Embeddings `(T, D)` of the words, with tokens of images and clips in the places that vLLM marks."""
         embeds = self.model.get_input_embeddings()(input_ids)
@@ -108,7 +112,7 @@ class PagedChorus(nn.Module, SupportsMultiModal):
         self,
         input_ids: Tensor,
         positions: Tensor,
-        intermediate_tensors: Any = None,
+        intermediate_tensors: object = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
