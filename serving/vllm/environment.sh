@@ -11,7 +11,7 @@ folder=$(realpath -m "$1")
 cd "$(dirname "$0")/../.."
 "${PYTHON:-python3}" -m venv "$folder"
 read -r _ packages < <(grep '^vllm ' .ci/matrix.txt)
-"$folder/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[serve]'
+"$folder/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[serve]' cloudpickle requests
 # shellcheck disable=SC2086
 "$folder/bin/python" -m pip install --quiet --no-deps $packages
 echo "ready: $folder/bin/python -m vllm.entrypoints.openai.api_server --model MODEL --host 127.0.0.1 --dtype float32"
