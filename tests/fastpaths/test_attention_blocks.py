@@ -16,11 +16,7 @@ from tests.modeling.conftest import WINDOW, windowed_model
 ATOL = 2e-5
 HEADS, HEAD_DIM = 4, 8
 
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of four queries, so that short sequences have many."""
-    monkeypatch.setattr(attention_blocks, "block_size", lambda window: 4)
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, mask: LocalMask) -> Tensor:
