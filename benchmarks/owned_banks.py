@@ -211,8 +211,8 @@ class Study:
             gather_banks(self.path, files, self.folder / "gathered")
             gather_banks(self.path, files, self.folder / "gates", gates)
             withdraw_bank(self.folder / "gates", "pictures", self.folder / "withdrawn")
-        for arm in ("gathered", "gates", "withdrawn"):
-            found[arm] = self.accuracies(AutoModelForMultimodalLM.from_pretrained(self.folder / arm))
+            for arm in ("gathered", "gates", "withdrawn"):
+                found[arm] = self.accuracies(AutoModelForMultimodalLM.from_pretrained(self.folder / arm))
         found["together"] = self.accuracies(self.with_banks(list(OWNERS), len(OWNERS) * self.parsed.steps))
         whole = sum(tensor.numel() * tensor.element_size() for tensor in self.base.state_dict().values())
         return found, {"model_bytes": float(whole), "bank_bytes": float(files[0].stat().st_size)}

@@ -69,9 +69,9 @@ def test_what_a_private_client_sends_is_under_noise_and_counts_nothing(make_reci
 
 
 def test_all_rounds_spend_from_one_ledger_that_outlives_the_process(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = private_recipe(make_recipe(BANKS, "eyes"), tmp_path, noise_multiplier=2.0, accountant="rdp")
     from opacus.accountants import create_accountant
 
-    recipe = private_recipe(make_recipe(BANKS, "eyes"), tmp_path, noise_multiplier=2.0, accountant="rdp")
     spent, history = [], [(2.0, 4 / 6, 2), (2.0, 4 / 6, 4), (2.0, 4 / 6, 6)]
     first = Learner.of(recipe)
     # The third round comes after a restart.
