@@ -69,7 +69,7 @@ REPLAY_OF_SPEAKER = REPLAY | {"written": 4.0, "spoken": 6.0}
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much of everything: the defaults take eight to nine minutes on two processor cores.
+    """How much of everything: the defaults take five to seven minutes on two processor cores.
 
     Args:
         picture_steps, sound_steps: optimizer steps of each encoder alone.
@@ -85,8 +85,8 @@ class DemoSettings:
     picture_steps: int = 1_400
     sound_steps: int = 700
     sound_teachers: int = 2
-    base_steps: int = 950
-    lora_steps: int = 500
+    base_steps: int = 750
+    lora_steps: int = 400
     batch_size: int = 44
     encoder_lr: float = 2e-3
     base_lr: float = 2e-3

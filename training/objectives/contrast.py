@@ -86,7 +86,7 @@ class Contrast(Objective):
 
     def _vectors(self, decoder: ChorusModel, name: str, pieces: list[Tensor]) -> Tensor:
         """Unit vectors `(N, P)`."""
-        projection = self.projections[name]
+        projection: Any = self.projections[name]
         # A rank without the modality runs one idle token.
         rows = pieces or [projection.weight.new_zeros(1, projection.weight.shape[1])]
         tokens_NLD = pad_sequence(rows, batch_first=True)

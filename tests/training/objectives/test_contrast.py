@@ -6,16 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from chorus_moe import ChorusProcessor
 from chorus_moe.modeling.modeling_heads import ChorusForContrastive
+from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.objectives.contrast import Contrast
 from chorus_moe.training.trainer import ChorusTrainer
-from tests.training.conftest import make_model, make_rows
+from tests.fresh_process import ROOT, run_ranks
+from tests.training.conftest import make_model, make_row, make_rows, make_tokenizer
 from tests.training.test_checkpoints import SETTINGS
+
+# An image, a clip and both, twice; then clips alone.
+ROWS = [*make_rows(6), *(make_row(index) for index in (7, 10, 13))]
 
 
 def vectors_alone(
@@ -53,6 +59,34 @@ def test_the_loss_is_that_of_the_contrastive_head_on_each_medium_alone(
     assert len(losses) == 3
     # Cosines are divided by 0.07, so rounding of 1e-7 in each is worth 1e-5.
     torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=0, atol=5e-5)
+
+
+def gradients(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Of the contrast of some rows, in this process; with several, their mean over the processes."""
+    model = make_model(tokenizer := make_tokenizer()).train()
+    objective = Contrast(model)
+    batch = ChorusDataCollator(processor_from_config(model.config, tokenizer))(rows)
+    objective(model, batch, model(**batch)).backward()
+    named = {**dict(model.named_parameters()), **dict(objective.named_parameters())}
+    found = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in named.items()}
+    if dist.is_initialized():
+        for gradient in found.values():
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_batch(tmp_path: Path) -> None:
+    """The second has no row with an image."""
+    for done in run_ranks(ROOT / "tests/training/distributed_contrast.py", [str(tmp_path)], cwd=tmp_path):
+        assert done.returncode == 0, done.stderr[-3000:]
+    together = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    alone = gradients(ROWS)
+    assert alone["projections.image.weight"].any() and alone["logit_scale"] != 0
+    for name, gradient in alone.items():
+        # Gradients of up to 1, sums of float32 in another order.
+        torch.testing.assert_close(together[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_rows_without_a_partner_add_nothing(tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor) -> None:
