@@ -15,6 +15,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
+    import chorus_moe.serving.vllm.quantization  # noqa: F401  # registers our quantised weights
     from chorus_moe.serving.vllm.refusals import check
 
     class CheckChorus(VerifyAndUpdateConfig):
