@@ -20,7 +20,10 @@ def of_model(config: ChorusConfig) -> Iterator[str]:
     if text.num_memory_tokens:
         yield f"num_memory_tokens={text.num_memory_tokens}: vLLM's pages have no place for running sums of a request"
     if text.skip_layers and text.skip_scope == "layer":
-        yield "skip_scope='layer': keys of tokens that skip would not be written, vLLM does that while it attends"
+        yield "skip_scope='layer': vLLM writes keys while it attends, so those of tokens that skip would be missing"
+    kind = (text.rope_parameters or {}).get("rope_type")
+    if kind in ("dynamic", "longrope"):
+        yield f"rope_type={kind!r}: its angles follow the longest sequence at hand, here that of another request"
     for bank in text.banks:
         if bank.limits_capacity(is_training=False):
             yield (

@@ -64,11 +64,25 @@ def test_what_is_carried_passes_and_the_engine_has_no_window_of_its_own(text: di
             "capacity_in_eval of bank 'common'",
         ),
         ({"is_causal": False}, "is_causal=False"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}},
+            "rope_type='dynamic'",
+        ),
         ({"size": 2}, "tensor_parallel_size=2"),
         ({"saved": {"exit_confidence": 0.9}}, "exit_confidence=0.9 of generation_config.json"),
         ({"head_dim": 16}, "head_dim=16"),
     ],
-    ids=["global tokens", "memory", "skipped layers", "capacity", "bidirectional", "ranks", "early exit", "head size"],
+    ids=[
+        "global tokens",
+        "memory",
+        "skipped layers",
+        "capacity",
+        "bidirectional",
+        "angles",
+        "ranks",
+        "early exit",
+        "head size",
+    ],
 )
 def test_what_is_not_carried_is_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="tiny cannot be served by vLLM: ") as raised:
