@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import CompileConfig
@@ -230,12 +231,14 @@ def test_attention_of_one_token_is_torchs(dtype: torch.dtype) -> None:
     query, key, value = (torch.randn(2, 4, length, 16).to(dtype) for length in (1, 9, 9))
     mask = torch.zeros(2, 1, 1, 9).masked_fill(torch.rand(2, 1, 1, 9) < 0.3, float("-inf")).to(dtype)
     mask[..., 0] = 0
-    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    doubles = [each.double() for each in (query, key, value)]
     for given, scale in ((None, None), (mask, 0.3)):
-        expected = op(query, key, value, attn_mask=given, scale=scale)
-        found = _attention(query, key, value, attn_mask=given, scale=scale)
-        # Sums in another order: 3e-7 was seen, in bfloat16 one rounding.
-        torch.testing.assert_close(found[0], expected[0], rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
-        torch.testing.assert_close(found[1].flatten(), expected[1].float().flatten(), rtol=1e-5, atol=1e-5)
+        expected = F.scaled_dot_product_attention(
+            *doubles, attn_mask=None if given is None else given.double(), scale=scale
+        )
+        found, _ = _attention(query, key, value, attn_mask=given, scale=scale)
+        # Sums in float32, and one rounding to the dtype at the end.
+        rtol = 2**-8 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=1e-6)
     assert _attention(key, key, value) is NotImplemented
     assert _attention(query, key, value, is_causal=True) is NotImplemented
