@@ -7,8 +7,8 @@ Run as `python -m benchmarks.train_step`. Two tables, all variants with the same
 
 The balance loss is left out everywhere except in `with_balance`, ours as it trains by default.
 
-`--compile` compares ours with itself under `torch.compile` instead: the whole stack (`whole`), as `torch_compile: true`
-of a recipe does it, and a decoder layer at a time (`by_layer`). The first step waits for the compiler.
+`--compile` compares ours with itself under `torch.compile` instead: the whole stack (`whole`), and a decoder layer at a
+time (`by_layer`). The first step waits for the compiler.
 """
 
 import time
