@@ -212,9 +212,9 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 4])
-def test_inductor(batch: int):
-    check(make(expert_banks={"text": {"adaptive_experts": True}, "common": {}}), text(batch), backend="inductor")
+@pytest.mark.parametrize(("batch", "case"), [(1, "adaptive experts"), (4, "adaptive experts"), (2, "windows")])
+def test_inductor(batch: int, case: str):
+    check(make(**CASES[case]), text(batch), backend="inductor")
 
 
 def test_products_of_one_row_are_torchs() -> None:
