@@ -74,7 +74,9 @@ def speeds(models: Models, sizes: dict[str, int], width: int, parsed: Any, repor
         model.generation_config.eos_token_id = None
         compile_decoding(model)
     if importlib.util.find_spec("llama_cpp") and not parsed.quick:
-        variants |= {kind: llama_cpp(peer, input_ids, count + 1, kind) for kind in FORMATS.values()}
+        variants |= {
+            FORMATS[name]: llama_cpp(peer, input_ids, count + 1, FORMATS[name]) for name in models if name != OURS
+        }
     calls = {f"{name} {n}": lambda v=v, n=n: v(n) for name, v in variants.items() for n in (1, 1 + count)}
     timings = measure(calls, parsed.rounds, memory=False)
     prefill = {name: timings[f"{name} 1"].rounds for name in variants}
@@ -90,9 +92,9 @@ def speeds(models: Models, sizes: dict[str, int], width: int, parsed: Any, repor
 
     found = {f"decode_ratio_{name}": times_as_long(decode, OURS, name) for name in models if name != OURS}
     found |= {f"prefill_ratio_{name}": times_as_long(prefill, OURS, name) for name in models if name != OURS}
-    if "Q8_0" in decode:
-        found["llama_cpp_ratio"] = times_as_long(decode, "Q8_0", "int8")
-        found["llama_cpp_ratio_int4"] = times_as_long(decode, "Q4_0", "int4")
+    for name, key in (("int8", "llama_cpp_ratio"), ("int4", "llama_cpp_ratio_int4")):
+        if FORMATS[name] in decode:
+            found[key] = times_as_long(decode, FORMATS[name], name)
     return found
 
 
@@ -100,6 +102,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = (
         ("--prompt", {"type": int, "default": 64, "help": "tokens of the prompt"}),
         ("--new-tokens", {"type": int, "default": 32}),
+        (
+            "--formats",
+            {"nargs": "+", "choices": list(FORMATS), "default": list(FORMATS), "help": "whose speed is measured"},
+        ),
         ("--parts", {"nargs": "+", "choices": ["accuracy", "speed"], "default": ["accuracy", "speed"]}),
     )
     parsed = parse("Bytes, accuracy and speed in fewer bits.", arguments, *lesson_options(250, seeds=1), *options)
@@ -116,9 +122,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     add(bytes_ratios(models))
     if "speed" in parsed.parts:
-        if parsed.quick:
-            del models["int4"]  # each is compiled
-        add(speeds(models, sizes, width, parsed, report))
+        # Each is compiled.
+        timed = {OURS, "int8"} if parsed.quick else {OURS, *parsed.formats}
+        add(speeds({name: models[name] for name in models if name in timed}, sizes, width, parsed, report))
     if "accuracy" in parsed.parts:
         add(accuracy_drops(parsed, report))
 
