@@ -149,7 +149,7 @@ class Attention(nn.Module):
         new_key = key = self._rotated(plain_key, position_embeddings)
         # Keys are cached rotated, as in transformers. The alignment loss compares new ones, which alone are returned.
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
         memory = None
         if self.memory_tokens is not None:
             written = (hidden_states, plain_key, new_value, plan.real_T, past_key_values, self.layer_idx)

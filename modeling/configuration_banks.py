@@ -24,11 +24,7 @@ PEFT_NAMES = ("router", "base_layer", "modules_to_save", "original_module")
 MAX_EXPERTS, MAX_EXPERT_WIDTH, MAX_EXPERT_DEPTH = 65_536, 1_048_576, 64
 # Router -> what keeps its load even unless a bank says otherwise. A configuration is read and checked where no model
 # code has been loaded, so these two facts stand here; the class of that name in `moe_routers` states all others.
-ROUTERS: dict[str, str] = {
-    "softmax": "switch",
-    "sigmoid": "bias",
-    "attention": "switch",
-}
+ROUTERS: dict[str, str] = {"softmax": "switch", "sigmoid": "bias", "attention": "switch"}
 
 
 @dataclass(frozen=True, kw_only=True)

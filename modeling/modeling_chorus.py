@@ -44,8 +44,8 @@ def check_placeholders(found: list[int], sizes: list[int], modality: str) -> Non
         if expected != count:
             raise ValueError(
                 f"sample {sample}: found {count} {modality} placeholders for {expected} {modality} tokens; the text "
-                f"was probably truncated after the processor ran, or the {modality} was left out, or accelerate cut "
-                "the batch of a streamed data set by rows: accelerator_config={'dispatch_batches': False}"
+                f"was truncated after the processor ran, the {modality} left out, or accelerate cut a streamed batch: "
+                "accelerator_config={'dispatch_batches': False}, or a pipeline took one of several clips: batch_size=1"
             )
     if next_piece < len(sizes):
         raise ValueError(

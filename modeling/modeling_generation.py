@@ -260,6 +260,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         if modality_BS is not None and modality_BS.shape[1] < input_ids.shape[1]:
             kwargs["mm_token_type_ids"] = F.pad(modality_BS, (0, input_ids.shape[1] - modality_BS.shape[1]))
         inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        if next_sequence_length and (types_BS := inputs.get("mm_token_type_ids")) is not None:
+            inputs["mm_token_type_ids"] = types_BS[:, -next_sequence_length:]  # transformers 5.22 leaves them whole
         if scores is not None:
             cache, fed = inputs.get(CACHE), inputs.get("inputs_embeds")
             start = int(cache.get_seq_length()) if cache is not None else 0

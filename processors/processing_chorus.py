@@ -24,9 +24,6 @@ from .processing_messages import default_chat_template
 from .processing_placement import flatten_media, nest_media
 from .processing_rows import pad_rows, truncate_rows
 
-# Tokenizers without a limit report a huge model_max_length.
-NO_MAX_LENGTH = 10**9
-
 
 class ChorusProcessor(ChatProcessor):
     """Image processor, feature extractor and tokenizer of one model.
@@ -41,9 +38,6 @@ class ChorusProcessor(ChatProcessor):
     Raises:
         ValueError: a media token that the tokenizer does not know as one token.
     """
-
-    return_mm_token_type_ids = True
-    text_kwargs = {"padding": True}
 
     def __init__(
         self,
@@ -163,9 +157,11 @@ class ChorusProcessor(ChatProcessor):
         """
         if kwargs.pop("videos", None) is not None:
             raise MediaError("unknown modality: videos; this processor takes text, images and audio", modality="video")
+        media = kwargs.pop("media", {})  # of conversations, from `apply_chat_template`
+        images, audio = media.get("image", images), media.get("audio", audio)
         if text is None and images is None and audio is None:
             raise ValueError("ChorusProcessor needs text, images or audio")
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(self.valid_processor_kwargs, self.tokenizer.init_kwargs, **kwargs)
         if text is None:
             image_rows, clip_rows = [flatten_media(images, "image")], [flatten_media(audio, "audio")]
         else:
@@ -217,13 +213,14 @@ class ChorusProcessor(ChatProcessor):
     def _encode(self, texts: list[str], images: list, clips: list, merged: dict[str, Any]) -> dict[str, Any]:
         """Token rows with expanded placeholders, truncated and padded."""
         options = dict(merged["text_kwargs"])
-        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets", "sanitize_control_tokens"):
-            options.pop(name, None)
+        options.pop("sanitize_control_tokens", None)
+        wants_types = options.pop("return_mm_token_type_ids", True)
+        wants_offsets = options.pop("return_text_replacement_offsets", False)
         # Taken from the tokenizer: it would pad and cut without knowing which tokens stand for media.
         padding, truncation = options.pop("padding", True), options.pop("truncation", None)
         max_length, multiple = options.pop("max_length", None), options.pop("pad_to_multiple_of", None)
         side = options.pop("padding_side", None) or self.tokenizer.padding_side
-        if max_length is None and self.tokenizer.model_max_length < NO_MAX_LENGTH:
+        if max_length is None and self.tokenizer.model_max_length < 10**9:  # a huge number stands for no limit
             max_length = self.tokenizer.model_max_length
 
         image_runs = [self.replace_image_token() for _ in images]
@@ -240,13 +237,13 @@ class ChorusProcessor(ChatProcessor):
             if not ids:
                 place = MediaPlace("text", sample=sample)
                 raise place.error("found 0 tokens, expected at least 1: no words, images or clips are left")
-        if merged["return_mm_token_type_ids"]:
+        if wants_types:
             rows["mm_token_type_ids"] = self.create_mm_token_type_ids(rows["input_ids"])
         strategy = getattr(padding, "value", padding)
         if strategy and strategy != "do_not_pad":
             length = max_length if strategy == "max_length" else None
             rows = pad_rows(rows, side, self.tokenizer.pad_token_id, length, multiple)
-        if merged["return_text_replacement_offsets"]:
+        if wants_offsets:
             rows["text_replacement_offsets"] = offsets
         return rows
 

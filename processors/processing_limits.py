@@ -341,7 +341,8 @@ def decode_sound(
     }
     with open(source, "rb") if isinstance(source, str) else source as file:
         head = file.read(8)
-        claimed = int.from_bytes(head[4:], "little") + 8 if head.startswith(b"RIFF") else 0
+        order: Any = "big" if head.startswith(b"FORM") else "little"
+        claimed = int.from_bytes(head[4:], order) + 8 if head[:4] in (b"RIFF", b"FORM") else 0
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         try:
@@ -350,8 +351,9 @@ def decode_sound(
         except av.FFmpegError as cause:
             raise place.error(f"no readable sound of the formats {', '.join(SOUND_FORMATS)} ({cause})") from cause
     # ffmpeg says nothing of it. The largest numbers stand for a stream of unknown length.
-    if size < claimed < UNKNOWN_RIFF_BYTES:
-        logger.warning(str(place.error(f"the file is cut: {size} of {claimed} bytes")))
+    if 8 < claimed < UNKNOWN_RIFF_BYTES and not 0 <= size - claimed < 2:
+        why = "the file is cut" if size < claimed else "of joined files the first is read"
+        logger.warning(str(place.error(f"{why}: {min(size, claimed)} of {max(size, claimed)} bytes")))
     return samples, rate
 
 
@@ -403,7 +405,8 @@ def _decode_best_track(
         raise place.error(f"broken sound file: none of {broken} packets can be decoded")
     check_clip_size(heard, codec.channels, rate, limits, max_seconds, place)
     claimed = max(packets, header if is_counted else 0.0)
-    if broken or claimed - heard / rate > (PADDING_SECONDS if codec.name in PADDED_CODECS else 0.05):
+    is_joined = codec.name == "flac" and 0 < header < heard / rate - 0.05  # a header in between is taken for sound
+    if broken or is_joined or claimed - heard / rate > (PADDING_SECONDS if codec.name in PADDED_CODECS else 0.05):
         report = f"decoded {heard / rate:.2f} of {claimed:.2f} seconds, {broken} broken packets were skipped"
         logger.warning(str(place.error(report)))
     return np.concatenate(pieces)[:heard], rate

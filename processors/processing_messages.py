@@ -21,6 +21,8 @@ WORD_JOINER = "\u2060"
 # What a message may say beside its content. transformers passes each of the second line under all three names.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SPOKEN = ("tool_calls", "function_call", "refusal", "documents", *REASONING)
+# Keys of media beside the content, as Ollama has them, and of parts.
+MEDIA_KEYS = "image images image_url audio audios audio_url input_audio video videos files attachments".split()
 # Lines that a template may run for one conversation; a message takes about ten.
 MAX_TEMPLATE_STEPS = 1_000_000
 
@@ -159,6 +161,7 @@ def prepare_conversation(
         place = MediaPlace("text", sample=sample, message=number)
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise place.error(f"a message is a dict with 'role' and 'content', found {message!r:.80}")
+        _refuse_media(message, "", place)
         content = message.get("content")
         if isinstance(content, str):
             content = break_control_tokens(content, control_tokens)
@@ -180,6 +183,12 @@ def prepare_conversation(
     return prepared
 
 
+def _refuse_media(given: dict, kind: str | None, place: MediaPlace) -> None:
+    for key, value in given.items():
+        if key in MEDIA_KEYS and key != kind and value is not None and (not hasattr(value, "__len__") or len(value)):
+            raise place.error(f"{key} beside {kind or 'the content'} would be lost; make it a part of the content")
+
+
 def _join_texts(content: list[Any]) -> list[Any]:
     """Neighbouring texts become one, so that no control token can be typed in two halves."""
     joined: list[Any] = []
@@ -199,6 +208,7 @@ def _prepare_part(
     part: Any, queues: dict, wanted: dict, control_tokens: re.Pattern[str], sampling_rate: int | None, place: MediaPlace
 ) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
+    _refuse_media(part if kind else {}, kind, place)
     # The forms of OpenAI's API, which many datasets copy.
     if kind in ("image_url", "audio_url", "input_audio"):
         inner, key = part.get(kind), "base64" if kind == "input_audio" else "url"

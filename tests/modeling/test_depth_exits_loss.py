@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from chorus_moe import ChorusForConditionalGeneration
+from chorus_moe.training.releases import CHECKPOINTING
 from tests.conftest import tiny_config
 from tests.modeling.conftest import make_model
 
@@ -72,7 +73,7 @@ def test_accumulation_changes_no_gradient_of_the_exits(batch: dict[str, Tensor])
 def test_checkpointing_changes_no_gradient_of_the_exits(use_reentrant: bool, batch: dict[str, Tensor]):
     options = {"exit_layers": [1], "exit_loss_coef": 1.0}
     plain, checkpointed = with_exits(**options), with_exits(**options)
-    checkpointed.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    getattr(checkpointed, f"{CHECKPOINTING}_enable")({"use_reentrant": use_reentrant})
     gradients = []
     for model in (plain, checkpointed):
         model(**batch).exit_loss.backward()

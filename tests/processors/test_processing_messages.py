@@ -115,6 +115,30 @@ def test_what_a_template_does_not_write_is_refused_by_name(key):
     check_rendered(PLAIN, [[{"role": "user", "content": "x", key: None}]])
 
 
+@pytest.mark.parametrize("key", ["image", "images", "audio", "videos", "attachments"])
+def test_media_beside_the_content_are_refused(key):
+    with pytest.raises(MediaError, match=f"sample 0, message 0: {key} beside the content would be lost"):
+        prepare_conversation([{"role": "user", "content": "x", key: np.ones(2)}], {}, CONTROL, None, 0)
+    # Tables fill the columns of other rows with nothing.
+    for nothing in (None, [], "", np.empty(0)):
+        prepare_conversation([{"role": "user", "content": "x", key: nothing}], {}, CONTROL, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("part", "lost"),
+    [
+        ({"type": "image", "image": "a.png", "audio": np.ones(3)}, "audio"),
+        ({"type": "text", "text": "x", "image": "a.png"}, "image"),
+        ({"type": "audio", "path": "a.wav", "image_url": "a.png"}, "image_url"),
+        ({"type": "image_url", "image_url": {"url": "a.png"}, "input_audio": {"data": "AA"}}, "input_audio"),
+    ],
+)
+def test_a_part_holds_one_medium(part, lost):
+    with pytest.raises(MediaError, match=f"message 0: {lost} beside {part['type']} would be lost"):
+        prepare([part])
+    prepare([{**part, lost: None}])
+
+
 @pytest.mark.parametrize("name", ["tools", "documents"])
 def test_tools_and_documents_are_written_or_refused(name):
     with pytest.raises(MediaError, match=f"{name}: the chat template does not write it"):

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
-from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+from transformers.distributed.tensor_parallel import replace_layer_number_by_wildcard
 
 from chorus_moe.training.loading import ModelOrAdapter, base_model
 from chorus_moe.training.scale.layout import Layout, check_layout
