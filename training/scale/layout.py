@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from accelerate.utils import DistributedType
 from transformers import HfArgumentParser, PreTrainedConfig, TrainingArguments
 
 # As a recipe writes them below `parallel:`. Names of fields are unique over all sections: the Trainer has an `fsdp`.
@@ -137,7 +136,7 @@ def check_arguments(layout: Layout, arguments: TrainingArguments) -> None:
             upload by one rank of what all of them hold.
     """
     state = arguments.distributed_state
-    if layout.zero and (state is None or state.backend is None or state.distributed_type != DistributedType.DEEPSPEED):
+    if layout.zero and (state is None or state.backend is None or state.distributed_type != "DEEPSPEED"):
         # Without a word each process would train a model of its own.
         raise ValueError(
             f"parallel.zero={layout.zero}: accelerate starts DeepSpeed on accelerators alone, in processes of torchrun "
