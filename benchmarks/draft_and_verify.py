@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import counting
 from benchmarks.timing import OURS, Report, measure, parse, ratio
-from chorus_moe.modeling.depth_exits import EarlyExitDrafts
+from chorus_moe.fastpaths.early_exit_drafts import EarlyExitDrafts
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 
 

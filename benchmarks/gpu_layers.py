@@ -31,8 +31,7 @@ from benchmarks.sparse_layer import (
     spans,
 )
 from benchmarks.timing import OURS, Report, figures, measure, parse
-from chorus_moe.modeling.attention_blocks import attend_in_blocks
-from chorus_moe.modeling.attention_masks import LocalMask
+from chorus_moe.fastpaths.attention_blocks import LocalMask, attend_in_blocks
 from chorus_moe.modeling.layers import GatedMLP
 from chorus_moe.modeling.moe_banks import MixtureOfBanks
 from chorus_moe.modeling.moe_plan import ForwardPlan

@@ -31,8 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.timing import OURS, Report, figures, measure, parse, ratio
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
-from chorus_moe.modeling.attention_blocks import attend_in_blocks
-from chorus_moe.modeling.attention_masks import LocalMask
+from chorus_moe.fastpaths.attention_blocks import LocalMask, attend_in_blocks
 from chorus_moe.modeling.modeling_text import ChorusTextModel
 
 SIZES: dict[str, Any] = {

@@ -6,11 +6,19 @@ Registration takes the classes themselves, so it costs what they import: torch, 
 import transformers
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoProcessor
 
+import chorus_moe.fastpaths.attention_blocks  # noqa: F401  registers `block_local`, windows in blocks
+import chorus_moe.fastpaths.attention_queries  # noqa: F401  registers attention without the queries nobody reads
+import chorus_moe.fastpaths.early_exit_drafts  # noqa: F401  registers drafts of the first layers
 import chorus_moe.fastpaths.experts_cpu  # noqa: F401  registers `cpu_mm` and `gpu_mm`
+import chorus_moe.fastpaths.narrow_product  # noqa: F401  registers products of 16-bit numbers on a GPU
+import chorus_moe.surgery.depth  # noqa: F401  registers advice for checkpoints without exits or gates
 import chorus_moe.surgery.printing  # noqa: F401  registers how configurations print
 import chorus_moe.surgery.quantization_loading  # noqa: F401  registers quantised checkpoints with transformers
+import chorus_moe.surgery.saved_code  # noqa: F401  registers what a saved configuration says of code
 import chorus_moe.surgery.vision_probe  # noqa: F401  registers what measures a new vision encoder
+import chorus_moe.training.alignment_kinds  # noqa: F401  registers kinds of alignment that are there for comparison
 import chorus_moe.training.depth_cost  # noqa: F401  registers what counts for `output_compute`
+import chorus_moe.training.expert_draws  # noqa: F401  registers draws for `sample_experts`
 import chorus_moe.training.label_watch  # noqa: F401  registers the look at the labels of a training run
 import chorus_moe.training.trl_losses  # noqa: F401  registers what gives TRL's forward our losses
 from chorus_moe.modeling.configuration_banks import ExpertBankConfig

@@ -13,12 +13,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from .attention_blocks import BLOCK_LOCAL
 from .attention_globals import GlobalKeyValues, MemoryTokens
-from .attention_masks import LocalMask
+from .attention_masks import BLOCK_LOCAL, MaskRule
 from .configuration_modalities import MODALITY_IDS
+from .configuration_services import SERVICES
 from .configuration_text import ChorusTextConfig
-from .layers import CHUNK, GPU_CHUNKS, RMSNorm
+from .layers import RMSNorm
 from .moe_plan import ForwardPlan
 
 
@@ -32,9 +32,8 @@ def rotate(states_BHSC: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary positions (arXiv 2104.09864) as `x * cos + (x, halves exchanged) * signed sin`: three operations."""
     cos_B1SC, sin_B1SC = tables
     exchanged = states_BHSC.roll(states_BHSC.shape[-1] // 2, dims=-1)
-    # Llama negates and concatenates halves of every query and key; here the sign is in the table, made once per
-    # forward. In place on the fresh product, which autograd does not need: a product's gradient reads its factors
-    # alone.
+    # Llama negates and concatenates halves of every query and key; here the table, made once per forward, has the sign.
+    # In place on the fresh product: the gradient of a product reads its factors alone.
     return (states_BHSC * cos_B1SC).addcmul_(exchanged, sin_B1SC)
 
 
@@ -46,9 +45,7 @@ def project(layer: nn.Module, hidden_states: Tensor, plan: ForwardPlan) -> Tenso
 class ModalityProjection(nn.ModuleDict):
     """One projection per modality; each token goes through that of its own modality (arXiv 2411.04996)."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, modalities: Collection[str] = tuple(MODALITY_IDS)
-    ):
+    def __init__(self, in_features: int, out_features: int, bias: bool, modalities: Collection[str]):
         super().__init__({name: nn.Linear(in_features, out_features, bias=bias) for name in modalities})
 
     def forward(self, hidden_states: Tensor, plan: ForwardPlan) -> Tensor:
@@ -111,9 +108,9 @@ class Attention(nn.Module):
             self.global_tokens = GlobalKeyValues(config.num_global_tokens, config.num_key_value_heads, config.head_dim)
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = self._query_projection(config.hidden_size, query_size, config.attention_bias)
-        self.k_proj = self._key_value_projection(config.hidden_size, key_size, config.attention_bias)
-        self.v_proj = self._key_value_projection(config.hidden_size, key_size, config.attention_bias)
+        self.q_proj = self._projection(query_size, is_query=True)
+        self.k_proj = self._projection(key_size)
+        self.v_proj = self._projection(key_size)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
         # Qwen3 norms each head, OLMo 2 the whole projection before it is split into heads.
         by_head = config.qk_norm_scope == "head"
@@ -125,11 +122,8 @@ class Attention(nn.Module):
         # SmolLM3's name and convention: 1 in `no_rope_layers` is a layer WITH rotary positions.
         self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
 
-    def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return nn.Linear(in_features, out_features, bias=bias)
-
-    def _key_value_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return nn.Linear(in_features, out_features, bias=bias)
+    def _projection(self, out_features: int, is_query: bool = False) -> nn.Module:
+        return nn.Linear(self.config.hidden_size, out_features, bias=self.config.attention_bias)
 
     def _rotated(self, states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         return rotate(states, position_embeddings) if self.use_rope else states
@@ -138,7 +132,7 @@ class Attention(nn.Module):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | LocalMask | None,
+        attention_mask: Tensor | MaskRule | None,
         plan: ForwardPlan,
         past_key_values: Cache | None = None,
         keys_alone: bool = False,
@@ -153,10 +147,9 @@ class Attention(nn.Module):
         new_value = value = self._by_head(project(self.v_proj, hidden_states, plan))
         plain_key = self._by_head(key)
         new_key = key = self._rotated(plain_key, position_embeddings)
-        # Keys are cached rotated, as in transformers. The new ones alone are returned: the alignment loss compares new
-        # queries with new keys.
+        # Keys are cached rotated, as in transformers. The alignment loss compares new ones, which alone are returned.
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
         memory = None
         if self.memory_tokens is not None:
             written = (hidden_states, plain_key, new_value, plan.real_T, past_key_values, self.layer_idx)
@@ -168,63 +161,27 @@ class Attention(nn.Module):
         # After the cache and not in it: a sliding cache would drop them first.
         if self.global_tokens is not None:
             key, value = self.global_tokens(key, value)
-        states = (hidden_states, position_embeddings, plan, key, value)
-        # Queries are left out where no other reads them all, and where the mask is a table or none.
-        is_table = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4)
-        in_place = (
-            self.keeps_no_queries and memory is None and self.config._attn_implementation in ("sdpa", BLOCK_LOCAL)
-        )
-        if queries_BQ is not None and is_table and in_place:
-            chosen = self._chosen(hidden_states, position_embeddings, attention_mask, queries_BQ, key)
-            output, weights, query = self._attend(*chosen[:2], plan, key, value, chosen[2], **kwargs)
-            return output, weights, (query, new_key)
-
-        # Fresh memory as long as the sequence costs more than the work done on it, since its pages are cleared at each
-        # call. So only keys, values and output are that long. With gradients all chunks would be kept anyway.
-        size = CHUNK if hidden_states.device.type == "cpu" else CHUNK * GPU_CHUNKS
-        rule = attention_mask if isinstance(attention_mask, LocalMask) and attention_mask.is_causal else None
-        is_long = hidden_states.shape[1] > size and self.keeps_no_queries and not torch.is_grad_enabled()
-        # Memory tokens add up over the whole sequence, so it is not cut.
-        if rule is not None and is_long and memory is None:
-            output = self._attend_in_chunks(*states, rule, size, **kwargs)
+        states = (self, hidden_states, position_embeddings, plan, key, value, attention_mask, memory)
+        # The package leaves out queries that nobody reads, and takes a long prefill chunk by chunk.
+        if self.keeps_no_queries and "attend" in SERVICES:
+            output, weights, query = SERVICES["attend"](*states, queries_BQ, **kwargs)
+        else:
+            output, weights, query = self.attend(*states[1:], **kwargs)
             output = output if queries_BQ is None else output.take_along_dim(queries_BQ[..., None], dim=1)
-            return output, None, (None, new_key)
-        output, weights, query = self._attend(*states, attention_mask, memory, **kwargs)
-        if queries_BQ is not None:
-            output = output.take_along_dim(queries_BQ[..., None], dim=1)
         return output, weights, (query, new_key)
-
-    def _chosen(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        mask: Any,
-        queries_BQ: Tensor,
-        key: Tensor,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-        """States, rotary tables and mask of some of the tokens of each sample."""
-        length, num_keys = hidden_states.shape[1], key.shape[2]
-        rows_B1Q1 = queries_BQ[:, None, :, None]
-        if mask is not None:
-            mask = mask.take_along_dim(rows_B1Q1, dim=2)
-        elif self.is_causal and length > 1:
-            # What no mask means: each token sees itself and all before; the last keys are those of the tokens.
-            mask = torch.arange(num_keys, device=key.device) <= rows_B1Q1 + (num_keys - length)
-        cos, sin = (table.take_along_dim(rows_B1Q1, dim=2) for table in position_embeddings)
-        return hidden_states.take_along_dim(queries_BQ[..., None], dim=1), (cos, sin), mask
 
     def _by_head(self, states: Tensor) -> Tensor:
         """`(B, S, ...)` as `(B, heads, S, C)`."""
         return states.reshape(*states.shape[:2], -1, self.head_dim).transpose(1, 2)
 
-    def _attend(
+    def attend(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         plan: ForwardPlan,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | LocalMask | None,
+        attention_mask: Tensor | MaskRule | None,
         memory: Callable[..., Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -233,7 +190,7 @@ class Attention(nn.Module):
         plain_query = self._by_head(query)
         query = self._rotated(plain_query, position_embeddings)
         # A rule is no tensor: the block implementation alone reads it, whichever one the model was set to.
-        name = BLOCK_LOCAL if isinstance(attention_mask, LocalMask) else self.config._attn_implementation
+        name = BLOCK_LOCAL if isinstance(attention_mask, MaskRule) else self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         output, weights = attend(
             self,
@@ -252,31 +209,6 @@ class Attention(nn.Module):
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         return output, weights, query
 
-    def _attend_in_chunks(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        plan: ForwardPlan,
-        key: Tensor,
-        value: Tensor,
-        mask: LocalMask,
-        size: int,
-        **kwargs: Any,
-    ) -> Tensor:
-        """The output `(B, S, D)` of a long causal prefill with windows."""
-        output = torch.empty_like(hidden_states)
-        length, num_keys = hidden_states.shape[1], key.shape[2]
-        for start in range(0, length, size):
-            stop = min(start + size, length)
-            # Causal: keys behind the chunk's last query are cut off, global ones in front stay.
-            seen = num_keys - (length - stop)
-            tables = (position_embeddings[0][:, :, start:stop], position_embeddings[1][:, :, start:stop])
-            part, rule = hidden_states[:, start:stop], mask.of_first(seen)
-            output[:, start:stop] = self._attend(
-                part, tables, plan, key[:, :, :seen], value[:, :, :seen], rule, **kwargs
-            )[0]
-        return output
-
 
 class CrossModalAttention(Attention):
     """Attention whose keys and values are projected by modality and whose queries share one projection.
@@ -288,11 +220,9 @@ class CrossModalAttention(Attention):
     # attention backends are the ordinary ones.
     keeps_no_queries = False
 
-    def _query_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        # Untied, it is the attention of Mixture-of-Transformers (arXiv 2411.04996).
-        if self.config.share_cross_modal_query:
-            return nn.Linear(in_features, out_features, bias=bias)
-        return ModalityProjection(in_features, out_features, bias, self.config.modalities)
-
-    def _key_value_projection(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return ModalityProjection(in_features, out_features, bias, self.config.modalities)
+    def _projection(self, out_features: int, is_query: bool = False) -> nn.Module:
+        # An untied query is the attention of Mixture-of-Transformers (arXiv 2411.04996).
+        if is_query and self.config.share_cross_modal_query:
+            return super()._projection(out_features)
+        config = self.config
+        return ModalityProjection(config.hidden_size, out_features, config.attention_bias, config.modalities)

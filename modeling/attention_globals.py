@@ -241,9 +241,7 @@ def _routing_of_sequence(routing: BankRouting, batch: int, length: int, count: i
         rows = rows[keep_R]
         # A token's own sample and every sample before it lost `count` tokens.
         rows = rows - count * (rows // length + 1)
-    of_rows = ["router_logits", "routing_weights", "selected_experts", "token_mask", "bank_weights", "log_probs"]
-    of_rows.append("wanted_experts")
-    of_rows += ["widths"] if isinstance(routing.widths, Tensor) else []
-    values = {name: getattr(routing, name) for name in of_rows}
-    kept: dict[str, Any] = {name: None if value is None else value[keep_R] for name, value in values.items()}
+    # Counts are scalars, and what is left has a row for each row of the bank.
+    of_rows = {n: v for n, v in routing._asdict().items() if isinstance(v, Tensor) and v.ndim and n != "rows"}
+    kept: dict[str, Any] = {name: value[keep_R] for name, value in of_rows.items()}
     return routing._replace(rows=rows, **kept)

@@ -1,9 +1,8 @@
-"""Who sees whom: one mask per layer type, built once per forward; for long prefills a rule instead of a matrix.
+"""Who sees whom: one mask per layer type, built once per forward; for long prefills a rule.
 
 Shape suffixes: B batch, Q queries, K keys.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,43 +17,19 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
+from .configuration_services import SERVICES
 from .configuration_text import WINDOW_TYPES, ChorusTextConfig
-from .modeling_outputs import CACHE, takes_cache
+from .modeling_outputs import CACHE
 
 BLOCK_LOCAL = "block_local"
 # What a decoder is given: padding `(B, past + S)`, a mask of its own form by layer type, or nothing.
 Masks = Tensor | dict[str, Any] | None
-# With `sdpa`, prefills longer than this many windows are worked on in blocks: below, nothing is gained.
-WINDOWS_THAT_PAY = 2
 # Attention implementations whose masks can show global tokens to every query.
 WITH_GLOBAL_TOKENS = ("eager", "sdpa", "flex_attention", BLOCK_LOCAL)
 
 
-@dataclass(frozen=True)
-class LocalMask:
-    """The mask of a sliding layer as a rule. The last keys are those of the queries, the first the global ones.
-
-    Args:
-        window: keys that a causal query sees, its own included; other queries see this many on either side.
-        num_global_tokens: keys in front that every query sees. If nothing is causal the first queries are theirs and
-            see every key.
-        real_BK: True for real keys; None for all.
-    """
-
-    window: int
-    is_causal: bool
-    num_global_tokens: int = 0
-    real_BK: Tensor | None = None
-
-    def of_first(self, num_keys: int) -> "LocalMask":
-        """The rule where there are only the first keys."""
-        return self if self.real_BK is None else replace(self, real_BK=self.real_BK[:, :num_keys])
-
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "LocalMask":
-        """The mask on another device (layers of one model may live on several)."""
-        return (
-            self if self.real_BK is None else replace(self, real_BK=self.real_BK.to(device, non_blocking=non_blocking))
-        )
+class MaskRule:
+    """The mask of a sliding layer as a rule instead of a matrix: `import chorus_moe` makes them (`LocalMask`)."""
 
 
 def is_packed(attention_mask: Masks, position_ids: Tensor | None) -> bool:
@@ -76,8 +51,7 @@ def build_masks(
 
     Args:
         inputs_embeds: `(B, Q, D)`, global tokens of a bidirectional model included.
-        attention_mask: `(B, past + Q)`, 1 for real tokens; a mask `(B, 1, Q, K)`; or masks by layer type, as this
-            function returns them.
+        attention_mask: `(B, past + Q)`, 1 for real tokens; a mask `(B, 1, Q, K)`; or what this function returns.
 
     Raises:
         ValueError: global tokens with an attention implementation that cannot show them to every query; packed
@@ -110,7 +84,8 @@ def build_masks(
     windows = [kind for kind in WINDOW_TYPES if kind in config.layer_types]
     if windows:
         # A rule where there is one: a long prefill's dense mask costs more than the attention that its window spares.
-        masks |= dict.fromkeys(windows, local_mask(**inputs) or _dense_sliding_mask(num_global, inputs))
+        rule = SERVICES["local_mask"](**inputs) if "local_mask" in SERVICES else None
+        masks |= dict.fromkeys(windows, rule or _dense_sliding_mask(num_global, inputs))
     return masks
 
 
@@ -144,41 +119,3 @@ def _with_global_keys(mask: Any, num_global: int) -> Any:
 
     device = mask.kv_num_blocks.device
     return create_block_mask(shifted, batch, None, queries, keys + num_global, device=device)
-
-
-@takes_cache
-def local_mask(
-    config: ChorusTextConfig,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor | None,
-    past_key_values: Cache | None,
-    position_ids: Tensor | None,
-) -> LocalMask | None:
-    """The rule of the sliding layers; None where there is none (a mask made by the caller, packed sequences, a static
-    cache with room behind the last token, a graph being compiled) or where it would not pay."""
-    count, window, num_global = inputs_embeds.shape[1], config.sliding_window, config.num_global_tokens
-    assert window is not None  # a configuration with sliding layers has one
-    # Asked for by name, blocks serve every prefill; under `sdpa` only where they are faster.
-    shortest = {BLOCK_LOCAL: 2, "sdpa": WINDOWS_THAT_PAY * window + 1}.get(config._attn_implementation)
-    if shortest is None or count < shortest or torch.compiler.is_compiling():
-        return None
-    seen, held, first = 0, count, 0
-    if past_key_values is not None:
-        layer = next(i for i, kind in enumerate(config.layer_types) if kind in WINDOW_TYPES)
-        seen = int(past_key_values.get_query_offset(layer))
-        held, first = past_key_values.get_mask_sizes(count, layer)
-    # Nothing keeps packed sequences apart in a bidirectional model, whose global tokens share position 0 besides.
-    elif config.is_causal and is_packed(attention_mask, position_ids):
-        return None
-    # A static cache holds room behind the last token, which a rule would count as keys.
-    expected = (len(inputs_embeds), seen + count)
-    if first + held != expected[1] or (attention_mask is not None and attention_mask.shape != expected):
-        return None
-    real_BK = None if attention_mask is None else attention_mask[:, first:].bool()
-    # Without padding the inner blocks share one bias, and nothing has to be looked up.
-    if real_BK is None or bool(real_BK.all()):
-        return LocalMask(window, config.is_causal, num_global)
-    if config.is_causal:
-        # Learned keys are not in the caller's mask. In a bidirectional model the mask has them already.
-        real_BK = F.pad(real_BK, (num_global, 0), value=True)
-    return LocalMask(window, config.is_causal, num_global, real_BK)

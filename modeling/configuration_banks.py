@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.dataclasses import type_validator
 from torch import nn
 
+from .configuration_checks import check_range
 from .configuration_modalities import MODALITY_IDS
 
 BALANCES = ("switch", "cv2", "variance", "bias", "none")
@@ -23,11 +24,7 @@ PEFT_NAMES = ("router", "base_layer", "modules_to_save", "original_module")
 MAX_EXPERTS, MAX_EXPERT_WIDTH, MAX_EXPERT_DEPTH = 65_536, 1_048_576, 64
 # Router -> what keeps its load even unless a bank says otherwise. A configuration is read and checked where no model
 # code has been loaded, so these two facts stand here; the class of that name in `moe_routers` states all others.
-ROUTERS: dict[str, str] = {
-    "softmax": "switch",
-    "sigmoid": "bias",
-    "attention": "switch",
-}
+ROUTERS: dict[str, str] = {"softmax": "switch", "sigmoid": "bias", "attention": "switch"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +53,7 @@ class ExpertBankConfig:
         bias_update_rate: step of the correction bias at each optimizer step, with `balance="bias"`.
         expert_capacity: tokens of one sequence that an expert takes at most: a number, or a factor (float) on the even
             share of the sequence so far, see `moe_selection.py`; unlimited if None.
-        capacity_overflow: a choice that finds its expert full goes to the token's next best expert (`reroute`) or is
-            dropped (`drop`).
+        capacity_overflow: a choice whose expert is full goes to the token's next best (`reroute`) or is lost (`drop`).
         capacity_scope: what capacity is counted over: a `sequence`, or the whole `batch`, whose later samples then
             depend on earlier ones; for training alone, on a device with buffers of a fixed size.
         capacity_in_eval: whether capacity holds outside training as well.
@@ -198,8 +194,8 @@ class LayerBankConfig(ExpertBankConfig):
         self._validate_routing(where)
 
     def _validate_sizes(self, where: str) -> None:
-        if not 1 <= self.num_experts <= MAX_EXPERTS:
-            raise ValueError(f"{where}: num_experts={self.num_experts} is outside 1..{MAX_EXPERTS}")
+        limits = {"num_experts": MAX_EXPERTS, "intermediate_size": MAX_EXPERT_WIDTH, "expert_depth": MAX_EXPERT_DEPTH}
+        check_range(self, {name: (1, most) for name, most in limits.items()}, where)
         # A lone expert whose bank has its own gate still leaves a choice: how much of it is added.
         if self.num_experts == 1 and not self.has_own_gate:
             raise ValueError(
@@ -211,10 +207,6 @@ class LayerBankConfig(ExpertBankConfig):
                 f"{where}: num_experts_per_tok={self.num_experts_per_tok} must be between 1 and "
                 f"num_experts={self.num_experts}"
             )
-        if not 1 <= self.intermediate_size <= MAX_EXPERT_WIDTH:
-            raise ValueError(f"{where}: intermediate_size={self.intermediate_size} is outside 1..{MAX_EXPERT_WIDTH}")
-        if not 1 <= self.expert_depth <= MAX_EXPERT_DEPTH:
-            raise ValueError(f"{where}: expert_depth={self.expert_depth} is outside 1..{MAX_EXPERT_DEPTH}")
 
     def _validate_routing(self, where: str) -> None:
         if not self.routed_scaling_factor > 0:
@@ -306,20 +298,15 @@ def read_expert_banks(banks: Mapping[str, Mapping[str, Any]], defaults: Mapping[
     `defaults`, and so do the modalities of a bank that is not named after one.
 
     Raises:
-        ValueError: a bank has a key that does not exist (a misspelt key would otherwise be ignored in silence), or a
-            value of another type.
+        ValueError: a bank has a key that does not exist, which would be ignored in silence, or a value of another type.
     """
-    known = {f.name for f in fields(ExpertBankConfig)} - {"name"}
+    known = [f.name for f in fields(ExpertBankConfig) if f.name != "name"]
     result = []
     # The columns of the bank gate follow this order, and `config.json` is written with sorted keys: any other order
     # would be lost, and the columns exchanged, by saving and loading.
     for name, values in sorted(banks.items()):
         for key in values:
-            if key not in known:
-                hint = get_close_matches(key, known, n=1)
-                raise ValueError(
-                    f"expert bank {name!r}: unknown key {key!r}" + (f"; did you mean {hint[0]!r}?" if hint else "")
-                )
+            check_name(f"expert bank {name!r}", "key", key, known)
         every = defaults.get("modalities", list(MODALITY_IDS))
         named_after = [name] if name in MODALITY_IDS else list(every)
         result.append(ExpertBankConfig(name=name, **{**defaults, "modalities": named_after, **values}))

@@ -12,23 +12,10 @@ MAX_BANKS = 1_024
 
 # Keys that `PreTrainedConfig` itself accepts besides its fields.
 _TRANSFORMERS_KEYS = {
-    "attn_implementation",
-    "auto_map",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "per_layer_config",
-    "rope_scaling",
-    "rope_theta",
-    "partial_rotary_factor",
-    "tie_last_hidden_states",
-    "torch_dtype",
-    "transformers_weights",
-    "quantization_config",
-    "distributed_config",
-}
+    "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels",
+    "output_attentions", "per_layer_config", "rope_scaling", "rope_theta", "partial_rotary_factor",
+    "tie_last_hidden_states", "torch_dtype", "transformers_weights", "quantization_config", "distributed_config",
+}  # fmt: skip
 
 
 def refuse_unknown_keys(config: PreTrainedConfig, keys: dict[str, Any]) -> None:
@@ -69,11 +56,11 @@ def _check_finite(name: str, value: Any) -> None:
             _check_finite(f"{name}[{key!r}]", item)
 
 
-def check_range(config: PreTrainedConfig, limits: dict[str, tuple[int, int]]) -> None:
+def check_range(config: object, limits: dict[str, tuple[int, int]], where: str | None = None) -> None:
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"{type(config).__name__}: {name}={value} is outside {low}..{high}")
+            raise ValueError(f"{where or type(config).__name__}: {name}={value} is outside {low}..{high}")
 
 
 def check_exit(name: str, layers: int, num_hidden_layers: int) -> None:

@@ -30,8 +30,8 @@ class ChorusConfig(PreTrainedConfig):
         contrastive_loss: its loss, "infonce" (CLIP) or "sigmoid" (SigLIP).
 
     Raises:
-        ValueError: token ids outside the vocabulary or equal, an encoder of a modality that the decoder does not take,
-            or a key that does not exist.
+        ValueError: token ids outside the vocabulary or equal, an encoder whose modality the decoder does not take, an
+            unknown key.
     """
 
     model_type = "chorus"

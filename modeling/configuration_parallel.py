@@ -20,11 +20,7 @@ class ColwiseLinear(ColwiseParallel):
 ALL_PARALLEL_STYLES.register("chorus_colwise", ColwiseLinear())
 
 GATED_MLP = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-SPLIT_EXPERTS = {
-    "experts.gate_up_proj": "packed_colwise",
-    "experts.down_proj": "rowwise",
-    "experts": "moe_tp_experts",
-}
+SPLIT_EXPERTS = {"experts.gate_up_proj": "packed_colwise", "experts.down_proj": "rowwise", "experts": "moe_tp_experts"}
 DISPATCHED_EXPERTS = {
     "experts.gate_up_proj": "grouped_gemm",
     "experts.down_proj": "grouped_gemm",

@@ -47,8 +47,7 @@ class ChorusTextConfig(PreTrainedConfig):
         mlp_bias: biases in the feed-forward of `dense` layers.
         use_qk_norm: RMSNorm on queries and keys.
         qk_norm_scope: what a query or key norm covers: a `head` (Qwen3) or all heads, the whole `projection` (OLMo 2).
-        norm_placement: norms before attention and feed-forward (`pre`), or on what they return (`post`, OLMo 2,
-            arXiv 2501.00656).
+        norm_placement: norms before attention and feed-forward (`pre`), or after (`post`, OLMo 2, arXiv 2501.00656).
         no_rope_layers: as in SmolLM3, 1 for a layer with rotary positions and 0 for one without; all 1 if None.
         sliding_window: tokens that a layer with windows sees; on either side, if nothing is causal.
         num_global_tokens: learned tokens that every window sees besides: tokens in front of the sequence in a
@@ -69,13 +68,10 @@ class ChorusTextConfig(PreTrainedConfig):
         experts_layout: `fused`, the experts of a bank stacked in two parameters, or `linear`, a feed-forward of linear
             layers for each; `fuse_experts` and `unfuse_experts` of a model change it.
         shared_expert_intermediate_size: width of the always-on dense experts of a sparse layer; 0 for none.
-        router_aux_loss_coef: weight of the balance losses while training. It means the same at any number of
-            accumulation steps and ranks.
+        router_aux_loss_coef: weight of the balance losses in training, whatever the accumulation steps and ranks.
         router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv 2202.08906) while training.
-        expert_budget_loss_coef: weight, while training, of the squared distance from the budget of banks with
-            `mean_experts`.
-        alignment_loss_coef: weight of the alignment of text with images and sound in cross-modal attention while
-            training.
+        expert_budget_loss_coef: weight, in training, of the squared distance from the `mean_experts` of banks.
+        alignment_loss_coef: weight, in training, of aligning text with images and sound in cross-modal attention.
         alignment: what is aligned, one of `ALIGNMENTS`, see `alignment_loss`. If None: `contrastive` in a causal model,
             where no layer computes both directions, otherwise `log_odds`.
         chunk_size_feed_forward: feed-forwards take this many tokens at a time, also in training, where each chunk is
@@ -84,8 +80,7 @@ class ChorusTextConfig(PreTrainedConfig):
             generative model they share the final norm and the head (LayerSkip, arXiv 2404.16710).
         exit_loss_coef: weight, while training, of the mean loss of the exits. A classifier wants 1. It makes exits that
             draft well in `generate(assistant_early_exit=...)`.
-        skip_layers: layers with a skip gate, by which tokens skip the feed-forward or the layer; all but the first if
-            None and there is a `skip_budget`.
+        skip_layers: layers whose skip gate lets tokens skip; with a `skip_budget`, all but the first if None.
         skip_budget: the share of tokens that training lets skip in these layers, between 0 and 1.
         skip_scope: what a token skips: the `feed_forward`, or the `layer`, which then makes its keys and values alone.
         skip_loss_coef: weight of the squared distance from the budget while training.
@@ -168,7 +163,13 @@ class ChorusTextConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)
         # Not text alone: configurations saved before this field existed built parts for all three.
-        self.modalities = self._read_modalities(list(UNNAMED) if self.modalities is None else self.modalities)
+        names = list(UNNAMED) if self.modalities is None else self.modalities
+        for name in names:
+            check_name("ChorusTextConfig", "modality", name, MODALITY_IDS)
+        # Placeholders, prompts and global tokens are text, whatever else the model takes.
+        if TEXT.name not in names:
+            raise ValueError(f"ChorusTextConfig: modalities={names} lacks 'text', which every model has")
+        self.modalities = in_order(names)
         # Now and not in `validate_sizes`: the defaults below make lists of this length and divide by this number.
         check_range(self, {"num_hidden_layers": (1, MAX_LAYERS), "num_attention_heads": (1, MAX_WIDTH)})
         if self.num_key_value_heads is None:
@@ -197,15 +198,6 @@ class ChorusTextConfig(PreTrainedConfig):
             raise ValueError(f"ChorusTextConfig: {len(self.expert_banks)} expert_banks, at most {MAX_BANKS}")
         self.expert_banks = {bank.name: bank.to_dict() for bank in self.banks}
         super().__post_init__(**kwargs)
-
-    @staticmethod
-    def _read_modalities(names: list[str]) -> list[str]:
-        for name in names:
-            check_name("ChorusTextConfig", "modality", name, MODALITY_IDS)
-        # Placeholders, prompts and global tokens are text, whatever else the model takes.
-        if TEXT.name not in names:
-            raise ValueError(f"ChorusTextConfig: modalities={names} lacks 'text', which every model has")
-        return in_order(names)
 
     # Class attributes in transformers; which rules match depends on the banks and modalities of this configuration.
     @property
@@ -248,22 +240,12 @@ class ChorusTextConfig(PreTrainedConfig):
     def validate_sizes(self) -> None:
         """Part of `@strict` validation: nothing is allocated for sizes that cannot be built."""
         widths = ["hidden_size", "intermediate_size", "head_dim", "moe_intermediate_size"]
-        check_range(
-            self,
-            {name: (1, MAX_WIDTH) for name in widths}
-            | {
-                "num_hidden_layers": (1, MAX_LAYERS),
-                "num_attention_heads": (1, MAX_WIDTH),
-                "num_key_value_heads": (1, MAX_WIDTH),
-                "vocab_size": (1, MAX_VOCABULARY),
-                "max_position_embeddings": (1, MAX_POSITIONS),
-                "sliding_window": (1, MAX_POSITIONS),
-                "num_global_tokens": (0, MAX_WIDTH),
-                "num_memory_tokens": (0, MAX_WIDTH),
-                "chunk_size_feed_forward": (0, MAX_POSITIONS),
-                "shared_expert_intermediate_size": (0, MAX_WIDTH),
-            },
-        )
+        widths += ["num_attention_heads", "num_key_value_heads"]
+        may_be_zero = ["num_global_tokens", "num_memory_tokens", "shared_expert_intermediate_size"]
+        check_range(self, dict.fromkeys(widths, (1, MAX_WIDTH)) | dict.fromkeys(may_be_zero, (0, MAX_WIDTH)))
+        check_range(self, dict.fromkeys(["max_position_embeddings", "sliding_window"], (1, MAX_POSITIONS)))
+        check_range(self, {"num_hidden_layers": (1, MAX_LAYERS), "vocab_size": (1, MAX_VOCABULARY)})
+        check_range(self, {"chunk_size_feed_forward": (0, MAX_POSITIONS)})
         check_divides(self, "num_attention_heads", "num_key_value_heads")
         for name in (
             *("router_aux_loss_coef", "router_z_loss_coef", "alignment_loss_coef"),
@@ -318,12 +300,12 @@ class ChorusTextConfig(PreTrainedConfig):
                 f"ChorusTextConfig: num_global_tokens={self.num_global_tokens} serve windows, but no layer of "
                 "layer_types is sliding_attention"
             )
-        for layer in self.cross_modal_layers:
-            if not 0 <= layer < self.num_hidden_layers:
-                raise ValueError(
-                    f"ChorusTextConfig: cross_modal_layers names layer {layer} of num_hidden_layers="
-                    f"{self.num_hidden_layers}"
-                )
+        for name in ("cross_modal_layers", "skip_layers"):
+            for layer in getattr(self, name) or []:
+                if not 0 <= layer < self.num_hidden_layers:
+                    raise ValueError(
+                        f"ChorusTextConfig: {name} names layer {layer} of num_hidden_layers={self.num_hidden_layers}"
+                    )
         check_name("ChorusTextConfig", "experts_layout", self.experts_layout, EXPERT_LAYOUTS)
         for bank in self.banks:
             bank.validate(self.sparse_layers, self.modalities)
@@ -368,8 +350,3 @@ class ChorusTextConfig(PreTrainedConfig):
             raise ValueError(f"ChorusTextConfig: skip_budget={self.skip_budget} is outside 0..1")
         if self.skip_budget is not None and not self.skip_layers:
             raise ValueError(f"ChorusTextConfig: skip_budget={self.skip_budget} without any layer to skip")
-        for layer in self.skip_layers or []:
-            if not 0 <= layer < self.num_hidden_layers:
-                raise ValueError(
-                    f"ChorusTextConfig: skip_layers names layer {layer} of num_hidden_layers={self.num_hidden_layers}"
-                )

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_banks import check_name
 from .configuration_checks import MAX_LAYERS, MAX_WIDTH, check_divides, check_range, refuse_unknown_keys
 from .configuration_services import SERVICES
 from .tower_vision_timm import check_backbone
@@ -24,9 +25,9 @@ class ChorusVisionConfig(PreTrainedConfig):
         backbone_config: a Hugging Face vision configuration, instead of `architecture`.
         image_size: height and width of the images, in pixels.
         pool_size: the connector averages `pool_size x pool_size` neighbouring tokens into one.
-        hidden_size, layout, num_prefix_tokens, grid_size, num_tokens: what the encoder yields. Probed and saved when
-            None: its width, `NCHW`, `NHWC` or `NLC`, class and register tokens, (rows, columns) or None, and the tokens
-            per image without prefix.
+        hidden_size, layout, num_prefix_tokens, grid_size, num_tokens: what the encoder yields, probed and saved if
+            None: width, `NCHW`, `NHWC` or `NLC`, class and register tokens, (rows, columns) or None, tokens without
+            prefix.
     """
 
     model_type = "chorus_vision"
@@ -88,8 +89,8 @@ class ChorusVisionConfig(PreTrainedConfig):
 
     def validate_probe(self) -> None:
         """Part of `@strict` validation."""
-        if self.layout not in ("NCHW", "NHWC", "NLC") and self.num_tokens is not None:
-            raise ValueError(f"ChorusVisionConfig: layout={self.layout!r}; choose from NCHW, NHWC, NLC")
+        if self.num_tokens is not None:
+            check_name("ChorusVisionConfig", "layout", self.layout, ("NCHW", "NHWC", "NLC"))
         if self.grid_size is not None and self.grid_size[0] * self.grid_size[1] != self.num_tokens:
             raise ValueError(
                 f"ChorusVisionConfig: grid_size={self.grid_size} does not hold num_tokens={self.num_tokens} tokens"
@@ -173,14 +174,8 @@ class ChorusAudioConfig(PreTrainedConfig):
 
     def validate_features(self) -> None:
         """Part of `@strict` validation: the features are those that the encoder takes."""
-        if self.feature_type not in FEATURE_TYPES:
-            raise ValueError(
-                f"ChorusAudioConfig: feature_type={self.feature_type!r}; choose from {', '.join(FEATURE_TYPES)}"
-            )
-        if self.backbone_library not in ("transformers", "torchaudio"):
-            raise ValueError(
-                f"ChorusAudioConfig: backbone_library={self.backbone_library!r}; choose transformers or torchaudio"
-            )
+        check_name("ChorusAudioConfig", "feature_type", self.feature_type, FEATURE_TYPES)
+        check_name("ChorusAudioConfig", "backbone_library", self.backbone_library, ("transformers", "torchaudio"))
         if self.feature_type != "waveform":
             return
         if self.backbone_config is None:
@@ -191,22 +186,11 @@ class ChorusAudioConfig(PreTrainedConfig):
 
     def validate_sizes(self) -> None:
         """Part of `@strict` validation."""
-        check_range(
-            self,
-            {
-                "sampling_rate": (1_000, 768_000),
-                "num_mel_bins": (1, 1_024),
-                "n_fft": (2, 65_536),
-                "hop_length": (1, 65_536),
-                "hidden_size": (1, MAX_WIDTH),
-                "num_hidden_layers": (1, MAX_LAYERS),
-                "num_attention_heads": (1, MAX_WIDTH),
-                "intermediate_size": (1, MAX_WIDTH),
-                "conv_kernel_size": (1, 4_095),
-                "subsampling": (1, 64),
-                "pool_size": (1, 1_024),
-            },
-        )
+        widths = ["hidden_size", "num_attention_heads", "intermediate_size"]
+        check_range(self, dict.fromkeys(widths, (1, MAX_WIDTH)) | {"num_hidden_layers": (1, MAX_LAYERS)})
+        check_range(self, {"sampling_rate": (1_000, 768_000), "n_fft": (2, 65_536), "hop_length": (1, 65_536)})
+        check_range(self, {"num_mel_bins": (1, 1_024), "pool_size": (1, 1_024), "subsampling": (1, 64)})
+        check_range(self, {"conv_kernel_size": (1, 4_095)})
         check_divides(self, "hidden_size", "num_attention_heads")
         # The front end halves the frames, convolution by convolution.
         if self.subsampling & (self.subsampling - 1):

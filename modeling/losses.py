@@ -13,16 +13,11 @@ from torch import Tensor
 
 from .configuration_banks import ExpertBankConfig
 from .configuration_modalities import MODALITY_IDS
-from .configuration_services import SERVICES
+from .configuration_services import SERVICES, service
 from .depth_skip import open_share
 from .modeling_outputs import BankRouting, RoutingOfLayer
 from .moe_routers import ROUTER_CLASSES, Router
 from .moe_selection import count_choices
-
-
-def counted_logits(routing: BankRouting) -> Tensor:
-    """Logits of the rows that count."""
-    return routing.router_logits if routing.token_mask is None else routing.router_logits[routing.token_mask]
 
 
 def bank_sums(routing: BankRouting, router: type[Router] = Router) -> Tensor:
@@ -31,7 +26,8 @@ def bank_sums(routing: BankRouting, router: type[Router] = Router) -> Tensor:
     if routing.sums is not None:
         return routing.sums
     # Sums of no rows are zeros in the graph: all ranks of a distributed run must have gradients for all parameters.
-    logits_TE, asked_T = counted_logits(routing), routing.wanted_experts
+    logits_TE, asked_T = routing.router_logits, routing.wanted_experts
+    logits_TE = logits_TE if routing.token_mask is None else logits_TE[routing.token_mask]
     if asked_T is None or routing.token_mask is not None:
         asked_T = logits_TE[:, 0] * 0 if asked_T is None else asked_T[routing.token_mask]
     # What is counted are whole visits, which have no gradient: that of the number asked for goes straight through.
@@ -134,7 +130,7 @@ def _mean(layers: Iterable[RoutingOfLayer], loss: Callable[[str, BankRouting], T
     return torch.stack([value.to(values[0].device) for value in values]).sum() / counts.sum().clamp(min=1)
 
 
-def _jensen_shannon(p: Tensor, q: Tensor, mask: Tensor) -> Tensor:
+def jensen_shannon(p: Tensor, q: Tensor, mask: Tensor) -> Tensor:
     """Jensen-Shannon divergence over the last dimension, in nats (0 to log 2), where `mask` is True."""
     middle = 0.5 * (p + q)
 
@@ -146,7 +142,7 @@ def _jensen_shannon(p: Tensor, q: Tensor, mask: Tensor) -> Tensor:
     return 0.5 * (divergence(p) + divergence(q))
 
 
-def _maps(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> tuple[Tensor, Tensor]:
+def both_maps(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> tuple[Tensor, Tensor]:
     """The text's attention to the image, and the image's to each text token as a distribution over the image."""
     # Not minus infinity: a column that sees nothing would be NaN, also in the gradient.
     low = torch.finfo(torch.float32).min
@@ -157,21 +153,7 @@ def _maps(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> tuple[Tensor,
 
 
 def _map_distance(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> Tensor:
-    return _jensen_shannon(*_maps(there_HQP, back_HPQ, mask_QP), mask_QP)
-
-
-def _sharp_map_distance(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> Tensor:
-    maps = _maps(there_HQP, back_HPQ, mask_QP)
-    most = math.log(max(2, mask_QP.shape[-1]))
-    entropies = [torch.special.entr(map_HQP).sum(dim=-1) / most for map_HQP in maps]
-    flat = sum((entropy_HQ - MOST_ENTROPY).clamp(min=0) for entropy_HQ in entropies)
-    return _jensen_shannon(*maps, mask_QP) + flat
-
-
-def _pooled_map_distance(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> Tensor:
-    pooled = [F.avg_pool2d(map_HQP, SPAN, ceil_mode=True) for map_HQP in _maps(there_HQP, back_HPQ, mask_QP)]
-    p_HQP, q_HQP = (map_HQP / map_HQP.sum(dim=-1, keepdim=True).clamp_min(1e-12) for map_HQP in pooled)
-    return _jensen_shannon(p_HQP, q_HQP, torch.ones_like(p_HQP, dtype=torch.bool))
+    return jensen_shannon(*both_maps(there_HQP, back_HPQ, mask_QP), mask_QP)
 
 
 def _score_distance(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> Tensor:
@@ -184,12 +166,9 @@ def _score_distance(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> Ten
     return 1 - F.cosine_similarity(there_HN, back_HN, dim=-1, eps=1e-6)
 
 
-# The entropy, as a share of the largest, that `entropy_floor` allows; how many neighbours `pooled` puts together.
-MOST_ENTROPY, SPAN = 0.5, 4
-MAP_DISTANCES = {
+# Kind -> distance of the two directions; those that are there for comparison come from the package.
+MAP_DISTANCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "log_odds": _score_distance,
-    "entropy_floor": _sharp_map_distance,
-    "pooled": _pooled_map_distance,
     "maps": _map_distance,
 }
 
@@ -211,8 +190,7 @@ def alignment_loss(
     - `log_odds`: one minus the cosine of the two, each less the means of its rows and columns. Flat maps gain nothing;
     - `maps`: the Jensen-Shannon divergence of the two, each normalised over the image's tokens. It falls fastest where
       both become flat. In a causal model the pairs count in which the text can see the image;
-    - `entropy_floor`: that, plus what the entropies of the maps exceed `MOST_ENTROPY` of the largest;
-    - `pooled`: the divergence of maps that are averaged over `SPAN` neighbours of the text and of the image.
+    - `entropy_floor`, `pooled`: that, changed in two ways for comparison; see `training.alignment_kinds`.
 
     `contrastive` takes the text-to-image scores alone: those of a text on its own image must be larger than on the
     images of the other samples, and an image's own text must look at it more than other texts do. It depends on the
@@ -226,13 +204,12 @@ def alignment_loss(
         scaling: factor on the scores.
 
     Returns:
-        A scalar: the mean over text tokens or samples, and heads; 0 where no sample has both modalities. Divergences
-        are at most log 2.
+        A scalar, the mean over text tokens or samples, and heads: 0 without any pair. Divergences are at most log 2.
     """
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     if kind == "contrastive":
         return _contrast(query, key, modality_BS, real_BS, scaling, is_causal)
-    distance = MAP_DISTANCES[kind]
+    distance = MAP_DISTANCES[kind] if kind in MAP_DISTANCES else service(kind, f"alignment={kind!r}")
     total, rows = query[:0].float().sum(), 0  # in the graph, also where nothing is compared
     for sample, modality_S in enumerate(modality_BS):
         real_S = torch.ones_like(modality_S, dtype=torch.bool) if real_BS is None else real_BS[sample].bool()

@@ -1,8 +1,6 @@
 """The base class of every Chorus model: what transformers needs to know, how weights start, and what may be loaded."""
 
-import json
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +13,7 @@ from transformers.utils import CONFIG_NAME
 
 from .attention import ModalityProjection
 from .configuration_chorus import ChorusConfig
+from .configuration_services import SERVICES
 
 # What `import chorus_moe` registers. Code that was exported without the package runs transformers' own functions.
 FAST_EXPERTS = "cpu_mm"
@@ -86,7 +85,8 @@ class ChorusPreTrainedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             for path in Path(save_directory).glob("*.safetensors"):
                 make_readable(path)
-            drop_absent_code(Path(save_directory, CONFIG_NAME))
+            if "drop_absent_code" in SERVICES:
+                SERVICES["drop_absent_code"](Path(save_directory, CONFIG_NAME))
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
@@ -95,6 +95,8 @@ class ChorusPreTrainedModel(PreTrainedModel):
         if not load_config.ignore_mismatched_sizes:
             check_shapes(model, load_config.pretrained_model_name_or_path, loading_info.mismatched_keys)
         info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        # Under DeepSpeed transformers remembers also those that no file needed, and saves the weights under old names.
+        model._weight_conversions = [one for one in model._weight_conversions or () if one.was_used()]
         model._misfit = describe_misfit(
             model, load_config.pretrained_model_name_or_path, info.missing_keys, info.unexpected_keys
         )
@@ -113,18 +115,6 @@ class ChorusPreTrainedModel(PreTrainedModel):
             start_weights(self.config.get_text_config().initializer_range)
 
 
-def drop_absent_code(path: Path) -> None:
-    """Take out of a saved configuration what names code that is not beside it, as of an export that is saved again."""
-    values = json.loads(path.read_text(encoding="utf-8"))
-    named = values.pop("auto_map", {})
-    files = {file.stem for file in path.parent.glob("*.py")}
-    # `repository--file.Class` lies on the Hub.
-    kept = {auto: name for auto, name in named.items() if "--" in name or name.split(".")[0] in files}
-    if kept != named:
-        values |= {"auto_map": kept} if kept else {}
-        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def make_readable(path: Path) -> None:
     """Give a file the rights of a new file in its folder: the writer of safetensors leaves it to its owner alone."""
     probe = path.with_name(f".{path.name}.rights")
@@ -135,8 +125,6 @@ def make_readable(path: Path) -> None:
 
 
 MAX_NAMES = 5
-# Operation of a model -> the tensors that it adds, where a configuration alone asks for them in vain.
-GROWN = {"add_exits": r"exits\.\d+\..+", "add_skip_gates": r".*\.skip_gate\..+"}
 ALIGNMENT = 64  # bytes, as torch allocates
 
 
@@ -184,19 +172,11 @@ def describe_misfit(
     ]
     if not faults:
         return None
-    # A configuration alone that asks for exits or skip gates finds no tensors: say which function adds them.
-    operations = [] if has_too_much else _operations_that_add(lacks)
-    advice = f"Load it with its own configuration and call {' and '.join(operations)}. " if operations else ""
+    advice = SERVICES["advise_missing"](lacks) if "advise_missing" in SERVICES and not has_too_much else ""
     return (
         f"{_subject(model, name_or_path)}: {'; '.join(faults)}. {advice}Pass output_loading_info=True to load it all "
         "the same, missing tensors newly initialised, and get the full list"
     )
-
-
-def _operations_that_add(missing: list[str]) -> list[str]:
-    """The operations of a model after which it has these tensors; empty if one is of another kind."""
-    found = {name: sum(bool(re.fullmatch(pattern, tensor)) for tensor in missing) for name, pattern in GROWN.items()}
-    return [name for name, count in found.items() if count] if sum(found.values()) == len(missing) else []
 
 
 def _subject(model: nn.Module, name_or_path: PathOrName | None) -> str:

@@ -44,8 +44,8 @@ def check_placeholders(found: list[int], sizes: list[int], modality: str) -> Non
         if expected != count:
             raise ValueError(
                 f"sample {sample}: found {count} {modality} placeholders for {expected} {modality} tokens; the text "
-                f"was probably truncated after the processor ran, or the {modality} was left out, or accelerate cut "
-                "the batch of a streamed data set by rows: accelerator_config={'dispatch_batches': False}"
+                f"was truncated after the processor ran, the {modality} left out, or accelerate cut a streamed batch: "
+                "accelerator_config={'dispatch_batches': False}, or a pipeline took one of several clips: batch_size=1"
             )
     if next_piece < len(sizes):
         raise ValueError(
@@ -117,8 +117,7 @@ class ChorusModel(ChorusPreTrainedModel):
             input_features_mask: `(windows, frames)`, 1 for real frames; all real if None.
 
         Returns:
-            `last_hidden_state` of the tower and, as `pooler_output`, the audio tokens of each window, a list of
-            `(tokens, D)`.
+            `last_hidden_state` of the tower and, as `pooler_output`, the audio tokens of each window: `[(tokens, D)]`.
         """
         if self.audio_tower is None:
             raise ValueError(f"got {len(input_features)} clips but this model has no audio tower")
@@ -247,18 +246,16 @@ class ChorusModel(ChorusPreTrainedModel):
                 pooled, mask = (getattr(output, key, None) for key in ("pooler_output", "attention_mask"))
                 features[name] = self._connected(name, output.last_hidden_state, mask) if pooled is None else pooled
         idle = []
-        if pixel_values is not None and len(pixel_values):
-            features["image"] = self.get_image_features(pixel_values).pooler_output
-        elif self.training and self.vision_tower is not None and "image" not in features:
-            with frozen_batch_norm(self.vision_tower):
-                tokens = self.get_image_features(self.vision_tower.smallest_input()).pooler_output
-            idle.append((tokens * 0.0).sum())
-        if input_features is not None and len(input_features):
-            features["audio"] = self.get_audio_features(input_features, input_features_mask).pooler_output
-        elif self.training and self.audio_tower is not None and "audio" not in features:
-            with frozen_batch_norm(self.audio_tower):
-                pieces = self.get_audio_features(self.audio_tower.smallest_input()).pooler_output
-            idle.append((torch.cat(pieces) * 0.0).sum())
+        for name, tower, encode, inputs in (
+            ("image", self.vision_tower, self.get_image_features, (pixel_values,)),
+            ("audio", self.audio_tower, self.get_audio_features, (input_features, input_features_mask)),
+        ):
+            if inputs[0] is not None and len(inputs[0]):
+                features[name] = encode(*inputs).pooler_output
+            elif self.training and tower is not None and name not in features:
+                with frozen_batch_norm(tower):
+                    pieces = encode(tower.smallest_input()).pooler_output
+                idle.append((torch.cat(list(pieces)) * 0.0).sum())
         return features, idle
 
     def _merge(self, embeds: Tensor, input_ids: Tensor | None, modality_BS: Tensor, features: dict[str, Any]) -> Tensor:
@@ -293,6 +290,7 @@ def no_graph_if_frozen(tower: nn.Module, inputs: Tensor) -> torch.set_grad_enabl
     return torch.set_grad_enabled(torch.is_grad_enabled() and is_trained)
 
 
+# These are classes, since a compiled graph cannot run through the generator of a context.
 class all_loaded:
     """Holds all weights of a tower that accelerate has offloaded. Each module's are loaded when it is called, but timm
     and torch read some of a module that nobody calls, such as the output projection of attention."""

@@ -23,7 +23,7 @@ from .attention_masks import Masks, build_masks
 from .configuration_chorus import ChorusConfig
 from .configuration_modalities import MODALITY_IDS
 from .configuration_services import SERVICES, service
-from .depth_exits import EarlyExitDrafts, TokenExits, check_drafts, check_token_exits
+from .depth_exits import TokenExits, check_token_exits
 from .losses import share_of_batch
 from .modeling_heads import ChorusHead
 from .modeling_outputs import CACHE, ChorusLossOutput, takes_cache
@@ -143,19 +143,10 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
             if train_exits and outputs.hidden_states is not None:
                 terms["exit_loss"] = exit_loss = self._exit_loss(outputs.hidden_states, labels, counted, **kwargs)
                 loss = loss + self.config.text_config.exit_loss_coef * exit_loss
-        return ChorusLossOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states if keep_hidden_states else None,
-            attentions=outputs.attentions,
-            routing=outputs.routing,
-            image_hidden_states=outputs.image_hidden_states,
-            audio_hidden_states=outputs.audio_hidden_states,
-            compute=outputs.compute,
-            left_after=None if token_exits is None else token_exits.left_after,
-            **{CACHE: outputs[CACHE]} if CACHE in outputs else {},
-            **terms,  # type: ignore[arg-type]
-        )
+        if not keep_hidden_states:
+            outputs.hidden_states = None
+        left_after = None if token_exits is None else token_exits.left_after
+        return self._loss_output(outputs, terms, loss=loss, logits=logits, left_after=left_after)
 
     def _token_exits(
         self, threshold: float, tokens: Any, cache: Cache | None, asked: Mapping[str, Any]
@@ -172,8 +163,7 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         return self.loss_function(logits, labels, vocab_size=vocab_size, num_items_in_batch=counted, **kwargs)
 
     def _exit_loss(self, hidden_states: tuple[Tensor, ...], labels: Tensor, counted: Tensor, **kwargs: Any) -> Tensor:
-        """Mean of the language losses at the exits, through the final norm and the head (LayerSkip, arXiv
-        2404.16710)."""
+        """Mean of the language losses at the exits, by the final norm and head (LayerSkip, arXiv 2404.16710)."""
         states = [hidden_states[layers] for layers in self.config.text_config.exit_layers or ()]
         # The shared norm and head, as at the end: drafts are made by them, too.
         norm = self.model.language_model.norm
@@ -211,7 +201,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
                 "taken out of the memory again; generate without drafts"
             )
         if generation_config.assistant_early_exit is not None:
-            return EarlyExitDrafts(self, generation_config, logits_processor)
+            draft = service("draft_with_first_layers", "assistant_early_exit")
+            return draft(self, generation_config, logits_processor)
         assistant = kwargs.get("assistant_model")
         if assistant is not None and "mm_encoder_outputs" not in signature(assistant.forward).parameters:
             kept = model_kwargs.keys() - {"mm_token_type_ids", "mm_encoder_outputs"}
@@ -238,8 +229,12 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         for name in ("skip_threshold", "exit_confidence"):
             if (value := getattr(generation_config, name, None)) is not None:
                 model_kwargs[name] = value
-        num_layers = self.config.text_config.num_hidden_layers
-        check_drafts(generation_config, num_layers, model_kwargs.get("exit_confidence"))
+        threshold = model_kwargs.get("exit_confidence")
+        if threshold is not None and not generation_config.use_cache:
+            raise ValueError(f"exit_confidence={threshold} saves what a cache keeps; use_cache=False computes all anew")
+        if generation_config.assistant_early_exit is not None:
+            check = service("check_drafts", "assistant_early_exit")
+            check(generation_config, self.config.text_config.num_hidden_layers, threshold)
         return generation_config, model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
@@ -265,6 +260,8 @@ class ChorusForConditionalGeneration(ChorusHead, GenerationMixin):
         if modality_BS is not None and modality_BS.shape[1] < input_ids.shape[1]:
             kwargs["mm_token_type_ids"] = F.pad(modality_BS, (0, input_ids.shape[1] - modality_BS.shape[1]))
         inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        if next_sequence_length and (types_BS := inputs.get("mm_token_type_ids")) is not None:
+            inputs["mm_token_type_ids"] = types_BS[:, -next_sequence_length:]  # transformers 5.22 leaves them whole
         if scores is not None:
             cache, fed = inputs.get(CACHE), inputs.get("inputs_embeds")
             start = int(cache.get_seq_length()) if cache is not None else 0

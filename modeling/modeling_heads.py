@@ -5,6 +5,7 @@ Shape suffixes: B batch, S sequence, D hidden size.
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from itertools import combinations
 from typing import Any
 
@@ -31,10 +32,11 @@ from .losses import (
 )
 from .modeling_base import ChorusPreTrainedModel
 from .modeling_chorus import ChorusModel, with_virtual_tokens
-from .modeling_outputs import CACHE, BankRouting, ChorusContrastiveOutput, ChorusLossOutput, ChorusModelOutput
+from .modeling_outputs import BankRouting, ChorusContrastiveOutput, ChorusLossOutput, ChorusModelOutput
 from .moe_plan import DecoderKwargs
 
 logger = logging.get_logger(__name__)
+LOSS_OUTPUTS = tuple(field.name for field in fields(ChorusLossOutput))
 
 
 def two_dimensional(attention_mask: object) -> Tensor | None:
@@ -74,10 +76,6 @@ class ChorusHead(ChorusPreTrainedModel):
         keep_routing = bool(output_router_logits or inputs.get("sample_experts") or self._counts_choices())
         align = self.training and text.alignment_loss_coef > 0
         budget = text.skip_budget if self.training and text.skip_loss_coef > 0 else None
-        if mm_token_type_ids is None and inputs.get("input_ids") is not None:
-            mm_token_type_ids = self.model.modality_ids(inputs["input_ids"])
-        if mm_token_type_ids is not None:
-            mm_token_type_ids = with_virtual_tokens(mm_token_type_ids, inputs.get("inputs_embeds"))
         outputs = self.model(
             mm_token_type_ids=mm_token_type_ids,
             output_router_logits=keep_routing or train_router,
@@ -93,10 +91,11 @@ class ChorusHead(ChorusPreTrainedModel):
             drawn = [bank.log_probs for bank in banks_of_layers if bank.log_probs is not None]
             self._check_graph("policy-gradient", drawn, (".router.",))
         if align:
+            embeds, states = inputs.get("inputs_embeds"), outputs.cross_modal_states or ()
             if mm_token_type_ids is None:
-                mm_token_type_ids = self.model.modality_ids(None, inputs["inputs_embeds"])
-            states = outputs.cross_modal_states or ()
-            terms["alignment_loss"] = self._alignment(states, mm_token_type_ids, inputs.get("attention_mask"))
+                mm_token_type_ids = self.model.modality_ids(inputs.get("input_ids"), embeds)
+            modality_BS = with_virtual_tokens(mm_token_type_ids, embeds)
+            terms["alignment_loss"] = self._alignment(states, modality_BS, inputs.get("attention_mask"))
         if budget is not None and outputs.skip_logits is not None:
             self._check_graph("skip budget", outputs.skip_logits, (".skip_gate.",))
             real_BS = two_dimensional(inputs.get("attention_mask"))
@@ -210,6 +209,12 @@ class ChorusHead(ChorusPreTrainedModel):
                 "to it and set `model.accepts_loss_kwargs = False` before you build the trainer"
             )
 
+    @staticmethod
+    def _loss_output(outputs: ChorusModelOutput, terms: dict[str, Tensor | None], **own: Any) -> ChorusLossOutput:
+        """What the inner model returned, the terms of the loss and what is the head's `own`, which wins."""
+        shared = {name: getattr(outputs, name, None) for name in LOSS_OUTPUTS}
+        return ChorusLossOutput(**shared | terms | own)
+
     def _weighted_sum(self, terms: dict[str, Tensor | None], share: Tensor | float) -> Tensor | float:
         """What training adds to the loss of the head; nothing in evaluation."""
         # transformers adds its balance loss whenever router logits are asked for, also in evaluation.
@@ -289,20 +294,14 @@ class ChorusForSequenceClassification(ChorusHead):
             loss = loss + self._weighted_sum(terms, share)
             if self.training and exit_loss is not None:
                 loss = loss + share * self.config.text_config.exit_loss_coef * exit_loss
-        return ChorusLossOutput(
+        return self._loss_output(
+            outputs,
+            terms,
             loss=loss,
             logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            routing=outputs.routing,
-            image_hidden_states=outputs.image_hidden_states,
-            audio_hidden_states=outputs.audio_hidden_states,
             exit_loss=exit_loss,
             exit_logits=exit_logits if output_exit_logits else None,
             left_after=exits.left_after.to(logits.device) if exits is not None and leaves else None,
-            compute=outputs.compute,
-            **{CACHE: outputs[CACHE]} if CACHE in outputs else {},
-            **terms,
         )
 
     def _exit_run(

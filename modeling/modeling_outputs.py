@@ -63,8 +63,8 @@ class BankRouting(NamedTuple):
         num_rerouted: how many choices another expert took over, where capacity was limited; an int64 scalar.
         num_dropped: how many choices were lost for want of room; an int64 scalar.
         wanted_experts: `(T,)` float32, how many experts a learned complexity asks for, the last in part.
-        widths: which of the `expert_width_shares` each row used, by index: `(T,)` or one number for all; None where
-            experts are used whole.
+        widths: which of the `expert_width_shares` each row used, by index: `(T,)`, one number for all, or None for the
+            whole.
         sums: what losses take from the rows, see `bank_sums`; while they are computed.
     """
 

@@ -16,7 +16,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import Attention, CrossModalAttention, rotary_tables
 from .attention_globals import GlobalTokens, with_global_tokens
-from .attention_masks import LocalMask, build_masks, is_packed
+from .attention_masks import build_masks, is_packed
 from .configuration_checks import check_exit
 from .configuration_services import service
 from .configuration_text import ChorusTextConfig
@@ -66,25 +66,18 @@ class ChorusDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         plan: ForwardPlan,
-        attention_mask: Tensor | LocalMask | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         keys_alone: bool = False,
-        **kwargs: Any,
+        **attention: Any,
     ) -> Tensor:
-        inputs: dict[str, Any] = {
-            "plan": plan,
-            "position_embeddings": position_embeddings,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            **kwargs,
-        }
+        """States `(B, S, D)` after the layer; `attention` is what [`Attention`] takes besides."""
+        attention |= {"plan": plan, "past_key_values": past_key_values}
         if keys_alone:
-            self.self_attn(self.input_layernorm(hidden_states), keys_alone=True, **inputs)
+            self.self_attn(self.input_layernorm(hidden_states), keys_alone=True, **attention)
             return hidden_states
         if self.skip_gate is not None and self.skip_scope == "layer":
-            return self._run_open_tokens(hidden_states, **inputs)
-        return self.finish(hidden_states, self.self_attn(self.input_layernorm(hidden_states), **inputs)[0], plan)
+            return self._run_open_tokens(hidden_states, **attention)
+        return self.finish(hidden_states, self.self_attn(self.input_layernorm(hidden_states), **attention)[0], plan)
 
     def finish(self, hidden_states: Tensor, attended: Tensor, plan: ForwardPlan) -> Tensor:
         """States after the layer, of tokens and what their attention returned."""
@@ -247,8 +240,7 @@ class ChorusTextModel(ChorusPreTrainedModel):
                 hidden_states = token_exits.after(number, before, hidden_states)
             staying = None if exits is None else exits.passes(number, hidden_states)
             if staying is not None:
-                # Early exit saves time only if later layers see fewer samples; plan, masks and positions are made anew
-                # for them.
+                # Early exit saves time only if later layers see fewer samples: all that they share is made anew.
                 hidden_states, tokens = hidden_states.index_select(0, staying), tokens.at(staying)
                 if len(staying) == 0:
                     break

@@ -30,6 +30,23 @@ from .moe_routers import ROUTER_CLASSES
 ROWS_OF_AN_EXPERT = 128
 
 
+def run_one_by_one(
+    experts: "ChorusExperts | LinearExperts",
+    output_TD: Tensor,
+    hidden_TD: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
+    runs_idle: bool = False,
+) -> Tensor:
+    """`output_TD` with what each expert makes of its tokens; those without tokens run on no rows or not at all."""
+    for expert in range(experts.num_experts):
+        token, slot = torch.where(index_TK == expert)
+        if len(token) or runs_idle:
+            states = experts.run_expert(expert, hidden_TD[token]) * weights_TK[token, slot, None]
+            output_TD = output_TD.index_add(0, token, states.to(output_TD.dtype))
+    return output_TD
+
+
 @use_experts_implementation
 class ChorusExperts(nn.Module):
     """The experts of one bank, stacked: `gate_up_proj (E, 2I, D)` and `down_proj (E, D, I)`.
@@ -69,13 +86,7 @@ class ChorusExperts(nn.Module):
         # The empty sums keep both parameters and the router in the graph when the bank has no tokens.
         unused = self.gate_up_proj[:0].sum() + self.down_proj[:0].sum() + top_k_weights[:0].sum()
         output_TD = torch.zeros_like(hidden_states) + unused.to(hidden_states.dtype)
-        for expert in range(self.num_experts):
-            token, slot = torch.where(top_k_index == expert)
-            if len(token) == 0:
-                continue
-            states = self.run_expert(expert, hidden_states[token]) * top_k_weights[token, slot, None]
-            output_TD = output_TD.index_add(0, token, states.to(output_TD.dtype))
-        return output_TD
+        return run_one_by_one(self, output_TD, hidden_states, top_k_index, top_k_weights)
 
 
 class OwnGate(TokenGate):
@@ -101,15 +112,9 @@ class LinearExperts(nn.ModuleList):
         return self[expert](hidden_states)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        output_TD = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):
-            token, slot = torch.where(top_k_index == expert)
-            # Without rows it runs all the same where gradients are wanted: its parameters stay in the graph.
-            if len(token) == 0 and not torch.is_grad_enabled():
-                continue
-            states = self.run_expert(expert, hidden_states[token]) * top_k_weights[token, slot, None]
-            output_TD = output_TD.index_add(0, token, states.to(output_TD.dtype))
-        return output_TD
+        # Without rows they run all the same where gradients are wanted: their parameters stay in the graph.
+        inputs = (torch.zeros_like(hidden_states), hidden_states, top_k_index, top_k_weights)
+        return run_one_by_one(self, *inputs, runs_idle=torch.is_grad_enabled())
 
 
 EXPERT_CLASSES: dict[str, type[ChorusExperts] | type[LinearExperts]] = {"fused": ChorusExperts, "linear": LinearExperts}
@@ -298,8 +303,7 @@ class BankGate(nn.Module):
         with without_autocast(hidden_TD):
             logits_TN = float32_product(hidden_TD, self.weight)
             logits_TN = logits_TN.masked_fill(~open_TN, torch.finfo(torch.float32).min)
-            # The lowest number, not minus infinity: a token without any open bank would be NaN. Its uniform softmax is
-            # made zero by the product.
+            # The lowest number, not minus infinity, whose softmax over no open bank would be NaN. The product gives 0.
             return logits_TN.softmax(dim=-1) * open_TN
 
 

@@ -15,6 +15,7 @@ from transformers.utils import TransformersKwargs
 
 from .configuration_banks import ExpertBankConfig, check_name
 from .configuration_modalities import MODALITY_IDS
+from .configuration_services import service
 from .moe_selection import Places
 
 
@@ -314,11 +315,8 @@ def read_routing_options(
 
     Args:
         position_ids: as the caller gave them; a jump starts a new sequence (packing).
-        complexity_scores: `(B, S)`, between 0 and 1; NaN where the router's entropy is to be used.
-        expert_budget: modality -> number of experts.
-        sample_experts: names of banks.
-        closed_banks: names of banks, besides those whose configuration closes them.
-        expert_width_share: one of `width_shares`, those of the model, or one for each token.
+        complexity_scores: this and what follows is described in [`DecoderKwargs`].
+        width_shares: `expert_width_shares` of the model.
 
     Raises:
         ValueError: naming the argument, the bank or modality, and the numbers.
@@ -334,8 +332,11 @@ def read_routing_options(
         )
     complexity_T = _read_complexity(banks, modality_BS, complexity_scores)
     budget = _read_budget(expert_budget or {})
-    closed = _read_closed(banks, closed_banks or ())
-    sampled = _read_sampled(banks, limited, closed, sample_experts or ())
+    check_banks("closed_banks", banks, closed_banks or ())
+    closed = frozenset(closed_banks or ()) | {name for name, bank in banks.items() if bank.closed}
+    sampled: frozenset[str] = frozenset()
+    if sample_experts:
+        sampled = service("read_sampled", "sample_experts")(banks, limited, closed, sample_experts)
     width_T = _read_widths(modality_BS, expert_width_share, width_shares)
     # No object at all: the plain path costs nothing.
     if not (limited or budget or sampled or closed) and complexity_T is None and width_T is None:
@@ -396,40 +397,12 @@ def _read_budget(expert_budget: Mapping[str, int]) -> dict[str, int]:
     return dict(expert_budget)
 
 
-def _check_banks(argument: str, banks: Mapping[str, ExpertBankConfig], names: Collection[str]) -> None:
+def check_banks(argument: str, banks: Mapping[str, ExpertBankConfig], names: Collection[str]) -> None:
     # A string is a collection of letters, each of which would be an unknown bank.
     if isinstance(names, str):
         raise ValueError(f"{argument}={names!r} is a string; give the names of banks, as in ('text',)")
     for name in names:
         check_name(argument, "bank", name, banks)
-
-
-def _read_closed(banks: Mapping[str, ExpertBankConfig], closed_banks: Collection[str]) -> frozenset[str]:
-    _check_banks("closed_banks", banks, closed_banks)
-    return frozenset(closed_banks) | {name for name, bank in banks.items() if bank.closed}
-
-
-def _read_sampled(
-    banks: Mapping[str, ExpertBankConfig],
-    limited: Collection[str],
-    closed: Collection[str],
-    sample_experts: Collection[str],
-) -> frozenset[str]:
-    _check_banks("sample_experts", banks, sample_experts)
-    for name in sample_experts:
-        if name in closed:
-            raise ValueError(f"sample_experts names {name!r}, which is closed and draws nothing")
-        if name in limited:
-            raise ValueError(
-                f"sample_experts names {name!r}, which limits the capacity of its experts: what a full expert turns "
-                "away is no longer a draw, so its probability is not known"
-            )
-        if banks[name].balance == "bias":
-            raise ValueError(
-                f"sample_experts names {name!r}, which has balance='bias': the correction bias is no part of the "
-                "distribution that is sampled; give the bank another balance"
-            )
-    return frozenset(sample_experts)
 
 
 def _sequences(modality_BS: Tensor, position_ids: Tensor | None) -> Tensor:

@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_banks import ROUTERS, LayerBankConfig, check_name
+from .configuration_services import service
 from .layers import ROW_BLOCK, TokenGate, filled_rows, float32_product, without_autocast
 from .modeling_outputs import BankRouting, RouterChoice
 from .moe_plan import NO_OPTIONS, RowOptions
 from .moe_selection import (
-    CLOSED,
     best_experts,
     choice_weights,
-    draw_log_probability,
     limit_groups,
     normalised_entropy,
-    perturbed,
     serve,
     unused_slots,
     used_parts,
@@ -156,15 +154,15 @@ class Router(nn.Module):
             is_unused_TK = unused_slots(limit_T, self.top_k)
         part_TK = None if wanted_T is None or limit_T is None else used_parts(limit_T, self.top_k)
         if options.is_sampled:
-            # Drawn from the weights and not from biased scores: the log-probability must be that of the draw.
-            log_weights_TE = self.open_log_weights(logits_TE)
-            scores_TE = perturbed(log_weights_TE)
+            log_weights_TE, scores_TE = service("draw", "sample_experts")(self, logits_TE)
         else:
-            scores_TE = self._rank(logits_TE)
+            scores_TE = self.rank(logits_TE)
         index_TK = best_TK = best_experts(scores_TE, self.top_k)
         if is_unused_TK is not None:
             index_TK = best_TK.masked_fill(is_unused_TK, bank.num_experts)
-        log_probs_T = draw_log_probability(log_weights_TE, index_TK, is_unused_TK) if options.is_sampled else None
+        log_probs_T = None
+        if options.is_sampled:
+            log_probs_T = service("log_probability_of_draw", "sample_experts")(log_weights_TE, index_TK, is_unused_TK)
         if options.places is None:
             weights_TK = self._weigh(log_weights_TE, best_TK, is_unused_TK, part_TK)
             return RouterChoice(logits_TE, weights_TK, index_TK, log_probs_T, wanted_experts=wanted_T)
@@ -178,14 +176,7 @@ class Router(nn.Module):
         weights_TK = self._weigh(log_weights_TE, best_TK, is_unused_TK, part_TK).masked_fill(is_lost_TK, 0.0)
         return RouterChoice(logits_TE, weights_TK, *served[:1], log_probs_T, *served[1:], wanted_T)
 
-    def open_log_weights(self, logits_TE: Tensor) -> Tensor:
-        """The log-weights that experts are drawn by: those outside a token's best groups are never drawn."""
-        log_weights_TE = self.log_weights(logits_TE)
-        if not self.limits_groups:
-            return log_weights_TE
-        return log_weights_TE.masked_fill(self._rank(logits_TE) == CLOSED, torch.finfo(torch.float32).min)
-
-    def _rank(self, logits_TE: Tensor) -> Tensor:
+    def rank(self, logits_TE: Tensor) -> Tensor:
         """What ranks the experts; `CLOSED` for those that a token may not choose."""
         if self.e_score_correction_bias is None and not self.limits_groups:
             return logits_TE
@@ -208,8 +199,7 @@ class Router(nn.Module):
                 # At least one, so that the last expert, used in part, always has a gradient.
                 asked_T = 1 + learned_T * (self.top_k - 1)
             else:
-                # A token that its router is certain of needs few experts; detached, or routers would learn to look
-                # certain.
+                # A token that its router is sure of needs few experts; detached, or routers would learn to look sure.
                 asked_T = normalised_entropy(log_weights_TE.detach(), self.top_k)
             if options.complexity_R is not None:
                 given_T, is_given_T = options.complexity_R * self.top_k, ~options.complexity_R.isnan()

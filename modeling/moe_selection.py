@@ -70,8 +70,7 @@ def best_experts(scores_TE: Tensor, top_k: int) -> Tensor:
 
 
 def normalised_entropy(log_weights_TE: Tensor, scale: int = 1) -> Tensor:
-    """Entropy over log E, times `scale`: 0 for a router that is certain (as of a single expert), 1 for one that
-    finds all experts alike."""
+    """Entropy over log E, times `scale`: 0 for a router that is sure, 1 for one that finds all experts alike."""
     entropy_T = torch.special.entr(log_weights_TE.softmax(dim=-1)).sum(dim=-1)
     return entropy_T / (math.log(max(2, log_weights_TE.shape[-1])) / scale)
 
@@ -95,31 +94,6 @@ def uses_all_slots(limit_T: Tensor, top_k: int) -> bool:
     # Reading limits of a CPU costs less than masking slots that are all used.
     is_readable = limit_T.device.type == "cpu" and not torch.compiler.is_compiling()
     return is_readable and max(1, min(limit_T.tolist(), default=0)) > top_k - 1
-
-
-def perturbed(log_weights_TE: Tensor) -> Tensor:
-    """Log-weights plus Gumbel noise: the best K of them are a draw of K experts without replacement
-    (Gumbel top-k, arXiv 1903.06059), one after the other with probability proportional to their weight."""
-    # Minus the logarithm of an exponential variable is Gumbel noise, in two kernels.
-    return log_weights_TE.detach() - torch.empty_like(log_weights_TE).exponential_().log_()
-
-
-def draw_log_probability(log_weights_TE: Tensor, index_TK: Tensor, is_unused_TK: Tensor | None = None) -> Tensor:
-    """Log-probability `(T,)` of drawing just these experts in this order (Plackett-Luce).
-
-    Each draw is a softmax over the experts that are left; differentiable with respect to the log-weights. What is left
-    is summed from the last draw to the first: what was never drawn, then one drawn expert more each time. Unused slots
-    are no draws; they, and no others, hold the sentinel.
-    """
-    num_experts, low = log_weights_TE.shape[-1], torch.finfo(log_weights_TE.dtype).min
-    if is_unused_TK is not None:  # the sentinel gets a column that weighs nothing
-        num_experts, log_weights_TE = num_experts + 1, F.pad(log_weights_TE, (0, 1), value=low)
-    last_first_TK = index_TK.flip(1)
-    chosen_TK = log_weights_TE.gather(1, last_first_TK)
-    left_TE = log_weights_TE.scatter(1, last_first_TK, low)
-    # Sums grow from small to large: taking the drawn away from the whole would cancel where one expert has nearly all.
-    drawn_TK = chosen_TK - torch.cat((left_TE, chosen_TK), dim=1).logcumsumexp(dim=1)[:, num_experts:]
-    return (drawn_TK if is_unused_TK is None else drawn_TK.masked_fill(is_unused_TK.flip(1), 0.0)).sum(dim=1)
 
 
 def choice_weights(
@@ -228,8 +202,8 @@ def serve(scores_RE: Tensor, index_RK: Tensor, places: Places, capacity_L: Tenso
         num_dropped = refused_RE.sum()
         return Served(index_RK.masked_fill(lost_RK, num_experts), torch.zeros_like(num_dropped), num_dropped)
     # A loop over tokens would be slow. All ask at once, an expert serves the first that ask and turns the rest away,
-    # who ask their next best, until no token is turned away. As all experts rank tokens alike, this deferred acceptance
-    # ends where the loop ends.
+    # who ask their next best, until none is turned away. As all experts rank tokens alike, this ends where the loop
+    # ends.
     order_RE = scores_RE.detach().sort(dim=-1, descending=True, stable=True).indices
     closed_RE = scores_RE == CLOSED
     while True:

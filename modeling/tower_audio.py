@@ -92,13 +92,10 @@ class ChorusAudioModel(ChorusPreTrainedModel):
         return self.encoder.get_input_embeddings()
 
     def _check_clips(self, input_features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        shape = tuple(input_features.shape)
-        if len(shape) != 3 or shape[1] < 1:
-            raise ValueError(f"input_features has shape {shape}, expected (clips, frames >= 1, mel bins)")
-        if shape[2] != self.config.num_mel_bins:
-            raise ValueError(
-                f"input_features has {shape[2]} mel bins, the audio tower takes {self.config.num_mel_bins}"
-            )
+        shape, bins = tuple(input_features.shape), self.config.num_mel_bins
+        if len(shape) != 3 or shape[1] < 1 or shape[2] != bins:
+            takes = f"the audio tower takes (clips, frames >= 1, mel bins = {bins})"
+            raise ValueError(f"input_features has shape {shape}, {takes}")
         if mask is None:
             return torch.ones(shape[:2], dtype=torch.bool, device=input_features.device)
         if tuple(mask.shape) != shape[:2]:

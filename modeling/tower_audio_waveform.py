@@ -26,14 +26,8 @@ TORCHAUDIO_FIXED = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "la
 
 
 def build_waveform_backbone(backbone: PreTrainedConfig, library: str = "transformers") -> nn.Module:
-    """A newly initialised encoder of samples.
-
-    Args:
-        library: `transformers`, or `torchaudio` for what `import_huggingface_model` makes of it.
-
-    Raises:
-        ValueError: a model type or a setting that is not known here.
-    """
+    """A newly initialised encoder of samples, of the modules of `transformers` or `torchaudio`; raises as the next two
+    functions do."""
     return convert_backbone(AutoModel.from_config(prepare_backbone_config(backbone)), library)
 
 
@@ -155,8 +149,7 @@ class WaveformEncoder(nn.Module):
         mask = None
         if not self.is_wavlm:
             tokens = real_NL.shape[1]
-            # torchaudio's WavLM masks by `key_padding_mask` and refuses this argument; its other encoders read this
-            # alone.
+            # torchaudio's WavLM takes `key_padding_mask` and refuses this argument; others read this alone.
             mask = real_NL[:, None, None].expand(-1, 1, tokens, tokens)
         for layer in encoder.transformer.layers:
             hidden_NLD, bias = layer(hidden_NLD, mask, position_bias=bias, key_padding_mask=~real_NL)

@@ -27,11 +27,6 @@ class ChorusVisionModel(ChorusPreTrainedModel):
     config: ChorusVisionConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    # timm picks its own attention kernels, so every implementation asked of a composite model is accepted here.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
 
     def __init__(self, config: ChorusVisionConfig):
         super().__init__(config)
@@ -59,7 +54,10 @@ class ChorusVisionModel(ChorusPreTrainedModel):
         Raises:
             ValueError: another number of channels or another size than the configuration says.
         """
-        self._check_images(pixel_values)
+        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
+            takes = f"the vision tower takes (images, channels, height, width) with {expected} for one image"
+            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}, {takes}")
         self._reference = None
         features, pooled = self._encode(pixel_values.to(self.dtype))
         tokens = self._image_tokens(features)
@@ -129,21 +127,6 @@ class ChorusVisionModel(ChorusPreTrainedModel):
                 f"configuration says {(config.num_tokens, config.hidden_size)}; compose the configuration anew"
             )
         return tokens
-
-    def _check_images(self, pixel_values: torch.Tensor) -> None:
-        config = self.config
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"pixel_values has {pixel_values.ndim} dimensions, expected 4: (images, channels, height, width)"
-            )
-        channels, size = pixel_values.shape[1], tuple(pixel_values.shape[2:])
-        if channels != config.num_channels:
-            raise ValueError(f"pixel_values has {channels} channels, the vision tower takes {config.num_channels}")
-        if size != (config.image_size, config.image_size):
-            raise ValueError(
-                f"pixel_values holds images of {size[0]} x {size[1]} pixels, "
-                f"the vision tower takes {config.image_size} x {config.image_size}"
-            )
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:

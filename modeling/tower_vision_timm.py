@@ -9,28 +9,19 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 # Arguments of `timm.create_model` that load files, or that the configuration or the tower decides.
-RESERVED_MODEL_ARGS = frozenset(
-    {
-        "pretrained",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-        "pretrained_strict",
-        "checkpoint_path",
-        "cache_dir",
-        "features_only",
-        "num_classes",
-        "in_chans",
-    }
-)
+RESERVED_MODEL_ARGS = {
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir",
+    "features_only", "num_classes", "in_chans",
+}  # fmt: skip
 # No argument of a timm model is larger; a greater number in a configuration is a mistake or an attack.
 MAX_MODEL_ARG = 65_536
 MAX_DEPTH = 1_024
 
 
 def create_timm_encoder(
-    architecture: str | None, model_args: dict[str, Any] | None, image_size: int, num_channels: int
+    architecture: str | None, model_args: dict[str, Any] | None, image_size: int, num_channels: int, **options: Any
 ) -> nn.Module:
-    """Builds a timm model without classifier and without weights, from its name alone.
+    """Builds a timm model, from its name alone; without classifier and weights unless `options` say otherwise.
 
     Args:
         architecture: a name of `timm.list_models()`, with or without a pretrained tag.
@@ -41,13 +32,7 @@ def create_timm_encoder(
         ImportError: timm is missing.
         ValueError: an unknown name, a reserved or oversized argument, or a model that timm refuses to build.
     """
-    return timm_model(architecture, model_args, image_size, pretrained=False, num_classes=0, in_chans=num_channels)
-
-
-def timm_model(
-    architecture: str | None, model_args: dict[str, Any] | None, image_size: int, **options: Any
-) -> nn.Module:
-    """A timm model by the rules of `create_timm_encoder`; `options` are those of `timm.create_model`."""
+    options = {"pretrained": False, "num_classes": 0, "in_chans": num_channels} | options
     timm = _import_timm()
     _check_architecture(architecture, timm)
     # Through JSON, so that the probed encoder is the one that a saved configuration rebuilds.

@@ -32,6 +32,7 @@ from .processing_limits import (
     float_samples,
     unpack_file_dict,
 )
+from .processing_placement import is_media_item
 
 logger = logging.get_logger(__name__)
 
@@ -113,11 +114,8 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         return super().from_dict(feature_extractor_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings to save; limits are never among them."""
-        output = super().to_dict()
-        # A downloaded repository must not lift the limits.
-        output.pop("limits", None)
-        return output
+        """The settings to save; never the limits, which a downloaded repository must not lift."""
+        return {name: value for name, value in super().to_dict().items() if name != "limits"}
 
     @property
     def window_frames(self) -> int:
@@ -235,7 +233,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         if isinstance(audio_url_or_urls, (str, bytes, Path)):
             samples = self.load(audio_url_or_urls, MediaPlace("audio", 0))
             return {"array": samples, "sampling_rate": self.sampling_rate}
-        if isinstance(audio_url_or_urls, (list, tuple)) and not is_clip(audio_url_or_urls):
+        if isinstance(audio_url_or_urls, (list, tuple)) and not is_media_item(audio_url_or_urls):
             return [self.fetch_audio(clip) for clip in audio_url_or_urls]
         return audio_url_or_urls
 
@@ -254,7 +252,8 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
             `input_features` (N, F, M) float32, zero after the end of a window, and `input_features_mask` (N, F) bool,
             True on real frames; the windows of all clips, flat in order.
         """
-        clips = [raw_speech] if is_clip(raw_speech) else list(raw_speech)
+        is_list = isinstance(raw_speech, (list, tuple)) and not is_media_item(raw_speech)
+        clips = list(raw_speech) if is_list else [raw_speech]
         # All clips are checked before the first one is computed.
         loaded = [self.load(clip, MediaPlace("audio", index), sampling_rate) for index, clip in enumerate(clips)]
         return self.featurize(loaded, return_tensors)
@@ -327,11 +326,3 @@ def mel_spectrogram(sampling_rate: int, n_fft: int, hop_length: int, num_mel_bin
             sampling_rate, n_fft, hop_length=hop_length, n_mels=num_mel_bins, pad_mode="constant", norm="slaney",
             mel_scale="slaney",
         )  # fmt: skip
-
-
-def is_clip(item: object) -> bool:
-    """Whether `item` is one clip, not a list of clips."""
-    if isinstance(item, (list, tuple)):
-        # A list of numbers is one clip, any other list is a list of clips.
-        return len(item) > 0 and isinstance(item[0], (int, float, np.number))
-    return item is not None

@@ -17,6 +17,7 @@ from transformers.image_utils import ImageInput, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
 from .processing_limits import (
+    IMAGE,
     MediaError,
     MediaLimits,
     MediaPlace,
@@ -72,11 +73,8 @@ class ChorusImageProcessor(TorchvisionBackend):
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings to save; limits are never among them."""
-        output = super().to_dict()
-        # A downloaded repository must not lift the limits.
-        output.pop("limits", None)
-        return output
+        """The settings to save; never the limits, which a downloaded repository must not lift."""
+        return {name: value for name, value in super().to_dict().items() if name != "limits"}
 
     def load(
         self, image: object, place: MediaPlace, do_rescale: bool | None = None, input_data_format: str | None = None
@@ -112,12 +110,12 @@ class ChorusImageProcessor(TorchvisionBackend):
         """One decoded image as (num_channels, H, W): uint8, or float32 in 0..255 (any range without `do_rescale`)."""
         num_channels = kwargs.get("num_channels") or self.num_channels
         if num_channels not in (1, 3):
-            raise MediaError(f"num_channels must be 1 or 3, found {num_channels}", modality="image")
+            raise IMAGE.error(f"num_channels must be 1 or 3, found {num_channels}")
         tensor = image_to_tensor(image, bool(kwargs.get("do_rescale")), kwargs.get("input_data_format"))
         tensor = match_channels(tensor, num_channels, in_bytes=bool(kwargs.get("do_rescale")))
         edge = getattr(kwargs.get("size"), "shortest_edge", None)
         if edge and (pixels := edge**2 * max(tensor.shape[1:]) // min(tensor.shape[1:])) > self.limits.image_pixels:
-            raise MediaError(f"an image is resized to {pixels} pixels, the limit is {self.limits.image_pixels}")
+            raise IMAGE.error(f"an image is resized to {pixels} pixels, the limit is {self.limits.image_pixels}")
         if kwargs.get("do_pad_to_square"):
             # Before resizing, so a long picture must not become a huge square.
             check_image_size(max(tensor.shape[1:]), max(tensor.shape[1:]), self.limits, MediaPlace("padded image", 0))
@@ -126,8 +124,7 @@ class ChorusImageProcessor(TorchvisionBackend):
 
 
 def image_to_tensor(image: ImageInput, in_bytes: bool, layout: str | None = None) -> torch.Tensor:
-    """A PIL image of any mode as uint8 (1, 3 or 4, H, W), modes F and I as their array; an array as `array_to_tensor`
-    converts it."""
+    """A PIL image as uint8 (1, 3 or 4, H, W); an array, and modes F and I, as `array_to_tensor` converts them."""
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return array_to_tensor(image, in_bytes, layout)
     if image.mode[0] in "FI":
@@ -156,7 +153,7 @@ def array_to_tensor(image: np.ndarray | torch.Tensor, in_bytes: bool, layout: st
     """
     if isinstance(image, np.ndarray):
         if image.dtype.kind not in "biuf":
-            raise MediaError(f"image values of type {image.dtype} are no numbers of a picture", modality="image")
+            raise IMAGE.error(f"image values of type {image.dtype} are no numbers of a picture")
         # torch takes no other byte order than the machine's, and no longer floats than 64 bits.
         kind = np.float64 if image.dtype.itemsize > 8 else image.dtype.newbyteorder("=")
         image = torch.from_numpy(np.ascontiguousarray(image, dtype=kind))
@@ -173,7 +170,7 @@ def array_to_tensor(image: np.ndarray | torch.Tensor, in_bytes: bool, layout: st
         return _integers_to_bytes(tensor)
     tensor = tensor.float()
     if not torch.isfinite(tensor).all():
-        raise MediaError("the image holds NaN or infinite values", modality="image")
+        raise IMAGE.error("the image holds NaN or infinite values")
     if not in_bytes:
         return tensor
     white = white_of(tensor)
@@ -186,15 +183,12 @@ def _integers_to_bytes(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.to(torch.int64)
     low, high = int(tensor.min()), int(tensor.max())
     if low < 0 or high > (65535 if is_16_bit else 255):
-        raise MediaError(
-            f"image values lie in {low}..{high}, expected 0..255, or 0..65535 in an array of uint16", modality="image"
-        )
+        raise IMAGE.error(f"image values lie in {low}..{high}, expected 0..255, or 0..65535 in an array of uint16")
     # A black picture is black in both.
     if is_16_bit and 0 < high <= 255:
-        raise MediaError(
+        raise IMAGE.error(
             f"16-bit image values lie in {low}..{high}: 0..255, or nearly black in 0..65535? Pass uint8, or values "
-            "times 257",
-            modality="image",
+            "times 257"
         )
     return (tensor // 257 if is_16_bit else tensor).to(torch.uint8)
 
@@ -209,14 +203,12 @@ def white_of(tensor: torch.Tensor) -> float:
     if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
         return 1.0
     if low < (-255 * OVERSHOOT if high >= MIN_PEAK else 0) or high > 255 * (1 + OVERSHOOT):
-        raise MediaError(
-            f"image values lie in {low:g}..{high:g}, expected 0..1 or 0..255; pass do_rescale=False for others",
-            modality="image",
+        raise IMAGE.error(
+            f"image values lie in {low:g}..{high:g}, expected 0..1 or 0..255; pass do_rescale=False for others"
         )
     if high < MIN_PEAK and bool((tensor != tensor.round()).any()):
-        raise MediaError(
-            f"image values lie in {low:g}..{high:g}: too bright for 0..1 or nearly black in 0..255? Clip or scale it",
-            modality="image",
+        raise IMAGE.error(
+            f"image values lie in {low:g}..{high:g}: too bright for 0..1 or nearly black in 0..255? Clip or scale it"
         )
     return 255.0
 

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.processing_utils import ProcessorMixin
 
-from .processing_limits import MediaError
+from .processing_limits import MediaError, MediaPlace
 from .processing_media import MEDIA
 from .processing_messages import (
     break_control_tokens,
@@ -58,8 +59,8 @@ class ChatProcessor(ProcessorMixin):
         of these become text (see `processing_messages`).
 
         Args:
-            images, audio: items for parts that hold no data, in order: a flat list for one conversation, a list per
-                conversation for a batch.
+            images, audio: items for parts that hold no data, in order: a flat list, or for a batch a list per
+                conversation.
             return_labels: add `labels`, see `build_labels`; implies `tokenize=True, return_dict=True`.
             processor_kwargs: settings of `__call__`, such as `padding`, `truncation`, `max_length`, `sampling_rate`.
             kwargs: as in `ProcessorMixin.apply_chat_template`.
@@ -71,20 +72,13 @@ class ChatProcessor(ProcessorMixin):
         conversations, is_batched = split_batch(conversation)
         # Escaping is not optional: a caller could otherwise switch it off for text that users typed.
         kwargs.pop("sanitize_control_tokens", None)
-        rate = (
-            kwargs.get("sampling_rate")
-            or options.get("sampling_rate")
-            or options.get("audio_kwargs", {}).get("sampling_rate")
-        )
-        given = {"image": images, "audio": audio}
+        rate = kwargs.get("sampling_rate") or {**options.get("audio_kwargs", {}), **options}.get("sampling_rate")
         rows = {
             modality: self._media_rows(media, len(conversations), is_batched, modality)
-            for modality, media in given.items()
+            for modality, media in (("image", images), ("audio", audio))
         }
         control = self._control_tokens()
-        beside: dict[str, Any] = {
-            name: break_control_tokens(kwargs[name], control) for name in ("tools", "documents") if name in kwargs
-        }
+        beside = {key: break_control_tokens(kwargs[key], control) for key in kwargs.keys() & {"tools", "documents"}}
         kwargs.update(beside)
         prepared = [
             prepare_conversation(messages, {name: rows[name][sample] for name in rows}, control, rate, sample)
@@ -97,21 +91,21 @@ class ChatProcessor(ProcessorMixin):
         if kwargs.get("tokenize") or return_labels:
             # The template writes bos and eos; the tokenizer would add a second bos.
             options.setdefault("add_special_tokens", False)
+            options["media"] = self._take_media(prepared)
         target = prepared if is_batched else prepared[0]
         # Our own template needs no limit, which takes longer than the template itself.
         is_ours = template == default_chat_template(self.image_token, self.audio_token)
         limit = nullcontext() if is_ours else limited_steps(len(prepared))
-        if not return_labels:
-            with limit:
-                return super().apply_chat_template(target, chat_template, processor_kwargs=options, **kwargs)
-
-        wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
-        tensor_type = kwargs.pop("return_tensors", "auto")
-        tensor_type = options.pop("return_tensors", None) if tensor_type == "auto" else tensor_type
-        # As lists: labels are made row by row, and everything becomes tensors in one place.
-        kwargs.update(tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors=None)
+        wants_mask = kwargs.get("return_assistant_tokens_mask", False)
+        if return_labels:
+            tensor_type = kwargs.pop("return_tensors", "auto")
+            tensor_type = options.pop("return_tensors", None) if tensor_type == "auto" else tensor_type
+            # As lists: labels are made row by row, and everything becomes tensors in one place.
+            kwargs.update(tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors=None)
         with limit:
             batch = super().apply_chat_template(target, chat_template, processor_kwargs=options, **kwargs)
+        if not return_labels:
+            return batch
         batch["labels"] = self.build_labels(batch["input_ids"], batch["assistant_masks"])
         if not wants_mask:
             del batch["assistant_masks"]
@@ -130,23 +124,19 @@ class ChatProcessor(ProcessorMixin):
         tokens = added | set(self.tokenizer.all_special_tokens) | {self.image_token, self.audio_token}
         return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token))
 
-    def _multimodal_inputs_from_conversations(
-        self, conversations: list[list[dict]], audio_loading_params: dict, load_audio_from_video: bool = False
-    ) -> tuple[list[list], list[list], list[list], dict]:
-        """Media of prepared conversations, a list per conversation; decoding waits until everything is checked."""
+    def _take_media(self, conversations: list[list[dict]]) -> dict[str, list[list] | None]:
+        """Media of prepared conversations, decoded later. Empty arrays stay there: transformers 5.22 decodes sound."""
         rows: dict[str, list[list]] = {name: [] for name in MEDIA}
         for sample, messages in enumerate(conversations):
-            parts = [
-                part for message in messages if isinstance(message.get("content"), list) for part in message["content"]
-            ]
+            parts = [part for turn in messages if isinstance(turn["content"], list) for part in turn["content"]]
             for modality in rows:
-                items = [part[modality] for part in parts if part["type"] == modality]
-                if any(item is None for item in items):
-                    missing = sum(item is None for item in items)
-                    raise MediaError(f"sample {sample}: {missing} {modality} parts hold no data", sample, modality)
-                rows[modality].append(items)
-        clips = rows["audio"] if any(rows["audio"]) else []
-        return rows["image"], [[] for _ in conversations], clips, {}
+                mine = [part for part in parts if part["type"] == modality]
+                if missing := sum(part[modality] is None for part in mine):
+                    raise MediaPlace(modality, sample=sample).error(f"{missing} {modality} parts hold no data")
+                rows[modality].append([part.pop(modality) for part in mine])
+                for part in mine:
+                    part[modality] = np.empty(0)
+        return {modality: items if any(items) else None for modality, items in rows.items()}
 
     def build_labels(self, input_ids: TokenRows, assistant_masks: TokenRows) -> list[list[int]]:
         """Labels (B, S): the assistant's words and the token that ends its turn, -100 elsewhere.

@@ -24,9 +24,6 @@ from .processing_messages import default_chat_template
 from .processing_placement import flatten_media, nest_media
 from .processing_rows import pad_rows, truncate_rows
 
-# Tokenizers without a limit report a huge model_max_length.
-NO_MAX_LENGTH = 10**9
-
 
 class ChorusProcessor(ChatProcessor):
     """Image processor, feature extractor and tokenizer of one model.
@@ -41,9 +38,6 @@ class ChorusProcessor(ChatProcessor):
     Raises:
         ValueError: a media token that the tokenizer does not know as one token.
     """
-
-    return_mm_token_type_ids = True
-    text_kwargs = {"padding": True}
 
     def __init__(
         self,
@@ -163,22 +157,23 @@ class ChorusProcessor(ChatProcessor):
         """
         if kwargs.pop("videos", None) is not None:
             raise MediaError("unknown modality: videos; this processor takes text, images and audio", modality="video")
+        media = kwargs.pop("media", {})  # of conversations, from `apply_chat_template`
+        images, audio = media.get("image", images), media.get("audio", audio)
         if text is None and images is None and audio is None:
             raise ValueError("ChorusProcessor needs text, images or audio")
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(self.valid_processor_kwargs, self.tokenizer.init_kwargs, **kwargs)
         if text is None:
             image_rows, clip_rows = [flatten_media(images, "image")], [flatten_media(audio, "audio")]
         else:
             texts = [text] if isinstance(text, str) else list(text)
             for sample, entry in enumerate(texts):
                 if not isinstance(entry, str):
-                    raise MediaError(
-                        f"sample {sample}: text must be a string, found {type(entry).__name__}", sample, "text"
-                    )
+                    place = MediaPlace("text", sample=sample)
+                    raise place.error(f"text must be a string, found {type(entry).__name__}")
             image_rows = nest_media(images, texts, self.image_token, "image", self.limits)
             clip_rows = nest_media(audio, texts, self.audio_token, "audio", self.limits)
-        # Media are decoded before any tensor is made: the lengths of clips decide the number of placeholders, and a
-        # mistake costs no computation.
+        # Decoded before any tensor is made: the lengths of clips decide the number of placeholders, and mistakes cost
+        # less.
         loaded_images, loaded_clips = self._load_media(image_rows, clip_rows, merged)
 
         tensor_type = merged["text_kwargs"].pop("return_tensors", None)
@@ -197,37 +192,35 @@ class ChorusProcessor(ChatProcessor):
         do_rescale, layout = (merged["images_kwargs"].get(name) for name in ("do_rescale", "input_data_format"))
         sampling_rate = merged["audio_kwargs"].get("sampling_rate")
         for sample, (row_images, row_clips) in enumerate(zip(image_rows, clip_rows, strict=True)):
+            of_images, of_sound = MediaPlace("image", sample=sample), MediaPlace("audio", sample=sample)
             if row_images and self.num_image_tokens is None:
-                raise MediaError(f"sample {sample}: this model sees no images", sample, "image")
+                raise of_images.error("this model sees no images")
             if row_clips and self.frames_per_token is None:
-                raise MediaError(f"sample {sample}: this model hears nothing", sample, "audio")
+                raise of_sound.error("this model hears nothing")
             pixels, seconds = 0, 0.0
             for index, image in enumerate(row_images):
                 images.append(self.image_processor.load(image, MediaPlace("image", index, sample), do_rescale, layout))
                 pixels += num_pixels(images[-1])
                 if pixels > (most := self.limits.sample_pixels):
-                    raise MediaError(
-                        f"sample {sample}: images of {pixels} pixels, the limit is {most}", sample, "image"
-                    )
+                    raise of_images.error(f"images of {pixels} pixels, the limit is {most}")
             for index, clip in enumerate(row_clips):
                 clips.append(self.feature_extractor.load(clip, MediaPlace("audio", index, sample), sampling_rate))
                 seconds += len(clips[-1]) / self.feature_extractor.sampling_rate
                 if seconds > (longest := self.limits.sample_seconds):
-                    raise MediaError(
-                        f"sample {sample}: {seconds:.2f} seconds, the limit is {longest:g}", sample, "audio"
-                    )
+                    raise of_sound.error(f"{seconds:.2f} seconds, the limit is {longest:g}")
         return images, clips
 
     def _encode(self, texts: list[str], images: list, clips: list, merged: dict[str, Any]) -> dict[str, Any]:
         """Token rows with expanded placeholders, truncated and padded."""
         options = dict(merged["text_kwargs"])
-        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets", "sanitize_control_tokens"):
-            options.pop(name, None)
+        options.pop("sanitize_control_tokens", None)
+        wants_types = options.pop("return_mm_token_type_ids", True)
+        wants_offsets = options.pop("return_text_replacement_offsets", False)
         # Taken from the tokenizer: it would pad and cut without knowing which tokens stand for media.
         padding, truncation = options.pop("padding", True), options.pop("truncation", None)
         max_length, multiple = options.pop("max_length", None), options.pop("pad_to_multiple_of", None)
         side = options.pop("padding_side", None) or self.tokenizer.padding_side
-        if max_length is None and self.tokenizer.model_max_length < NO_MAX_LENGTH:
+        if max_length is None and self.tokenizer.model_max_length < 10**9:  # a huge number stands for no limit
             max_length = self.tokenizer.model_max_length
 
         image_runs = [self.replace_image_token() for _ in images]
@@ -242,18 +235,15 @@ class ChorusProcessor(ChatProcessor):
             rows = truncate_rows(rows, max_length, media_ids, self.tokenizer.truncation_side)
         for sample, ids in enumerate(rows["input_ids"]):
             if not ids:
-                raise MediaError(
-                    f"sample {sample}: found 0 tokens, expected at least 1: no words, images or clips are left",
-                    sample,
-                    "text",
-                )
-        if merged["return_mm_token_type_ids"]:
+                place = MediaPlace("text", sample=sample)
+                raise place.error("found 0 tokens, expected at least 1: no words, images or clips are left")
+        if wants_types:
             rows["mm_token_type_ids"] = self.create_mm_token_type_ids(rows["input_ids"])
         strategy = getattr(padding, "value", padding)
         if strategy and strategy != "do_not_pad":
             length = max_length if strategy == "max_length" else None
             rows = pad_rows(rows, side, self.tokenizer.pad_token_id, length, multiple)
-        if merged["return_text_replacement_offsets"]:
+        if wants_offsets:
             rows["text_replacement_offsets"] = offsets
         return rows
 
@@ -266,11 +256,9 @@ class ChorusProcessor(ChatProcessor):
             ):
                 found, expected = ids.count(token_id), text.count(token)
                 if found != expected:
-                    raise MediaError(
-                        f"sample {sample}: the tokenizer made {found} {modality} tokens of {expected} {token}; "
-                        "register the token with add_media_tokens",
-                        sample,
-                        modality,
+                    raise MediaPlace(modality, sample=sample).error(
+                        f"the tokenizer made {found} {modality} tokens of {expected} {token}; register the token with "
+                        "add_media_tokens"
                     )
 
 

@@ -124,15 +124,20 @@ def check_settings(settings: Mapping[str, Any], known: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class MediaPlace:
-    """Where an item came from: names it in every error."""
+    """Where a mistake is, as far as that is known: begins every error."""
 
-    modality: str
-    index: int
+    modality: str | None = None
+    index: int | None = None
     sample: int | None = None
+    message: int | None = None
 
     def error(self, text: str) -> MediaError:
-        prefix = f"sample {self.sample}, " if self.sample is not None else ""
-        return MediaError(f"{prefix}{self.modality} {self.index}: {text}", self.sample, self.modality)
+        numbers = {"sample": self.sample, "message": self.message, self.modality: self.index}
+        where = ", ".join(f"{name} {number}" for name, number in numbers.items() if number is not None)
+        return MediaError(f"{where}: {text}" if where else text, self.sample, self.modality)
+
+
+IMAGE, TEXT = MediaPlace("image"), MediaPlace("text")
 
 
 def open_source(item: str | bytes | bytearray | Path, max_bytes: int, place: MediaPlace) -> io.BytesIO | str:
@@ -144,8 +149,7 @@ def open_source(item: str | bytes | bytearray | Path, max_bytes: int, place: Med
     if isinstance(item, str) and item.startswith(("http://", "https://")):
         raise place.error(f"web addresses are never fetched, download the file first: {item[:80]!r}")
     if isinstance(item, str) and item.startswith("data:"):
-        # Base64 takes 4 characters for 3 bytes; 256 leave room for the address's own header. Checked before it is
-        # decoded.
+        # Checked before it is decoded. Base64 takes 4 characters for 3 bytes, and 256 leave room for the header.
         if len(item) > max_bytes * 4 // 3 + 256:
             raise place.error(f"{len(item)} characters of base64, the limit is {max_bytes} bytes")
         try:
@@ -204,9 +208,9 @@ def is_channels_first(shape: tuple[int, ...], layout: str | None = None) -> bool
         is_first = getattr(layout, "value", layout) == "channels_first"
         first, last = first and is_first, last and not is_first
     if first and last:
-        raise MediaError(f"the shape {shape} can be channels first or last; pass input_data_format", modality="image")
+        raise IMAGE.error(f"the shape {shape} can be channels first or last; pass input_data_format")
     if not first and not last:
-        raise MediaError(f"an image has 1, 3 or 4 channels, found the shape {shape}", modality="image")
+        raise IMAGE.error(f"an image has 1, 3 or 4 channels, found the shape {shape}")
     return first
 
 
@@ -337,7 +341,8 @@ def decode_sound(
     }
     with open(source, "rb") if isinstance(source, str) else source as file:
         head = file.read(8)
-        claimed = int.from_bytes(head[4:], "little") + 8 if head.startswith(b"RIFF") else 0
+        order: Any = "big" if head.startswith(b"FORM") else "little"
+        claimed = int.from_bytes(head[4:], order) + 8 if head[:4] in (b"RIFF", b"FORM") else 0
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         try:
@@ -346,8 +351,9 @@ def decode_sound(
         except av.FFmpegError as cause:
             raise place.error(f"no readable sound of the formats {', '.join(SOUND_FORMATS)} ({cause})") from cause
     # ffmpeg says nothing of it. The largest numbers stand for a stream of unknown length.
-    if size < claimed < UNKNOWN_RIFF_BYTES:
-        logger.warning(str(place.error(f"the file is cut: {size} of {claimed} bytes")))
+    if 8 < claimed < UNKNOWN_RIFF_BYTES and not 0 <= size - claimed < 2:
+        why = "the file is cut" if size < claimed else "of joined files the first is read"
+        logger.warning(str(place.error(f"{why}: {min(size, claimed)} of {max(size, claimed)} bytes")))
     return samples, rate
 
 
@@ -399,7 +405,8 @@ def _decode_best_track(
         raise place.error(f"broken sound file: none of {broken} packets can be decoded")
     check_clip_size(heard, codec.channels, rate, limits, max_seconds, place)
     claimed = max(packets, header if is_counted else 0.0)
-    if broken or claimed - heard / rate > (PADDING_SECONDS if codec.name in PADDED_CODECS else 0.05):
+    is_joined = codec.name == "flac" and 0 < header < heard / rate - 0.05  # a header in between is taken for sound
+    if broken or is_joined or claimed - heard / rate > (PADDING_SECONDS if codec.name in PADDED_CODECS else 0.05):
         report = f"decoded {heard / rate:.2f} of {claimed:.2f} seconds, {broken} broken packets were skipped"
         logger.warning(str(place.error(report)))
     return np.concatenate(pieces)[:heard], rate

@@ -8,18 +8,21 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from .processing_limits import MediaError
+from .processing_limits import TEXT, MediaPlace
 from .processing_media import MEDIA
 
 WORD_JOINER = "\u2060"
 # What a message may say beside its content. transformers passes each of the second line under all three names.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SPOKEN = ("tool_calls", "function_call", "refusal", "documents", *REASONING)
+# Keys of media beside the content, as Ollama has them, and of parts.
+MEDIA_KEYS = "image images image_url audio audios audio_url input_audio video videos files attachments".split()
 # Lines that a template may run for one conversation; a message takes about ten.
 MAX_TEMPLATE_STEPS = 1_000_000
 
@@ -71,10 +74,10 @@ def split_batch(conversation: object) -> tuple[list[list[dict]], bool]:
         conversation = [conversation]
     if not isinstance(conversation, (Sequence, np.ndarray)) or isinstance(conversation, str):
         found = type(conversation).__name__
-        raise MediaError(f"a conversation is a list of messages, found {found}", modality="text")
+        raise TEXT.error(f"a conversation is a list of messages, found {found}")
     entries: list[Any] = list(conversation)
     if not entries:
-        raise MediaError("the conversation is empty", modality="text")
+        raise TEXT.error("the conversation is empty")
     if isinstance(entries[0], dict):
         return [entries], False
     return [list(getattr(entry, "messages", entry)) for entry in entries], True
@@ -104,11 +107,11 @@ def check_rendered(template: str, conversations: list[list[dict]], **given: Any)
     cure = "the chat template does not write it and it would be lost; pass a chat_template that does, or leave it out"
     for name, value in given.items():
         if value and name not in written:
-            raise MediaError(f"{name}: {cure}", modality="text")
+            raise TEXT.error(f"{name}: {cure}")
     for sample, messages in enumerate(conversations):
         for number, message in enumerate(messages):
             if lost := [key for key in SPOKEN if message.get(key) and key not in written]:
-                raise MediaError(f"sample {sample}, message {number}, {lost[0]}: {cure}", sample, "text")
+                raise MediaPlace("text", sample=sample, message=number).error(f"{lost[0]}: {cure}")
 
 
 @contextmanager
@@ -121,7 +124,7 @@ def limited_steps(num_conversations: int = 1) -> Iterator[None]:
         nonlocal left
         left -= 1
         if left < 0:
-            raise MediaError(f"the chat template ran over {MAX_TEMPLATE_STEPS} lines", modality="text")
+            raise TEXT.error(f"the chat template ran over {MAX_TEMPLATE_STEPS} lines")
         return count
 
     previous = sys.gettrace()
@@ -155,36 +158,35 @@ def prepare_conversation(
     wanted = dict.fromkeys(queues, 0)
     prepared = []
     for number, message in enumerate(messages):
-        where = f"sample {sample}, message {number}"
+        place = MediaPlace("text", sample=sample, message=number)
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise MediaError(
-                f"{where}: a message is a dict with 'role' and 'content', found {message!r:.80}", sample, "text"
-            )
+            raise place.error(f"a message is a dict with 'role' and 'content', found {message!r:.80}")
+        _refuse_media(message, "", place)
         content = message.get("content")
         if isinstance(content, str):
             content = break_control_tokens(content, control_tokens)
         elif content is not None:
             if not isinstance(content, (dict, list, tuple, np.ndarray)):
-                raise MediaError(
-                    f"{where}: content is a string or a list of parts, found {content!r:.80}", sample, "text"
-                )
+                raise place.error(f"content is a string or a list of parts, found {content!r:.80}")
             parts = _join_texts([content] if isinstance(content, dict) else list(content))
-            content = [
-                _prepare_part(part, queues, wanted, control_tokens, sampling_rate, where, sample) for part in parts
-            ]
+            content = [_prepare_part(part, queues, wanted, control_tokens, sampling_rate, place) for part in parts]
         # A role is written into the prompt like text, and so are tool calls: they are escaped like text.
         rest = {key: break_control_tokens(value, control_tokens) for key, value in message.items() if key != "content"}
         prepared.append({**rest, "content": content})
     for modality, items in media.items():
         # After all messages, so that the error can name both numbers.
         if items and wanted[modality] != len(items):
-            raise MediaError(
-                f"sample {sample}: found {wanted[modality]} {modality} parts without data for {len(items)} items "
-                "passed beside the conversation",
-                sample,
-                modality,
+            raise MediaPlace(modality, sample=sample).error(
+                f"found {wanted[modality]} {modality} parts without data for {len(items)} items passed beside the "
+                "conversation"
             )
     return prepared
+
+
+def _refuse_media(given: dict, kind: str | None, place: MediaPlace) -> None:
+    for key, value in given.items():
+        if key in MEDIA_KEYS and key != kind and value is not None and (not hasattr(value, "__len__") or len(value)):
+            raise place.error(f"{key} beside {kind or 'the content'} would be lost; make it a part of the content")
 
 
 def _join_texts(content: list[Any]) -> list[Any]:
@@ -203,15 +205,10 @@ def _join_texts(content: list[Any]) -> list[Any]:
 
 
 def _prepare_part(
-    part: Any,
-    queues: dict,
-    wanted: dict,
-    control_tokens: re.Pattern[str],
-    sampling_rate: int | None,
-    where: str,
-    sample: int,
+    part: Any, queues: dict, wanted: dict, control_tokens: re.Pattern[str], sampling_rate: int | None, place: MediaPlace
 ) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
+    _refuse_media(part if kind else {}, kind, place)
     # The forms of OpenAI's API, which many datasets copy.
     if kind in ("image_url", "audio_url", "input_audio"):
         inner, key = part.get(kind), "base64" if kind == "input_audio" else "url"
@@ -221,15 +218,13 @@ def _prepare_part(
     if kind == "text" and isinstance(part.get("text"), str):
         return {**part, "text": break_control_tokens(part["text"], control_tokens)}
     if kind not in MEDIA:
-        raise MediaError(
-            f"{where}: unknown content {part!r:.80}; the types are text, image, audio, image_url, audio_url and "
-            "input_audio",
-            sample,
-            "text",
+        raise place.error(
+            f"unknown content {part!r:.80}; the types are text, image, audio, image_url, audio_url and input_audio"
         )
     given = [key for key in MEDIA[kind].keys if part.get(key) is not None]
     if len(given) > 1:
-        raise MediaError(f"{where}: one {kind} part holds several sources: {', '.join(given)}", sample, kind)
+        place = replace(place, modality=kind)
+        raise place.error(f"one {kind} part holds several sources: {', '.join(given)}")
     if given:
         item = part[given[0]]
         if given[0] == "base64":

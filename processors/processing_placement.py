@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .processing_limits import MediaError, MediaLimits
+from .processing_limits import MediaError, MediaLimits, MediaPlace
 from .processing_media import MEDIA
 
 
@@ -30,9 +30,9 @@ def as_item_list(media: object, modality: str) -> list[Any]:
     if is_media_item(media):
         return [media]
     if not isinstance(media, (list, tuple)):
-        raise MediaError(
-            f"{MEDIA[modality].plural} must be one item, a list, or a list per sample, found {type(media).__name__}",
-            modality=modality,
+        found = type(media).__name__
+        raise MediaPlace(modality).error(
+            f"{MEDIA[modality].plural} must be one item, a list, or a list per sample, found {found}"
         )
     return list(media)
 
@@ -49,8 +49,8 @@ def nest_media(media: object, texts: list[str], token: str, modality: str, limit
     """One list of items per sample, as many as the sample's text has placeholders.
 
     Args:
-        media: one item, a flat list (dealt out by the placeholders, in order), or a list per sample; None entries and
-            empty lists mean no media.
+        media: one item, a flat list (dealt out by the placeholders, in order), or a list per sample, empty or None for
+            none.
 
     Raises:
         MediaError: counts that do not match or exceed the limit; names the sample, both numbers and the likely reason.
@@ -73,7 +73,7 @@ def nest_media(media: object, texts: list[str], token: str, modality: str, limit
     maximum = getattr(limits, MEDIA[modality].limit)
     for sample, (placeholders, items) in enumerate(zip(found, nested, strict=True)):
         if len(items) > maximum:
-            raise MediaError(f"sample {sample}: {len(items)} {plural}, the limit is {maximum}", sample, modality)
+            raise MediaPlace(modality, sample=sample).error(f"{len(items)} {plural}, the limit is {maximum}")
         if placeholders != len(items):
             raise _mismatch(sample, placeholders, len(items), token, modality)
     return nested
@@ -102,9 +102,7 @@ def _mismatch(sample: int, found: int, expected: int, token: str, modality: str)
         )
     else:
         reason = f"write {token} once per item, or drop the surplus {plural}"
-    return MediaError(
-        f"sample {sample}: found {found} {modality} placeholder{'s' * (found != 1)} for {expected} {plural}; {reason} "
-        f"(the number of {token} tokens in the prompts should be the same as the number of {plural} passed)",
-        sample,
-        modality,
+    return MediaPlace(modality, sample=sample).error(
+        f"found {found} {modality} placeholder{'s' * (found != 1)} for {expected} {plural}; {reason} (the number of "
+        f"{token} tokens in the prompts should be the same as the number of {plural} passed)"
     )

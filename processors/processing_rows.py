@@ -6,7 +6,7 @@ A row set is a dict of equally long lists per sample, as tokenizers return it: `
 from collections.abc import Sequence
 from typing import Any
 
-from .processing_limits import MediaError
+from .processing_limits import MediaPlace
 
 IGNORED_LABEL = -100
 PAD_VALUES: dict[str, Any] = {"special_tokens_mask": 1, "offset_mapping": (0, 0)}
@@ -22,10 +22,9 @@ def truncate_rows(rows: dict[str, list], max_length: int, media_ids: set[int], s
     for sample, ids in enumerate(rows["input_ids"]):
         num_media = sum(token in media_ids for token in ids)
         if num_media > max_length:
-            raise MediaError(
-                f"sample {sample}: images and clips alone take {num_media} tokens, max_length is {max_length}; media "
-                "are never cut: raise max_length or drop the sample",
-                sample,
+            raise MediaPlace(sample=sample).error(
+                f"images and clips alone take {num_media} tokens, max_length is {max_length}; media are never cut: "
+                "raise max_length or drop the sample"
             )
         kept.append(_kept_positions(ids, max_length - num_media, media_ids, side))
     return {
@@ -53,7 +52,6 @@ def pad_rows(
     lengths = [len(ids) for ids in rows["input_ids"]]
     target = max([*lengths, length or 0])
     if multiple:
-        # Rounded up.
         target = -(-target // multiple) * multiple
     if pad_token_id is None and min(lengths) < target:
         raise ValueError("rows of different length need padding, but the tokenizer has no pad token")

@@ -8,6 +8,7 @@ Unusual here:
 """
 
 import asyncio
+import inspect
 import socket
 import sys
 from collections.abc import AsyncGenerator, Mapping
@@ -38,6 +39,8 @@ from chorus_moe.training.loading import base_model
 logger = logging.get_logger(__name__)
 
 ADDRESSES = ("/v1/chat/completions", "/v1/models", "/health")
+# What is parsed as a call depends on the tools from transformers 5.23 on.
+TAKES_TOOLS = "tools" in inspect.signature(ChatCompletionHandler._streaming).parameters
 # transformers' server writes as many where a client says nothing.
 DEFAULT_NEW_TOKENS = 1024
 
@@ -90,7 +93,7 @@ class ChatHandler(ChatCompletionHandler):
             answer = partial(
                 self._streaming if body.get("stream") else self._non_streaming,
                 request_id, voice, self.manager.processor, voice.name, inputs, config,
-                gen_manager=self.manager, tools=body.get("tools"),
+                gen_manager=self.manager, **({"tools": body.get("tools")} if TAKES_TOOLS else {}),
             )  # fmt: skip
             return answer() if body.get("stream") else await answer()
         except (ValueError, TypeError) as error:

@@ -7,17 +7,22 @@ Unusual here:
   the exits of a generative model, which share both.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers.utils.output_capturing import install_output_capuring_hook
 
+from chorus_moe.modeling.configuration_services import SERVICES
 from chorus_moe.modeling.depth_exits import Exits
 from chorus_moe.modeling.depth_skip import SkipGate
 from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
 from chorus_moe.surgery.parts import decoder_of
 from chorus_moe.surgery.report import OperationReport, checked, count_parameters, refuse_adapters
+
+# Operation -> names of the tensors that it adds.
+ADDED = {"add_exits": r"exits\.\d+\..+", "add_skip_gates": r".*\.skip_gate\..+"}
 
 
 def add_exits(
@@ -159,3 +164,14 @@ def _report(operation: str, subject: str, model: nn.Module, before: int, notes: 
         parameters_after=count_parameters(model),
         notes=notes,
     )
+
+
+def advise_missing(missing: list[str]) -> str:
+    """What to do where a checkpoint lacks just the tensors of exits or skip gates, which a configuration alone asks for
+    in vain; empty if one is of another kind."""
+    found = {name: sum(bool(re.fullmatch(pattern, tensor)) for tensor in missing) for name, pattern in ADDED.items()}
+    operations = [name for name, count in found.items() if count] if sum(found.values()) == len(missing) else []
+    return f"Load it with its own configuration and call {' and '.join(operations)}. " if operations else ""
+
+
+SERVICES["advise_missing"] = advise_missing

@@ -22,7 +22,7 @@ from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVi
 from chorus_moe.modeling.tower_audio import ChorusAudioModel
 from chorus_moe.modeling.tower_audio_waveform import WAVEFORM_TYPES, convert_backbone, prepare_backbone_config
 from chorus_moe.modeling.tower_vision import ChorusVisionModel
-from chorus_moe.modeling.tower_vision_timm import RESERVED_MODEL_ARGS, timm_model
+from chorus_moe.modeling.tower_vision_timm import RESERVED_MODEL_ARGS, create_timm_encoder
 from chorus_moe.surgery.parent_checkpoint import CURE, ParentCheckpoint
 from chorus_moe.surgery.vision_probe import ANY_SIZE_TYPES
 
@@ -371,9 +371,7 @@ def load_timm_encoder(
         ValueError: as above, or tensors that are missing or of another shape.
     """
     overlay = {"state_dict": dict(state_dict), "num_classes": num_classes}
-    model: Any = timm_model(
-        architecture, model_args, image_size,
-        pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, in_chans=num_channels,
-    )  # fmt: skip
+    given: dict[str, Any] = {"pretrained": True, "pretrained_cfg_overlay": overlay, "num_classes": num_classes}
+    model: Any = create_timm_encoder(architecture, model_args, image_size, num_channels, **given)
     model.reset_classifier(0)
     return model

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch.utils.data import Dataset
 
 from chorus_moe.processors.processing_media import MEDIA
+from chorus_moe.processors.processing_messages import MEDIA_KEYS
 from chorus_moe.training.features.rows import is_cache, read_facts, read_row, read_table
 from chorus_moe.training.layouts import AS_DOCUMENTS, DOCUMENT, TASK, LayoutError, explain, is_learned, standard_row
 from chorus_moe.training.loading import is_remote
@@ -296,6 +297,8 @@ def find_problem(row: Mapping[str, Any]) -> str | None:
         where = f"key 'messages', turn {number}"
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             return f"{where}: expected a 'role' and a 'content', found {message!r:.60}"
+        if beside := [key for key in MEDIA_KEYS if message.get(key)]:
+            return f"{where}, {beside[0]!r}: media are parts of the content, or columns of the row"
         content = message.get("content")
         if not isinstance(content, str | list):
             return f"{where}, 'content': expected a text or a list of parts, found {content!r:.60}"

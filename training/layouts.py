@@ -335,15 +335,19 @@ def _as_parts(turn: Any) -> Any:
 
 
 # Key of a turn -> what projects write there for a turn that is read and not learned: OpenAI, axolotl, ms-swift.
-LEARNED_KEYS = ("weight", "train", "loss")
+LEARNED_KEYS = ("weight", "train", "training", "loss")
+# Keys that mean the opposite, or a share of a turn.
+OTHER_LEARNED_KEYS = ("mask", "masked", "train_detail", "trainable", "loss_mask", "loss_scale", "loss_weight")
 
 
 def is_learned(turn: Mapping[str, Any]) -> bool:
     """Whether a turn of the assistant is to be learned: not with `weight: 0`, `train: false` or `loss: false`.
 
     Raises:
-        LayoutError: a weight between.
+        LayoutError: a weight between, or a key of which that is not known.
     """
+    if other := [key for key in OTHER_LEARNED_KEYS if turn.get(key) is not None]:
+        raise LayoutError(f"{other[0]}={turn[other[0]]!r} of a turn; write weight: 0 for a turn that is not learned")
     given = {key: turn[key] for key in LEARNED_KEYS if turn.get(key) is not None}
     for key, value in given.items():
         if value not in (0, 1):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from chorus_moe import ChorusForConditionalGeneration
-from chorus_moe.modeling import attention_blocks as block_attention
+from chorus_moe.fastpaths import attention_blocks
 from chorus_moe.modeling.moe_routers import Router
 from tests.conftest import tiny_config
 
@@ -17,7 +17,7 @@ KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of four queries, so that short sequences have many."""
-    monkeypatch.setattr(block_attention, "block_size", lambda window: 4)
+    monkeypatch.setattr(attention_blocks, "block_size", lambda window: 4)
 
 
 def windowed_model(attention: str = "sdpa", **text: Any) -> ChorusForConditionalGeneration:

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from chorus_moe import ChorusForConditionalGeneration
-from chorus_moe.modeling import attention as attention_module
-from chorus_moe.modeling import attention_masks
+from chorus_moe.fastpaths import attention_blocks, attention_queries
 from chorus_moe.modeling.attention import Attention, CrossModalAttention, ModalityProjection
+from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 from chorus_moe.modeling.moe_plan import ForwardPlan
 from tests.conftest import moved, tiny_batch, tiny_config
 from tests.modeling.conftest import windowed_model
@@ -26,7 +26,7 @@ def plans() -> dict[str, ForwardPlan]:
 
 def projection() -> ModalityProjection:
     torch.manual_seed(0)
-    return ModalityProjection(8, 6, bias=True)
+    return ModalityProjection(8, 6, True, tuple(MODALITY_IDS))
 
 
 def test_a_cross_modal_layer_has_one_query_projection_and_a_key_and_value_projection_a_modality():
@@ -132,8 +132,8 @@ def test_a_long_input_of_a_bidirectional_model_with_windows_reads_what_follows(
     num_global: int, monkeypatch: pytest.MonkeyPatch
 ):
     """The chunks of a long prefill cut off what stands behind them, so they are for causal models alone."""
-    monkeypatch.setattr(attention_module, "CHUNK", 10)
-    monkeypatch.setattr(attention_masks, "WINDOWS_THAT_PAY", 2)
+    monkeypatch.setattr(attention_queries, "CHUNK", 10)
+    monkeypatch.setattr(attention_blocks, "WINDOWS_THAT_PAY", 2)
     input_ids = torch.randint(5, 128, (2, 37), generator=torch.Generator().manual_seed(0))
     options = {"is_causal": False, "num_global_tokens": num_global}
     with torch.no_grad():

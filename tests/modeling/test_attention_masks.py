@@ -5,8 +5,9 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, StaticCache
 
+from chorus_moe.fastpaths.attention_blocks import LocalMask
 from chorus_moe.modeling import attention_masks as module
-from chorus_moe.modeling.attention_masks import LocalMask, build_masks
+from chorus_moe.modeling.attention_masks import build_masks
 from tests.modeling.conftest import WINDOW, windowed_model
 
 LONG = 2 * WINDOW + 1

@@ -308,30 +308,6 @@ def test_log_odds_are_one_minus_the_correlation_and_flat_maps_gain_nothing():
     assert same.item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_an_entropy_floor_adds_what_maps_are_too_flat_by():
-    query, key, modality = states()
-    maps, floor = (alignment_loss(query, key, modality, None, 0.0, False, kind) for kind in ("maps", "entropy_floor"))
-    # Scores of zero: both maps are as flat as can be, half of the entropy too flat each.
-    assert (floor - maps).item() == pytest.approx(2 * (1 - 0.5), abs=1e-5)
-    sharp = [alignment_loss(query * 100, key, modality, None, 5.0, False, kind) for kind in ("maps", "entropy_floor")]
-    assert sharp[1].item() == pytest.approx(sharp[0].item(), abs=0.05)
-
-
-def test_pooled_maps_are_those_of_neighbours_together():
-    generator = torch.Generator().manual_seed(0)
-    query, key = (torch.randn(1, 1, 14, 4, generator=generator) for _ in range(2))
-    modality = torch.tensor([[1] * 8 + [0] * 6])
-    there = (query[0, 0, 8:] @ key[0, 0, :8].T).softmax(dim=-1)
-    back = (query[0, 0, :8] @ key[0, 0, 8:].T).softmax(dim=-1).T
-    maps = [there, back / back.sum(dim=1, keepdim=True)]
-    # Six words are four and two, eight places four and four.
-    pooled = [torch.stack((m[:4].mean(dim=0), m[4:].mean(dim=0))).view(2, 2, 4).mean(dim=2) for m in maps]
-    p, q = (m / m.sum(dim=1, keepdim=True) for m in pooled)
-    expected = sum(0.5 * (x * (x / ((p + q) / 2)).log()).sum(dim=1) for x in (p, q)).mean()
-    found = alignment_loss(query, key, modality, None, 1.0, False, "pooled")
-    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
-
-
 def pairs_of_samples() -> tuple[Tensor, Tensor, Tensor]:
     """Three samples of three places and five words, and a fourth without an image."""
     generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ from chorus_moe import ExpertBankConfig
 from chorus_moe.modeling.configuration_banks import BALANCES, ROUTERS
 from chorus_moe.modeling.moe_plan import RowOptions
 from chorus_moe.modeling.moe_routers import ROUTER_CLASSES, Router, SigmoidRouter, SoftmaxRouter
-from chorus_moe.modeling.moe_selection import draw_log_probability
+from chorus_moe.training.expert_draws import draw_log_probability
 
 
 def router(num_experts: int = 8, top_k: int = 3, norm: bool = True) -> SoftmaxRouter:

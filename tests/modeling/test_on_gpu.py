@@ -9,16 +9,14 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusForSequenceClassification
-from chorus_moe.fastpaths import experts_gpu
-from chorus_moe.modeling import attention_masks
-from chorus_moe.modeling.attention_blocks import attend_in_blocks
-from chorus_moe.modeling.attention_masks import LocalMask
+from chorus_moe.fastpaths import attention_blocks, experts_gpu
+from chorus_moe.fastpaths.attention_blocks import LocalMask, attend_in_blocks
 from chorus_moe.modeling.layers import float32_product
 from chorus_moe.modeling.moe_selection import best_experts
 from chorus_moe.training.lora import lora_config
 from tests.conftest import tiny_batch, tiny_config
+from tests.fastpaths.test_attention_blocks import dense
 from tests.fastpaths.test_experts_cpu import make, run
-from tests.modeling.test_attention_blocks import dense
 
 pytestmark = [
     pytest.mark.gpu,
@@ -189,7 +187,7 @@ def test_blocks_equal_the_dense_mask_forward_and_backward(is_causal: bool, num_g
 @pytest.mark.slow
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_flex_attention_equals_blocks(is_causal: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attention_masks, "WINDOWS_THAT_PAY", 1)
+    monkeypatch.setattr(attention_blocks, "WINDOWS_THAT_PAY", 1)
     text = {"num_hidden_layers": 2, "layer_types": ["sliding_attention"] * 2, "cross_modal_layers": []}
     text |= {"sliding_window": 32, "num_global_tokens": 4, "is_causal": is_causal, "head_dim": 16}
     _, there, _ = pair(**text)

@@ -182,7 +182,7 @@ def test_half_precision_gives_finite_features():
 
 def test_shapes_that_disagree_are_named():
     tower = tiny_tower()
-    with pytest.raises(ValueError, match="21 mel bins, the audio tower takes 20"):
+    with pytest.raises(ValueError, match=r"shape \(1, 5, 21\), the audio tower takes .*mel bins = 20"):
         tower(torch.zeros(1, 5, 21))
     with pytest.raises(ValueError, match=r"shape \(1, 4\), .*\(1, 5\)"):
         tower(torch.zeros(1, 5, 20), torch.ones(1, 4))

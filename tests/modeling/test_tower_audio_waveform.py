@@ -136,8 +136,8 @@ def test_bfloat16_gives_finite_features():
         ({"hop_length": 160}, "hop_length=160, a waveform has hop_length=1"),
         ({"subsampling": 2}, "subsampling=2, a waveform has subsampling=1"),
         ({"backbone_config": None}, "needs a backbone_config"),
-        ({"feature_type": "mel"}, "feature_type='mel'; choose from log_mel, whisper, waveform"),
-        ({"backbone_library": "fairseq"}, "backbone_library='fairseq'"),
+        ({"feature_type": "mel"}, "unknown feature_type 'mel'; did you mean 'log_mel'"),
+        ({"backbone_library": "fairseq"}, "unknown backbone_library 'fairseq'"),
     ],
 )
 def test_a_configuration_that_cannot_hear_samples_is_refused(changes, message):

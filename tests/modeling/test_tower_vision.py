@@ -171,11 +171,11 @@ def test_pixels_follow_the_dtype_of_the_weights(dtype):
 
 def test_images_of_another_shape_are_named():
     tower = build(timm_config("vit"))
-    with pytest.raises(ValueError, match="4 channels, the vision tower takes 3"):
+    with pytest.raises(ValueError, match=r"shape \(1, 4, 32, 32\), the vision tower takes .* with \(3, 32, 32\)"):
         tower(torch.zeros(1, 4, 32, 32))
-    with pytest.raises(ValueError, match="48 x 32 pixels, the vision tower takes 32 x 32"):
+    with pytest.raises(ValueError, match=r"shape \(1, 3, 48, 32\), the vision tower takes"):
         tower(torch.zeros(1, 3, 48, 32))
-    with pytest.raises(ValueError, match="3 dimensions, expected 4"):
+    with pytest.raises(ValueError, match=r"shape \(3, 32, 32\), the vision tower takes \(images, channels"):
         tower(torch.zeros(3, 32, 32))
 
 

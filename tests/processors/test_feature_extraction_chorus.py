@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 from chorus_moe.processors import ChorusFeatureExtractor, MediaError
 from tests.processors.conftest import RATE, tone, wav_bytes
@@ -23,6 +24,28 @@ def test_a_clip_has_ceil_samples_over_hop_frames_in_windows(extractor, num_sampl
     assert batch.input_features_mask.sum() == frames
     assert batch.input_features_mask.sum(1).tolist() == extractor.frames_per_window(num_samples)
     assert len(batch.input_features) == math.ceil(frames / 100)
+
+
+@pytest.mark.parametrize("seconds", [0.4, 1.0, 1.7])
+def test_features_of_other_encoders_are_those_of_their_own_extractors(seconds):
+    clip = tone(seconds) + 0.1
+    size = 16_000
+    whisper = ChorusFeatureExtractor(feature_size=20, max_seconds=1.0, feature_type="whisper")
+    expected = WhisperFeatureExtractor(feature_size=20, chunk_length=1, dither=0.0)
+    windows = [clip[start : start + size] for start in range(0, len(clip), size)]
+    found = whisper(clip, RATE, return_tensors="pt").input_features
+    assert len(found) == len(windows)
+    for window, features in zip(windows, found, strict=True):
+        reference = expected(window, sampling_rate=RATE, return_tensors="pt").input_features[0].T
+        torch.testing.assert_close(features, reference, rtol=0, atol=0)
+
+    waveform = ChorusFeatureExtractor(
+        feature_size=1, hop_length=1, max_seconds=5.0, feature_type="waveform", do_normalize=True
+    )
+    reference = Wav2Vec2FeatureExtractor()(clip, sampling_rate=RATE, return_tensors="pt").input_values[0]
+    torch.testing.assert_close(waveform(clip, RATE, return_tensors="pt").input_features[0, :, 0], reference)
+    plain = ChorusFeatureExtractor(feature_size=1, hop_length=1, max_seconds=5.0, feature_type="waveform")
+    np.testing.assert_array_equal(plain(clip, RATE).input_features[0, :, 0], clip)
 
 
 def test_features_depend_neither_on_batch_mates_nor_on_padding(extractor):

@@ -352,7 +352,7 @@ def test_the_tokenizers_own_limit_holds_unless_another_is_given():
 
 def test_a_tool_call_alone_does_not_teach_the_model_to_end(processor):
     called = [user("add"), {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}]
-    with pytest.raises(MediaError, match="sample 0, message 1, tool_calls: the chat template does not write it"):
+    with pytest.raises(MediaError, match="sample 0, message 1: tool_calls: the chat template does not write it"):
         processor.apply_chat_template(called, return_labels=True)
     template = processor.chat_template.replace("| default('', true)", "or message.tool_calls | tojson")
     assert '"name": "add"' in spoken_text(

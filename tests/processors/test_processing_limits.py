@@ -269,6 +269,16 @@ def test_what_is_missing_is_reported(caplog):
         assert "sample 2, audio 0: " in caplog.text and report in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "FLAC"])
+def test_files_joined_that_cannot_be_are_reported(kind, caplog):
+    alone = sound_file(NOISE[:16_000], format=kind)
+    assert len(decode_sound(alone, LIMITS, 300.0, CLIP)[0]) == 16_000 and not caplog.records
+    samples, _ = decode_sound(alone * 2, LIMITS, 300.0, CLIP)
+    assert 16_000 <= len(samples) < 32_000
+    report = "of 1.00 seconds" if kind == "FLAC" else f"the first is read: {len(alone)} of {2 * len(alone)} bytes"
+    assert "sample 2, audio 0: " in caplog.text and report in caplog.text
+
+
 @pytest.mark.parametrize("size", [b"\x00\x00\x00\x00", b"\xff\xff\xff\xff"])
 def test_a_streamed_wav_has_no_size_and_is_heard(size, caplog):
     content = bytearray(wav_bytes(tone(0.1)))

@@ -108,11 +108,35 @@ PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 )
 def test_what_a_template_does_not_write_is_refused_by_name(key):
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, key: ["y"]}]
-    with pytest.raises(MediaError, match=f"sample 1, message 1, {key}: the chat template does not write it"):
+    with pytest.raises(MediaError, match=f"sample 1, message 1: {key}: the chat template does not write it"):
         check_rendered(PLAIN + "{{ enable_thinking }}", [[], messages])
     check_rendered(PLAIN + "{{ message." + key + " }}", [[], messages])
     # Tables fill the columns of other rows with None.
     check_rendered(PLAIN, [[{"role": "user", "content": "x", key: None}]])
+
+
+@pytest.mark.parametrize("key", ["image", "images", "audio", "videos", "attachments"])
+def test_media_beside_the_content_are_refused(key):
+    with pytest.raises(MediaError, match=f"sample 0, message 0: {key} beside the content would be lost"):
+        prepare_conversation([{"role": "user", "content": "x", key: np.ones(2)}], {}, CONTROL, None, 0)
+    # Tables fill the columns of other rows with nothing.
+    for nothing in (None, [], "", np.empty(0)):
+        prepare_conversation([{"role": "user", "content": "x", key: nothing}], {}, CONTROL, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("part", "lost"),
+    [
+        ({"type": "image", "image": "a.png", "audio": np.ones(3)}, "audio"),
+        ({"type": "text", "text": "x", "image": "a.png"}, "image"),
+        ({"type": "audio", "path": "a.wav", "image_url": "a.png"}, "image_url"),
+        ({"type": "image_url", "image_url": {"url": "a.png"}, "input_audio": {"data": "AA"}}, "input_audio"),
+    ],
+)
+def test_a_part_holds_one_medium(part, lost):
+    with pytest.raises(MediaError, match=f"message 0: {lost} beside {part['type']} would be lost"):
+        prepare([part])
+    prepare([{**part, lost: None}])
 
 
 @pytest.mark.parametrize("name", ["tools", "documents"])

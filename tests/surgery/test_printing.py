@@ -27,6 +27,8 @@ def test_a_configuration_prints_what_is_not_default_within_thirty_lines() -> Non
     (common,) = (line for line in shown.splitlines() if "bank common" in line)
     assert "num_experts=16" in common and "router=sigmoid" in common and "expert_depth" not in common
     # Unless it is said otherwise.
+    rope = {"rope_type": "default", "rope_theta": 9_999.0}
+    assert "rope_parameters" not in shown and "9999" in str(tiny_config(rope_parameters=rope))
     assert "rms_norm_eps" not in shown and "rms_norm_eps=0.5" in str(tiny_config(rms_norm_eps=0.5))
     assert str(ChorusConfig.from_dict(config.to_dict())) == shown
 

@@ -5,8 +5,9 @@ from chorus_moe.surgery.tokenizer import add_media_tokens, build_tokenizer
 from tests.processors.conftest import CORPUS
 
 
-def test_every_string_decodes_to_itself(tmp_path):
+def test_every_string_decodes_to_itself(tmp_path, capfd):
     tokenizer = build_tokenizer(CORPUS, vocab_size=300)
+    assert capfd.readouterr() == ("", "")
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     for text in ("Which digit is written?", " 17 + 5\n\ttab", "größer als 3, 日本 🙂", ""):

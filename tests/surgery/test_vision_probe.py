@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, ConvNextConfig
 
-from chorus_moe.surgery.vision_probe import VisionProbe, probe_backbone, probe_vision_encoder
+from chorus_moe.surgery.vision_probe import VisionProbe, _map_layout, probe_backbone, probe_vision_encoder
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,25 @@ from chorus_moe.surgery.vision_probe import VisionProbe, probe_backbone, probe_v
 def test_every_layout_is_recognised(architecture, model_args, expected):
     image_size = 64 if expected.layout == "NCHW" else 28 if "patch14" in architecture else 32
     assert probe_vision_encoder(architecture, model_args, image_size, 3) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "output_fmt", "expected"),
+    [
+        ((1, 4, 4, 9), "NCHW", "NHWC"),
+        ((1, 9, 4, 4), "NHWC", "NCHW"),
+        # As many channels as places on a side; Python keeps one object for each number up to 256 alone.
+        ((1, 4, 4, 4), "NHWC", "NHWC"),
+        ((1, 300, 300, 300), "NHWC", "NHWC"),
+        ((1, 300, 300, 300), None, "NCHW"),
+        ((1, 16, 9), None, "NCHW"),
+    ],
+)
+def test_the_axis_that_differs_holds_the_channels_and_timm_decides_where_none_does(shape, output_fmt, expected):
+    model = torch.nn.Identity()
+    if output_fmt is not None:
+        model.output_fmt = output_fmt
+    assert _map_layout(model, torch.empty(shape, device="meta")) == expected
 
 
 def test_an_odd_number_of_tokens_hides_a_class_token():

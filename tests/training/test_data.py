@@ -103,6 +103,8 @@ PROBLEMS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"content": "hi"}]}, "key 'messages', turn 0: expected a 'role'"),
     ({"messages": [{"role": "user", "content": 3}]}, "turn 0, 'content': expected a text or a list of parts, found 3"),
     ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "unknown part {'type': 'video'}"),
+    ({"messages": [{**PLAIN[0], "images": ["a.png"]}, PLAIN[1]]}, "turn 0, 'images': media are parts of the content"),
+    ({"messages": [PLAIN[0], {**PLAIN[1], "masked": True}]}, "key 'messages': masked=True of a turn; write weight: 0"),
     ({"messages": PLAIN[:1]}, "no turn has the role 'assistant'"),
     ({"messages": MESSAGES, "images": ["a"], "audio": []}, "key 'audio': 0 items for 1 audio parts"),
     ({"messages": PLAIN, "images": ["a"]}, "key 'images': 1 items for 0 image parts"),

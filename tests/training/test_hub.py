@@ -82,6 +82,54 @@ def test_every_head_of_the_table_loads_from_its_export_where_the_package_does_no
     load_without_the_package(exports, tmp_path)
 
 
+# What fast paths and services of the package stand beside, in a model with windows whose tokens may skip layers.
+WORK_ALONE = """
+import torch, transformers
+from safetensors.torch import load_file
+
+source, stored = sys.argv[1:]
+torch.set_num_threads(1)
+expected = load_file(stored)
+model = transformers.AutoModelForMultimodalLM.from_pretrained(source, trust_remote_code=True).eval()
+ids = expected["input_ids"]
+with torch.no_grad():
+    torch.testing.assert_close(model(input_ids=ids).logits, expected["logits"], rtol=0, atol=1e-5)
+model.train()(input_ids=ids, labels=ids).loss.backward()
+model.eval()
+for wanted, call in {
+    "assistant_early_exit": lambda: model.generate(ids[:1], assistant_early_exit=1),
+    "sample_experts": lambda: model(input_ids=ids, sample_experts=["text"]),
+    "output_compute=True": lambda: model(input_ids=ids, output_compute=True),
+}.items():
+    try:
+        call()
+    except ImportError as error:
+        assert str(error).startswith(f"{wanted} takes the whole package"), error
+    else:
+        raise AssertionError(wanted)
+model.save_pretrained(source + "/again")
+transformers.AutoModelForMultimodalLM.from_pretrained(source + "/again", trust_remote_code=True)
+"""
+
+
+@pytest.mark.slow
+def test_an_export_with_windows_runs_and_trains_where_the_package_does_not_exist(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    windows = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
+    losses = {"router_aux_loss_coef": 0.01, "alignment_loss_coef": 0.01, "alignment": "contrastive"}
+    config = tiny_config(**windows, **losses, skip_budget=0.3, skip_scope="layer")
+    model = ChorusForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        if "skip_gate.weight" in name:  # so that some tokens skip
+            parameter.data.normal_()
+    ids = torch.randint(5, 128, (2, 31), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        save_file({"input_ids": ids, "logits": model(input_ids=ids).logits}, tmp_path / "stored.safetensors")
+    export_for_hub(model, None, tmp_path / "export")
+    arguments = [str(tmp_path / "export"), str(tmp_path / "stored.safetensors")]
+    run_without_the_package(WORK_ALONE, arguments, tmp_path, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
+
+
 def test_an_export_names_every_auto_class_and_leaves_no_trace(
     model: ChorusForConditionalGeneration, processor: ChorusProcessor, tmp_path: Path
 ) -> None:

@@ -147,13 +147,17 @@ def test_a_line_says_what_was_recognised() -> None:
     }
 
 
-@pytest.mark.parametrize(("turn", "expected"), [({}, True), ({"weight": 1}, True), ({"weight": 0}, False)])
+@pytest.mark.parametrize(
+    ("turn", "expected"), [({}, True), ({"weight": 1}, True), ({"weight": 0}, False), ({"training": False}, False)]
+)
 def test_a_turn_is_learned_or_not(turn: dict[str, Any], expected: bool) -> None:
     assert is_learned(turn) is expected
     assert is_learned({"weight": None, **turn}) is expected
     assert not is_learned({"train": False}) and not is_learned({"loss": False}) and is_learned({"train": True})
     with pytest.raises(LayoutError, match=r"weight=0.5 of a turn"):
         is_learned({"weight": 0.5})
+    with pytest.raises(LayoutError, match=r"train_detail=\[\] of a turn; write weight: 0"):
+        is_learned({"train_detail": [], "train": True})
 
 
 DOCUMENTS: list[tuple[dict[str, Any], Any]] = [

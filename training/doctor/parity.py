@@ -13,6 +13,7 @@ from chorus_moe.modeling.moe_banks import ChorusExperts
 from chorus_moe.training.doctor.finding import Finding, compared, difference, listed, skipped
 from chorus_moe.training.doctor.inputs import NUM_ANSWER_TOKENS, SEQUENCES, Batch, Patient, all_labels, train_mode
 from chorus_moe.training.doctor.state import recorded_inputs
+from chorus_moe.training.releases import CHECKPOINTING
 
 ATTENTION = ("sdpa", "flex_attention")
 EXPERTS = ("eager", "batched_mm", "grouped_mm", CPU_EXPERTS)
@@ -193,7 +194,7 @@ def checkpointing(patient: Patient) -> Finding:
 @contextmanager
 def _checkpointing(model: Any, enable: bool) -> Iterator[None]:
     """Activation checkpointing on or off, and afterwards as it was."""
-    was_on = model.is_activation_checkpointing
+    was_on = getattr(model, f"is_{CHECKPOINTING}")
     _switch(model, enable)
     try:
         yield
@@ -204,9 +205,9 @@ def _checkpointing(model: Any, enable: bool) -> Iterator[None]:
 def _switch(model: Any, enable: bool) -> None:
     if enable:
         # Non-reentrant: the reentrant kind needs inputs with gradients and hides routers from the losses.
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
     else:
-        model.activation_checkpointing_disable()
+        getattr(model, f"{CHECKPOINTING}_disable")()
         model.disable_input_require_grads()
 
 

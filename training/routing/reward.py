@@ -32,7 +32,7 @@ from chorus_moe.modeling.losses import share_of_batch
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.modeling.modeling_outputs import RouterChoice, RoutingOfLayer
 from chorus_moe.modeling.moe_routers import Router
-from chorus_moe.modeling.moe_selection import draw_log_probability
+from chorus_moe.training.expert_draws import draw_log_probability, open_log_weights
 from chorus_moe.training.loading import base_model
 from chorus_moe.training.trainer import ChorusTrainer
 
@@ -81,7 +81,7 @@ def own_log_probabilities(model: nn.Module, banks: Collection[str]) -> Iterator[
         with without_autocast(arguments[0]):
             # Detached: through the input the policy gradient would train the whole trunk with its noise.
             logits_TE = router.score(arguments[0].detach().float())
-            log_weights_TE = router.open_log_weights(logits_TE)
+            log_weights_TE = open_log_weights(router, logits_TE)
             index_TK = choice.selected_experts
             is_unused_TK = index_TK >= router.bank.num_experts
             return choice._replace(log_probs=draw_log_probability(log_weights_TE, index_TK, is_unused_TK))

@@ -6,7 +6,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+from transformers.distributed.tensor_parallel import replace_layer_number_by_wildcard
 
 from chorus_moe.modeling.configuration_banks import LayerBankConfig, check_name
 from chorus_moe.modeling.configuration_chorus import ChorusConfig

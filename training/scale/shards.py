@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 from transformers.distributed.checkpoint import _redistribute_state_dict
 from transformers.utils import CONFIG_NAME
 
-from chorus_moe.modeling.modeling_base import drop_absent_code
+from chorus_moe.surgery.saved_code import drop_absent_code
 
 INDEX = "model.safetensors.index.json"
 PIECES = "pieces"

@@ -17,6 +17,7 @@ from chorus_moe.training.collator import MoreColumns, Row
 from chorus_moe.training.layouts import TASK
 from chorus_moe.training.loading import base_model
 from chorus_moe.training.objectives.objective import Objective
+from chorus_moe.training.releases import CHECKPOINTING
 from chorus_moe.training.tasks.conflicts import TaskGradients
 from chorus_moe.training.tasks.losses import TaskLoss
 from chorus_moe.training.tasks.plan import TaskPlan
@@ -111,9 +112,9 @@ class TaskLearning(TrainerCallback):
                 f"tasks.task_weighting=uncertainty trains numbers beside the model, which {sharded} does not know; "
                 "choose fixed or rate"
             )
-        checkpointing = arguments.activation_checkpointing_kwargs or {}
-        if arguments.activation_checkpointing and checkpointing.get("use_reentrant"):
-            sharded = sharded or "activation_checkpointing_kwargs with use_reentrant"
+        checkpointing = getattr(arguments, f"{CHECKPOINTING}_kwargs") or {}
+        if getattr(arguments, CHECKPOINTING) and checkpointing.get("use_reentrant"):
+            sharded = sharded or f"{CHECKPOINTING}_kwargs with use_reentrant"
         if sharded and given.task_conflicts != "none":
             raise ValueError(
                 f"tasks.task_conflicts={given.task_conflicts} takes the gradient of each task by itself, which "

@@ -36,6 +36,16 @@ def test_accuracy_is_that_of_the_nearest_text(
         assert found["image"][f"accuracy {label}"] == pytest.approx(np.mean(of_label))
 
 
+def test_progress_is_shown_unless_it_is_not_wanted(
+    contrastive: ChorusForContrastive, processor: ChorusProcessor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [make_pair(0, "text", "image")]
+    zero_shot(contrastive, processor, rows, LABELS)
+    assert "1/1" in capsys.readouterr().err
+    zero_shot(contrastive, processor, rows, LABELS, progress=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_ties_count_by_chance(contrastive: ChorusForContrastive, processor: ChorusProcessor) -> None:
     with torch.no_grad():
         contrastive.projections["text"].weight.zero_()

@@ -18,6 +18,7 @@ from chorus_moe.training.doctor.finding import Finding
 from chorus_moe.training.doctor.inputs import Patient
 from chorus_moe.training.doctor.state import CAPTURES
 from chorus_moe.training.lora import lora_config
+from chorus_moe.training.releases import CHECKPOINTING
 from tests.training.conftest import found_by, make_patient
 
 # All but the export, which starts another process.
@@ -46,7 +47,7 @@ def state_of(patient: Patient) -> dict[str, object]:
         "functions": (text._attn_implementation, text._experts_implementation),
         "marks": [name for name, module in model.named_modules() if CAPTURES in vars(module)],
         "hooks": [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks],
-        "checkpointing": patient.base.is_activation_checkpointing,
+        "checkpointing": getattr(patient.base, f"is_{CHECKPOINTING}"),
         "random": torch.get_rng_state(),
         "deterministic": torch.get_deterministic_debug_mode(),
     }

@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chorus_moe.training.doctor.inputs import Patient
 from chorus_moe.training.doctor.parity import batch_mates, cache, checkpointing, implementations, padding_side
+from chorus_moe.training.releases import CHECKPOINTING
 from tests.conftest import override
 from tests.training.conftest import failing, found_by, make_patient
 
@@ -104,6 +105,6 @@ def test_noise_that_is_not_repeated_is_found_by_checkpointing(patient: Patient) 
 
 
 def test_checkpointing_that_does_nothing_is_a_warning(patient: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patient.base, "activation_checkpointing_enable", lambda **options: None)
+    monkeypatch.setattr(patient.base, f"{CHECKPOINTING}_enable", lambda options: None)
     finding = found_by(patient, checkpointing)["checkpointing"]
     assert (finding.verdict, finding.measured, finding.tolerance) == ("warning", 1, 2)

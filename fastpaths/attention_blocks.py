@@ -8,20 +8,50 @@ N blocks, Q queries of a block, W keys of its window, E the same and the global 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_masks import BLOCK_LOCAL, LocalMask
+from chorus_moe.modeling.attention_masks import BLOCK_LOCAL, MaskRule, is_packed
+from chorus_moe.modeling.configuration_services import SERVICES
+from chorus_moe.modeling.configuration_text import WINDOW_TYPES, ChorusTextConfig
+from chorus_moe.modeling.modeling_outputs import takes_cache
 
 # Rows of queries in one call on the CPU: with few, copies of windows stay in cache. A training step keeps them all in
 # memory for the backward and gains nothing from small calls.
 INFERENCE_ROWS, TRAINING_ROWS = 512, 4096
+# With `sdpa`, prefills longer than this many windows are worked on in blocks: below, nothing is gained.
+WINDOWS_THAT_PAY = 2
+
+
+@dataclass(frozen=True)
+class LocalMask(MaskRule):
+    """The mask of a sliding layer as a rule. The last keys are those of the queries, the first the global ones.
+
+    Args:
+        window: keys that a causal query sees, its own included; other queries see this many on either side.
+        num_global_tokens: keys in front that every query sees. If nothing is causal the first queries are theirs and
+            see every key.
+        real_BK: True for real keys; None for all.
+    """
+
+    window: int
+    is_causal: bool
+    num_global_tokens: int = 0
+    real_BK: Tensor | None = None
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "LocalMask":
+        """The mask on another device (layers of one model may live on several)."""
+        return (
+            self if self.real_BK is None else replace(self, real_BK=self.real_BK.to(device, non_blocking=non_blocking))
+        )
 
 
 def block_size(window: int) -> int:
@@ -191,6 +221,45 @@ def block_local_attention_forward(
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
+@takes_cache
+def local_mask(
+    config: ChorusTextConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: Tensor | None,
+) -> LocalMask | None:
+    """The rule of the sliding layers; None where there is none (a mask made by the caller, packed sequences, a static
+    cache with room behind the last token, a graph being compiled) or where it would not pay."""
+    count, window, num_global = inputs_embeds.shape[1], config.sliding_window, config.num_global_tokens
+    assert window is not None  # a configuration with sliding layers has one
+    # Asked for by name, blocks serve every prefill; under `sdpa` only where they are faster.
+    shortest = {BLOCK_LOCAL: 2, "sdpa": WINDOWS_THAT_PAY * window + 1}.get(config._attn_implementation)
+    if shortest is None or count < shortest or torch.compiler.is_compiling():
+        return None
+    seen, held, first = 0, count, 0
+    if past_key_values is not None:
+        layer = next(i for i, kind in enumerate(config.layer_types) if kind in WINDOW_TYPES)
+        seen = int(past_key_values.get_query_offset(layer))
+        held, first = past_key_values.get_mask_sizes(count, layer)
+    # Nothing keeps packed sequences apart in a bidirectional model, whose global tokens share position 0 besides.
+    elif config.is_causal and is_packed(attention_mask, position_ids):
+        return None
+    # A static cache holds room behind the last token, which a rule would count as keys.
+    expected = (len(inputs_embeds), seen + count)
+    if first + held != expected[1] or (attention_mask is not None and attention_mask.shape != expected):
+        return None
+    real_BK = None if attention_mask is None else attention_mask[:, first:].bool()
+    # Without padding the inner blocks share one bias, and nothing has to be looked up.
+    if real_BK is None or bool(real_BK.all()):
+        return LocalMask(window, config.is_causal, num_global)
+    if config.is_causal:
+        # Learned keys are not in the caller's mask. In a bidirectional model the mask has them already.
+        real_BK = F.pad(real_BK, (num_global, 0), value=True)
+    return LocalMask(window, config.is_causal, num_global, real_BK)
+
+
 ALL_ATTENTION_FUNCTIONS.register(BLOCK_LOCAL, block_local_attention_forward)
 # transformers makes masks by the implementation's name. Where there is no rule, the mask is that of `sdpa`.
 ALL_MASK_ATTENTION_FUNCTIONS.register(BLOCK_LOCAL, sdpa_mask)
+SERVICES["local_mask"] = local_mask

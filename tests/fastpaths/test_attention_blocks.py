@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chorus_moe.modeling import attention_masks
-from chorus_moe.modeling.attention_blocks import attend_in_blocks, block_size
-from chorus_moe.modeling.attention_masks import LocalMask
+from chorus_moe.fastpaths import attention_blocks
+from chorus_moe.fastpaths.attention_blocks import LocalMask, attend_in_blocks, block_size
+from chorus_moe.modeling.configuration_services import SERVICES
 from tests.conftest import tiny_batch
 from tests.modeling.conftest import WINDOW, windowed_model
 
@@ -98,7 +98,7 @@ def test_a_model_in_blocks_equals_the_model_with_a_dense_mask(
 ):
     results = []
     for attention, windows in (("sdpa", 1000), ("sdpa", 2), ("block_local", 2)):
-        monkeypatch.setattr(attention_masks, "WINDOWS_THAT_PAY", windows)
+        monkeypatch.setattr(attention_blocks, "WINDOWS_THAT_PAY", windows)
         model = windowed_model(attention, num_global_tokens=num_global, is_causal=is_causal)
         output = model(**tiny_batch(model.config, length=31))
         output.loss.backward()
@@ -106,6 +106,16 @@ def test_a_model_in_blocks_equals_the_model_with_a_dense_mask(
     for expected, *found in zip(*results, strict=True):
         for one in found:
             torch.testing.assert_close(one, expected, rtol=1e-4, atol=ATOL)
+
+
+def test_without_the_package_windows_are_a_dense_mask_and_the_same_numbers(monkeypatch: pytest.MonkeyPatch):
+    ids = torch.randint(5, 128, (2, 31), generator=torch.Generator().manual_seed(0))
+    model = windowed_model()
+    with torch.no_grad():
+        in_blocks = model(input_ids=ids).logits
+        monkeypatch.delitem(SERVICES, "local_mask")
+        monkeypatch.setattr(attention_blocks, "attend_in_blocks", None)
+        torch.testing.assert_close(model(input_ids=ids).logits, in_blocks, rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("length", range(WINDOW - 2, WINDOW + 3))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chorus_moe.modeling import attention
+from chorus_moe.fastpaths import attention_queries
 from chorus_moe.modeling.attention import Attention
 from tests.modeling.conftest import WINDOW, windowed_model
 
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.usefixtures("small_blocks")
 def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Chunks of ten queries; the lengths of those that were worked on."""
     lengths: list[int] = []
-    real = Attention._attend
+    real = Attention.attend
 
     def watched(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         lengths.append(hidden_states.shape[1])
         return real(self, hidden_states, *args, **kwargs)
 
-    monkeypatch.setattr(attention, "CHUNK", 10)
-    monkeypatch.setattr(Attention, "_attend", watched)
+    monkeypatch.setattr(attention_queries, "CHUNK", 10)
+    monkeypatch.setattr(Attention, "attend", watched)
     return lengths
 
 
