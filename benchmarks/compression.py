@@ -115,7 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
     summary: dict[str, float] = {}
 
     def add(found: dict[str, float]) -> None:
-        print("  ".join(f"{name} {value:.3g}" for name, value in found.items()), flush=True)
+        figures = "  ".join(f"{name} {value:.3g}" for name, value in found.items())
+        print(f"{'summary':<34} | {figures}", flush=True)
         summary.update(found)
         report.cases["summary"] = summary
         report.save()
