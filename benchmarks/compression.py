@@ -1,10 +1,10 @@
 """Smaller models: bytes, accuracy and speed in 8 and 4 bits.
 
-Run as `python -m benchmarks.compression --threads 1`. Three parts, and a summary of their figures:
+Run as `python -m benchmarks.compression --threads 1`. Three parts, each with a summary as soon as it is done:
 
 - bytes of the model of `benchmarks.decode`, of float32;
 - an expert model learns the demo's questions, and copies of it in 8 and 4 bits answer the held-out ones: the drop is in
-  points, the mean over the seeds;
+  points, the mean over the seeds (one by default; `--seeds 0 1 2` for three behind the same encoders);
 - prefill and decoding of the first model, compiled, in float32, 8 and 4 bits and, where `llama-cpp-python` and `gguf`
   are installed, llama.cpp on the same weights in Q8_0 and Q4_0. A ratio above 1: ours in that format is faster than our
   float32, or than llama.cpp's.
@@ -47,9 +47,11 @@ def accuracy_drops(parsed: Any, report: Report) -> dict[str, float]:
     """Points that copies in fewer bits lose on held-out questions."""
     settings = LessonSettings.read(parsed)
     drops: dict[str, list[float]] = {name: [] for name in FORMATS}
+    first, *_ = seeds = parsed.seeds[:1] if parsed.quick else parsed.seeds
     with media(parsed) as found:
-        for seed in parsed.seeds[:1] if parsed.quick else parsed.seeds:
-            lesson = Lesson(found, settings, seed)
+        taught = Lesson(found, settings, first)
+        for seed in seeds:
+            lesson = taught if seed == first else taught.again(seed, settings.steps)
             model = lesson.decoder(with_text(lesson.teacher.config, **EXPERTS))
             lesson.learn({OURS: model})
             models = with_copies(model)
@@ -72,7 +74,9 @@ def speeds(models: Models, sizes: dict[str, int], width: int, parsed: Any, repor
         model.generation_config.eos_token_id = None
         compile_decoding(model)
     if importlib.util.find_spec("llama_cpp") and not parsed.quick:
-        variants |= {kind: llama_cpp(peer, input_ids, count + 1, kind) for kind in FORMATS.values()}
+        variants |= {
+            FORMATS[name]: llama_cpp(peer, input_ids, count + 1, FORMATS[name]) for name in models if name != OURS
+        }
     calls = {f"{name} {n}": lambda v=v, n=n: v(n) for name, v in variants.items() for n in (1, 1 + count)}
     timings = measure(calls, parsed.rounds, memory=False)
     prefill = {name: timings[f"{name} 1"].rounds for name in variants}
@@ -88,9 +92,9 @@ def speeds(models: Models, sizes: dict[str, int], width: int, parsed: Any, repor
 
     found = {f"decode_ratio_{name}": times_as_long(decode, OURS, name) for name in models if name != OURS}
     found |= {f"prefill_ratio_{name}": times_as_long(prefill, OURS, name) for name in models if name != OURS}
-    if "Q8_0" in decode:
-        found["llama_cpp_ratio"] = times_as_long(decode, "Q8_0", "int8")
-        found["llama_cpp_ratio_int4"] = times_as_long(decode, "Q4_0", "int4")
+    for name, key in (("int8", "llama_cpp_ratio"), ("int4", "llama_cpp_ratio_int4")):
+        if FORMATS[name] in decode:
+            found[key] = times_as_long(decode, FORMATS[name], name)
     return found
 
 
@@ -98,22 +102,32 @@ def main(arguments: list[str] | None = None) -> None:
     options = (
         ("--prompt", {"type": int, "default": 64, "help": "tokens of the prompt"}),
         ("--new-tokens", {"type": int, "default": 32}),
+        (
+            "--formats",
+            {"nargs": "+", "choices": list(FORMATS), "default": list(FORMATS), "help": "whose speed is measured"},
+        ),
         ("--parts", {"nargs": "+", "choices": ["accuracy", "speed"], "default": ["accuracy", "speed"]}),
     )
-    parsed = parse("Bytes, accuracy and speed in fewer bits.", arguments, *lesson_options(250, seeds=3), *options)
+    parsed = parse("Bytes, accuracy and speed in fewer bits.", arguments, *lesson_options(250, seeds=1), *options)
     sizes, width = (QUICK, 16) if parsed.quick else (SIZES, WIDTH)
     report = Report("fewer bits", parsed)
     models = with_copies(chorus_model(sizes, width))
-    summary = bytes_ratios(models)
-    if "accuracy" in parsed.parts:
-        summary |= accuracy_drops(parsed, report)
+    summary: dict[str, float] = {}
+
+    def add(found: dict[str, float]) -> None:
+        figures = "  ".join(f"{name} {value:.3g}" for name, value in found.items())
+        print(f"{'summary':<34} | {figures}", flush=True)
+        summary.update(found)
+        report.cases["summary"] = summary
+        report.save()
+
+    add(bytes_ratios(models))
     if "speed" in parsed.parts:
-        if parsed.quick:
-            del models["int4"]  # each is compiled
-        summary |= speeds(models, sizes, width, parsed, report)
-    report.add("summary", summary, "")
-    print("  ".join(f"{name} {value:.3g}" for name, value in summary.items()))
-    report.save()
+        # Each is compiled.
+        timed = {OURS, "int8"} if parsed.quick else {OURS, *parsed.formats}
+        add(speeds({name: models[name] for name in models if name in timed}, sizes, width, parsed, report))
+    if "accuracy" in parsed.parts:
+        add(accuracy_drops(parsed, report))
 
 
 if __name__ == "__main__":

@@ -50,9 +50,10 @@ def encode(text: str) -> list[int]:
     return [FIRST_ID + LETTERS.index(letter) for letter in text]
 
 
-def pairs(held_out: bool) -> list[tuple[int, int]]:
+def pairs(held_out: bool, one_in: int = 5) -> list[tuple[int, int]]:
+    """Of all pairs of start and step the one in so many that is held out, or the others."""
     order = torch.randperm(len(PAIRS), generator=torch.Generator().manual_seed(0)).tolist()
-    cut = len(PAIRS) // 5
+    cut = len(PAIRS) // one_in
     return [PAIRS[index] for index in (order[:cut] if held_out else order[cut:])]
 
 
@@ -78,9 +79,11 @@ def decoder(layers: int, hidden_size: int, seed: int = 0, **text: Any) -> Chorus
     return model
 
 
-def learn(models: Mapping[str, ChorusForConditionalGeneration], steps: int, lr: float = 2e-3, seed: int = 1) -> None:
-    """Train all models on the same batches, in turns."""
-    known = pairs(held_out=False)
+def learn(
+    models: Mapping[str, ChorusForConditionalGeneration], steps: int, lr: float = 2e-3, seed: int = 1, one_in: int = 5
+) -> None:
+    """Train all models on the same batches, in turns; of all pairs, one in so many is held out."""
+    known = pairs(held_out=False, one_in=one_in)
     take_step = {name: stepper(model.train(), steps, lr) for name, model in models.items()}
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):

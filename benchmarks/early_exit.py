@@ -1,9 +1,15 @@
 """Early exit: what share of questions leaves a classifier of 16 layers in its first five, what time that saves.
 
-Run as `python -m benchmarks.early_exit [--plot PATH]`. One bidirectional decoder learns questions about digits as
-classes, with a head after each of `EXITS`, all trained together. Easy questions name the written or the spoken digit,
-hard ones need both. Thresholds are found on half of the held-out pictures and voices; everything is measured on
-questions about the other half, which are drawn alike but share no picture and no voice with the first.
+Run as `python -m benchmarks.early_exit [--plot PATH]`. A classifier with heads after some of its layers, all trained
+together, learns one of two tasks (`--tasks`):
+
+- `far` (12 layers): texts with a near and a far fact. Easy questions ask for the near one. Hard ones ask for the far
+  one, which no window of the first five layers reaches, see `far_facts.py`;
+- `digits` (16 layers, bidirectional): questions about digits. Easy ones name the written or the spoken digit, hard ones
+  need both. Thresholds are found on half of the held-out pictures and voices; everything is measured on questions
+  about the other half, which are drawn alike but share no picture and no voice with the first.
+
+Rows of both:
 
 - `promised` are the thresholds of [`calibrate_exits`]: at most half a point of accuracy lost on other rows, with a
   margin; `no margin` are those that lose as much on the rows they were found on;
@@ -12,18 +18,22 @@ questions about the other half, which are drawn alike but share no picture and n
 - `chorus` is the classifier with promised thresholds, `full` the same with none, in turns, one question or 32 at a
   time. The encoders have run before: times are those of decoder and heads. `time_saving_ratio` is 1 - chorus / full,
   and `compute_saving_ratio` the same of the floating-point operations;
-- `curve` rows have one threshold for all exits, over the strictness.
+- `mean` rows are means over the seeds, with the standard deviation over them as `_spread`;
+- `curve` rows, of the first seed of `digits`, have one threshold for all exits, over the strictness.
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.digit_lessons import Batch, Lesson, LessonSettings, Media, lesson_options, media, with_text
+from benchmarks.far_facts import SHALLOW, FarLesson
 from benchmarks.timing import OURS, Report, figures, measure, parse
 from chorus_moe.modeling.modeling_heads import ChorusForSequenceClassification
 from chorus_moe.processors.processing_media import MEDIA
@@ -32,11 +42,11 @@ from chorus_moe.training.demo.augment import PictureAugment
 from chorus_moe.training.demo.data import SKILLS, DigitPictures, DigitQuestions, Sample
 from chorus_moe.training.exit_calibration import THRESHOLDS, ExitAnswers, find_depth_thresholds, find_thresholds
 
-LAYERS, FIRST = 16, 5
+LAYERS, FAR_LAYERS, FIRST = 16, 12, SHALLOW
 EXITS = [1, 2, 3, 4, 5, 7, 9, 12]
 # Weights in training. A sum has nineteen answers.
 LESSON = {"written": 1.0, "spoken": 1.0, "sum": 2.0}
-KINDS = {"easy": ("written", "spoken"), "hard": ("sum",), "all": tuple(LESSON)}
+KINDS = {"easy": ("written", "spoken", "near"), "hard": ("sum", "far"), "all": (*LESSON, "near", "far")}
 DECODER: dict[str, Any] = {
     "num_hidden_layers": LAYERS,
     "layer_types": ["full_attention"] * LAYERS,
@@ -100,7 +110,7 @@ class ClassLesson(Lesson):
         return [self.encode(samples[start : start + size]) for start in range(0, len(samples), size)]
 
 
-def trained(found: Media, settings: LessonSettings, seed: int, folder: Path | None) -> tuple[ClassLesson, Any, Any]:
+def trained(found: Media, settings: LessonSettings, seed: int, folder: Path | None) -> tuple[Any, Any, Any]:
     """The lesson, its classifier and how long a step took (None where weights were there before)."""
     path = None if folder is None else folder / f"early_exit-{seed}.pt"
     known = path is not None and path.exists()
@@ -167,9 +177,7 @@ def of_kind(samples: Sequence[Sample], kind: str) -> list[int]:
     return [row for row, sample in enumerate(samples) if sample["skill"] in KINDS[kind]]
 
 
-def curve(
-    lesson: ClassLesson, model: Any, answers: ExitAnswers, rounds: int, points: int
-) -> dict[str, dict[str, float]]:
+def curve(lesson: Any, model: Any, answers: ExitAnswers, rounds: int, points: int) -> dict[str, dict[str, float]]:
     """Accuracy, shares and time saved by one threshold for all exits, falling."""
     loose = THRESHOLDS[len(THRESHOLDS) // 2 :]  # above, nobody leaves
     step = max(1, (len(loose) - 1) // points)
@@ -216,53 +224,95 @@ def plot(path: Path, rows: Mapping[str, Mapping[str, float]], promised: float) -
     pyplot.close(figure)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = [
-        *lesson_options(steps=380, seeds=1, questions=1000),
-        ("--max-drop", {"type": float, "default": 0.005, "help": "accuracy that may be lost (default 0.005)"}),
-        ("--weights", {"type": Path, "metavar": "FOLDER", "help": "keep trained weights here, or read them"}),
-        ("--plot", {"type": Path, "metavar": "PATH", "help": "also draw the curve of the first seed"}),
-    ]
-    parsed = parse("What early exit saves and costs.", arguments, *options)
-    settings = LessonSettings.read(parsed)
-    drop, error_rate, points = (1.0, None, 3) if parsed.quick else (parsed.max_drop, 0.05, 12)
-    report = Report(f"early exit, {LAYERS} layers, exits after {EXITS}, {settings}", parsed)
+class Seeds:
+    """Figures of all seeds of a task, printed as they come, and their means."""
 
-    def add(case: str, values: dict[str, float], unit: str = "accuracy") -> None:
-        report.add(case, values, unit)
-        print({name: round(value, 4) for name, value in values.items()}, flush=True)
+    def __init__(self, task: str, report: Report):
+        self.task, self.report = task, report
+        self.rows: dict[str, list[dict[str, float]]] = {}
 
+    def add(self, case: str, values: dict[str, float], seed: int) -> None:
+        self.rows.setdefault(case, []).append(values)
+        self.report.add_named(f"{self.task}, {case}, seed {seed}", values)
+
+    def means(self) -> None:
+        for case, rows in self.rows.items():
+            values = {name: fmean(row[name] for row in rows) for name in rows[0]}
+            values |= {f"{name}_spread": pstdev(row[name] for row in rows) for name in rows[0]}
+            self.report.add_named(f"{self.task}, {case}, mean", values)
+
+
+def study(
+    lesson: Any, model: Any, seed: int, seeds: Seeds, parsed: argparse.Namespace
+) -> tuple[ExitAnswers, list[float]]:
+    """All rows of one seed; the answers to fresh questions, and the promised thresholds."""
+    drop, error_rate = (1.0, None) if parsed.quick else (parsed.max_drop, 0.05)
+    known = ExitAnswers.ask(model, lesson.batches(lesson.calibration, 32))
+    promised = find_thresholds(known, drop, error_rate)
+    margin_free = find_thresholds(known, drop, error_rate=None)
+    hard = known.at(torch.tensor(of_kind(lesson.calibration, "hard")))
+    deep = find_depth_thresholds(hard, FIRST, 0.98, error_rate)
+    seeds.add("calibration, promised", {"threshold": promised[0], **outcome(known, promised)}, seed)
+    answers = ExitAnswers.ask(model, lesson.batches(lesson.fresh, 32))
+    for kind in KINDS:
+        rows = of_kind(lesson.fresh, kind)
+        taken = answers.at(torch.tensor(rows))
+        for size, count in TIMED.items():
+            batches = lesson.batches([lesson.fresh[row] for row in rows[:count]], size)
+            timed = times(model, batches, {OURS: promised, "full": None}, parsed.rounds)
+            values = {"threshold": promised[0], **outcome(taken, promised), **timed}
+            seeds.add(f"{kind}, batch {size}", values, seed)
+        for name, thresholds in {"no margin": margin_free, "deep": deep}.items():
+            seeds.add(f"{kind}, {name}", {"threshold": thresholds[0], **outcome(taken, thresholds)}, seed)
+    return answers, promised
+
+
+def study_far(parsed: argparse.Namespace, report: Report) -> None:
+    seeds = Seeds("far", report)
+    for seed in parsed.seeds:
+        lesson = FarLesson(parsed, FAR_LAYERS, [layers for layers in EXITS if layers < FAR_LAYERS], seed)
+        model = lesson.classifier()
+        lesson.learn(model)
+        study(lesson, model.eval(), seed, seeds, parsed)
+    seeds.means()
+
+
+def study_digits(parsed: argparse.Namespace, report: Report) -> None:
+    settings, seeds = LessonSettings.read(parsed), Seeds("digits", report)
     with media(parsed) as found:
         for seed in parsed.seeds:
             lesson, model, step = trained(found, settings, seed, parsed.weights)
             if step is not None:
                 report.add(f"training step, seed {seed}", step)
-            known = ExitAnswers.ask(model, lesson.batches(lesson.calibration, 32))
-            promised = find_thresholds(known, drop, error_rate)
-            margin_free = find_thresholds(known, drop, error_rate=None)
-            hard = known.at(torch.tensor(of_kind(lesson.calibration, "hard")))
-            deep = find_depth_thresholds(hard, FIRST, 0.98, error_rate)
-            add(f"calibration, promised, seed {seed}", {"threshold": promised[0], **outcome(known, promised)})
-            answers = ExitAnswers.ask(model, lesson.batches(lesson.fresh, 32))
-            for kind in KINDS:
-                rows = of_kind(lesson.fresh, kind)
-                taken = answers.at(torch.tensor(rows))
-                for size, count in TIMED.items():
-                    batches = lesson.batches([lesson.fresh[row] for row in rows[:count]], size)
-                    timed = times(model, batches, {OURS: promised, "full": None}, parsed.rounds)
-                    add(
-                        f"{kind}, batch {size}, seed {seed}",
-                        {"threshold": promised[0], **outcome(taken, promised), **timed},
-                    )
-                for name, thresholds in {"no margin": margin_free, "deep": deep}.items():
-                    add(f"{kind}, {name}, seed {seed}", {"threshold": thresholds[0], **outcome(taken, thresholds)})
+            answers, promised = study(lesson, model, seed, seeds, parsed)
             report.save()
             if seed == parsed.seeds[0]:
-                drawn = curve(lesson, model, answers, min(parsed.rounds, 3), points)
+                drawn = curve(lesson, model, answers, min(parsed.rounds, 3), 3 if parsed.quick else 12)
                 for name, values in drawn.items():
-                    add(f"curve {name}", values)
+                    report.add_named(f"curve {name}", values)
                 if parsed.plot is not None:
                     plot(parsed.plot, drawn, promised[0])
+    seeds.means()
+
+
+TASKS = {"far": study_far, "digits": study_digits}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = [
+        *lesson_options(steps=380, seeds=3, questions=1000),
+        ("--tasks", {"nargs": "+", "choices": list(TASKS), "default": list(TASKS)}),
+        ("--far-steps", {"type": int, "default": 200, "help": "training steps of the task far (default 200)"}),
+        ("--max-drop", {"type": float, "default": 0.005, "help": "accuracy that may be lost (default 0.005)"}),
+        ("--weights", {"type": Path, "metavar": "FOLDER", "help": "keep trained weights of digits here, or read them"}),
+        ("--plot", {"type": Path, "metavar": "PATH", "help": "also draw the curve of the first seed of digits"}),
+    ]
+    parsed = parse("What early exit saves and costs.", arguments, *options)
+    if parsed.quick:
+        parsed.seeds = parsed.seeds[:1]
+    report = Report(f"early exit, tasks {', '.join(parsed.tasks)}, exits after {EXITS}", parsed)
+    for task in parsed.tasks:
+        TASKS[task](parsed, report)
     report.save()
 
 

@@ -166,9 +166,9 @@ def main(arguments: list[str] | None = None) -> None:
         found, sent = Study(pictures, exam, seed, rounds, steps, base_steps).accuracies()
         scores.append(found)
         report.add(f"seed {seed}", {f"{name}_accuracy": value for name, value in found.items()}, "accuracy")
-    report.add("mean", {name: fmean(score[name] for score in scores) for name in scores[0]}, "accuracy")
-    report.add("bytes_per_round", {name: float(value) for name, value in sent.items()}, "")
-    print("\n".join([*table(scores), f"bytes: {sent}"]))
+    report.add_named("mean", {name: fmean(score[name] for score in scores) for name in scores[0]})
+    report.add_named("bytes_per_round", {name: float(value) for name, value in sent.items()})
+    print("\n".join(table(scores)))
     report.save()
 
 

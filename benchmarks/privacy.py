@@ -256,9 +256,11 @@ def main(arguments: list[str] | None = None) -> None:
             took = secrets(seed, settings, count, taken)
             values |= {f"{name}_rank": took["rank"], f"{name}_auc": took["auc"]}
         attacked.append(values)
-        add(report, f"seed {seed} secrets", values)
+        report.add_named(f"seed {seed} secrets", values)
     means = {name: fmean(values[name] for values in attacked) for name in attacked[0]}
-    add(report, "mean secrets", means | {"canary_rank": means["epsilon_8_rank"], "members_auc": means["epsilon_8_auc"]})
+    report.add_named(
+        "mean secrets", means | {"canary_rank": means["epsilon_8_rank"], "members_auc": means["epsilon_8_auc"]}
+    )
     learned: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     budgets: dict[str, PrivacyArguments] = {}
     pictures, test = handwritten_digits()
@@ -278,15 +280,10 @@ def main(arguments: list[str] | None = None) -> None:
                 privacy = private(8.0, len(digits.rows), batch, updates, "laplace")
                 values["laplace_8_accuracy"] = digits.after(kind, privacy, updates, batch)
             found.append(values)
-            add(report, f"seed {seed} {kind}", values)
+            report.add_named(f"seed {seed} {kind}", values)
     for kind, found in learned.items():
-        add(report, f"mean {kind}", {name: fmean(values[name] for values in found) for name in found[0]})
+        report.add_named(f"mean {kind}", {name: fmean(values[name] for values in found) for name in found[0]})
     report.save()
-
-
-def add(report: Report, case: str, values: dict[str, float]) -> None:
-    report.cases[case] = values
-    print(f"{case:<20} | " + " | ".join(f"{name} {value:.3f}" for name, value in values.items()), flush=True)
 
 
 if __name__ == "__main__":

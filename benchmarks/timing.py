@@ -181,6 +181,11 @@ class Report:
             cells.append(cell)
         print(f"{case:<34} | " + " | ".join(cells), flush=True)
 
+    def add_named(self, case: str, values: dict[str, float]) -> None:
+        """A case whose figures have no unit in common, printed by their full names."""
+        self.cases[case] = values
+        print(f"{case:<34} | " + " | ".join(f"{name} {value:.4g}" for name, value in values.items()), flush=True)
+
     def save(self) -> None:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,12 @@ Run as `python -m benchmarks.train_step`. Two tables, all variants with the same
 - text and images: two banks against the ERNIE 4.5 VL text stack, whose experts are split by modality as well.
 
 The balance loss is left out everywhere except in `with_balance`, ours as it trains by default.
+
+`--compile` compares ours with itself under `torch.compile` instead: the whole stack (`whole`), and a decoder layer at a
+time (`by_layer`). The first step waits for the compiler.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +29,7 @@ from chorus_moe.modeling.losses import mean_over_banks, switch_loss
 from chorus_moe.modeling.modeling_text import ChorusTextModel
 
 BATCHES = ((1, 64), (4, 64), (4, 256), (8, 512))  # sequences, tokens
+COMPILED_BATCH = (4, 64)
 SIZES = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_experts": 16}
 QUICK = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 4}
 TOP_K = 2
@@ -127,6 +132,25 @@ def text_case(sizes: dict[str, int], width: int, input_ids: Tensor, dtype: torch
     }
 
 
+def compiled_case(
+    sizes: dict[str, int], width: int, input_ids: Tensor, dtype: torch.dtype, report: Report
+) -> dict[str, Step]:
+    def chorus(compiles: str = "") -> Step:
+        stack = ChorusTextModel._from_config(chorus_config(sizes, width, ["common"]))
+        for module in {"whole": [stack], "by_layer": stack.layers}.get(compiles, []):
+            module.compile()
+        return step_of(stack, sizes, input_ids, dtype)
+
+    calls = {OURS: chorus()} | {name: chorus(name) for name in ("whole", "by_layer")}
+    first = {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        call()
+        first[f"{name}_s"] = time.perf_counter() - start
+    report.add("first step", first, "s")
+    return calls
+
+
 def mixed_case(sizes: dict[str, int], width: int, input_ids: Tensor, dtype: torch.dtype) -> dict[str, Step]:
     modality_BS = torch.zeros_like(input_ids)
     modality_BS[:, 1 : 1 + round(IMAGE_SHARE * input_ids.shape[1])] = 1
@@ -146,9 +170,16 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[..., dict[str, Step]], tu
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parsed = parse("One training step of a whole small decoder.", arguments)
+    options = (("--compile", {"action": "store_true", "help": "ours with and without the compiler, 4 x 64 tokens"}),)
+    parsed = parse("One training step of a whole small decoder.", arguments, *options)
     sizes, width = (QUICK, 16) if parsed.quick else (SIZES, WIDTH)
     report = Report(f"training step, {parsed.dtype}", parsed)
+    if parsed.compile:
+        input_ids = torch.randint(sizes["vocab_size"], (1, 8) if parsed.quick else COMPILED_BATCH)
+        calls = compiled_case(sizes, width, input_ids, getattr(torch, parsed.dtype), report)
+        report.add("text, compiled", figures(measure(calls, parsed.rounds)))
+        report.save()
+        return
     for name, build, (batch, length) in cases(parsed.quick):
         input_ids = torch.randint(sizes["vocab_size"], (batch, length))
         calls = build(sizes, width, input_ids, getattr(torch, parsed.dtype))

@@ -40,6 +40,16 @@ MOST_GRAPHS = 16
 COMPILING = Lock()
 # Experts functions that a graph can hold.
 TRACEABLE = (CPU_EXPERTS, "grouped_mm", "batched_mm", GATHERED)
+# What Inductor is told about a step on the CPU.
+INDUCTOR: dict[str, Any] = {
+    # A norm is computed once, not anew for each row of the weight that it is multiplied with.
+    "realize_reads_threshold": 2,
+    # A product and its sum are one instruction.
+    "cpp.enable_floating_point_contract_flag": "fast",
+    # Shapes were looked at when the graph was made.
+    "size_asserts": False,
+    "alignment_asserts": False,
+}
 # Arguments that a step may have beside tokens, positions, masks and the cache.
 OPTIONS = ("complexity_scores", "expert_budget", "closed_banks", "skip_threshold")
 # What says nothing about a step; `generate` hands its tokenizers on to the model.
@@ -95,17 +105,43 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
     return NotImplemented if product is NotImplemented else product + bias
 
 
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Any:
+    """Attention of one token a sample, as sums."""
+    # The library's wants keys and values in memory for every head; here heads read those that they share.
+    if query.shape[-2] > 1 or dropout_p or is_causal:
+        return NotImplemented
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores_BHS = (query.float() * key).sum(-1) * scale
+    if attn_mask is not None:
+        scores_BHS = scores_BHS + attn_mask[..., 0, :]
+    output_BHD = (scores_BHS.softmax(-1)[..., None] * value).sum(-2)
+    return output_BHD[:, :, None].to(query.dtype), scores_BHS.logsumexp(-1)[..., None]
+
+
 def _backend(options: dict[str, Any]) -> Callable[..., Any]:
-    """Inductor with products of one row as sums."""
+    """Inductor with products of one row, and attention of one token, as sums."""
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
     def run(graph: Any, inputs: Any) -> Any:
         # A table of its own, handed over, would keep graphs out of Inductor's cache on disk. So the common one is
         # changed while a graph is made, and the cache's key says so.
-        one_row = patch.dict(select_decomp_table(), {aten.mm.default: _mm, aten.addmm.default: _addmm})
+        sums: dict[Any, Callable[..., Any]] = {aten.mm.default: _mm, aten.addmm.default: _addmm}
+        is_cpu = all(each.device.type == "cpu" for each in inputs if isinstance(each, Tensor))
+        if is_cpu:
+            sums[aten._scaled_dot_product_flash_attention_for_cpu.default] = _attention
+        one_row = patch.dict(select_decomp_table(), sums)
         with one_row, torch.compiler.config.patch(cache_key_tag=GATHERED):  # type: ignore[attr-defined]
-            return compile_fx(graph, inputs, config_patches=options)
+            return compile_fx(graph, inputs, config_patches=(INDUCTOR if is_cpu else {}) | options)
 
     return run
 

@@ -21,8 +21,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from chorus_moe.fastpaths.expert_slots import FEW_ROWS, PADDED_ROWS, SlotPlan, Unit, few_rows, make_slot_plan
 from chorus_moe.fastpaths.experts_gpu import gpu_mm_experts_forward
+from chorus_moe.fastpaths.integer_products import in_pieces, integer_product
 from chorus_moe.fastpaths.one_token_experts import run_one_token
-from chorus_moe.fastpaths.quantized_weights import Quantized, product_in_blocks, stored_weight
+from chorus_moe.fastpaths.quantized_weights import (
+    Quantized,
+    multiplies_whole_numbers,
+    product_in_blocks,
+    stored_weight,
+)
 from chorus_moe.fastpaths.row_products import MOST_ROWS, can_stream, multiply_stacked
 from chorus_moe.fastpaths.supported_experts import (
     GATHERED,
@@ -303,6 +309,29 @@ def _run_quantized(
     return output_PD
 
 
+def _run_integers(
+    hidden_TD: Tensor, gate_up_EHD: Quantized, down_EDI: Quantized, activation: _Activation, plan: SlotPlan
+) -> Tensor:
+    """Unweighted outputs `(P, D)` of experts with a few rows each, in whole numbers."""
+    # All rows are split and scaled at once: with a few rows, what an expert costs beside its products counts.
+    pieces, scale_T1 = in_pieces(hidden_TD)
+    hidden_PH = _integer_products(pieces.index_select(1, plan.token_P), gate_up_EHD, plan.counts)
+    active_PI = activation.experts._apply_gate(hidden_PH.mul_(scale_T1.index_select(0, plan.token_P)))
+    pieces, scale_P1 = in_pieces(active_PI)
+    return _integer_products(pieces, down_EDI, plan.counts).mul_(scale_P1).to(hidden_TD.dtype)
+
+
+def _integer_products(pieces: Tensor, weight_ENM: Quantized, counts: list[int]) -> Tensor:
+    """`(P, N)`, float32, before the rows' own scale; rows are sorted by expert."""
+    output_PN = pieces.new_empty(pieces.shape[1], weight_ENM.shape[1], dtype=torch.float32)
+    for expert, (count, stop) in enumerate(zip(counts, accumulate(counts), strict=True)):
+        if count:
+            slots = slice(stop - count, stop)
+            values_NM, scale_N1 = weight_ENM.values[expert], weight_ENM.scale[expert]
+            output_PN[slots] = integer_product(pieces[:, slots], values_NM, scale_N1)
+    return output_PN
+
+
 def _stream(rows_PD: Tensor, gate_up_EHD: Tensor, down_EDI: Tensor, counts: list[int]) -> Tensor:
     """Unweighted outputs `(P, D)` of SwiGLU experts with a handful of rows each, sorted by expert."""
     gate_IP, up_IP = multiply_stacked(gate_up_EHD, rows_PD, counts).chunk(2)
@@ -376,7 +405,10 @@ def cpu_mm_experts_forward(
             return run_one_token(hidden_TD, *choice, gate_up, down).to(hidden_states.dtype)
         if isinstance(gate_up, Quantized) and not is_training:
             plan = make_slot_plan(top_k_index, len(gate_up), math.inf)
-            output_PD = _run_quantized(hidden_TD, gate_up, down, activation, plan)
+            mean_rows = sum(plan.counts) / max(1, sum(count > 0 for count in plan.counts))
+            is_whole = all(multiplies_whole_numbers(weight, mean_rows) for weight in (gate_up, down))
+            run = _run_integers if is_whole else _run_quantized
+            output_PD = run(hidden_TD, gate_up, down, activation, plan)
             return _combine(output_PD, plan, top_k_weights).to(hidden_states.dtype)
         groups = isinstance(gate_up, Tensor) and can_group(hidden_TD, gate_up, down)
         num_few = few_rows(gate_up, is_training) if groups else 0

@@ -4,8 +4,8 @@ Unusual here:
 - a quantised weight is one of torch's parametrizations. `module.weight` is still there, computed when it is read, and
   what is stored are plain tensors: `parametrizations.weight.original` and `parametrizations.weight.0.scale`. So one
   layout serves safetensors, PEFT and the compiler, for matrices and for stacks of them;
-- many rows are multiplied by floating-point copies, one linear layer or a few experts at a time; a decoding step reads
-  the whole numbers themselves.
+- many rows are multiplied by floating-point copies, one linear layer or a few experts at a time; a few rows, and a
+  decoding step, by the whole numbers themselves.
 
 Shape suffixes: T tokens, N rows of a weight, M its columns, G groups of a row; E experts.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, register_parametrization
 
+from chorus_moe.fastpaths.integer_products import MOST_ROWS, in_pieces, integer_product, multiplies_integers
 from chorus_moe.modeling.moe_banks import ChorusExperts
 
 # A core that loads from several places at once reads memory faster: one loop sums rows of this many parts of a matrix
@@ -63,6 +64,11 @@ class Quantized:
     @property
     def dtype(self) -> torch.dtype:
         return self.scale.dtype
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether a row is int8 numbers times one scale."""
+        return self.bits == 8 and self.scale.shape[-1] == 1 and self.offset is None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -240,9 +246,22 @@ def product_in_blocks(states: Tensor, weight: Quantized) -> Tensor:
     buffer = rows_TM.new_empty(min(size, count), width)
     for start in range(0, count, size):
         part = weight[start : start + size]
-        block = part.dequantize(out=buffer[: len(part)])
+        block = buffer[: len(part)]
+        if weight.scales_rows:
+            block.copy_(part.values)
+        else:
+            part.dequantize(out=block)
         torch.mm(rows_TM, block.t(), out=output_TN[:, start : start + size])
+    if weight.scales_rows:
+        # Fewer numbers than the weight has.
+        output_TN.mul_(weight.scale.t())
     return output_TN.unflatten(0, states.shape[:-1])
+
+
+def multiplies_whole_numbers(weight: Quantized, rows: float) -> bool:
+    """Whether a product of this many rows reads the stored numbers, see `integer_products`."""
+    is_plain = weight.scales_rows and weight.dtype != torch.float64 and weight.values.device.type == "cpu"
+    return is_plain and rows <= MOST_ROWS and multiplies_integers()
 
 
 class _Product(torch.autograd.Function):
@@ -270,6 +289,10 @@ def multiply(states: Tensor, weight: Quantized) -> Tensor:
     if torch.is_grad_enabled() and states.requires_grad:
         return _Product.apply(states, weight)
     if states.device.type == "cpu" and not torch.compiler.is_compiling():
+        if multiplies_whole_numbers(weight, len(rows_TM)):
+            pieces, scale_T1 = in_pieces(rows_TM)
+            product_TN = integer_product(pieces, weight.values, weight.scale).mul_(scale_T1)
+            return product_TN.to(states.dtype).unflatten(0, states.shape[:-1])
         return product_in_blocks(states, weight)
     return F.linear(states, weight.dequantize().to(states.dtype))
 

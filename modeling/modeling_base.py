@@ -95,6 +95,8 @@ class ChorusPreTrainedModel(PreTrainedModel):
         if not load_config.ignore_mismatched_sizes:
             check_shapes(model, load_config.pretrained_model_name_or_path, loading_info.mismatched_keys)
         info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        # Under DeepSpeed transformers remembers also those that no file needed, and saves the weights under old names.
+        model._weight_conversions = [one for one in model._weight_conversions or () if one.was_used()]
         model._misfit = describe_misfit(
             model, load_config.pretrained_model_name_or_path, info.missing_keys, info.unexpected_keys
         )

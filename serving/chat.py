@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from chorus_moe.serving.conversation import Answer, Conversation
-from chorus_moe.serving.trace import Trace, trace_answer
+from chorus_moe.serving.trace import Trace, shares, trace_answer
 
 HELP = """\
 /image PATH    show a picture with the next question; may be repeated
@@ -87,9 +87,9 @@ class Chat:
 def routing_table(trace: Trace) -> str:
     """What the experts did for a conversation: visits by layer, bank and expert in percent, and what was spent."""
     lines = []
-    for layer in trace.experts:
-        shares = trace.shares(layer)
-        banks = "   ".join(f"{name} " + " ".join(f"{100 * s:3.0f}" for s in share) for name, share in shares.items())
+    for layer, experts in trace.experts.items():
+        found = shares(experts).items()
+        banks = "   ".join(f"{name} " + " ".join(f"{100 * s:3.0f}" for s in share) for name, share in found)
         lines.append(f"layer {layer:>2}   {banks}")
     if not lines:
         lines.append("the model has no sparse layer")

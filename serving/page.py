@@ -132,7 +132,7 @@ class Page:
             talk, answer = answers[0]
             trace = trace_answer(talk.voice, self.processor, answer)
             traced = [
-                spent_text(trace, answer.tokens_per_second), heat_html(trace), words_html(trace),
+                spent_text(trace, answer.tokens_per_second), heat_html(trace.experts), words_html(trace),
                 self.looks(trace, talk, answer),
             ]  # fmt: skip
             yield (*shown, *talks, *empty, *traced)

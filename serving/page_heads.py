@@ -18,7 +18,8 @@ from chorus_moe.modeling.modeling_heads import ChorusForContrastive, ChorusForSe
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.serving.conversation import SPEAKING
 from chorus_moe.serving.page import PICTURES
-from chorus_moe.serving.page_views import nearest_html
+from chorus_moe.serving.page_views import heat_html, nearest_html
+from chorus_moe.serving.trace import experts_by_layer
 from chorus_moe.serving.voices import Voice
 from chorus_moe.surgery.parts import decoder_of
 from chorus_moe.training.contrast.embeddings import embed_media, embed_texts
@@ -51,11 +52,14 @@ class LabelPage:
                     closed = gradio.CheckboxGroup(self.banks, label="Closed banks")
                 with gradio.Column():
                     labels = gradio.Label(label="Labels", num_top_classes=MAX_LABELS, elem_id="labels")
-            box.submit(self.classify, [box, voice, closed], labels, concurrency_limit=4, show_progress="hidden")
+                    heat = gradio.HTML(label="Experts: share of a layer's visits, in percent", elem_id="heat")
+            box.submit(self.classify, [box, voice, closed], [labels, heat], concurrency_limit=4, show_progress="hidden")
         return page
 
-    def classify(self, asked: Mapping[str, Any], voice: str, closed: Sequence[str] = ()) -> dict[str, float]:
-        """Label -> probability; of a regressor its values."""
+    def classify(
+        self, asked: Mapping[str, Any], voice: str, closed: Sequence[str] = ()
+    ) -> tuple[dict[str, float], str]:
+        """Label -> probability, of a regressor its values; and the share of visits that each expert had."""
         files = asked.get("files") or []
         images, sounds = [f for f in files if is_picture(f)], [f for f in files if not is_picture(f)]
         with shown_in_the_page(), self.speaking(voice) as model:
@@ -66,13 +70,15 @@ class LabelPage:
                 audio=[sounds] if sounds else None,
                 return_tensors="pt",
             ).to(device_of(model))
-            logits = model(**batch, **({"closed_banks": list(closed)} if closed else {})).logits[0].float()
-        config = base_model(model).config
+            options = {"closed_banks": list(closed)} if closed else {}
+            outputs = model(**batch, **options, output_router_logits=True)
+        config, logits = base_model(model).config, outputs.logits[0].float()
+        experts = experts_by_layer(decoder_of(model).config, outputs.routing, batch["input_ids"].shape[1])
         if config.problem_type == "multi_label_classification":
             logits = logits.sigmoid()
         elif config.problem_type != "regression":
             logits = logits.softmax(dim=-1)
-        return {config.id2label[number]: value for number, value in enumerate(logits.tolist())}
+        return {config.id2label[number]: value for number, value in enumerate(logits.tolist())}, heat_html(experts)
 
     @contextmanager
     def speaking(self, voice: str) -> Iterator[ModelOrAdapter]:

@@ -1,14 +1,14 @@
 """HTML and pictures of what the model did for one answer."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from chorus_moe.serving.trace import Trace
+from chorus_moe.serving.trace import Trace, shares
 from chorus_moe.surgery.printing import Html
 
 COLOURS = {"text": "#5b8def", "image": "#e8875b", "audio": "#56b28a"}
@@ -41,13 +41,13 @@ def words_html(trace: Trace) -> str:
     return f'<div class="chorus-words">{legend} <b>answer</b><hr>{"".join(pieces)}</div>'
 
 
-def heat_html(trace: Trace) -> str:
+def heat_html(experts: Mapping[int, Mapping[str, Tensor]]) -> str:
     """A row for each bank of each layer: share of the layer's visits, in percent, that each of its experts had."""
-    if not trace.experts:
+    if not experts:
         return "<p>The model has no sparse layer.</p>"
     rows = []
-    for layer in trace.experts:
-        for name, share_E in trace.shares(layer).items():
+    for layer, banks in experts.items():
+        for name, share_E in shares(banks).items():
             cells = [f"<th>layer {layer}, {escape(name)}</th>"]
             for expert, share in enumerate(share_E.tolist()):
                 title = f"layer {layer}, bank {name}, expert {expert}: {100 * share:.1f} % of the visits"
@@ -60,7 +60,7 @@ def heat_html(trace: Trace) -> str:
 
 def trace_html(trace: Trace) -> Html:
     """Experts and tokens of one answer, for a notebook."""
-    return Html(f"<style>{STYLE}</style>{heat_html(trace)}{words_html(trace)}")
+    return Html(f"<style>{STYLE}</style>{heat_html(trace.experts)}{words_html(trace)}")
 
 
 def nearest_html(found: Sequence[tuple[str, float]]) -> str:

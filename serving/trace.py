@@ -6,6 +6,7 @@ one forward, with the options and the voice of the answer, so that streaming is 
 Shape suffixes: S tokens of prompt and answer, E experts of a bank, A tokens of the answer.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,12 +61,6 @@ class Trace:
         ]
         return sorted(found, key=lambda entry: -entry[2])
 
-    def shares(self, layer: int) -> dict[str, Tensor]:
-        """Bank -> `(E,)`: part of the answer's and prompt's visits of a layer that each expert had."""
-        counts = {name: (weight_SE > 0).sum(dim=0) for name, weight_SE in self.experts[layer].items()}
-        total = max(sum(int(count.sum()) for count in counts.values()), 1)
-        return {name: count / total for name, count in counts.items()}
-
     def spans(self, modality: str, length: int | None = None) -> list[range]:
         """Positions of each item of a modality; items that touch are cut by `length`, tokens of one."""
         found, start = [], None
@@ -114,16 +109,30 @@ def trace_answer(voice: Voice, processor: ChorusProcessor, answer: Answer) -> Tr
         words=[processor.tokenizer.decode([token]) for token in ids],
         modalities=[NAMES[number] for number in types],
         prompt_length=prompt_length,
-        experts={
-            layer: {name: expert_weights(bank, len(ids)) for name, bank in banks.items()}
-            for layer, banks in zip(decoder.config.sparse_layers, outputs.routing or (), strict=False)
-        },
+        experts=experts_by_layer(decoder.config, outputs.routing, len(ids)),
         attention_AS=attention_AS,
         attention_layers=layers,
         layers=int(spent.layers[0]),
         visits=int(spent.experts[0]),
         flops=int(spent.flops[0]),
     )
+
+
+def experts_by_layer(
+    config: ChorusTextConfig, routing: Sequence[Mapping[str, BankRouting]] | None, length: int
+) -> dict[int, dict[str, Tensor]]:
+    """`Trace.experts` from the routing of one sequence of `length` tokens."""
+    return {
+        layer: {name: expert_weights(bank, length) for name, bank in banks.items()}
+        for layer, banks in zip(config.sparse_layers, routing or (), strict=False)
+    }
+
+
+def shares(experts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bank -> `(E,)`: part of all visits of a layer that each expert had."""
+    counts = {name: (weight_SE > 0).sum(dim=0) for name, weight_SE in experts.items()}
+    total = max(sum(int(count.sum()) for count in counts.values()), 1)
+    return {name: count / total for name, count in counts.items()}
 
 
 def expert_weights(routing: BankRouting, length: int) -> Tensor:

@@ -75,8 +75,8 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def numbers_in(parameter: Tensor) -> int:
-    """How many weights a parameter holds: bytes of 4-bit weights hold two each."""
-    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+    """How many weights a parameter holds: bytes of 4-bit weights hold two each, DeepSpeed leaves empty ones behind."""
+    return getattr(parameter, "ds_numel", parameter.numel()) * (2 if parameter.dtype == torch.uint8 else 1)
 
 
 def checked(operation: str, build: Callable[[], Built]) -> Built:

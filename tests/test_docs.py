@@ -27,6 +27,8 @@ EXCLUDED = {
     "pip": "installs",
     "git": "needs the network",
     "chorus-moe serve": "runs until it is stopped; tests/serving runs it",
+    "bash serving/vllm/environment.sh": "installs",
+    "vllm-env/bin/python": "runs until it is stopped; tests/serving/vllm runs it",
     "chorus-moe chat": "waits for a person; tests/serving runs it",
     "chorus-moe page": "runs until it is stopped; tests/serving runs it",
     "chorus-moe federated server": "waits for clients; tests/training/federated/test_flower.py runs it",

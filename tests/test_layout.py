@@ -29,7 +29,7 @@ FOLDERS = tuple(MAY_IMPORT)
 HUB_FOLDERS = ("modeling", "processors")
 # What a user must trust for a forward pass, training and generation. What does the same faster, or serves the package's
 # own commands alone, is registered by `import chorus_moe` (see `configuration_services`) and does not count.
-MAX_SHIPPED_FILES, MAX_SHIPPED_LINES = 42, 8_497
+MAX_SHIPPED_FILES, MAX_SHIPPED_LINES = 42, 8_500
 # The listing shows the rooms of a flat folder by prefix.
 ROOMS = (
     "attention",

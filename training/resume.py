@@ -120,7 +120,8 @@ def _check_weights(model: nn.Module, folder: Path) -> None:
     ours: dict[int, dict[str, tuple[int, ...]]] = {}
     # Tied parameters are saved under one of their names, which need not be the first.
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        ours.setdefault(id(parameter), {})[name] = tuple(parameter.shape)
+        # DeepSpeed's third stage leaves an empty tensor behind, and its shape beside it.
+        ours.setdefault(id(parameter), {})[name] = tuple(getattr(parameter, "ds_shape", parameter.shape))
     for aliases in ours.values():
         name, shape = next(((name, s) for name, s in aliases.items() if name in saved), next(iter(aliases.items())))
         if saved.get(name) != shape:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
@@ -35,7 +36,7 @@ from chorus_moe.training.features.checks import check_features
 from chorus_moe.training.guards.skills import SkillGuard
 from chorus_moe.training.guards.steps import StepGuard
 from chorus_moe.training.label_smoothing import smooth_labels
-from chorus_moe.training.loading import ModelOrAdapter, base_model, check_source, load_processor
+from chorus_moe.training.loading import ModelOrAdapter, base_model, check_source, is_adapter, load_processor
 from chorus_moe.training.objectives.distillation import distillation_objectives
 from chorus_moe.training.objectives.teacher_files import TaughtRows, teacher_columns
 from chorus_moe.training.objectives.terms import build_objectives, weigh_tokens
@@ -53,9 +54,9 @@ from chorus_moe.training.routing.report import write_routing
 from chorus_moe.training.routing.reward import RouterRewardTrainer
 from chorus_moe.training.saving import held_model
 from chorus_moe.training.scale.faults import SlowRank
-from chorus_moe.training.scale.layout import accumulation, check_arguments, layout_of
+from chorus_moe.training.scale.layout import ALONE, Layout, accumulation, check_arguments, layout_of
 from chorus_moe.training.scale.ranks import hold_same_rows, num_data_ranks
-from chorus_moe.training.scale.spread import spread
+from chorus_moe.training.scale.spread import loading_in_shares, spread
 from chorus_moe.training.scale.trackers import outlive_trackers
 from chorus_moe.training.streaming import StreamedRows, skip_learned, training_rows
 from chorus_moe.training.tasks.learning import check_memory, task_columns
@@ -105,7 +106,7 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
         print(tasks, file=sys.stderr)
     checkpoint = find_checkpoint(arguments, recipe.model.model_name_or_path)
     is_new = arguments.overwrite_output_dir and checkpoint is None
-    model, processor = load_or_build(recipe, train_rows, checkpoint)
+    model, processor = load_or_build(recipe, train_rows, checkpoint, layout)
     spread(model, layout)
     check_features(model, processor, {"data.train_data": train_rows, "data.eval_data": eval_rows})
     objectives, answers = distillation_objectives(recipe.distillation, model, processor, recipe.data.max_length)
@@ -159,6 +160,9 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
             from chorus_moe.training.privacy.card import privacy_section
 
             run = [*privacy_section(trainer), *run]  # type: ignore[arg-type]  # by `new_trainer`
+        if layout.zero:
+            # Otherwise the model whose parameters the card counts is shared out as well, and waits for the other ranks.
+            unset_hf_deepspeed_config()
         _publish(model, processor, metrics, trainer, counters, stages, run)
     return metrics
 
@@ -254,7 +258,7 @@ def _publish(
 
 
 def load_or_build(
-    recipe: Recipe, rows: RowDataset | StreamedRows, checkpoint: str | None = None
+    recipe: Recipe, rows: RowDataset | StreamedRows, checkpoint: str | None = None, layout: Layout = ALONE
 ) -> tuple[ModelOrAdapter, ChorusProcessor]:
     """The model to train, with its adapter if the recipe has one, and the processor."""
     given = recipe.model
@@ -269,6 +273,9 @@ def load_or_build(
     if given.load_in_4bit:
         options["quantization_config"] = four_bits()
     if given.model_name_or_path is not None:
+        # A new bank and an adapter go into a whole model, which is spread afterwards.
+        if layout.is_sharded and not (recipe.lora.use_lora or given.add_bank or is_adapter(given.model_name_or_path)):
+            options |= loading_in_shares(layout, kind_of(recipe), given.model_name_or_path)
         model = pretrained(recipe, **options)
         processor = load_processor(given.model_name_or_path)
     else:

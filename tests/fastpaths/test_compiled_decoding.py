@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import CompileConfig
 
 from chorus_moe import ChorusForConditionalGeneration
-from chorus_moe.fastpaths.compiled_decoding import CompiledDecoding, _addmm, _mm, compile_decoding
+from chorus_moe.fastpaths.compiled_decoding import CompiledDecoding, _addmm, _attention, _mm, compile_decoding
 from chorus_moe.surgery import close_bank
 from tests.conftest import tiny_batch, tiny_config
 
@@ -211,9 +212,9 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 4])
-def test_inductor(batch: int):
-    check(make(expert_banks={"text": {"adaptive_experts": True}, "common": {}}), text(batch), backend="inductor")
+@pytest.mark.parametrize(("batch", "case"), [(1, "adaptive experts"), (4, "adaptive experts"), (2, "windows")])
+def test_inductor(batch: int, case: str):
+    check(make(**CASES[case]), text(batch), backend="inductor")
 
 
 def test_products_of_one_row_are_torchs() -> None:
@@ -223,3 +224,21 @@ def test_products_of_one_row_are_torchs() -> None:
     torch.testing.assert_close(_addmm(bias, left, right), torch.addmm(bias, left, right), rtol=1e-5, atol=ATOL)
     assert _addmm(bias, left, right, alpha=2) is NotImplemented
     assert _mm(left.expand(2, -1), right) is NotImplemented
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_one_token_is_torchs(dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 4, length, 16).to(dtype) for length in (1, 9, 9))
+    mask = torch.zeros(2, 1, 1, 9).masked_fill(torch.rand(2, 1, 1, 9) < 0.3, float("-inf")).to(dtype)
+    mask[..., 0] = 0
+    doubles = [each.double() for each in (query, key, value)]
+    for given, scale in ((None, None), (mask, 0.3)):
+        expected = F.scaled_dot_product_attention(
+            *doubles, attn_mask=None if given is None else given.double(), scale=scale
+        )
+        found, _ = _attention(query, key, value, attn_mask=given, scale=scale)
+        # Sums in float32, and one rounding to the dtype at the end.
+        rtol = 2**-8 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=1e-6)
+    assert _attention(key, key, value) is NotImplemented
+    assert _attention(query, key, value, is_causal=True) is NotImplemented

@@ -74,10 +74,34 @@ def expected_labels(page: LabelPage, text: str, closed: list[str], **media: Any)
 def test_the_labels_are_those_of_the_model_with_its_closed_banks(labels: LabelPage, files: list[str]) -> None:
     asked = {"text": "what is it?", "files": files[::2]}
     for closed in ([], ["image"]):
-        found = labels.classify(asked, "classifier", closed)
+        found, _ = labels.classify(asked, "classifier", closed)
         media = {"images": [files[:1]], "audio": [files[2:3]]}
         expected = expected_labels(labels, "<image> <audio> what is it?", closed, **media)
         assert found == pytest.approx(expected, abs=1e-6) and sum(found.values()) == pytest.approx(1)
+
+
+def cell(html: str, title: str) -> str:
+    """What a cell of the heat map shows."""
+    return html.split(title)[1].split(">", 1)[1].split("<", 1)[0]
+
+
+@torch.no_grad()
+def test_the_heat_map_shows_the_visits_of_each_expert(labels: LabelPage, files: list[str]) -> None:
+    """Counted from the routing of the model itself."""
+    _, html = labels.classify({"text": "what is it?", "files": files[:1]}, "classifier")
+    model = labels.voices["classifier"].model
+    batch = labels.processor(text=["<image> what is it?"], images=[files[:1]], return_tensors="pt")
+    routing = model(**batch, output_router_logits=True).routing
+    layer, banks = model.config.text_config.sparse_layers[0], routing[0]
+    total = sum(bank.selected_experts.numel() for bank in banks.values())
+    for name, bank in banks.items():
+        for expert in range(bank.router_logits.shape[-1]):
+            count = int((bank.selected_experts == expert).sum())
+            shown = cell(
+                html, f"layer {layer}, bank {name}, expert {expert}: {100 * count / total:.1f} % of the visits"
+            )
+            # A half is rounded either way.
+            assert bool(shown) == bool(count) and abs(int(shown or 0) - 100 * count / total) < 0.51
 
 
 def test_nothing_and_what_cannot_be_read_are_one_line(labels: LabelPage, nearest: NearestPage, tmp_path: Path) -> None:
@@ -127,7 +151,8 @@ def test_a_visitor_of_a_classifier_sees_bars(labels: LabelPage, files: list[str]
         tab.wait_for_selector("#labels >> text=dog")
         shown = tab.inner_text("#labels")
         best = max(
-            (expected := labels.classify({"text": "what is it?", "files": files[:1]}, "classifier")), key=expected.get
+            (expected := labels.classify({"text": "what is it?", "files": files[:1]}, "classifier")[0]),
+            key=expected.get,
         )  # type: ignore[arg-type]
         assert (
             best in shown

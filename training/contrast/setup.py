@@ -86,6 +86,8 @@ def check_head(recipe: Recipe) -> None:
     if not is_contrastive(recipe):
         if given := [name for name, value in asked.items() if value is not None]:
             raise ValueError(f"objectives.{given[0]} is for model.head: contrastive, found {model.head!r}")
+        if objectives.contrast_weight > 0:
+            _check_batch(recipe, f"objectives.contrast_weight={objectives.contrast_weight}")
         _check_tokens(model.model_name_or_path)
         return
     if objectives.contrastive_loss is not None:
@@ -106,12 +108,16 @@ def check_head(recipe: Recipe) -> None:
     }
     if wrong := [name for name, value in of_tokens.items() if value or name in other]:
         raise ValueError(f"{wrong[0]} is about labelled tokens, which model.head: contrastive does not have")
-    if arguments.per_device_train_batch_size * arguments.world_size < 2:
+    _check_batch(recipe, "model.head: contrastive")
+    _check_new_head(recipe)
+
+
+def _check_batch(recipe: Recipe, asked: str) -> None:
+    if recipe.training.per_device_train_batch_size * recipe.training.world_size < 2:
         raise ValueError(
-            "model.head: contrastive tells each pair from the others of its batch, and per_device_train_batch_size=1 "
+            f"{asked} tells each pair from the others of its batch, and per_device_train_batch_size=1 "
             "has no other; micro-batches of gradient accumulation do not see each other"
         )
-    _check_new_head(recipe)
 
 
 def _check_new_head(recipe: Recipe) -> None:

@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder of a model and its processor")
     parser.add_argument("--adapter", help="folder of a LoRA adapter of that model")
     parser.add_argument("--questions", required=True, nargs="+", type=Path, help="folders written by save_questions")
-    parser.add_argument("--withhold", action="store_true", help="first folder also without images and without sounds")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS[:1], help="what each folder gives")
     parser.add_argument("--limit", type=int, help="answer only this many questions, from the first")
     parser.add_argument("--out", required=True, type=Path, help="JSON file to write: folder -> variant -> answers")
     options = parser.parse_args(arguments)
@@ -112,10 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         model = PeftModel.from_pretrained(model, options.adapter)
     answers: dict[str, dict[str, list[str]]] = {}
-    for index, folder in enumerate(options.questions):
+    for folder in options.questions:
         variants = variants_of(load_questions(folder)[: options.limit])
-        names = VARIANTS if options.withhold and index == 0 else VARIANTS[:1]
-        answers[folder.name] = {name: answer(model, processor, variants[name]) for name in names}
+        answers[folder.name] = {name: answer(model, processor, variants[name]) for name in options.variants}
     options.out.write_text(json.dumps(answers))
 
 

@@ -9,9 +9,12 @@ Unusual here:
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -74,14 +77,47 @@ def _larger(written: int, spoken: int) -> str:
 
 @dataclass(frozen=True)
 class Skill:
-    """A question type: the media it needs, its answer and the joint probability of (written, spoken), its phrasings."""
+    """A question type: the media it needs, its answer and the joint probability of (written, spoken), its phrasings.
+
+    `templates` are expanded to `questions`, without those that are held out for testing.
+    """
 
     name: str
     needs: tuple[str, ...]
     answer: Callable[[int, int], str]
-    questions: tuple[str, ...]
+    templates: tuple[str, ...]
     held_out_questions: tuple[str, ...]
     joint: np.ndarray = field(default_factory=lambda: INDEPENDENT)
+
+    @cached_property
+    def questions(self) -> tuple[str, ...]:
+        """The phrasings to train on."""
+        return tuple(text for text in expand(*self.templates) if text not in self.held_out_questions)
+
+
+def expand(*templates: str) -> tuple[str, ...]:
+    """Every sentence of the templates, in which `[a|b]` is a choice."""
+    pieces = [[part.split("|") for part in re.split(r"[\[\]]", template)] for template in templates]
+    return tuple("".join(words) for choices in pieces for words in product(*choices))
+
+
+def _comparison(word: str) -> dict[str, tuple[str, ...]]:
+    return {
+        "templates": (
+            f"Which [digit|number|one] is {word}?",
+            f"Which [digit|number|one] is {word}, the written or the spoken one?",
+            f"Which [digit|number|one] is {word}, the picture or the [sound|voice]?",
+            f"Is the written or the spoken [digit|number] {word}?",
+            f"Tell me which [digit|number|one] is {word}.",
+            f"Name the {word} [digit|number|one], written or spoken.",
+            f"Compare the two [digits|numbers]. Which [is|one is] {word}?",
+            f"Compare the [picture|written digit] and the [sound|spoken digit|voice]. Which [is|one is] {word}?",
+        ),
+        "held_out_questions": (
+            f"Which number is {word}, the written or the spoken one?",
+            f"Compare the picture and the voice. Which is {word}?",
+        ),
+    }
 
 
 _SKILLS = (
@@ -90,13 +126,12 @@ _SKILLS = (
         ("image",),
         lambda written, spoken: str(written),
         (
-            "Which digit is written?",
-            "What digit is in the picture?",
-            "Read the written digit.",
-            "Name the digit you see.",
-            "What number does the picture show?",
-            "Tell me the written number.",
-            "Look at the picture. Which number is it?",
+            "[Which|What] [digit|number] is written?",
+            "[Which|What] [digit|number] is in the picture?",
+            "[Which|What] [digit|number] does the picture show?",
+            "[Read|Name|Tell me] the written [digit|number].",
+            "[Read|Name|Tell me] the [digit|number] you see.",
+            "Look at the picture. Which [digit|number] is it?",
         ),
         ("Which number is in the picture?", "Tell me the digit you see."),
     ),
@@ -105,13 +140,12 @@ _SKILLS = (
         ("audio",),
         lambda written, spoken: str(spoken),
         (
-            "Which digit is spoken?",
-            "What digit is in the sound?",
-            "Repeat the spoken digit.",
-            "Name the digit you hear.",
-            "What number does the voice say?",
-            "Tell me the spoken number.",
-            "Listen to the sound. Which number is it?",
+            "[Which|What] [digit|number] is spoken?",
+            "[Which|What] [digit|number] is in the sound?",
+            "[Which|What] [digit|number] does the voice say?",
+            "[Repeat|Name|Tell me] the spoken [digit|number].",
+            "[Repeat|Name|Tell me] the [digit|number] you hear.",
+            "Listen to the sound. Which [digit|number] is it?",
         ),
         ("Which number is in the sound?", "Tell me the digit you hear."),
     ),
@@ -120,45 +154,31 @@ _SKILLS = (
         ("image", "audio"),
         lambda written, spoken: str(written + spoken),
         (
-            "What is the sum of the two digits?",
-            "Add the written and the spoken digit.",
-            "What do the picture and the sound make together?",
-            "What is the written number plus the spoken number?",
-            "Tell me the sum of the picture and the voice.",
-            "Add the two numbers.",
-            "How much is the digit you see plus the digit you hear?",
+            "What is the sum of the [two digits|two numbers]?",
+            "What is the sum of the written and the spoken [digit|number]?",
+            "Tell me the sum of the [two digits|two numbers|picture and the sound|picture and the voice].",
+            "Add the [two digits|two numbers|written and the spoken digit|written and the spoken number].",
+            "Add the [digit|number] you see and the [digit|number] you hear.",
+            "What do the picture and the [sound|voice] make together?",
+            "What is the written [digit|number] plus the spoken [digit|number]?",
+            "How much is the [digit|number] you see plus the [digit|number] you hear?",
         ),
         ("What is the sum of the written and the spoken number?", "Add the digit you see and the digit you hear."),
     ),
-    Skill(
-        "larger",
-        ("image", "audio"),
-        _larger,
-        (
-            "Which digit is larger?",
-            "Is the written or the spoken digit larger?",
-            "Which one is larger, the picture or the voice?",
-            "Tell me which number is larger.",
-            "Name the larger one, written or spoken.",
-            "Compare the two digits. Which one is larger?",
-        ),
-        (
-            "Which number is larger, the written or the spoken one?",
-            "Compare the picture and the voice. Which is larger?",
-        ),
-        CLOSE,
-    ),
+    Skill("larger", ("image", "audio"), _larger, joint=CLOSE, **_comparison("larger")),
     Skill(
         "same",
         ("image", "audio"),
         lambda written, spoken: "yes" if written == spoken else "no",
         (
-            "Are the two digits the same?",
-            "Is the written digit the same as the spoken digit?",
-            "Do the picture and the voice agree?",
-            "Do you see the number you hear?",
-            "Is it the same number?",
-            "Does the sound agree with the picture?",
+            "Are the two [digits|numbers] the same?",
+            "Are the written and the spoken [digit|number] the same?",
+            "Is the written [digit|number] the same as the spoken [digit|number]?",
+            "Is it the same [digit|number]?",
+            "Do you see the [digit|number] you hear?",
+            "Do the picture and the [sound|voice] agree?",
+            "Does the [sound|voice] agree with the picture?",
+            "Does the picture agree with the [sound|voice]?",
         ),
         ("Are the written and the spoken digit the same?", "Does the voice agree with the picture?"),
         HALF_EQUAL,
@@ -167,19 +187,8 @@ _SKILLS = (
         "smaller",
         ("image", "audio"),
         lambda written, spoken: _larger(spoken=written, written=spoken),
-        (
-            "Which digit is smaller?",
-            "Is the written or the spoken digit smaller?",
-            "Which one is smaller, the picture or the voice?",
-            "Tell me which number is smaller.",
-            "Name the smaller one, written or spoken.",
-            "Compare the two digits. Which one is smaller?",
-        ),
-        (
-            "Which number is smaller, the written or the spoken one?",
-            "Compare the picture and the voice. Which is smaller?",
-        ),
-        CLOSE,
+        joint=CLOSE,
+        **_comparison("smaller"),
     ),
 )
 SKILLS: dict[str, Skill] = {skill.name: skill for skill in _SKILLS}

@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from chorus_moe.modeling.modeling_chorus import ChorusModel
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
+from chorus_moe.modeling.tower_audio import ChorusAudioOutput
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.demo.augment import PictureAugment
 from chorus_moe.training.demo.data import DigitPictures
@@ -148,6 +150,29 @@ class LoneDigitCollator:
         else:
             batch = dict(self.processor.feature_extractor(media, sampling_rate=SAMPLING_RATE, return_tensors="pt"))
         return batch | {"labels": torch.tensor([digit for _, digit in items])}
+
+
+class FrozenTowers:
+    """Batches of `collate` whose media have been through the frozen towers of `model`: the states lie in
+    `mm_encoder_outputs`. As the collator of a loader with workers it takes the towers off the core that trains.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Any]], model: ChorusModel):
+        self.collate, self.vision_tower, self.audio_tower = collate, model.vision_tower, model.audio_tower
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        batch = self.collate(rows)
+        # Batch norms of a tower that was frozen in training mode would go on learning. A tower's own pooled output is
+        # none of the connector's, so only the states go on.
+        outputs: dict[str, Any] = {}
+        if "pixel_values" in batch:
+            seen = self.vision_tower.eval()(batch.pop("pixel_values"))
+            outputs["image"] = BaseModelOutputWithPooling(last_hidden_state=seen.last_hidden_state)
+        if "input_features" in batch:
+            heard = self.audio_tower.eval()(batch.pop("input_features"), batch.pop("input_features_mask"))
+            outputs["audio"] = ChorusAudioOutput(heard.last_hidden_state, heard.attention_mask)
+        return batch | {"mm_encoder_outputs": outputs}
 
 
 def learn_alone(

@@ -24,6 +24,7 @@ Marks = Mapping[str, Sequence[bool]]
 EXTRA = {
     "new_voices": "*spoken*, by voices that the base model does not know",
     "new_phrasings": "The old skills, asked in phrasings that neither stage has seen",
+    "known_speakers": "The same phrasings, with other takes of the speakers that the base model knows",
 }
 # Skills whose answer is a digit itself.
 READING = ("written", "spoken")

@@ -217,6 +217,16 @@ def split_held_out(clips: SpeechClips, speaker: str, takes: int = 5) -> tuple[Sp
     return others, mine.select(adaptation), mine.select(test)
 
 
+def split_last_takes(clips: SpeechClips, share: float = 0.1) -> tuple[SpeechClips, SpeechClips]:
+    """(the first takes, the last `share` of the takes, one at least) of every digit of every speaker; an only take is
+    among the first."""
+    takes: dict[tuple[str, int], list[int]] = {}
+    for row, key in enumerate(zip(clips.speakers, clips.digits.tolist(), strict=True)):
+        takes.setdefault(key, []).append(row)
+    last = sorted(row for rows in takes.values() for row in rows[max(1, int(len(rows) * (1 - share))) :])
+    return clips.select(sorted(set(range(len(clips))) - set(last))), clips.select(last)
+
+
 def level(waveform: np.ndarray, peak: float = 0.9) -> np.ndarray:
     """The clip as float32 with its largest sample at `peak`: speakers differ more in level than in anything else."""
     return (waveform * (peak / max(float(np.abs(waveform).max()), 1e-4))).astype(np.float32)

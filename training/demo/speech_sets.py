@@ -22,6 +22,7 @@ from chorus_moe.training.demo.speech import (
     SynthesisSettings,
     recorded_digits,
     split_held_out,
+    split_last_takes,
     synthetic_digits,
 )
 
@@ -41,8 +42,10 @@ SAME_VOICE = SpeechAugment(
 
 @dataclass(frozen=True)
 class SpeechSets:
-    """Clips by use: `train` and `adaptation` are augmented, `test` and `adaptation_test` are as recorded or spoken.
+    """Clips by use: `train` and `adaptation` are augmented, the tests are as recorded or spoken.
 
+    `known`, beside recordings, are other takes of speakers in `train`: who is heard without error shows whether a
+    question was understood.
     `other_words`, for the audio encoder alone, has the number of a word in `OTHER_WORDS` in the place of the digit.
     """
 
@@ -52,6 +55,7 @@ class SpeechSets:
     adaptation_test: SpeechClips
     description: str
     other_words: SpeechClips | None = None
+    known: SpeechClips | None = None
 
 
 def synthetic_speech_sets(cache: Path, *, copies: int = 1, workers: int = 2) -> SpeechSets:
@@ -79,6 +83,7 @@ def recorded_speech_sets(
 ) -> SpeechSets:
     """Real recordings with the speaker `held_out`, helped by synthetic voices; `takes` per digit are for adaptation."""
     others, adaptation, test = split_held_out(recorded_digits(folder), held_out, takes)
+    others, known = split_last_takes(others)
     synthetic = synthetic_digits(HELPING_VOICES, cache) + synthetic_digits(ACCENTED_VOICES, cache)
     # The recordings have an 8 kHz band already; the synthetic voices get it.
     near, far = SpeechAugment(telephone=0.15), SpeechAugment(telephone=0.9)
@@ -96,6 +101,8 @@ def recorded_speech_sets(
             f"{held_out} held out: {len(adaptation)} recordings to adapt to, {len(test)} to test"
         ),
         other_words=augmented(synthetic_digits(WORD_VOICES, cache), far, 1),
+        # Speakers of one take have none to spare.
+        known=known if len(set(known.digits.tolist())) == 10 else None,
     )
 
 

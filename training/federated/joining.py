@@ -1,7 +1,8 @@
 """How a server joins what clients have learned: weighted means, products of LoRA matrices, Adam, clipping and noise.
 
 Unusual here:
-- a client's part in a tensor is its examples, in an expert the tokens that chose it, and nothing where it had none;
+- a client's part in a tensor is its examples, in an expert the tokens that chose it, and nothing where it had none.
+  Where a private client takes part, who counts no tokens, an expert's part is examples, too;
 - the two matrices of a LoRA are joined as one: the new product is the mean of the clients' products. Their factors are
   stacked, which is exact, and cut to the rank again by a singular value decomposition. What the cut leaves out is kept
   on the server, also as factors, and added in the next round, so nothing is lost over rounds;
@@ -53,14 +54,20 @@ def lower_median(values: Sequence[float]) -> float:
 def shares(updates: Sequence[Update], name: str, tensors: Tensors, count_ratio: float) -> Tensor:
     """`(N, E)` in float64: the part of each client in each expert of a tensor; columns add up to 1, or are all 0."""
     counts_NE = torch.zeros(len(updates), tensors.experts, dtype=torch.float64)
+    # Rows and tokens cannot be weighed against each other.
+    by_tokens = not any(update.is_private for update in updates)
     for row, update in enumerate(updates):
         if name not in update.weights:
             continue
         counts_NE[row] = update.examples
+        if update.is_private:
+            continue
         if tensors.place is not None:
             chosen_E = update.tokens.get(tensors.place)
             if chosen_E is None or not chosen_E.any():
                 counts_NE[row] = 0
+            elif not by_tokens:
+                continue
             elif tensors.experts > 1:
                 counts_NE[row] = chosen_E
             elif tensors.expert is not None:

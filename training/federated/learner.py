@@ -3,7 +3,10 @@
 Unusual here:
 - rows, their number apart, never leave; neither do gradients, losses or metrics;
 - a bank or an encoder that met no token is not sent: it is left as the others make it;
-- each round is a run of its own, with a new optimizer and the recipe's whole schedule. `output_dir` is not written.
+- each round is a run of its own, with a new optimizer and the recipe's whole schedule. `output_dir` is not written,
+  but for the ledger of a private client;
+- a private client (section `privacy`) sends what its noise covers, and its number of rows: no counts of tokens, and all
+  that it trains whether or not a token reached it. All rounds spend from one ledger, which outlives the process.
 """
 
 import copy
@@ -31,6 +34,8 @@ from chorus_moe.training.federated.updates import STOP, TRAIN, Place, Question, 
 from chorus_moe.training.loading import ModelOrAdapter, base_model
 from chorus_moe.training.objectives.objective import Objective
 from chorus_moe.training.objectives.terms import build_objectives
+from chorus_moe.training.privacy.accounting import BudgetSpent
+from chorus_moe.training.privacy.ledger import Earlier, read_ledger
 from chorus_moe.training.readiness import check_recipe
 from chorus_moe.training.recipe import Recipe
 from chorus_moe.training.routing.callback import RoutingCallback
@@ -38,6 +43,7 @@ from chorus_moe.training.routing.counters import RoutingCounters
 from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.streaming import StreamedRows, training_rows
 from chorus_moe.training.train import load_or_build, new_trainer
+from chorus_moe.training.trainer import ChorusTrainer
 
 Rows = RowDataset | Sequence[dict[str, Any]]
 
@@ -70,7 +76,12 @@ class Learner:
     def __init__(self, recipe: Recipe, model: ModelOrAdapter, processor: ChorusProcessor, rows: Rows):
         check_federated_recipe(recipe)
         self.recipe, self.model, self.processor, self.rows = recipe, model, processor, rows
+        inner: Any = base_model(model)
+        self._loss_function = inner.loss_function
         self.collator: ChorusDataCollator = collator_of(recipe, processor)
+        if recipe.privacy.use_privacy:
+            # What it refuses is said before a server is asked.
+            self._new_trainer(Question(TRAIN))
         self._base: tuple[frozenset[str], str] | None = None
 
     @classmethod
@@ -107,17 +118,29 @@ class Learner:
         write_weights(self.model, question.weights)
         if not question.train_lora_a:
             freeze_lora_a(self.model)
+        trainer = self._new_trainer(question)
+        if self.recipe.privacy.use_privacy:
+            return self._private_update(question, trainer)
+        counting = Counting()
+        # After the routing callback, whose observer asks for the routing as well.
+        RoutingCallback.add_to(trainer, log_statistics=False)
+        trainer.add_callback(counting)
+        trainer.train()
+        return self._update(question, counting.counters)
+
+    def _new_trainer(self, question: Question) -> ChorusTrainer:
         arguments = copy.copy(self.recipe.training)
         arguments.save_strategy, arguments.seed = "no", self.recipe.training.seed + question.round
         set_seed(arguments.seed)
-        inner: Any = base_model(self.model)
-        loss_function = inner.loss_function
         if is_contrastive(self.recipe):
             arguments.label_names = []
         objectives: list[Objective] = list(build_objectives(self.recipe.objectives, self.model))
         if question.proximal_weight:
             objectives.append(Proximity(self.model, question.proximal_weight))
-        trainer = new_trainer(
+        # The Trainer of the round before has weighed it already.
+        inner: Any = base_model(self.model)
+        inner.loss_function = self._loss_function
+        return new_trainer(
             self.recipe,
             model=self.model,
             args=arguments,
@@ -126,14 +149,24 @@ class Learner:
             data_collator=self.collator,
             processing_class=self.processor,
         )
-        counting = Counting()
-        # After the routing callback, whose observer asks for the routing as well.
-        RoutingCallback.add_to(trainer, log_statistics=False)
-        trainer.add_callback(counting)
-        trainer.train()
-        # The next round's Trainer weighs it anew.
-        inner.loss_function = loss_function
-        return self._update(question, counting.counters)
+
+    def _learned(self, question: Question) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in trained_tensors(self.model).items() if name in question.weights}
+
+    def _private_update(self, question: Question, trainer: Any) -> Update:
+        ledger, before = trainer.ledger, read_ledger(trainer.args.output_dir)
+        if type(question.rounds_left) is not int or question.rounds_left < 1:
+            raise Refused(f"{question.rounds_left!r} rounds are left")
+        # A server that claims fewer rounds than it asks for finds the budget spent.
+        ledger.num_runs = question.rounds_left
+        ledger.continue_from([] if before is None else [before])
+        try:
+            trainer.train()
+        except BudgetSpent as error:
+            raise Refused(str(error)) from error
+        earlier = ledger.earlier or Earlier(0.0, 0.0)
+        spent = [ledger.epsilon + earlier.epsilon, ledger.delta + earlier.delta]
+        return Update(question.round, question.base, len(self.rows), self._learned(question), {}, {}, spent)
 
     def _update(self, question: Question, counters: RoutingCounters) -> Update:
         tokens: dict[Place, Tensor] = {
@@ -146,8 +179,7 @@ class Learner:
             for row, modality in enumerate(MODALITY_IDS)
         }
         layout = layout_of(self.model)
-        learned = {name: tensor for name, tensor in trained_tensors(self.model).items() if name in question.weights}
-        kept = {name: tensor for name, tensor in learned.items() if is_reached(layout[name], tokens, seen)}
+        kept = {n: t for n, t in self._learned(question).items() if is_reached(layout[n], tokens, seen)}
         return Update(question.round, question.base, len(self.rows), kept, tokens, seen)
 
     def base_hash(self, question: Question) -> str:
@@ -180,8 +212,7 @@ def is_reached(tensors: Tensors, tokens: dict[Place, Tensor], seen: dict[str, in
 
 
 def check_federated_recipe(recipe: Recipe) -> None:
-    """Raises ValueError for what has no meaning in a federation: a new model, a stream, tasks, row-level privacy, a
-    teacher."""
+    """Raises ValueError for what has no meaning in a federation: a new model, a stream, tasks, a teacher."""
     check_recipe(recipe)
     if recipe.model.model_name_or_path is None:
         raise ValueError("a federation trains a model that all have: set model.model_name_or_path")
@@ -189,10 +220,5 @@ def check_federated_recipe(recipe: Recipe) -> None:
         raise ValueError("data.streaming: a client says how many rows it has, and a stream does not end")
     if recipe.tasks.use_tasks:
         raise ValueError("tasks: a federation does not join what the tasks' own weights learn; leave the section out")
-    if recipe.privacy.use_privacy:
-        raise ValueError(
-            "privacy: each round would spend its epsilon anew, and counts of rows and tokens are sent as they are; "
-            "leave the section out, see federated.client_noise"
-        )
     if recipe.distillation.teachers:
         raise ValueError("distillation: a client of a federation has no teacher; leave the section out")

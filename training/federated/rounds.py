@@ -61,6 +61,7 @@ class Round:
         refused: name -> why its answer was left out.
         bytes_out, bytes_in: of all questions, of all answers.
         rest: share of the LoRA products that the rank leaves out, see `joining.py`.
+        spent: name -> epsilon and delta that a private client says it has spent so far.
         epsilon: spent so far; None without noise.
     """
 
@@ -72,10 +73,13 @@ class Round:
     seconds: float
     rest: float = 0.0
     epsilon: float | None = None
+    spent: dict[str, list[float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         found = [
-            f"{name} {examples:,} examples, change {norm:.3g}" + (f" x {scale:.2g}" if scale < 1 else "")
+            f"{name} {examples:,} examples, change {norm:.3g}"
+            + (f" x {scale:.2g}" if scale < 1 else "")
+            + (f", epsilon {self.spent[name][0]:.3g} of its rows" if name in self.spent else "")
             for name, (examples, norm, scale) in self.clients.items()
         ]
         found += [f"{name} left out: {reason}" for name, reason in self.refused.items()]
@@ -164,7 +168,8 @@ class Federation:
         number = self.done + 1
         proximal = self.given.proximal_weight if self.given.aggregation == FEDPROX else 0.0
         weights = self.held.weights | self.fixed
-        question = Question(TRAIN, number, self.base, proximal, self.given.train_lora_a, weights).pack()
+        left = self.given.rounds - self.done
+        question = Question(TRAIN, number, self.base, left, proximal, self.given.train_lora_a, weights).pack()
         answers = exchange.ask(dict.fromkeys(names, question), self.given.round_seconds)
         updates: dict[str, Update] = {}
         refused: dict[str, str] = {}
@@ -196,7 +201,9 @@ class Federation:
         }
         noise = self.given.client_noise
         spent = epsilon(noise, number, self.given.client_delta) if noise else None
-        found = Round(number, clients, refused, out, back, seconds, rest_share(self.held, self.layout), spent)
+        rest = rest_share(self.held, self.layout)
+        told = {name: update.spent for name, update in updates.items() if update.spent is not None}
+        found = Round(number, clients, refused, out, back, seconds, rest, spent, told)
         self.history.append(found)
         self.save()
         return found
@@ -214,6 +221,9 @@ class Federation:
             raise ValueError(f"an update of round {update.round}, this is round {self.done + 1}")
         if type(update.examples) is not int or update.examples < 1:
             raise ValueError(f"{update.examples!r} examples")
+        spent = [0.0, 0.0] if update.spent is None else update.spent
+        if len(spent) != 2 or not all(type(value) is float and value >= 0 for value in spent):
+            raise ValueError(f"has spent {spent!r}, which is no epsilon and delta")
         for place, chosen_E in update.tokens.items():
             if chosen_E.dtype != torch.int64 or (chosen_E < 0).any():
                 raise ValueError(f"tokens of bank {place[1]!r} in layer {place[0]}: {chosen_E.tolist()}")
@@ -240,6 +250,8 @@ class Federation:
         layer, bank = known.place
         if (owner := self.owners.get(bank, name)) != name:
             raise ValueError(f"{tensor}: bank {bank!r} is {owner}'s alone")
+        if update.is_private:
+            return
         counts = update.tokens.get(known.place)
         wanted = self.experts[known.place]
         if counts is None or tuple(counts.shape) != (wanted,):

@@ -28,6 +28,8 @@ def run_server(recipe: Recipe, exchange: Exchange) -> dict[str, float]:
         ValueError: as `Federation`, and as `run_training` before its first step.
     """
     check_federated_recipe(recipe)
+    if recipe.privacy.use_privacy:
+        raise ValueError("privacy: a server has no rows to protect; clients have the section in their recipes")
     set_seed(recipe.training.seed)
     # A model that exists is not built from rows.
     model, processor = load_or_build(recipe, None)  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ class Question:
 
     Attributes:
         base: SHA-256 of all that nobody trains, see `layout.py`.
+        rounds_left: this one included; a private client divides its budget among them.
         proximal_weight: of FedProx.
         train_lora_a: whether the first matrices of a LoRA are trained, too.
     """
@@ -33,12 +34,14 @@ class Question:
     kind: str
     round: int = 0
     base: str = ""
+    rounds_left: int = 1
     proximal_weight: float = 0.0
     train_lora_a: bool = True
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     def pack(self) -> bytes:
-        facts = {name: getattr(self, name) for name in ("kind", "round", "base", "proximal_weight", "train_lora_a")}
+        names = ("kind", "round", "base", "rounds_left", "proximal_weight", "train_lora_a")
+        facts = {name: getattr(self, name) for name in names}
         return pack({WEIGHTS: self.weights}, facts)
 
     @classmethod
@@ -54,8 +57,9 @@ class Update:
     Attributes:
         weights: what it trained, after training.
         examples: its rows.
-        tokens: (layer, bank) -> int64, how often each expert was chosen.
-        seen: modality -> its tokens.
+        tokens: (layer, bank) -> int64, how often each expert was chosen; empty from a private client.
+        seen: modality -> its tokens; empty from a private client.
+        spent: epsilon and delta that a private client has spent of each of its rows so far; None without privacy.
     """
 
     round: int
@@ -64,11 +68,16 @@ class Update:
     weights: dict[str, Tensor]
     tokens: dict[Place, Tensor]
     seen: dict[str, int]
+    spent: list[float] | None = None
+
+    @property
+    def is_private(self) -> bool:
+        return self.spent is not None
 
     def pack(self) -> bytes:
         tokens = {f"{layer}/{bank}": count_E for (layer, bank), count_E in self.tokens.items()}
         seen = {name: torch.tensor(count) for name, count in self.seen.items()}
-        facts = {"round": self.round, "base": self.base, "examples": self.examples}
+        facts = {"round": self.round, "base": self.base, "examples": self.examples, "spent": self.spent}
         return pack({WEIGHTS: self.weights, TOKENS: tokens, SEEN: seen}, facts)
 
     @classmethod

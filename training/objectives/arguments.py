@@ -18,6 +18,9 @@ class ObjectiveArguments:
     mask_share: float = field(
         default=0.5, metadata={"help": "share of the image or audio tokens of each row that is hidden"}
     )
+    contrast_weight: float = field(
+        default=0.0, metadata={"help": "weight of telling which text, image and sound belong to one row"}
+    )
     contrastive_loss: str | None = field(
         default=None,
         metadata={"help": "infonce (CLIP) or sigmoid (SigLIP), of head: contrastive; None: the model's own"},

@@ -16,6 +16,13 @@ def check_served(arguments: ObjectiveArguments, rows: Iterable[Mapping[str, Any]
     Raises:
         ValueError: naming the term and what no row has.
     """
+    # The contrast of cached features is that of the media themselves.
+    alone = not isinstance(rows, FeatureRows) and arguments.contrast_weight > 0 and not any(map(media_of, rows))
+    if alone:
+        raise ValueError(
+            f"objectives.contrast_weight={arguments.contrast_weight}: none of {where} has an image or sound, which a "
+            "text could belong to"
+        )
     missing = {"image": arguments.masked_image_weight, "audio": arguments.masked_audio_weight}
     missing = {medium: weight for medium, weight in missing.items() if weight > 0}
     if not missing:

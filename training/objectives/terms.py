@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from chorus_moe.training.loading import ModelOrAdapter, base_model
 from chorus_moe.training.objectives.arguments import ObjectiveArguments, weights_of
+from chorus_moe.training.objectives.contrast import Contrast
 from chorus_moe.training.objectives.masked import MaskedFeatures
 from chorus_moe.training.objectives.objective import Objective
 
@@ -20,7 +21,10 @@ def build_objectives(arguments: ObjectiveArguments, model: ModelOrAdapter) -> li
     weights_of(arguments)
     given = {"image": arguments.masked_image_weight, "audio": arguments.masked_audio_weight}
     share = arguments.mask_share
-    return [MaskedFeatures(modality, model, share, weight) for modality, weight in given.items() if weight > 0]
+    terms: list[Objective] = [
+        MaskedFeatures(modality, model, share, weight) for modality, weight in given.items() if weight > 0
+    ]
+    return terms + ([Contrast(model, arguments.contrast_weight)] if arguments.contrast_weight > 0 else [])
 
 
 def weigh_tokens(model: ModelOrAdapter, weight: float) -> None:

@@ -16,6 +16,11 @@ from functools import cache
 import numpy as np
 from scipy.optimize import brentq
 
+
+class BudgetSpent(ValueError):
+    """Nothing is left of an epsilon for further updates."""
+
+
 # Noise multiplier, sampling rate, and in how many updates.
 Updates = tuple[float, float, int]
 # Beyond this nothing is left of any gradient.
@@ -72,14 +77,15 @@ def noise_for(
         spent: the updates before.
 
     Raises:
-        ValueError: the budget is spent already, or no noise is enough.
+        BudgetSpent: the budget is spent already.
+        ValueError: no noise is enough.
     """
     if steps < 1:
         # Of a run that is finished: should it take an update all the same, that would be noise alone.
         return MOST_NOISE
     before = epsilon_of(spent, delta, mechanism, accountant)
     if before > ALL_SPENT * epsilon:
-        raise ValueError(
+        raise BudgetSpent(
             f"privacy.epsilon={epsilon:g} is spent: the updates so far have spent {before:.4g} at delta={delta:g}, "
             f"and {steps} more are asked for"
         )

@@ -45,6 +45,8 @@ class PrivacyLedger:
                 f"privacy.delta={self.delta:g} must be below 1 / {num_rows:,} rows: otherwise publishing one row as it "
                 "is would pass for private"
             )
+        # Equal runs that the budget is for, this one included: the rounds of a federation.
+        self.num_runs = 1
         self.history: list[Updates] = []
         self._epsilon: tuple[int, float] = (0, 0.0)
 
@@ -64,15 +66,17 @@ class PrivacyLedger:
         return self._epsilon[1]
 
     def noise_of(self, steps: int) -> float:
-        """The noise multiplier of the next `steps` updates. Raises ValueError as `noise_for`."""
+        """The noise multiplier of the next `steps` updates, and of as many in each run to come. Raises ValueError as
+        `noise_for`."""
         given = self.arguments
         if given.noise_multiplier is not None:
             return given.noise_multiplier
         if given.epsilon_per_update is not None:
             return 1 / given.epsilon_per_update
         assert given.epsilon is not None  # by `check_arguments`
+        updates = steps * self.num_runs
         return noise_for(
-            given.epsilon, self.delta, self.rate, steps, given.mechanism, given.accountant, spent=self.history
+            given.epsilon, self.delta, self.rate, updates, given.mechanism, given.accountant, spent=self.history
         )
 
     def take(self, noise: float) -> None:

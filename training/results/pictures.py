@@ -85,6 +85,7 @@ def draw_confusion(path: Path, confusions: Mapping[str, Confusion]) -> Path | No
         axes.set_xticks(range(len(confusion.columns)), confusion.columns, rotation=90, fontsize=8)
         axes.set_yticks(range(len(confusion.labels)), confusion.labels, fontsize=8)
         axes.set(xlabel="answer", ylabel="reference", title=title)
-    figure.savefig(path, dpi=130)
+    # Square panels leave the layout's room for title and labels when the widths are scarce.
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
     return path

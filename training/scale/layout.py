@@ -78,6 +78,9 @@ class Layout(NamedTuple):
         return " x ".join(parts) or "one process"
 
 
+ALONE = Layout()
+
+
 def layout_of(arguments: ParallelArguments, processes: int) -> Layout:
     """The layout that a recipe asks for.
 
@@ -129,14 +132,22 @@ def check_arguments(layout: Layout, arguments: TrainingArguments) -> None:
     """Refuse arguments of the Trainer that would do something else than the layout, or wait for ever.
 
     Raises:
-        ValueError: accelerate's FSDP beside the layout, or on a CPU; an upload by one rank of what all of them hold.
+        ValueError: accelerate's FSDP beside the layout, or on a CPU; ZeRO where accelerate does not start DeepSpeed; an
+            upload by one rank of what all of them hold.
     """
+    state = arguments.distributed_state
+    if layout.zero and (state is None or state.backend is None or state.distributed_type != "DEEPSPEED"):
+        # Without a word each process would train a model of its own.
+        raise ValueError(
+            f"parallel.zero={layout.zero}: accelerate starts DeepSpeed on accelerators alone, in processes of torchrun "
+            f"or accelerate launch; found {arguments.device.type}; take fsdp there"
+        )
     if arguments.fsdp and (layout.is_sharded or arguments.device.type == "cpu"):
         why = (
             "beside parallel" if layout.is_sharded else "on a CPU, where accelerate trains plain data parallel instead"
         )
         raise ValueError(f"training.fsdp {why}: write parallel: {{fsdp: {layout.fsdp}}} and leave it out")
-    if layout.is_sharded and arguments.push_to_hub:
+    if (layout.is_sharded or layout.zero == 3) and arguments.push_to_hub:
         raise ValueError(
             f"training.push_to_hub: {layout.name}: no process holds the model; upload the folder afterwards"
         )

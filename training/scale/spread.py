@@ -5,10 +5,11 @@ Not by accelerate's FSDP plugin: it knows no experts, and on a CPU it trains pla
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import replace_layer_number_by_wildcard
 
@@ -21,6 +22,8 @@ TOWERS = ("vision_tower", "audio_tower")
 def spread(model: ModelOrAdapter, layout: Layout) -> None:
     """Leave each process its share of a model that all of them hold alike. Every rank must call it.
 
+    A model that `loading_in_shares` has loaded is left as it is.
+
     Raises:
         ValueError: as `check_layout`.
         RuntimeError: after all that, a parameter is whole on every rank.
@@ -29,13 +32,32 @@ def spread(model: ModelOrAdapter, layout: Layout) -> None:
     check_layout(layout, below.config, is_adapter=below is not model)
     if not layout.is_sharded:
         return
-    sizes = {"dp_replicate_size": layout.data, "fsdp_size": layout.fsdp}
-    config = DistributedConfig(**sizes, tp_size=layout.tensor, ep_size=layout.expert)
-    below.fsdp_plan = _units(below)
-    config, _, mesh = below.prepare_distribute_model(config)
-    below.maybe_distribute_model(below, config, mesh)
+    if getattr(below, "_device_mesh", None) is None:
+        config = _distributed(layout)
+        below.fsdp_plan = _units(below)
+        config, _, mesh = below.prepare_distribute_model(config)
+        below.maybe_distribute_model(below, config, mesh)
     if layout.fsdp > 1 and not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise RuntimeError(f"parallel: {layout.name}: the model was not spread")
+
+
+def loading_in_shares(layout: Layout, model_class: type[PreTrainedModel], folder: str) -> dict[str, Any]:
+    """Options of `from_pretrained`, with which each process reads its own share of the weights and no other.
+
+    Raises:
+        ValueError: as `check_layout`.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    check_layout(layout, config)
+    # Its units are known from the modules; tensors on the meta device take no memory.
+    with torch.device("meta"):
+        plan = _units(model_class._from_config(config))
+    return {"distributed_config": _distributed(layout, fsdp_plan=plan)}
+
+
+def _distributed(layout: Layout, **plans: Any) -> DistributedConfig:
+    sizes = {"dp_replicate_size": layout.data, "fsdp_size": layout.fsdp}
+    return DistributedConfig(**sizes, tp_size=layout.tensor, ep_size=layout.expert, **plans)
 
 
 def _units(model: PreTrainedModel) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from chorus_moe import ChorusConfig, ChorusForContrastive
 from chorus_moe.training import cli
 from chorus_moe.training.contrast.setup import check_head
-from chorus_moe.training.recipe import read_recipe
+from chorus_moe.training.recipe import build_recipe, read_recipe
 from chorus_moe.training.stages import check_stages, read_stages
 from chorus_moe.training.train import run_training
 from tests.fresh_process import PROGRAM, run_ranks
@@ -103,6 +103,15 @@ def test_two_processes_train_as_one_with_the_whole_batch(recipe: Path, tmp_path:
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
 
 
+def test_contrast_beside_labelled_tokens_needs_a_second_row(tmp_path: Path) -> None:
+    values = {"max_steps": 1, "output_dir": str(tmp_path), "per_device_train_batch_size": 1}
+    recipe = build_recipe({"objectives": {"contrast_weight": 0.5}, "training": values}, "test", [])
+    with pytest.raises(
+        ValueError, match=r"contrast_weight=0.5 tells each pair .* per_device_train_batch_size=1 has no"
+    ):
+        check_head(recipe)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -115,6 +124,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(recipe: Path, tmp_path:
         (["--keep_skills", "0.1"], "guards.keep_skills is about labelled tokens"),
         (["--label_smoothing_factor", "0.1"], "training.label_smoothing_factor is about labelled tokens"),
         (["--next_token_weight", "0.5"], "objectives.next_token_weight is about labelled tokens"),
+        (["--contrast_weight", "0.5"], "objectives.contrast_weight is about labelled tokens"),
         (["--head", "generation"], "objectives.contrastive_loss is for model.head: contrastive"),
     ],
     ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",

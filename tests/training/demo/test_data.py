@@ -16,6 +16,7 @@ from chorus_moe.training.demo.data import (
     DigitQuestions,
     best_blind_accuracy,
     corpus,
+    expand,
     handwritten_digits,
     withhold,
 )
@@ -36,10 +37,20 @@ def kinds(sample) -> list[str]:
 @pytest.mark.parametrize("name", SKILLS)
 def test_a_skill_has_phrasings_to_train_and_to_test_and_no_new_words_in_the_test(name):
     skill = SKILLS[name]
-    assert len(set(skill.questions)) >= 6 and len(set(skill.held_out_questions)) >= 2
+    assert len(set(skill.questions)) >= 16 and len(set(skill.held_out_questions)) >= 2
     assert not set(skill.questions) & set(skill.held_out_questions)
     assert words(skill.held_out_questions) <= words(
         text for other in SKILLS.values() if other.name in BASE_SKILLS + (name,) for text in other.questions
+    )
+
+
+def test_a_template_stands_for_every_choice_in_it():
+    assert expand("[Add|Sum] the [two |]digits.", "Add.") == (
+        "Add the two digits.",
+        "Add the digits.",
+        "Sum the two digits.",
+        "Sum the digits.",
+        "Add.",
     )
 
 
@@ -104,8 +115,8 @@ def test_skills_in_a_list_take_turns_and_in_a_mapping_follow_their_weights():
 
 def test_held_out_phrasings_are_asked_only_on_request():
     for held_out in (False, True):
-        dataset = DigitQuestions(PICTURES, CLIPS, ["same"], 60, held_out_questions=held_out)
-        asked = {part["text"] for i in range(60) for part in dataset[i]["messages"][0]["content"] if "text" in part}
+        dataset = DigitQuestions(PICTURES, CLIPS, ["same"], 200, held_out_questions=held_out)
+        asked = {part["text"] for i in range(200) for part in dataset[i]["messages"][0]["content"] if "text" in part}
         expected = SKILLS["same"].held_out_questions if held_out else SKILLS["same"].questions
         assert asked == set(expected)
 

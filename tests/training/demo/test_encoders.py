@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.demo.augment import PictureAugment
-from chorus_moe.training.demo.data import DigitPictures, corpus, handwritten_digits
+from chorus_moe.training.demo.data import BASE_SKILLS, DigitPictures, DigitQuestions, corpus, handwritten_digits
 from chorus_moe.training.demo.encoders import (
     OTHER_SHARE,
     TEACHERS_SHARE,
     EncoderLesson,
+    FrozenTowers,
     LoneDigitCollator,
     LoneDigits,
     beside,
@@ -47,6 +50,27 @@ def test_an_item_is_a_function_of_seed_and_index(pictures: DigitPictures):
     assert np.array_equal(np.asarray(first[7][0]), np.asarray(again[7][0]))
     with pytest.raises(IndexError, match="item 20 of 20"):
         first[20]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_towers_in_the_loader_give_the_loss_and_gradients_of_the_media_themselves(
+    pictures: DigitPictures, workers: int
+):
+    torch.manual_seed(0)
+    model, processor = build_demo(corpus())
+    for tower in (model.model.vision_tower, model.model.audio_tower):
+        tower.requires_grad_(False)
+    questions, collate = DigitQuestions(pictures, clips(), BASE_SKILLS, 6), ChorusDataCollator(processor)
+    loader = DataLoader(questions, 6, num_workers=workers, collate_fn=FrozenTowers(collate, model.model))
+    cached = next(iter(loader))
+    assert not any(name in cached for name in ("pixel_values", "input_features", "input_features_mask"))
+    found = []
+    for batch in (collate([questions[index] for index in range(6)]), cached):
+        model.train().zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.model.audio_connector.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_clip_scores_the_same_alone_and_beside_a_longer_one(demo: tuple[Any, Any]):

@@ -25,7 +25,7 @@ def spoken_digits(seed: int, per_digit: int = 2) -> SpeechClips:
 @pytest.fixture
 def small_speech(monkeypatch: pytest.MonkeyPatch) -> None:
     clips = [spoken_digits(seed) for seed in range(4)]
-    monkeypatch.setattr(demo, "synthetic_speech_sets", lambda cache: SpeechSets(*clips, "noise"))
+    monkeypatch.setattr(demo, "synthetic_speech_sets", lambda cache: SpeechSets(*clips, "noise", known=clips[1]))
 
 
 @pytest.mark.slow
@@ -45,6 +45,8 @@ def test_the_demo_trains_adapts_reloads_and_reports(tmp_path: Path, small_speech
 
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == result
     assert set(result["skills"]) == {*BASE_SKILLS, "smaller"}
+    # As many questions of every further set as of a skill.
+    assert all(result[name]["n"] == 2 for name in ("new_voices", "new_phrasings", "known_speakers"))
     for figures in result["skills"].values():
         assert set(figures) == {"n", "before", "after", "image_withheld", "audio_withheld"}
     assert 0 < result["parameters"]["active"] < result["parameters"]["total"]

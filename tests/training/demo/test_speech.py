@@ -15,6 +15,7 @@ from chorus_moe.training.demo.speech import (
     SynthesisSettings,
     recorded_digits,
     split_held_out,
+    split_last_takes,
     synthetic_digits,
     trim_silence,
 )
@@ -128,6 +129,16 @@ def test_no_clip_left_for_testing_is_an_error(tmp_path):
     write_recordings(tmp_path, ("ann", "bob"), takes=1)
     with pytest.raises(ValueError, match="10 clips, none left"):
         split_held_out(recorded_digits(tmp_path), "ann", takes=5)
+
+
+def test_the_last_tenth_of_every_speakers_takes_of_a_digit_is_split_off():
+    """One speaker says every digit twenty times, another once: of that one nothing can be spared."""
+    digits = np.array([*range(10)] * 20 + [*range(10)])
+    waveforms = [np.full(4, row, np.float32) for row in range(len(digits))]
+    clips = SpeechClips(waveforms, digits, ["ann"] * 200 + ["bob"] * 10)
+    first, last = split_last_takes(clips)
+    assert [wave[0] for wave in last.waveforms] == list(range(180, 200)) and set(last.speakers) == {"ann"}
+    assert [wave[0] for wave in first.waveforms] == [*range(180), *range(200, 210)]
 
 
 @needs_recordings

@@ -42,6 +42,11 @@ def test_the_held_out_speaker_is_heard_only_in_adaptation_and_testing(tmp_path):
     assert "bob" not in sets.train.speakers and {"ann", "cyd"} < set(sets.train.speakers)
     assert set(sets.adaptation.speakers) == set(sets.test.speakers) == {"bob"}
     assert len(sets.test) == 10 and "bob held out" in sets.description
+    # What known speakers are tested on are other takes of theirs.
+    assert sets.known is not None and set(sets.known.speakers) == {"ann", "cyd"}
+    assert np.bincount(sets.known.digits).tolist() == [2] * 10
+    trained = {wave.tobytes() for wave in sets.train.waveforms}
+    assert not any(wave.tobytes() in trained for wave in sets.known.waveforms)
 
 
 def test_beside_synthetic_voices_three_quarters_of_the_clips_are_real():

@@ -1,6 +1,7 @@
 """The maths of a round, against sums written out over dense matrices."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,22 @@ def test_parts_follow_examples_tokens_and_modalities(tensors: Tensors, parts: li
     weights = {"w": torch.zeros(2, 2)}
     found = [update(weights, [0, 0, 0], 10, audio=4), update(weights, [0, 7, 0], 30, audio=0)]
     assert shares(found, "w", tensors, 1e9)[:, 0].tolist() == parts
+
+
+@pytest.mark.parametrize(
+    ("tensors", "parts"),
+    [
+        (Tensors((3, 2), PLACE, experts=3), [[10 / 40] * 3, [30 / 40] * 3, [0] * 3]),
+        (Tensors((2, 2), PLACE, expert=2), [[10 / 40], [30 / 40], [0]]),
+        (Tensors((2, 2), modality="audio"), [[10 / 40], [30 / 40], [0]]),
+    ],
+)
+def test_beside_a_private_client_experts_weigh_by_examples(tensors: Tensors, parts: list[list[float]]) -> None:
+    """It counts neither tokens nor modalities; who counts, and has none there, has no part all the same."""
+    weights = {"w": torch.zeros(tensors.shape)}
+    private = replace(update(weights, examples=10), spent=[1.0, 1e-5])
+    found = [private, update(weights, [1, 5, 0], 30, audio=4), update(weights, [0, 0, 0], 20, audio=0)]
+    assert shares(found, "w", tensors, 1e9).tolist() == parts
 
 
 def test_a_client_that_did_not_send_a_tensor_has_no_part_in_it() -> None:

@@ -110,6 +110,7 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
     "examples": ({"examples": -5}, "-5 examples"),
     "tokens": ({"tokens": lambda u: {p: t * 0 - 1 for p, t in u.tokens.items()}}, "tokens of bank"),
     "no tokens": ({"tokens": {}}, "no count of tokens"),
+    "spent": ({"spent": [float("nan"), 1e-5]}, "is no epsilon and delta"),
     "too many experts": ({"tokens": lambda u: {p: t.repeat(2) for p, t in u.tokens.items()}}, "no count of tokens"),
 }
 

@@ -18,8 +18,9 @@ from tests.training.conftest import make_model, make_rows
 def test_terms_with_a_weight_are_built(tokenizer: PreTrainedTokenizerFast) -> None:
     model = make_model(tokenizer)
     assert build_objectives(ObjectiveArguments(), model) == []
-    terms = build_objectives(ObjectiveArguments(masked_image_weight=0.5, masked_audio_weight=2.0), model)
-    assert [(term.name, term.weight) for term in terms] == [("masked_image", 0.5), ("masked_audio", 2.0)]
+    given = ObjectiveArguments(masked_image_weight=0.5, masked_audio_weight=2.0, contrast_weight=0.1)
+    terms = [(term.name, term.weight) for term in build_objectives(given, model)]
+    assert terms == [("masked_image", 0.5), ("masked_audio", 2.0), ("contrast", 0.1)]
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])
@@ -58,4 +59,6 @@ def test_rows_are_read_until_all_terms_are_served() -> None:
     assert read == rows[:2]
     with pytest.raises(ValueError, match="masked_image_weight=1.0: none of the rows has image to learn from"):
         check_served(wanted, rows[:1], "the rows")
+    with pytest.raises(ValueError, match="contrast_weight=1.0: none of the rows has an image or sound"):
+        check_served(ObjectiveArguments(contrast_weight=1.0), rows[:1], "the rows")
     check_served(ObjectiveArguments(), iter([]), "no rows are read without such a term")

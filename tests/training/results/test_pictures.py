@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from chorus_moe.training.results.pictures import curves_of, draw_curves
+from chorus_moe.training.results.confusion import confusion_of
+from chorus_moe.training.results.pictures import curves_of, draw_confusion, draw_curves
 
 HISTORY = [
     {"loss": 3.0, "token_accuracy": 0.1, "step": 1},
@@ -37,3 +39,15 @@ def test_a_picture_is_drawn_of_two_points_and_none_of_one(tmp_path: Path, monkey
     assert draw_curves(path, curves_of(broken[:2])) == path
     monkeypatch.setattr("chorus_moe.training.results.pictures.can_draw", lambda: False)
     assert draw_curves(path, curves_of(HISTORY)) is None
+
+
+def test_nothing_of_two_confusions_of_ten_labels_is_cut_off(tmp_path: Path) -> None:
+    digits = [str(digit) for digit in range(10)] * 2
+    confusion = confusion_of(digits, digits)
+    assert confusion is not None
+    path = draw_confusion(tmp_path / "confusion.png", {"written": confusion, "spoken": confusion})
+    assert path is not None
+    with Image.open(path) as picture:
+        grey = np.asarray(picture.convert("L"))
+    # Titles, numbers and names of axes end before the edges do.
+    assert all((edge == 255).all() for edge in (grey[0], grey[-1], grey[:, 0], grey[:, -1]))

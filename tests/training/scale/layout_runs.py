@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from transformers import TrainerCallback
 
+from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.surgery import freeze
 from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.training.collator import ChorusDataCollator
@@ -29,7 +30,7 @@ from chorus_moe.training.routing.callback import RoutingCallback
 from chorus_moe.training.scale.faults import SlowRank, named_by_rank
 from chorus_moe.training.scale.layout import Layout
 from chorus_moe.training.scale.ranks import hold_same_rows
-from chorus_moe.training.scale.spread import shares, spread
+from chorus_moe.training.scale.spread import loading_in_shares, shares, spread
 from chorus_moe.training.trainer import ChorusTrainer
 from tests.training.conftest import make_model, make_rows, make_tokenizer
 
@@ -49,9 +50,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "frozen": {},
     "adapter": {},
 }
+# Of the kind `routing`, saved here by the test; a run of the kind `loaded` begins with it.
+MODEL = "model"
 
 
-def make(kind: str) -> nn.Module:
+def make(kind: str, layout: Layout, folder: Path) -> nn.Module:
+    if kind == "loaded":
+        options = loading_in_shares(layout, ChorusForConditionalGeneration, str(folder.parent / MODEL))
+        return ChorusForConditionalGeneration.from_pretrained(folder.parent / MODEL, **options).train()
     model = make_model(make_tokenizer(), num_hidden_layers=2, **KINDS[kind]).train()
     if kind == "frozen":
         freeze(model, "towers")
@@ -94,7 +100,9 @@ def trainer_of(
     )
     # Known once the arguments have made the group of processes.
     hold_same_rows(layout.tensor)
-    model = make(kind)
+    model = make(kind, layout, folder)
+    # Before anything else could have spread it.
+    held = shares(model)["own"]
     processor = processor_from_config(model.config, make_tokenizer())
     spread(model, layout)
     trainer = ChorusTrainer(
@@ -106,6 +114,7 @@ def trainer_of(
         background_saves=is_background,
     )
     RoutingCallback.add_to(trainer)
+    trainer.held_when_made = held  # type: ignore[attr-defined]
     if fault is not None:
         trainer.add_callback(Fault(fault))
         trainer.add_callback(SlowRank(1.0))
@@ -114,7 +123,7 @@ def trainer_of(
 
 def run(folder: Path, kind: str, sizes: dict[str, int], resume: str | None, settings: dict[str, Any]) -> dict[str, Any]:
     trainer = trainer_of(kind, Layout(**sizes), folder, **settings)
-    found = shares(trainer.model)
+    found = shares(trainer.model) | {"held": trainer.held_when_made}  # type: ignore[attr-defined]
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]

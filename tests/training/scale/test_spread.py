@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
 
 from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
+from chorus_moe.training.scale.layout import ALONE
 from chorus_moe.training.scale.shards import INDEX, files_of_bank
 from tests.fresh_process import ROOT, run_ranks
-from tests.training.scale.layout_runs import run
+from tests.training.scale.layout_runs import MODEL, make, run
 
 PROGRAM = ROOT / "tests/training/scale/layout_runs.py"
 SAVED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -31,6 +32,8 @@ def spread_runs(folder: Path) -> list[list[Any]]:
     """Name, kind of model, layout, checkpoint, settings."""
     return [
         ["whole", "routing", {"fsdp": 2, "expert": 2}, None, SAVED],
+        ["loaded", "loaded", {"fsdp": 2, "expert": 2}, None, SAVED],
+        ["loaded tensor", "loaded", {"tensor": 2}, None, SHORT],
         ["adapter", "adapter", {"fsdp": 2}, None, SAVED],
         ["adapter again", "adapter", {"fsdp": 2}, str(folder / "adapter" / "checkpoint-2"), SAVED],
         ["disk", "plain", {"fsdp": 2}, None, SAVED | {"fault": "disk"}],
@@ -47,6 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def said(folder: Path) -> list[str]:
     """What each rank wrote to its stderr; the runs lie in the folder."""
+    make("routing", ALONE, folder).save_pretrained(folder / MODEL)
     done = run_ranks(PROGRAM, [str(folder), json.dumps(spread_runs(folder))], cwd=folder, seconds=300)
     return [rank.stderr for rank in done]
 
@@ -90,6 +94,19 @@ def test_each_process_holds_its_share(found: list[Found]) -> None:
         own, whole = sum(rank[name]["own"] for rank in found), found[0][name]["whole"]
         assert own == whole
         assert all(abs(rank[name]["own"] - whole / 2) < 0.01 * whole for rank in found)
+
+
+@pytest.mark.slow
+def test_a_model_is_read_in_shares(folder: Path, found: list[Found]) -> None:
+    for name in ("loaded", "loaded tensor"):
+        for rank in found:
+            assert "error" not in rank[name], rank[name]["error"]
+            losses = rank[name]["losses"]
+            assert losses == pytest.approx(rank["whole"]["losses"][: len(losses)], abs=LOSSES)
+            # Of a tensor group each rank has all that is no linear layer or expert.
+            assert rank[name]["held"] == rank[name]["own"] < 0.7 * rank[name]["whole"]
+    # The same sums in the same order: only where the weights came from differs.
+    assert_same(folder / "loaded", folder / "whole")
 
 
 @pytest.mark.slow
