@@ -21,7 +21,9 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).parents[1]
 PROGRAM = Path(sys.executable).with_name("chorus-moe")
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torchvision"])
+# A process of tests has one such server, whoever starts it first: all of them must ask for this.
+PRELOADED = ["torch", "torchvision"]
+SERVER.set_forkserver_preload(PRELOADED)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ from typing import Any
 import pytest
 import transformers
 
+from tests.fresh_process import PRELOADED
+
 PACKAGE = "transformers_tests"
 DOWNLOAD_SECONDS = 120
 # Project -> a file that every sdist with tests has; its presence marks the folder as complete.
@@ -195,8 +197,8 @@ def run_distributed(world_size: int, backend: str = "gloo") -> Callable[[Callabl
 
             from torch.multiprocessing import start_processes
 
-            # Ranks fork from a server that has imported everything: a second each instead of ten.
-            multiprocessing.set_forkserver_preload([__name__, "chorus_moe"])
+            # Not this package as well: programs that must run without it fork from the same server.
+            multiprocessing.set_forkserver_preload(PRELOADED)
             module = function.__module__.removeprefix(f"{PACKAGE}.")
             with tempfile.TemporaryDirectory() as folder:
                 group = {"backend": backend, "init_method": f"file://{folder}/store", "world_size": world_size}
