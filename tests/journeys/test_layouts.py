@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.training.checkpoints import fault_of
 from tests.fresh_process import ROOT, run_ranks
 from tests.journeys.journey import SCRIPTS
-from tests.training.conftest import make_model, make_tokenizer
-from tests.training.scale.layout_runs import run
+from tests.training.scale.layout_runs import run, write_model_and_rows
 from tests.training.scale.test_spread import LOSSES, PROGRAM, SAVED, SHORT, assert_same, losses_alone, weights
 
 MIDDLE = "{folder}/whole/checkpoint-2"
@@ -91,12 +89,7 @@ def test_four_processes_learn_what_one_learns_and_any_number_reads_it(tmp_path: 
 
 
 def write_recipe(folder: Path) -> Path:
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer, num_hidden_layers=2)
-    model.save_pretrained(folder / "model")
-    processor_from_config(model.config, tokenizer).save_pretrained(folder / "model")
-    rows = [json.dumps({"text": f"what is it? {'three four five'.split()[i % 3]} {i}"}) for i in range(40)]
-    (folder / "rows.jsonl").write_text("\n".join(rows))
+    write_model_and_rows(folder)
     training = {"output_dir": "out", "max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 2}
     training |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "resume_from_checkpoint": "auto"}
     data = {"train_data": "rows.jsonl", "streaming": True, "documents": True}

@@ -67,6 +67,16 @@ def make(kind: str, layout: Layout, folder: Path) -> nn.Module:
     return model
 
 
+def write_model_and_rows(folder: Path) -> None:
+    """`model` and `rows.jsonl`, which recipes of these tests train."""
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, num_hidden_layers=2)
+    model.save_pretrained(folder / "model")
+    processor_from_config(model.config, tokenizer).save_pretrained(folder / "model")
+    rows = [json.dumps({"text": f"what is it? {'three four five'.split()[i % 3]} {i}"}) for i in range(40)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+
+
 def no_space(*arguments: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -1,14 +1,14 @@
 """DeepSpeed's ZeRO on two processes without an accelerator, where accelerate starts it only if it is told so."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from chorus_moe.surgery.processor import processor_from_config
 from tests.fresh_process import run_ranks
-from tests.training.conftest import make_model, make_tokenizer
+from tests.training.scale.layout_runs import write_model_and_rows
 from tests.training.scale.test_spread import LOSSES, assert_same, weights
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed: .ci/matrix deepspeed")
@@ -27,16 +27,15 @@ main()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("zero")
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer, num_hidden_layers=2)
-    model.save_pretrained(folder / "model")
-    processor_from_config(model.config, tokenizer).save_pretrained(folder / "model")
-    rows = [json.dumps({"text": f"what is it? {'three four five'.split()[i % 3]} {i}"}) for i in range(40)]
-    (folder / "rows.jsonl").write_text("\n".join(rows))
+    write_model_and_rows(folder)
     (folder / "program.py").write_text(PROGRAM)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        # What DeepSpeed compiles: a lock that a killed run left in the usual place is waited for without end.
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "compiled"))
+        yield folder
 
 
 def train(folder: Path, name: str, stage: int, *words: str, where: str = "anywhere") -> list[str]:
@@ -59,8 +58,7 @@ def losses(folder: Path, name: str) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_zero_learns_what_copies_learn_and_resumes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+def test_zero_learns_what_copies_learn_and_resumes(folder: Path) -> None:
     said = {"copies": train(folder, "copies", 0, "--use_cpu", "true", where="here")}
     said |= {f"zero {stage}": train(folder, f"zero{stage}", stage) for stage in (1, 3)}
     expected = weights(folder / "copies")
@@ -78,8 +76,7 @@ def test_zero_learns_what_copies_learn_and_resumes(folder: Path, monkeypatch: py
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_zero_where_accelerate_starts_no_deepspeed_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+def test_zero_where_accelerate_starts_no_deepspeed_is_refused(folder: Path) -> None:
     for words in ([], ["--use_cpu", "true"]):
         said = train(folder, "refused", 3, *words, where="here")
         assert any("accelerate starts DeepSpeed on accelerators alone" in text for text in said)
