@@ -1,11 +1,21 @@
 """Layouts that cannot work are refused by name, with both sizes, before anything is loaded."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 
 from chorus_moe.training.recipe import build_recipe
-from chorus_moe.training.scale.layout import Layout, ParallelArguments, accumulation, check_layout, layout_of
+from chorus_moe.training.scale.layout import (
+    Layout,
+    ParallelArguments,
+    accumulation,
+    check_arguments,
+    check_layout,
+    layout_of,
+)
 from tests.conftest import tiny_config
 
 
@@ -81,3 +91,29 @@ def test_zero_without_deepspeed_says_what_to_install() -> None:
         pytest.skip("deepspeed is installed")
     with pytest.raises(ImportError, match=r"parallel.zero=3: deepspeed is not installed"):
         build_recipe({"parallel": {"zero": 3}}, "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings", "says"),
+    [
+        (Layout(zero=1), {}, "parallel.zero=1: accelerate starts DeepSpeed on accelerators alone, .* found cpu"),
+        (Layout(), {"fsdp": True}, "training.fsdp on a CPU"),
+        (Layout(fsdp=2), {"fsdp": True}, "training.fsdp beside parallel"),
+        (Layout(fsdp=2), {"push_to_hub": True}, "training.push_to_hub: fsdp 2"),
+    ],
+)
+def test_arguments_that_would_do_something_else_are_refused(
+    layout: Layout, settings: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **settings)
+    with pytest.raises(ValueError, match=says):
+        check_arguments(layout, arguments)
+
+
+def test_zero_leaves_an_upload_to_the_user_where_no_process_holds_the_model() -> None:
+    # As accelerate makes them on accelerators.
+    state = SimpleNamespace(backend="nccl", distributed_type="DEEPSPEED")
+    arguments: Any = SimpleNamespace(distributed_state=state, fsdp=None, push_to_hub=True)
+    check_arguments(Layout(data=2, zero=2), arguments)
+    with pytest.raises(ValueError, match="training.push_to_hub: data 2 x zero 3"):
+        check_arguments(Layout(data=2, zero=3), arguments)
