@@ -3,9 +3,11 @@
 Run as `python -m benchmarks.against ../before --benchmarks decode sparse_layer --turns 3`. Options that it does not
 know go to the benchmarks. Both codes are measured by the programs of this checkout: rounds and samples of an older
 version differ, which was worth up to 30%. A module that the other one has under another name must be found there under
-ours: `PYTHONPATH` may lead to a `sitecustomize` that renames it. A line a case gives the median over the turns of this checkout's time over the other's, for
-ours and for each peer that both measured: a peer's code is the same in both, so how far its figure is from 1 says how
-far the machine drifted. Above 1, this checkout takes longer.
+ours: `PYTHONPATH` may lead to a `sitecustomize` that renames it.
+
+A line a case gives the median over the turns of this checkout's time over the other's, for ours and for each peer that
+both measured: a peer's code is the same in both, so how far its figure is from 1 says how far the machine drifted.
+Above 1, this checkout takes longer.
 """
 
 import json
@@ -31,7 +33,10 @@ def run(checkout: Path, benchmark: str, options: list[str]) -> Cases:
         command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--json", str(path), *options]
         search = [folder, str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(search)}
-        subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, check=True)
+        found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        if found.returncode:
+            sys.stderr.write(found.stderr)  # what was missing there stands in it
+            found.check_returncode()
         return json.loads(path.read_text(encoding="utf-8"))["cases"]
 
 
