@@ -1,9 +1,13 @@
 """This checkout against another one: the same benchmarks, process after process in turns, cases side by side.
 
 Run as `python -m benchmarks.against ../before --benchmarks decode sparse_layer --turns 3`. Options that it does not
-know go to the benchmarks. A line a case gives the median over the turns of this checkout's time over the other's, for
-ours and for each peer that both measured: a peer's code is the same in both, so how far its figure is from 1 says how
-far the machine drifted. Above 1, this checkout takes longer.
+know go to the benchmarks. Both codes are measured by the programs of this checkout: rounds and samples of an older
+version differ, which was worth up to 30%. A module that the other one has under another name must be found there under
+ours: `PYTHONPATH` may lead to a `sitecustomize` that renames it.
+
+A line a case gives the median over the turns of this checkout's time over the other's, for ours and for each peer that
+both measured: a peer's code is the same in both, so how far its figure is from 1 says how far the machine drifted.
+Above 1, this checkout takes longer.
 """
 
 import json
@@ -21,12 +25,18 @@ Cases = dict[str, dict[str, float]]
 
 
 def run(checkout: Path, benchmark: str, options: list[str]) -> Cases:
-    """Run one benchmark in a process of its own, on the code of that checkout, and read its figures."""
+    """Run one benchmark of ours in a process of its own, on the code of that checkout, and read its figures."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"
+        # Alone in its folder, so that the package is found in the checkout and the program here.
+        (Path(folder) / "benchmarks").symlink_to(HERE / "benchmarks")
         command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--json", str(path), *options]
-        environment = os.environ | {"PYTHONPATH": str(checkout)}
-        subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL, check=True)
+        search = [folder, str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(search)}
+        found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        if found.returncode:
+            sys.stderr.write(found.stderr)  # what was missing there stands in it
+            found.check_returncode()
         return json.loads(path.read_text(encoding="utf-8"))["cases"]
 
 

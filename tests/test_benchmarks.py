@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from benchmarks import (
     adaptive_experts,
+    against,
     alignment,
     compression,
     decode,
@@ -111,6 +113,23 @@ def test_a_quick_run_writes_finite_figures(program: Any, tmp_path: Path, capsys:
     assert all(math.isfinite(value) for _, value in figures)
     assert all(case in capsys.readouterr().out for case in list(written["cases"])[:1])
     assert written["machine"]["threads"] == 1
+
+
+def test_another_checkout_runs_our_program_on_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one has no benchmarks, and its package says that it was the one imported."""
+    checkout, names = tmp_path / "checkout", tmp_path / "names"
+    (checkout / "chorus_moe").mkdir(parents=True)
+    (checkout / "chorus_moe" / "__init__.py").write_text("raise SystemExit('the code of the other checkout')\n")
+    names.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(names))
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        against.run(checkout, "sparse_layer", ["--quick"])
+    assert "the code of the other checkout" in raised.value.stderr
+    # A module under another name is renamed by what `PYTHONPATH` held before.
+    (names / "sitecustomize.py").write_text("raise SystemExit('renames')\n")
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        against.run(checkout, "sparse_layer", ["--quick"])
+    assert "renames" in raised.value.stderr
 
 
 def test_peak_memory_counts_what_is_freed_within_the_call() -> None:
