@@ -41,6 +41,8 @@ SHORTEST_CACHE = 128
 # Graphs of one model: one for each batch size, length of the cache and set of options.
 MOST_GRAPHS = 16
 COMPILING = Lock()
+# What names a layer and does not say how it computes: its place, and what PEFT was asked for it.
+NUMBERED = ("layer_idx", "kwargs")
 # Of states between layers.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Experts functions that a graph can hold.
@@ -187,7 +189,7 @@ def _kinds(model: Any) -> tuple[int, ...]:
     found: dict[Any, int] = {}
     layers = [
         tuple(
-            (type_before_parametrizations(m), _settings({k: v for k, v in vars(m).items() if k != "layer_idx"}, id))
+            (type_before_parametrizations(m), _settings({k: v for k, v in vars(m).items() if k not in NUMBERED}, id))
             for m in layer.modules()
         )
         for layer in model.model.language_model.layers
@@ -196,7 +198,11 @@ def _kinds(model: Any) -> tuple[int, ...]:
 
 
 def _regions(model: Any, cache: StaticCache) -> Any:
-    """While it holds, a decoder layer is traced and compiled once for all layers alike."""
+    """While it holds, a decoder layer is traced and compiled once for all layers alike.
+
+    A trace is used again where the number says so, without a look at what it relied on. So the number must tell apart
+    whatever the code of a layer reads beside its weights, its states and its part of the cache.
+    """
     # A cache of another kind keeps numbers in Python, which only a trace of every layer would count up.
     if cache.offloading or any(type(layer) is not StaticLayer for layer in cache.layers):
         return nullcontext()
@@ -219,6 +225,8 @@ def _regions(model: Any, cache: StaticCache) -> Any:
     )
 
     def forward_in_region(self: Any, hidden_states: Tensor, plan: ForwardPlan, **attention: Any) -> Tensor:
+        if not torch.compiler.is_compiling():  # a thread that runs the modules meanwhile
+            return forward(self, hidden_states, plan, **attention)
         # A region takes tensors, constants and what the model or the cache holds; nothing that tracing made.
         options, entry = plan.options, attention.pop(CACHE).layers[self.self_attn.layer_idx]
         asked = None
