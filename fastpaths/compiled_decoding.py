@@ -8,6 +8,7 @@ H = 2I.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import is_dataclass
 from functools import partial
 from threading import Lock
@@ -16,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers import CompileConfig, PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.integrations.moe import ExpertsInterface
@@ -29,6 +31,7 @@ from chorus_moe.modeling.modeling_generation import ChorusForConditionalGenerati
 from chorus_moe.modeling.modeling_outputs import CACHE, ChorusLossOutput
 from chorus_moe.modeling.modeling_text import ChorusDecoderLayer
 from chorus_moe.modeling.moe_banks import LinearExperts
+from chorus_moe.modeling.moe_plan import ForwardPlan, RoutingOptions
 
 logger = logging.get_logger(__name__)
 
@@ -38,6 +41,10 @@ SHORTEST_CACHE = 128
 # Graphs of one model: one for each batch size, length of the cache and set of options.
 MOST_GRAPHS = 16
 COMPILING = Lock()
+# What names a layer and does not say how it computes: its place, and what PEFT was asked for it.
+NUMBERED = ("layer_idx", "kwargs")
+# Of states between layers.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Experts functions that a graph can hold.
 TRACEABLE = (CPU_EXPERTS, "grouped_mm", "batched_mm", GATHERED)
 # What Inductor is told about a step on the CPU.
@@ -49,6 +56,8 @@ INDUCTOR: dict[str, Any] = {
     # Shapes were looked at when the graph was made.
     "size_asserts": False,
     "alignment_asserts": False,
+    # PyTorch knows the processor's instructions; three test programs of the compiler take 10 s to say the same.
+    "cpp.vec_isa_ok": True,
 }
 # Arguments that a step may have beside tokens, positions, masks and the cache.
 OPTIONS = ("complexity_scores", "expert_budget", "closed_banks", "skip_threshold")
@@ -165,10 +174,70 @@ def _compiled(config: CompileConfig) -> Callable[..., Tensor]:
     return torch.compile(_step, **options | {"options": (options["options"] or {}) | {"guard_filter_fn": _guards}})
 
 
-def _regions() -> Any:
-    """While it holds, Inductor compiles a decoder layer once for all layers alike."""
-    # Otherwise it meets each layer anew: 38 seconds of its work instead of 14 for eight layers.
-    return patch.object(ChorusDecoderLayer, "forward", torch.compiler.nested_compile_region(ChorusDecoderLayer.forward))
+class _Entry:
+    """A layer's own part of a static cache, in the place of the whole."""
+
+    def __init__(self, layer: StaticLayer):
+        self.layer = layer
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.layer.update(key, value, **kwargs)
+
+
+def _kinds(model: Any) -> tuple[int, ...]:
+    """A number for each layer, equal where two layers differ in nothing but the values of weights."""
+    found: dict[Any, int] = {}
+    layers = [
+        tuple(
+            (type_before_parametrizations(m), _settings({k: v for k, v in vars(m).items() if k not in NUMBERED}, id))
+            for m in layer.modules()
+        )
+        for layer in model.model.language_model.layers
+    ]
+    return tuple(found.setdefault(layer, len(found)) for layer in layers)
+
+
+def _regions(model: Any, cache: StaticCache) -> Any:
+    """While it holds, a decoder layer is traced and compiled once for all layers alike.
+
+    A trace is used again where the number says so, without a look at what it relied on. So the number must tell apart
+    whatever the code of a layer reads beside its weights, its states and its part of the cache.
+    """
+    # A cache of another kind keeps numbers in Python, which only a trace of every layer would count up.
+    if cache.offloading or any(type(layer) is not StaticLayer for layer in cache.layers):
+        return nullcontext()
+    kinds, forward = _kinds(model), ChorusDecoderLayer.forward
+
+    def run(
+        kind: int, layer: Any, entry: Any, hidden_states: Tensor, plan: tuple[Any, ...], asked: Any, **attention: Any
+    ) -> Tensor:
+        options = None
+        if asked is not None:
+            complexity_T, budget, sampled, closed, width_T = asked
+            options = RoutingOptions(complexity_T, budget, frozenset(sampled), None, {}, frozenset(closed), width_T)
+        modality_T, real_T, rows, real_rows, is_static, open_above, modalities = plan
+        made = ForwardPlan(modality_T, real_T, rows, real_rows, is_static, options)
+        made.open_above, made.modalities = open_above, modalities
+        return forward(layer, hidden_states, made, **{CACHE: _Entry(entry)}, **attention)
+
+    region = torch.compiler.nested_compile_region(
+        run, max_reuse_entries=len(DTYPES) * len(kinds), reuse_hash_fn=lambda kind, *args, **kwargs: kind
+    )
+
+    def forward_in_region(self: Any, hidden_states: Tensor, plan: ForwardPlan, **attention: Any) -> Tensor:
+        if not torch.compiler.is_compiling():  # a thread that runs the modules meanwhile
+            return forward(self, hidden_states, plan, **attention)
+        # A region takes tensors, constants and what the model or the cache holds; nothing that tracing made.
+        options, entry = plan.options, attention.pop(CACHE).layers[self.self_attn.layer_idx]
+        asked = None
+        if options is not None:
+            names = sorted(options.sampled_banks), sorted(options.closed_banks)
+            asked = (options.complexity_T, options.budget, *names, options.width_T)
+        parts = (plan.modality_T, plan.real_T, plan.rows, plan.real_rows, plan.is_static, plan.open_above)
+        kind = kinds[self.self_attn.layer_idx] * len(DTYPES) + DTYPES.index(hidden_states.dtype)
+        return region(kind, self, entry, hidden_states, (*parts, tuple(plan.modalities)), asked, **attention)
+
+    return patch.object(ChorusDecoderLayer, "forward", forward_in_region)
 
 
 def _step(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
@@ -269,7 +338,7 @@ class CompiledDecoding:
     def _first_step(self, key: tuple[Any, ...], config: CompileConfig, step: dict[str, Any]) -> Tensor | None:
         """The logits of a step whose graph is compiled for it; None if that fails."""
         # One thread compiles, since it changes what tracing and Inductor read; others wait for it.
-        with COMPILING, _regions():
+        with COMPILING, _regions(self.model, step[CACHE]):
             graph = self.graphs.get(key) or _compiled(config)
             logger.info(f"compiled decoding: graph {len(self.graphs) + 1}, for {key[1:]}")
             try:
@@ -327,17 +396,20 @@ def _signature(model: Any) -> tuple[Any, ...]:
     return model.config.to_json_string(use_diff=False), *((type(m), _settings(vars(m))) for m in model.modules())
 
 
-def _settings(value: Any) -> Any:
+def _settings(value: Any, other: Callable[[Any], Any] = type) -> Any:
+    """Something to compare; `other` says what of a value of a kind that is not known."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
     if isinstance(value, dict):
-        return tuple((str(key), _settings(entry)) for key, entry in value.items())
+        return tuple((str(key), _settings(entry, other)) for key, entry in value.items())
     if isinstance(value, list | tuple | set | frozenset):
-        return tuple(_settings(entry) for entry in value)
-    # A configuration is in `_signature` already, and slow to print.
-    return repr(value) if is_dataclass(value) and not isinstance(value, PreTrainedConfig) else type(value)
+        return tuple(_settings(entry, other) for entry in value)
+    # A configuration is in `_signature` already, and slow to print. Modules are looked at one by one.
+    if is_dataclass(value) and not isinstance(value, PreTrainedConfig):
+        return repr(value)
+    return type_before_parametrizations(value) if isinstance(value, nn.Module) else other(value)
 
 
 def _obstacle(model: Any) -> str:

@@ -13,10 +13,18 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch._dynamo.utils import compilation_time_metrics
 from transformers import CompileConfig
 
 from chorus_moe import ChorusForConditionalGeneration
-from chorus_moe.fastpaths.compiled_decoding import CompiledDecoding, _addmm, _attention, _mm, compile_decoding
+from chorus_moe.fastpaths.compiled_decoding import (
+    CompiledDecoding,
+    _addmm,
+    _attention,
+    _kinds,
+    _mm,
+    compile_decoding,
+)
 from chorus_moe.surgery import close_bank
 from tests.conftest import tiny_batch, tiny_config
 
@@ -47,7 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def make(**text: Any) -> ChorusForConditionalGeneration:
     torch.manual_seed(0)
-    model = ChorusForConditionalGeneration(tiny_config(num_hidden_layers=2, **text)).eval()
+    model = ChorusForConditionalGeneration(tiny_config(**{"num_hidden_layers": 2} | text)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "skip_gate" in name or ".gate." in name:
@@ -168,6 +176,28 @@ def test_a_copy_compiles_for_itself():
     model = compile_decoding(make())
     copied = deepcopy(model)
     assert copied.get_compiled_call.__self__.model is copied
+
+
+ALIKE: dict[str, Any] = {"num_hidden_layers": 3, "cross_modal_layers": [], "mlp_layer_types": ["sparse"] * 3}
+
+
+def test_layers_alike_are_traced_once():
+    before = len(compilation_time_metrics.get("invoke_subgraph_trace", ()))
+    check(make(**ALIKE, expert_banks={"common": {}}), text(), expert_budget={"text": 1})
+    assert len(compilation_time_metrics["invoke_subgraph_trace"]) - before == 1
+
+
+def test_layers_that_differ_are_told_apart():
+    windows = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
+    model = make(**ALIKE | {"mlp_layer_types": ["sparse", "sparse", "dense"]} | windows)
+    assert _kinds(model) == (0, 1, 2)
+    model = make(**ALIKE)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False)).eval()
+    assert _kinds(model) == (0, 0, 0)
+    adapted.base_model.model.model.language_model.layers[1].self_attn.o_proj.scaling["default"] = 0.5
+    assert _kinds(model) == (0, 1, 0)
+    model.model.language_model.layers[2].float64 = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    assert _kinds(model) == (0, 1, 2)
 
 
 def test_lengths_of_one_size_share_a_graph():
