@@ -156,7 +156,8 @@ class Workflow(SecAggPlusWorkflow):
         ]
         for said, stage in stages:
             is_enough = stage(grid, context, state)
-            if not is_enough or len(state.active_node_ids) < self.least:
+            # Who goes away in the last stage is in the sum already.
+            if not is_enough or (stage != self.unmask_stage and len(state.active_node_ids) < self.least):
                 raise ValueError(
                     f"{len(state.active_node_ids)} clients are left of those that were {said}, and "
                     f"{max(self.least, state.threshold)} are needed"

@@ -140,7 +140,9 @@ def test_masked_changes_add_up_between_processes_and_one_is_killed_in_the_middle
     from chorus_moe.training.train import load_or_build
 
     names, bound = ("eyes", "ears", "both"), 10.0
-    site = Site(tmp_path, BANKS, rounds=2, secure_aggregation=True, max_update_norm=bound, max_examples=10)
+    site = Site(
+        tmp_path, BANKS, rounds=2, round_seconds=90, secure_aggregation=True, max_update_norm=bound, max_examples=10
+    )
     for name in names:
         # Clients that send nothing but masked changes.
         recipe = yaml.safe_load((tmp_path / f"{name}.yaml").read_text(encoding="utf-8"))
