@@ -8,7 +8,10 @@ LoRA on the base's banks, attention and connectors.
 - `alone`: each client by itself, as many steps as it takes in the federation; the mean of the three;
 - `federated`: rounds of local steps, joined by the product of the LoRA matrices;
 - `one_side`: the same with `train_lora_a: false`, half the bytes;
-- `together`: all rows in one place, and as many steps as all clients take together.
+- `together`: all rows in one place, and as many steps as all clients take together;
+- `banks`: as `federated`, but whole banks in the place of a LoRA, that of images and the common one;
+- `private_banks`: the same, and each client has a section `privacy` with epsilon 8 for each of its rows over all
+  rounds. It needs `chorus-moe[privacy]`.
 
 Accuracy is the share of held-out digits, of all ten kinds and by writers that none has met, that are named. Bytes are
 those of one client's update, as sent; `bank` is that of whole image banks, `model` what all weights would be.
@@ -17,8 +20,10 @@ those of one client's update, as sent; `bank` is that of whole image banks, `mod
 import contextlib
 import copy
 import io
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -44,7 +49,7 @@ OWNED = {
     "small": {digit: 25 if digit >= 7 else 2 for digit in range(10)},
 }
 PUBLIC, BASE_STEPS = 12, 60
-ROUNDS, LOCAL_STEPS = 5, 8
+ROUNDS, LOCAL_STEPS, RATE, BATCH = 5, 8, 3e-3, 32
 ADAPTER: dict[str, Any] = {
     "lora": {"banks": ["all"], "attention": True, "connectors": True, "router": "train", "lora_rank": 4}
 }
@@ -53,19 +58,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one_side": ADAPTER | {"federated": {"train_lora_a": False}},
 }
 BANK: dict[str, Any] = {"parts": {"train": ["image"]}}
+BANKS: dict[str, Any] = {"parts": {"train": ["image", "common"]}}
+EPSILON = 8.0
+# Learning rate and clipping under noise.
+PRIVATE_RATE, CLIP = 2e-2, 0.3
 Rows = dict[str, list[Row]]
 
 
-def recipe_of(sections: Mapping[str, Any], steps: int, rate: float = 3e-3, **federated: Any) -> Recipe:
+def recipe_of(
+    sections: Mapping[str, Any], steps: int, rate: float = RATE, out: str = "unused", **federated: Any
+) -> Recipe:
     training = {
         "max_steps": steps,
-        "per_device_train_batch_size": 32,
+        "per_device_train_batch_size": BATCH,
         "learning_rate": rate,
         "lr_scheduler_type": "constant",
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
-        "output_dir": "unused",
+        "output_dir": out,
         "logging_strategy": "no",
     }
     given = {**sections, "federated": {**sections.get("federated", {}), **federated}, "training": training}
@@ -90,6 +101,14 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def private(rows: int, updates: int, clip: float) -> dict[str, float]:
+    """A section `privacy` whose updates spend `EPSILON` together; the noise is found once, and not in each round."""
+    from chorus_moe.training.privacy.accounting import noise_for
+
+    noise = noise_for(EPSILON, 1 / (10 * rows), min(1.0, BATCH / rows), updates)
+    return {"noise_multiplier": noise, "max_grad_norm": clip}
+
+
 class Study:
     """One seed: a base, and everybody's rows."""
 
@@ -103,16 +122,18 @@ class Study:
         self.rows = rows
 
     def federate(
-        self, sections: Mapping[str, Any], rows: Rows, steps: int, rounds: int
+        self, sections: Mapping[str, Any], rows: Rows, steps: int, rounds: int, rate: float = RATE, clip: float = 0.0
     ) -> tuple[ChorusForConditionalGeneration, int]:
-        """The model after all rounds, and the bytes of an update."""
-        recipe = recipe_of(sections, steps, rounds=rounds, min_clients=len(rows))
+        """The model after all rounds, and the bytes of an update; private clients where rows are clipped."""
         with tempfile.TemporaryDirectory() as folder, quiet():
-            recipe.training.output_dir = folder
+            recipe = recipe_of(sections, steps, rounds=rounds, min_clients=len(rows))
             federation = Federation(self._model(recipe), recipe.federated, Path(folder))
-            clients = {
-                name: Learner(recipe, self._model(recipe), self.processor, found).answer for name, found in rows.items()
-            }
+            clients = {}
+            for name, found in rows.items():
+                # Each has a ledger of its own.
+                privacy = {"privacy": private(len(found), steps * rounds, clip)} if clip else {}
+                own = recipe_of({**sections, **privacy}, steps, rate, f"{folder}/{name}")
+                clients[name] = Learner(own, self._model(own), self.processor, found).answer
             federation.run(InProcess(clients))
         model: Any = federation.model
         return model.eval(), federation.history[-1].bytes_in // len(rows)
@@ -132,6 +153,11 @@ class Study:
             found[name] = self.exam.accuracy(model, TASK)
         # For the bytes alone.
         _, sent["bank"] = self.federate(BANK, {"small": self.rows["small"][:2]}, steps=1, rounds=1)
+        model, _ = self.federate(BANKS, self.rows, **options)
+        found["banks"] = self.exam.accuracy(model, TASK)
+        if find_spec("opacus"):
+            model, _ = self.federate(BANKS, self.rows, rate=PRIVATE_RATE, clip=CLIP, **options)
+            found["private_banks"] = self.exam.accuracy(model, TASK)
         whole = {"all": [row for rows in self.rows.values() for row in rows]}
         model, _ = self.federate(ADAPTER, whole, steps=self.steps * len(self.rows), rounds=self.rounds)
         found["together"] = self.exam.accuracy(model, TASK)
@@ -160,6 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
         rounds, steps, seeds, base_steps = 1, 1, seeds[:1], 1
     pictures, test_pictures = handwritten_digits(size=16)
     exam = Exam(test_pictures, new_model(0)[1], 4 if parsed.quick else len(test_pictures))
+    if not find_spec("opacus"):
+        print("opacus is missing, so no client is private: pip install 'chorus-moe[privacy]'", file=sys.stderr)
     report, scores = Report(f"federated, {rounds} rounds of {steps} steps, rows {OWNED}", parsed), []
     sent: dict[str, int] = {}
     for seed in seeds:

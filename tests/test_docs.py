@@ -8,6 +8,7 @@ import ast
 import re
 import shlex
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,8 @@ EXCLUDED = {
     "torchrun": "starts several processes; tests/journeys/test_layouts.py does",
     "python -m benchmarks": "takes minutes; tests/test_benchmarks.py runs them small",
 }
+if find_spec("flwr") is None:
+    EXCLUDED["chorus-moe federated simulate secure.yaml"] = "needs Flower; `.ci/matrix federated` runs the page with it"
 # Pages followed by tests of their own.
 OTHER_TESTS = {"docs/guides/add_a_router.md", "docs/guides/add_a_head.md", "docs/guides/add_a_modality.md"}
 HISTORY = {"docs/log.md"}

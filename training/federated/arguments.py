@@ -9,7 +9,9 @@ AGGREGATIONS = (FEDAVG, FEDPROX, FEDADAM)
 
 @dataclass
 class FederatedArguments:
-    """How rounds are run and joined, see `rounds.py` and `joining.py`. Clients need no such section."""
+    """How rounds are run and joined, see `rounds.py` and `joining.py`. A client needs no such section; with
+    `secure_aggregation` it sends nothing that is not masked, and no sum of fewer than `min_clients` is opened with its
+    help."""
 
     aggregation: str = field(
         default=FEDAVG,
@@ -43,6 +45,19 @@ class FederatedArguments:
     bank_owners: str | None = field(
         default=None, metadata={"help": "bank -> the one client that may change it, a mapping in YAML or JSON text"}
     )
+    secure_aggregation: bool = field(
+        default=False,
+        metadata={"help": "clients send masked changes, of which the server learns the sum alone (SecAgg+ of Flower)"},
+    )
+    num_shares: int | None = field(
+        default=None, metadata={"help": "secure_aggregation: clients that hold a share of one's keys, odd; None: all"}
+    )
+    reconstruction_threshold: float = field(
+        default=0.67, metadata={"help": "secure_aggregation: part of the shares that takes a lost client's masks off"}
+    )
+    max_examples: int = field(
+        default=1000, metadata={"help": "secure_aggregation: a client counts as so many rows at most"}
+    )
 
 
 def check_federated(given: FederatedArguments) -> None:
@@ -71,12 +86,49 @@ def check_federated(given: FederatedArguments) -> None:
             raise ValueError(f"federated.{name}: expected a positive number, found {value}")
     if not 0 < given.client_delta < 1:
         raise ValueError(f"federated.client_delta: expected a number between 0 and 1, found {given.client_delta}")
+    if given.secure_aggregation:
+        _check_secure(given)
     if not given.client_noise:
         return
     if given.max_update_norm is None:
         raise ValueError("federated.client_noise needs federated.max_update_norm: it bounds what one client changes")
     if given.aggregation == FEDADAM:
         raise ValueError("federated.client_noise goes with fedavg and fedprox; found fedadam")
+
+
+def _check_secure(given: FederatedArguments) -> None:
+    """Under masks the server has the sum alone: refuse by name what it would need single clients for."""
+    if given.max_update_norm is None:
+        raise ValueError(
+            "federated.secure_aggregation needs federated.max_update_norm: clients clip by it themselves, since the "
+            "server sees no norm of one of them"
+        )
+    for name, instead in {"update_norm_ratio": "max_update_norm", "count_ratio": "max_examples"}.items():
+        if getattr(given, name) != getattr(FederatedArguments(), name):
+            raise ValueError(
+                f"federated.{name} compares single clients, whom federated.secure_aggregation hides: leave it out, "
+                f"federated.{instead} is what clients keep to"
+            )
+    if given.bank_owners is not None:
+        raise ValueError(
+            "federated.bank_owners: with federated.secure_aggregation the server cannot see who changed a bank; let "
+            "each owner train its bank alone and `gather` the files"
+        )
+    if given.min_clients < 2:
+        raise ValueError(f"federated.secure_aggregation: the sum of {given.min_clients} client hides nothing; "
+                         "set federated.min_clients to 2 or more")  # fmt: skip
+    if given.num_shares is not None and (given.num_shares < max(3, given.min_clients) or given.num_shares % 2 == 0):
+        raise ValueError(
+            f"federated.num_shares: expected an odd number of {max(3, given.min_clients)} or more, which is "
+            f"federated.min_clients, found {given.num_shares}"
+        )
+    if not 0.5 < given.reconstruction_threshold <= 1:
+        raise ValueError(
+            "federated.reconstruction_threshold: expected more than 0.5 and 1 at most, found "
+            f"{given.reconstruction_threshold}: half of the clients could be told another story than the other half"
+        )
+    if given.max_examples < 1:
+        raise ValueError(f"federated.max_examples: expected 1 or more, found {given.max_examples}")
 
 
 def epsilon(noise: float, rounds: int, delta: float) -> float:

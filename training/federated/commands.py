@@ -1,11 +1,12 @@
 """The commands `chorus-moe federated ...`. They import what they need when they run."""
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from chorus_moe.training.federated.exchange import need_flower
 
 federated = typer.Typer(
     help="Train one model on rows that stay where they are: a server, clients, or all in one process.",
@@ -68,10 +69,11 @@ def client(
         raise ValueError("--private-key is missing: the server lets in whom it knows; or --insecure for plain HTTP")
     from chorus_moe.training.federated.flower_client import serve_server
     from chorus_moe.training.federated.learner import Learner
+    from chorus_moe.training.federated.secure_client import SecureLearner
     from chorus_moe.training.recipe import read_recipe
 
     learner = Learner.of(read_recipe(recipe, context.args))
-    serve_server(server, learner.answer, private_key, root_certificate, is_plain=insecure)
+    serve_server(server, SecureLearner(learner).answer, private_key, root_certificate, is_plain=insecure)
 
 
 @federated.command(context_settings=PASS_ON)
@@ -113,9 +115,3 @@ def withdraw(
     from chorus_moe.training.federated.owned_banks import withdraw_bank
 
     print(f"wrote {out} with the banks {', '.join(withdraw_bank(model, bank, out))}")
-
-
-def need_flower() -> None:
-    """Raises ImportError, saying how to install it, where Flower is missing."""
-    if find_spec("flwr") is None:
-        raise ImportError("flwr is missing: pip install 'chorus-moe[federated]'")

@@ -174,15 +174,31 @@ def join(
         for update, part_E in zip(updates, part_NE, strict=True):
             if name in update.weights:
                 change += tensors.spread(part_E) * (update.weights[name].double() - old[name].double())
-        if is_private:
-            assert given.max_update_norm is not None  # `check_federated` has seen to it
-            spread = given.client_noise * given.max_update_norm / asked
-            change += spread * torch.randn(change.shape, dtype=torch.float64, generator=generator)
-        if given.aggregation == FEDADAM:
-            touched = tensors.spread((part_NE.sum(dim=0) > 0).double())
-            change = touched * adam_step(new, name, change, given.server_learning_rate, touched)
-        new.weights[name] = (old[name].double() + change).to(old[name].dtype)
+        step(new, held, name, change, tensors, part_NE.sum(dim=0) > 0, given, asked, generator)
     return new, norms, scale_N.tolist()
+
+
+def step(
+    new: Joined,
+    held: Joined,
+    name: str,
+    change: Tensor,
+    tensors: Tensors,
+    touched_E: Tensor,
+    given: FederatedArguments,
+    asked: int,
+    generator: torch.Generator | None,
+) -> None:
+    """Put a mean change into a tensor: with noise, or by Adam, or as it is."""
+    old = held.weights[name]
+    if given.client_noise:
+        assert given.max_update_norm is not None  # `check_federated` has seen to it
+        spread = given.client_noise * given.max_update_norm / asked
+        change = change + spread * torch.randn(change.shape, dtype=torch.float64, generator=generator)
+    if given.aggregation == FEDADAM:
+        touched = tensors.spread(touched_E.double())
+        change = touched * adamstep(new, name, change, given.server_learning_rate, touched)
+    new.weights[name] = (old.double() + change).to(old.dtype)
 
 
 def _equal(updates: Sequence[Update], name: str, tensors: Tensors, asked: int) -> Tensor:
@@ -218,7 +234,7 @@ def _join_pair(
         changes = unfactored((torch.as_tensor(gradient_b), torch.as_tensor(gradient_a)))
         for name, change in zip((name_a, name_b), changes, strict=True):
             mask = layout[name].spread(touched_E.double())
-            step = mask * adam_step(new, name, change, given.server_learning_rate, mask)
+            step = mask * adamstep(new, name, change, given.server_learning_rate, mask)
             new.weights[name] = (held.weights[name].double() + step).to(held.weights[name].dtype)
         return
     if pair in held.rest_a:
@@ -276,7 +292,7 @@ def refactor(b_EYK: Tensor, a_EKX: Tensor, rank: int, like: Tensor) -> tuple[Fac
     return kept, (columns[:, :, rank : max(rank, used)], rows[:, rank : max(rank, used)])
 
 
-def adam_step(new: Joined, name: str, change: Tensor, rate: float, touched: Tensor) -> Tensor:
+def adamstep(new: Joined, name: str, change: Tensor, rate: float, touched: Tensor) -> Tensor:
     """What Adam makes of a mean change, and its moments moved on where a client took part."""
     for moments, beta, value in ((new.first, BETAS[0], change), (new.second, BETAS[1], change.square())):
         before = moments[name].double() if name in moments else torch.zeros_like(value)

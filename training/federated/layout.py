@@ -63,6 +63,19 @@ def layout_of(model: nn.Module) -> Layout:
     return {name: _describe(name, tensor, model) for name, tensor in trained_tensors(model).items()}
 
 
+def layout_asked(model: nn.Module, names: Collection[str], train_lora_a: bool) -> Layout:
+    """The server's layout, from the names that it sends weights of, as it is of a client that trains some of them.
+
+    Raises:
+        Refused: a name that the model lacks.
+    """
+    held = model.state_dict()
+    if lacking := sorted(set(names) - held.keys()):
+        raise Refused(f"{lacking[0]} is trained by the server and is not there")
+    moving = [name for name in names if train_lora_a or not (match := LORA.fullmatch(name)) or match[2] == "B"]
+    return {name: _describe(name, held[name], model) for name in moving}
+
+
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of [`layout_of`] themselves; to write into them changes the model."""
     kept = model.state_dict()

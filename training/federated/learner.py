@@ -105,6 +105,11 @@ class Learner:
             return None
         if question.kind != TRAIN:
             raise Refused(f"the server asks for {question.kind!r}; this client knows {TRAIN!r} and {STOP!r}")
+        if self.recipe.federated.secure_aggregation:
+            raise Refused(
+                "this client sends masked changes alone (federated.secure_aggregation), and the server asks for plain "
+                "ones: set it at the server as well, or leave it out here"
+            )
         return self.train(question).pack()
 
     def train(self, question: Question) -> Update:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from chorus_moe.surgery.parts import decoder_of
 from chorus_moe.surgery.report import count_parameters
 from chorus_moe.training.federated.arguments import FEDPROX, FederatedArguments, check_federated, epsilon
+from chorus_moe.training.federated.exchange import Exchange
 from chorus_moe.training.federated.joining import Joined, join, pairs_of, rest_share, sides
 from chorus_moe.training.federated.layout import (
     base_of,
@@ -32,6 +33,7 @@ from chorus_moe.training.federated.layout import (
     trained_tensors,
     write_weights,
 )
+from chorus_moe.training.federated.masked_sums import join_mean
 from chorus_moe.training.federated.updates import STOP, TRAIN, Question, Update, pack, unpack
 from chorus_moe.training.recipe import read_mapping
 from chorus_moe.training.saving import put_on_disk
@@ -40,16 +42,6 @@ STATE = "federated.safetensors"
 # Seconds between two looks for clients.
 PAUSE = 0.5
 GROUPS = ("weights", "rest_a", "rest_b", "first", "second")
-
-
-class Exchange(Protocol):
-    """Who carries questions to clients."""
-
-    def clients(self) -> list[str]:
-        """Names of those that are there now."""
-
-    def ask(self, questions: Mapping[str, bytes], seconds: float) -> dict[str, bytes | str]:
-        """The answers that came in time, or what went wrong, by the client's name."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +55,8 @@ class Round:
         rest: share of the LoRA products that the rank leaves out, see `joining.py`.
         spent: name -> epsilon and delta that a private client says it has spent so far.
         epsilon: spent so far; None without noise.
+        masked: names of those whose changes came masked, of which nothing else is known; `clients` is empty then.
+        norm: of the mean of masked changes.
     """
 
     number: int
@@ -74,17 +68,30 @@ class Round:
     rest: float = 0.0
     epsilon: float | None = None
     spent: dict[str, list[float]] = field(default_factory=dict)
+    masked: list[str] = field(default_factory=list)
+    norm: float | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of those whose changes are in the new weights."""
+        return [*self.clients, *self.masked]
 
     def __str__(self) -> str:
         found = [
             f"{name} {examples:,} examples, change {norm:.3g}"
             + (f" x {scale:.2g}" if scale < 1 else "")
-            + (f", epsilon {self.spent[name][0]:.3g} of its rows" if name in self.spent else "")
+            + self._spent(name)
             for name, (examples, norm, scale) in self.clients.items()
         ]
+        found += [f"{name} masked{self._spent(name)}" for name in self.masked]
+        if self.norm is not None:
+            found.append(f"mean of the masked changes {self.norm:.3g}")
         found += [f"{name} left out: {reason}" for name, reason in self.refused.items()]
         spent = "" if self.epsilon is None else f"; epsilon {self.epsilon:.3g}"
         return f"round {self.number}: {'; '.join(found)}; {self.bytes_in:,} bytes received{spent}"
+
+    def _spent(self, name: str) -> str:
+        return f", epsilon {self.spent[name][0]:.3g} of its rows" if name in self.spent else ""
 
 
 @dataclass
@@ -115,6 +122,11 @@ class Federation:
         if self.given.client_noise and pairs_of(self.layout):
             raise ValueError(
                 "federated.client_noise on both matrices of a LoRA has no bound: set federated.train_lora_a to false"
+            )
+        if self.given.secure_aggregation and pairs_of(self.layout):
+            raise ValueError(
+                "federated.secure_aggregation: the mean product of a LoRA is made of each client's own two matrices, "
+                "which no sum holds: set federated.train_lora_a to false"
             )
         self.fixed = {name: tensor.clone() for name, tensor in everything.items() if name not in self.layout}
         self.base = base_of(self.model, everything)
@@ -147,7 +159,7 @@ class Federation:
         while self.done < self.given.rounds:
             found = self._round(exchange)
             print(found, file=sys.stderr, flush=True)
-            failed = 0 if found.clients else failed + 1
+            failed = 0 if found.names else failed + 1
             if failed > self.given.max_failed_rounds:
                 raise ValueError(
                     f"round {found.number} failed {failed} times: it needs {self.given.min_clients} answers within "
@@ -170,6 +182,8 @@ class Federation:
         weights = self.held.weights | self.fixed
         left = self.given.rounds - self.done
         question = Question(TRAIN, number, self.base, left, proximal, self.given.train_lora_a, weights).pack()
+        if self.given.secure_aggregation:
+            return self._masked_round(exchange, names, question, start)
         answers = exchange.ask(dict.fromkeys(names, question), self.given.round_seconds)
         updates: dict[str, Update] = {}
         refused: dict[str, str] = {}
@@ -190,20 +204,35 @@ class Federation:
             lacking = f"{len(updates)} of {self.given.min_clients} answers that the round needs"
             refused |= dict.fromkeys(updates, f"the round is asked again, with {lacking}")
             return Round(number, {}, refused, out, back, seconds)
-        # From the operating system: a seed that can be guessed would take the noise away again.
-        generator = torch.Generator().manual_seed(secrets.randbits(63))
         self.held, norms, scales = join(
-            self.held, list(updates.values()), self.layout, self.given, len(names), generator
+            self.held, list(updates.values()), self.layout, self.given, len(names), _noise_source()
         )
         clients = {
             name: (update.examples, norm, scale)
             for (name, update), norm, scale in zip(updates.items(), norms, scales, strict=True)
         }
-        noise = self.given.client_noise
-        spent = epsilon(noise, number, self.given.client_delta) if noise else None
         rest = rest_share(self.held, self.layout)
         told = {name: update.spent for name, update in updates.items() if update.spent is not None}
-        found = Round(number, clients, refused, out, back, seconds, rest, spent, told)
+        return self._keep(Round(number, clients, refused, out, back, seconds, rest, self._epsilon(number), told))
+
+    def _masked_round(self, exchange: Exchange, names: list[str], question: bytes, start: float) -> Round:
+        from chorus_moe.training.federated.secure_server import ask_masked
+
+        number = self.done + 1
+        found = ask_masked(exchange, names, question, self.given, self.layout, number)
+        sizes = found.bytes_out, found.bytes_in
+        if found.mean is None:
+            return Round(number, {}, found.refused, *sizes, time.monotonic() - start)
+        self.held = join_mean(self.held, found.mean, self.layout, self.given, len(names), _noise_source())
+        known: dict[str, Any] = {"spent": found.spent, "masked": found.clients, "norm": found.mean.norm}
+        seconds = time.monotonic() - start
+        return self._keep(Round(number, {}, found.refused, *sizes, seconds, epsilon=self._epsilon(number), **known))
+
+    def _epsilon(self, rounds: int) -> float | None:
+        noise = self.given.client_noise
+        return epsilon(noise, rounds, self.given.client_delta) if noise else None
+
+    def _keep(self, found: Round) -> Round:
         self.history.append(found)
         self.save()
         return found
@@ -283,6 +312,11 @@ class Federation:
         self.held = found
         self.history = [Round(**{**entry, "clients": _tuples(entry["clients"])}) for entry in facts["history"]]
         print(f"the federation goes on after round {self.done}", file=sys.stderr)
+
+
+def _noise_source() -> torch.Generator:
+    """From the operating system: a seed that can be guessed would take the noise away again."""
+    return torch.Generator().manual_seed(secrets.randbits(63))
 
 
 def _tuples(clients: Mapping[str, list[float]]) -> dict[str, tuple[int, float, float]]:

@@ -6,8 +6,9 @@ from pathlib import Path
 from transformers import set_seed
 
 from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.training.federated.exchange import Exchange, need_flower
 from chorus_moe.training.federated.learner import Learner, check_federated_recipe
-from chorus_moe.training.federated.rounds import Exchange, Federation
+from chorus_moe.training.federated.rounds import Federation
 from chorus_moe.training.federated.simulate import InProcess
 from chorus_moe.training.loading import ModelOrAdapter
 from chorus_moe.training.model_card import run_card
@@ -39,7 +40,7 @@ def run_server(recipe: Recipe, exchange: Exchange) -> dict[str, float]:
     last = federation.history[-1]
     metrics: dict[str, float] = {
         "rounds": federation.done,
-        "clients": len(last.clients),
+        "clients": len(last.names),
         "bytes_received": sum(found.bytes_in for found in federation.history),
     }
     if last.epsilon is not None:
@@ -63,4 +64,10 @@ def simulate(recipe: Recipe, clients: Mapping[str, Recipe] | Sequence[Recipe]) -
     """
     named = clients if isinstance(clients, Mapping) else {f"client_{i}": found for i, found in enumerate(clients)}
     learners = {name: Learner.of(found) for name, found in named.items()}
-    return run_server(recipe, InProcess({name: learner.answer for name, learner in learners.items()}))
+    answers = {name: learner.answer for name, learner in learners.items()}
+    if recipe.federated.secure_aggregation:
+        need_flower()
+        from chorus_moe.training.federated.secure_client import SecureLearner
+
+        answers = {name: SecureLearner(learner).answer for name, learner in learners.items()}
+    return run_server(recipe, InProcess(answers))

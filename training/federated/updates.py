@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-TRAIN, STOP = "train", "stop"
+TRAIN, STOP, MASKED = "train", "stop", "masked"
 # Of the names in the file.
-WEIGHTS, TOKENS, SEEN = "weights/", "tokens/", "seen/"
+WEIGHTS, TOKENS, SEEN, RECORD = "weights/", "tokens/", "seen/", "record/"
 Place = tuple[int, str]
 
 
@@ -91,6 +91,47 @@ class Update:
         return cls(**facts, weights=tensors.get(WEIGHTS, {}), tokens=tokens, seen=seen)
 
 
+@dataclass(frozen=True)
+class MaskedMessage:
+    """A message of secure aggregation, in either direction.
+
+    Attributes:
+        node: the client's number in this round.
+        record: what Flower's protocol says, in its own bytes.
+    """
+
+    round: int
+    node: int
+    record: bytes
+
+    def pack(self) -> bytes:
+        record = torch.frombuffer(bytearray(self.record), dtype=torch.uint8)
+        return pack({RECORD: {"bytes": record}}, {"kind": MASKED, "round": self.round, "node": self.node})
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> "MaskedMessage":
+        """Raises Refused: these are other bytes."""
+        tensors, facts = unpack(payload)
+        record, number, node = tensors.get(RECORD, {}).get("bytes"), facts.get("round"), facts.get("node")
+        if facts.get("kind") != MASKED or record is None or type(number) is not int or type(node) is not int:
+            raise Refused(f"expected a message of secure aggregation, found {sorted(facts)} with {sorted(tensors)}")
+        return cls(number, node, record.numpy().tobytes())
+
+
+def kind_of(payload: bytes) -> object:
+    """What a question asks for; None where it cannot be read."""
+    try:
+        return _facts(payload).get("kind")
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
+
+
+def _facts(payload: bytes) -> Any:
+    # safetensors gives metadata of files only.
+    header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+    return json.loads(header["__metadata__"]["facts"])
+
+
 def pack(groups: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> bytes:
     """Groups of tensors and facts in JSON as a safetensors file."""
     tensors = {group + name: tensor for group, found in groups.items() for name, tensor in found.items()}
@@ -107,9 +148,8 @@ def unpack(payload: bytes) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
     """
     try:
         tensors = load(payload)
-        # The library has checked the length of the header; it gives metadata of files only.
-        header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
-        facts = json.loads(header["__metadata__"]["facts"])
+        # The library has checked the length of the header.
+        facts = _facts(payload)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise Refused(f"{len(payload)} bytes that are no message of a federation: {error!r:.200}") from error
     groups: dict[str, dict[str, Tensor]] = {}

@@ -11,7 +11,7 @@ others (Poisson sampling), and noise of `noise_multiplier * max_grad_norm` cover
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import brentq
@@ -34,6 +34,22 @@ PRECISION, ALL_SPENT = 1e-3, 0.99
 
 def epsilon_of(history: Sequence[Updates], delta: float, mechanism: str = "gaussian", accountant: str = "prv") -> float:
     """The epsilon that some updates have spent, an upper bound; 0 for none."""
+    return _epsilon_of(_merged(history), delta, mechanism, accountant)
+
+
+def _merged(history: Sequence[Updates]) -> tuple[Updates, ...]:
+    """Updates in a row of one noise and rate as one entry: an accountant takes its time for each."""
+    found: list[Updates] = []
+    for noise, rate, steps in history:
+        if found and found[-1][:2] == (noise, rate):
+            steps += found.pop()[2]
+        found.append((noise, rate, steps))
+    return tuple(found)
+
+
+# Rounds of a federation ask for the same again.
+@lru_cache(maxsize=1024)
+def _epsilon_of(history: tuple[Updates, ...], delta: float, mechanism: str, accountant: str) -> float:
     if not history:
         return 0.0
     if mechanism == "laplace":
@@ -90,10 +106,14 @@ def noise_for(
             f"and {steps} more are asked for"
         )
 
-    @cache
     def total(noise: float) -> float:
         return epsilon_of([*spent, (noise, rate, steps)], delta, mechanism, accountant)
 
+    if spent:
+        # In the middle of a run that goes as it was planned, the noise so far still fits.
+        noise = spent[-1][0]
+        if total(noise) <= epsilon < total(noise * (1 - 2 * PRECISION)):
+            return noise
     low = high = 1.0
     while total(high) > epsilon:
         low, high = high, 2 * high

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from chorus_moe import ChorusProcessor
 from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.training.federated.learner import Learner
+from chorus_moe.training.federated.updates import Update
 from chorus_moe.training.recipe import Recipe, build_recipe
 from tests.training.conftest import make_model, make_row, make_tokenizer
 
@@ -110,3 +112,17 @@ def make_learner(federation_folder: Path, tmp_path_factory: pytest.TempPathFacto
         return Learner.of(build_recipe(found, "test"))
 
     return make
+
+
+def by_rows(answer: Callable[[bytes], bytes | None]) -> Callable[[bytes], bytes | None]:
+    """A client whose experts weigh by its rows, as all do under masks."""
+
+    def changed(payload: bytes) -> bytes | None:
+        found = answer(payload)
+        if found is None:
+            return None
+        update = Update.unpack(found)
+        tokens = {place: (counts > 0) * update.examples for place, counts in update.tokens.items()}
+        return replace(update, tokens=tokens).pack()
+
+    return changed

@@ -16,8 +16,9 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForMultimodalLM
 
+from chorus_moe.training.federated.updates import unpack
 from tests.fresh_process import ROOT, started
-from tests.training.federated.conftest import ADAPTER, sections, write_federation
+from tests.training.federated.conftest import ADAPTER, BANKS, by_rows, sections, write_federation
 
 pytest.importorskip("flwr", reason="Flower is not installed: `.ci/matrix federated` runs this")
 pytestmark = [
@@ -26,7 +27,7 @@ pytestmark = [
 ]
 
 COMMAND = "from chorus_moe.serving.commands import main\nmain()"
-LIAR = Path(__file__).with_name("liar.py")
+LIAR, QUITTER = Path(__file__).with_name("liar.py"), Path(__file__).with_name("quitter.py")
 CLIENTS = ("eyes", "ears", "both", "liar", "stranger")
 
 
@@ -47,17 +48,17 @@ def make_keys(folder: Path) -> None:
 class Site:
     """A folder with keys, recipes and logs of all processes."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, trained: dict[str, Any] = ADAPTER, **changes: Any):
         self.folder = write_federation(folder)
         make_keys(folder)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"localhost:{free.getsockname()[1]}"
-        federated = {"rounds": 3, "min_clients": 2, "round_seconds": 20, "max_failed_rounds": 20}
-        self.write("server", {**sections(folder, ADAPTER, folder / "out"), "federated": federated})
+        federated = {"rounds": 3, "min_clients": 2, "round_seconds": 20, "max_failed_rounds": 20} | changes
+        self.write("server", {**sections(folder, trained, folder / "out"), "federated": federated})
         for name in CLIENTS:
             rows = name if name in ("eyes", "ears") else "both"
-            self.write(name, sections(folder, ADAPTER, folder / f"run_{name}", rows))
+            self.write(name, sections(folder, trained, folder / f"run_{name}", rows))
 
     def write(self, name: str, recipe: dict[str, Any]) -> None:
         (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
@@ -127,3 +128,55 @@ def test_a_federation_outlives_its_clients_and_its_server(tmp_path: Path) -> Non
     model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "model")
     adapter = PeftModel.from_pretrained(model, tmp_path / "out")
     assert any(value.any() for name, value in adapter.state_dict().items() if "lora_B" in name)
+
+
+@pytest.mark.timeout(900)
+def test_masked_changes_add_up_between_processes_and_one_is_killed_in_the_middle(tmp_path: Path) -> None:
+    from chorus_moe.training.federated.learner import Learner
+    from chorus_moe.training.federated.masked_sums import STEP
+    from chorus_moe.training.federated.rounds import Federation
+    from chorus_moe.training.federated.simulate import InProcess
+    from chorus_moe.training.recipe import read_recipe
+    from chorus_moe.training.train import load_or_build
+
+    names, bound = ("eyes", "ears", "both"), 10.0
+    site = Site(
+        tmp_path, BANKS, rounds=2, round_seconds=90, secure_aggregation=True, max_update_norm=bound, max_examples=10
+    )
+    for name in names:
+        # Clients that send nothing but masked changes.
+        recipe = yaml.safe_load((tmp_path / f"{name}.yaml").read_text(encoding="utf-8"))
+        site.write(name, recipe | {"federated": {"secure_aggregation": True}})
+    plain = ["--insecure"]
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(
+            site.runs("server", COMMAND, "federated", "server", "server.yaml", "--listen", site.address, *plain)
+        )
+        for name in names[:2]:
+            words = ["federated", "client", f"{name}.yaml", "--server", site.address, *plain]
+            stack.enter_context(site.runs(name, COMMAND, *words))
+        stack.enter_context(site.runs("both", QUITTER, "both.yaml", site.address))
+        wait(lambda: not server.is_alive(), 600)
+        assert server.exitcode == 0, site.said("server")
+    first, second = site.rounds()
+    assert len(first["masked"]) == 3 and len(second["masked"]) == 2 and len(second["refused"]) == 1
+    assert not first["clients"] and not first["refused"]
+    # The same in this process, without masks: the first round with all three, the second without the one that died.
+    recipe = read_recipe(tmp_path / "server.yaml")
+    recipe.federated.secure_aggregation, recipe.federated.count_ratio = False, 1e9
+    model, _ = load_or_build(recipe, None)  # type: ignore[arg-type]
+    federation = Federation(model, recipe.federated, tmp_path / "plain")
+    learners = {name: Learner.of(read_recipe(tmp_path / f"{name}.yaml")) for name in names}
+    for learner in learners.values():
+        learner.recipe.federated.secure_aggregation = False
+    answers = {name: by_rows(learner.answer) for name, learner in learners.items()}
+    federation._round(InProcess(answers))
+    del answers["both"]
+    federation._round(InProcess(answers))
+    masked, _ = unpack((tmp_path / "out" / "federated.safetensors").read_bytes())
+    for name, tensor in federation.held.weights.items():
+        # Rounding of each client over the smallest weight that stands alone, 2 rows of 10. In the second round training
+        # begins at weights that differ by that, and Adam's first steps are as long as the rate wherever they lead.
+        difference = (masked["weights/"][name] - tensor).abs()
+        assert difference.max() <= 4 * 2 * 0.01, name
+        assert difference.median() <= 2 * bound * STEP * 3 / 0.2, name
