@@ -14,6 +14,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import replace_layer_number_by_wildcard
 
 from chorus_moe.training.loading import ModelOrAdapter, base_model
+from chorus_moe.training.scale.context import share_sequences
 from chorus_moe.training.scale.layout import Layout, check_layout
 
 TOWERS = ("vision_tower", "audio_tower")
@@ -30,6 +31,8 @@ def spread(model: ModelOrAdapter, layout: Layout) -> None:
     """
     below = base_model(model)
     check_layout(layout, below.config, is_adapter=below is not model)
+    if layout.context > 1:
+        share_sequences(model, layout.context)
     if not layout.is_sharded:
         return
     if getattr(below, "_device_mesh", None) is None:
@@ -56,7 +59,7 @@ def loading_in_shares(layout: Layout, model_class: type[PreTrainedModel], folder
 
 
 def _distributed(layout: Layout, **plans: Any) -> DistributedConfig:
-    sizes = {"dp_replicate_size": layout.data, "fsdp_size": layout.fsdp}
+    sizes = {"dp_replicate_size": layout.data, "fsdp_size": layout.shards}
     return DistributedConfig(**sizes, tp_size=layout.tensor, ep_size=layout.expert, **plans)
 
 

@@ -103,13 +103,13 @@ def trainer_of(
 ) -> ChorusTrainer:
     AcceleratorState._reset_state()
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    sizes = {"max_steps": STEPS, "per_device_train_batch_size": max(1, ROWS // (world // layout.tensor))}
+    sizes = {"max_steps": STEPS, "per_device_train_batch_size": max(1, ROWS // (world // layout.copies))}
     defaults = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "learning_rate": 1e-3}
     arguments = RunArguments(
         str(folder), **{**defaults, **TRAINER_SETTINGS, **sizes, "save_strategy": "no", **settings}
     )
     # Known once the arguments have made the group of processes.
-    hold_same_rows(layout.tensor)
+    hold_same_rows(layout.copies, layout.context)
     model = make(kind, layout, folder)
     # Before anything else could have spread it.
     held = shares(model)["own"]
