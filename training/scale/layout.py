@@ -78,6 +78,11 @@ class Layout(NamedTuple):
         return self.context * self.tensor
 
     @property
+    def replicas(self) -> int:
+        """Copies of the weights, whose gradients are summed: without fsdp each process of a context group has one."""
+        return self.data * (1 if self.fsdp > 1 else self.context)
+
+    @property
     def is_sharded(self) -> bool:
         """Whether a process holds a part of the model alone, by transformers' own means."""
         return self.fsdp > 1 or self.tensor > 1

@@ -47,6 +47,8 @@ class PlainConfig:
     def __init__(self, text: ChorusTextConfig, banks: list[LayerBankConfig]):
         self.num_attention_heads, self.num_key_value_heads = text.num_attention_heads, text.num_key_value_heads
         self.experts_layout, self.banks = text.experts_layout, banks
+        self.num_memory_tokens, self.num_global_tokens = text.num_memory_tokens, text.num_global_tokens
+        self.is_causal = text.is_causal
 
     def get_text_config(self) -> "PlainConfig":
         return self
