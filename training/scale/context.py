@@ -61,9 +61,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.rank, ctx.size = dist.get_rank(group), dist.get_world_size(group)
-        whole = own.new_empty(ctx.size * own.numel())
-        dist.all_gather_into_tensor(whole, own.flatten(), group=group)
-        return whole.view(ctx.size, *own.shape)
+        whole = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(ctx.size)]
+        dist.all_gather(whole, own.contiguous(), group=group)
+        return torch.stack(whole)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -138,7 +138,7 @@ def layout_of(arguments: ParallelArguments, processes: int) -> Layout:
     share = layout.shards * tensor
     if expert > 1 and (share % expert or expert % tensor):
         raise ValueError(
-            f"parallel.expert={expert} must divide {parts} = {share}, and be a multiple of "
+            f"parallel.expert={expert} must divide {parts if share > 1 else 'fsdp 1'} = {share}, and be a multiple of "
             f"tensor {tensor}: experts lie on the processes that share the model"
         )
     if data > 1 and tensor > 1 and fsdp == 1:
@@ -228,7 +228,7 @@ def check_zero(arguments: ParallelArguments) -> None:
         raise ImportError(f"parallel.zero={stage}: deepspeed is not installed; pip install deepspeed, or use fsdp")
 
 
-def check_layout(layout: Layout, config: PreTrainedConfig, *, is_adapter: bool = False) -> None:
+def check_layout(layout: Layout, config: PreTrainedConfig) -> None:
     """Refuse a layout that a model cannot be spread over, before it is.
 
     Raises:
@@ -236,16 +236,12 @@ def check_layout(layout: Layout, config: PreTrainedConfig, *, is_adapter: bool =
     """
     text = config.get_text_config()
     if layout.tensor > 1:
-        if is_adapter:
-            raise ValueError(f"parallel.tensor={layout.tensor}: an adapter is not shared between processes; use fsdp")
         for name in ("num_attention_heads", "num_key_value_heads"):
             if getattr(text, name) % layout.tensor:
                 raise ValueError(f"parallel.tensor={layout.tensor} does not divide {name}={getattr(text, name)}")
     if layout.context > 1:
         check_context(layout.context, text)
     if layout.expert > 1:
-        if is_adapter:
-            raise ValueError(f"parallel.expert={layout.expert}: an adapter is not shared between processes; use fsdp")
         if text.experts_layout == "linear":
             raise ValueError(f"parallel.expert={layout.expert}: experts in linear layers do not travel; stack them")
         for bank in text.banks:

@@ -22,13 +22,13 @@ from chorus_moe.training.scale.context import share_sequences
 from tests.conftest import tiny_batch, tiny_config
 
 LOSSES = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1, "alignment_loss_coef": 0.5, "alignment": "maps"}
-HEADS = {"num_key_value_heads": 4}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 EVERYTHING = LOSSES | SLIDING | {"num_global_tokens": 3, "cross_modal_layers": [1, 2]}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "everything": EVERYTHING,
     "skips": {"skip_budget": 0.3, "skip_loss_coef": 0.5, "exit_layers": [2], "exit_loss_coef": 0.5},
-    "layers": {"skip_layers": [1], "skip_scope": "layer", "no_rope_layers": [1, 0, 1]},
+    "layers": {"skip_budget": 0.3, "skip_layers": [1], "skip_scope": "layer", "no_rope_layers": [1, 0, 1]},
     "learned": {
         "expert_banks": {"text": {"adaptive_experts": True, "mean_experts": 1.5}, "common": {"balance": "bias"}},
         "expert_budget_loss_coef": 0.5,
