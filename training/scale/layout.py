@@ -163,10 +163,9 @@ def check_arguments(layout: Layout, arguments: TrainingArguments) -> None:
             f"parallel.zero={layout.zero}: accelerate starts DeepSpeed on accelerators alone, in processes of torchrun "
             f"or accelerate launch; found {arguments.device.type}; take fsdp there"
         )
-    if arguments.fsdp and (layout.is_sharded or arguments.device.type == "cpu"):
-        why = (
-            "beside parallel" if layout.is_sharded else "on a CPU, where accelerate trains plain data parallel instead"
-        )
+    spreads = layout.is_sharded or layout.context > 1
+    if arguments.fsdp and (spreads or arguments.device.type == "cpu"):
+        why = "beside parallel" if spreads else "on a CPU, where accelerate trains plain data parallel instead"
         raise ValueError(f"training.fsdp {why}: write parallel: {{fsdp: {layout.fsdp}}} and leave it out")
     if (layout.is_sharded or layout.zero == 3) and arguments.push_to_hub:
         raise ValueError(

@@ -108,6 +108,7 @@ def test_zero_without_deepspeed_says_what_to_install() -> None:
         (Layout(zero=1), {}, "parallel.zero=1: accelerate starts DeepSpeed on accelerators alone, .* found cpu"),
         (Layout(), {"fsdp": True}, "training.fsdp on a CPU"),
         (Layout(fsdp=2), {"fsdp": True}, "training.fsdp beside parallel"),
+        (Layout(context=2), {"fsdp": True}, "training.fsdp beside parallel"),
         (Layout(fsdp=2), {"push_to_hub": True}, "training.push_to_hub: fsdp 2"),
     ],
 )
