@@ -171,7 +171,7 @@ class SharedSequences:
         for name in (decoder.config._attn_implementation, BLOCK_LOCAL):
             if name == "eager" or name in ALL_ATTENTION_FUNCTIONS:
                 register_attention(name)
-        decoder._prepare = self._prepare  # type: ignore[method-assign]
+        decoder._prepare = self._prepare  # type: ignore[assignment,method-assign]
         decoder.layers[0].register_forward_pre_hook(self._cut, with_kwargs=True)
         decoder.norm.register_forward_pre_hook(self._gather)
         decoder.register_forward_hook(self._gather_records)

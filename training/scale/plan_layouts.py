@@ -33,9 +33,9 @@ def layouts(devices: int) -> Iterator[Layout]:
     for tensor, context in [(size, 1) for size in divisors(devices)] + [(1, size) for size in divisors(devices)[1:]]:
         for fsdp in divisors(devices // (tensor * context)):
             for expert in divisors(fsdp * tensor * context):
-                sizes = {"tensor_size": tensor, "expert_size": expert, "context_size": context}
+                asked = ParallelArguments(None, fsdp, tensor, expert, context)
                 with suppress(ValueError):
-                    yield layout_of(ParallelArguments(fsdp_size=fsdp, **sizes), devices)
+                    yield layout_of(asked, devices)
     if devices > 1:
         yield from (Layout(devices, zero=stage) for stage in (1, 2, 3))
 
