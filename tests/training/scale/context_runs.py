@@ -48,7 +48,7 @@ def make(case: str) -> nn.Module:
     if case in IMPLEMENTATIONS:
         model.set_attn_implementation(IMPLEMENTATIONS[case])
     if case == "checkpointed":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
