@@ -26,11 +26,12 @@ def planned() -> PlannedModel:
         Layout(fsdp=8, expert=4),
         Layout(fsdp=4, tensor=2, expert=4),
         Layout(data=2, fsdp=4, expert=2),
+        Layout(fsdp=4, context=2, expert=4),
     ],
     ids=lambda layout: layout.name,
 )
 def test_a_device_holds_what_transformers_leaves_it(planned: PlannedModel, layout: Layout) -> None:
-    size = layout.data * layout.fsdp * layout.tensor
+    size = layout.data * layout.fsdp * layout.copies
     # A group without other processes: collectives do nothing, tensors have no data.
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
     try:
