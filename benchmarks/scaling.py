@@ -4,9 +4,9 @@
 
 The layouts of as many processes run in one `torchrun`, on the CPU. All see the same eight rows a step, text with and
 without an image; the model has every rule of balance, capacity, a learned number of experts. `loss_difference` is the
-largest of all steps and ranks. Tokens a second are of this machine's cores, which all processes share: they show what
-the exchanges cost, and not what more machines bring. At the end stands what `chorus-moe plan` says of small runs over
-what they took.
+largest of all steps and ranks; layouts with `context`, which refuse capacity, train the model without it. Tokens a
+second are of this machine's cores, which all processes share: they show what the exchanges cost, and not what more
+machines bring. At the end stands what `chorus-moe plan` says of small runs over what they took.
 """
 
 import json
@@ -36,10 +36,14 @@ from chorus_moe.training.trainer import ChorusTrainer
 ROWS, LENGTH, STEPS, WARM = 8, 64, 20, 5
 LAYOUTS = {
     1: [Layout()],
-    2: [Layout(data=2), Layout(fsdp=2), Layout(fsdp=2, expert=2), Layout(tensor=2), Layout(tensor=2, expert=2)],
+    2: [
+        *(Layout(data=2), Layout(fsdp=2), Layout(fsdp=2, expert=2), Layout(tensor=2), Layout(tensor=2, expert=2)),
+        Layout(context=2),
+    ],
     4: [
         *(Layout(data=4), Layout(fsdp=4), Layout(data=2, fsdp=2), Layout(fsdp=4, expert=2), Layout(fsdp=4, expert=4)),
         *(Layout(fsdp=2, tensor=2), Layout(fsdp=2, tensor=2, expert=4), Layout(tensor=4)),
+        *(Layout(context=4), Layout(fsdp=2, context=2), Layout(fsdp=2, expert=4, context=2)),
     ],
 }
 BANKS: dict[str, Any] = {
@@ -49,12 +53,16 @@ BANKS: dict[str, Any] = {
     "common": {"balance": "switch", "expert_capacity": 4, "adaptive_experts": True},
 }
 
+# Capacity is counted over whole sequences, which processes of a context do not have.
+UNLIMITED = {name: {**bank, "expert_capacity": None} for name, bank in BANKS.items()}
+UNLIMITED_ALONE = "one process, no capacity"
+
 Row = dict[str, Tensor]
 
 
-def make_model() -> ChorusForConditionalGeneration:
+def make_model(banks: dict[str, Any]) -> ChorusForConditionalGeneration:
     torch.manual_seed(0)
-    text = TEXT | {"expert_banks": BANKS, "router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}
+    text = TEXT | {"expert_banks": banks, "router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01}
     tokens = {"image_token_id": IMAGE_TOKEN, "audio_token_id": AUDIO_TOKEN}
     config = ChorusConfig(
         text_config=text | {"num_key_value_heads": 4}, vision_config=VISION, audio_config=AUDIO, **tokens
@@ -95,17 +103,17 @@ class Clock(TrainerCallback):
             self.begun = self.ended
 
 
-def run_layout(layout: Layout, folder: str) -> dict[str, Any]:
+def run_layout(layout: Layout, folder: str, limited: bool) -> dict[str, Any]:
     from accelerate.state import AcceleratorState
 
     # Of the layout before.
     AcceleratorState._reset_state()
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    sizes = {"max_steps": STEPS, "per_device_train_batch_size": ROWS * layout.tensor // world, "learning_rate": 1e-3}
+    sizes = {"max_steps": STEPS, "per_device_train_batch_size": ROWS * layout.copies // world, "learning_rate": 1e-3}
     quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no"}
     arguments = RunArguments(folder, **sizes, **quiet, **TRAINER_SETTINGS)
-    hold_same_rows(layout.tensor)
-    model, clock = make_model().train(), Clock()
+    hold_same_rows(layout.copies, layout.context)
+    model, clock = make_model(BANKS if limited else UNLIMITED).train(), Clock()
     spread(model, layout)
     rows = make_rows(model.config, ROWS * 4)
     trainer = ChorusTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[clock])
@@ -128,7 +136,9 @@ def run_rank(folder: Path) -> None:
     """One rank of a `torchrun`: all layouts of as many processes."""
     torch.set_num_threads(1)
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0")
-    found = {layout.name: run_layout(layout, str(folder)) for layout in LAYOUTS[world]}
+    found = {layout.name: run_layout(layout, str(folder), layout.context == 1) for layout in LAYOUTS[world]}
+    if world == 1:
+        found[UNLIMITED_ALONE] = run_layout(Layout(), str(folder), limited=False)
     (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
     # Threads of the backend may hang an orderly exit; everything is written.
     os._exit(0)
@@ -156,17 +166,19 @@ def main(arguments: list[str] | None = None) -> None:
     if parsed.rank_folder is not None:
         run_rank(parsed.rank_folder)
     report = Report("layouts", parsed)
-    alone: list[float] = []
+    alone: dict[str, list[float]] = {}
     for number in (1,) if parsed.quick else LAYOUTS:
         if parsed.quick:
             # Starting processes takes longer than all else; journeys do.
             with tempfile.TemporaryDirectory() as folder:
-                ranks = [{Layout().name: run_layout(Layout(), folder)}]
+                ranks = [{Layout().name: run_layout(Layout(), folder, limited=True)}]
         else:
             ranks = run_processes(number)
         for name, first in ranks[0].items():
-            alone = alone or first["losses"]
-            differences = [abs(a - b) for rank in ranks for a, b in zip(rank[name]["losses"], alone, strict=True)]
+            if number == 1:
+                alone[name] = first["losses"]
+            expected = alone[UNLIMITED_ALONE if "context" in name or name == UNLIMITED_ALONE else Layout().name]
+            differences = [abs(a - b) for rank in ranks for a, b in zip(rank[name]["losses"], expected, strict=True)]
             values = {"loss_difference": max(differences), "share_of_model": max(rank[name]["share"] for rank in ranks)}
             speed = min(rank[name]["tokens_per_second"] for rank in ranks)
             report.add(f"{number} x: {name}", {**values, "speed_tokens/s": speed}, unit="tokens/s")

@@ -90,7 +90,7 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     check_recipe(recipe)
     layout = layout_of(recipe.parallel, arguments.world_size)
     check_arguments(layout, arguments)
-    hold_same_rows(layout.tensor)
+    hold_same_rows(layout.copies, layout.context)
     if rows := recipe.parallel.rows_per_step:
         per_process, processes = arguments.train_batch_size, num_data_ranks(arguments)
         arguments.gradient_accumulation_steps = accumulation(rows, per_process, processes)

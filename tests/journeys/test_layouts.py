@@ -54,6 +54,9 @@ def test_two_processes_in_every_layout(tmp_path: Path) -> None:
 FOUR: list[list[Any]] = [
     ["hybrid", "routing", {"data": 2, "fsdp": 2, "expert": 2}, None, {}],
     ["tensor", "routing", {"fsdp": 2, "tensor": 2, "expert": 4}, None, {"max_steps": 4, "save_steps": 4}],
+    ["context", "context", {"context": 4}, None, {"max_steps": 4}],
+    ["context and fsdp", "context", {"fsdp": 2, "context": 2}, None, {}],
+    ["context and experts", "context", {"fsdp": 2, "expert": 4, "context": 2}, None, {"max_steps": 4}],
 ]
 
 
@@ -69,11 +72,15 @@ def test_four_processes_learn_what_one_learns_and_any_number_reads_it(tmp_path: 
     assert [rank.returncode for rank in done] == [0] * 4, [rank.stderr[-2000:] for rank in done]
     # The rate falls over the steps that a run has, so four are not the first four of twenty.
     alone = {"hybrid": losses_alone(tmp_path, "routing", {}), "tensor": losses_alone(tmp_path, "routing", SAVED)}
+    alone["context and fsdp"] = losses_alone(tmp_path, "context", {})
+    alone["context"] = alone["context and experts"] = losses_alone(tmp_path, "context", {"max_steps": 4})
     for rank in range(4):
         found = json.loads((tmp_path / f"4-{rank}.json").read_text())
         for name, losses in alone.items():
             assert "error" not in found[name], found[name]["error"]
             assert found[name]["losses"] == pytest.approx(losses, abs=LOSSES)
+        # Those of a context group share the model as well.
+        assert found["context and fsdp"]["own"] < 0.27 * found["context and fsdp"]["whole"]
 
     # Nothing is left to learn: what is saved is what was loaded.
     loads = [["loaded", "routing", {"fsdp": 3}, at_end(tmp_path, "tensor"), {"max_steps": 4, "ignore_data_skip": True}]]

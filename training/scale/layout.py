@@ -1,7 +1,8 @@
 """The section `parallel` of a recipe: over which processes a model, its data and its experts are spread.
 
-Processes are counted as data x fsdp x tensor. Experts take no processes of their own: `expert` of those that fsdp and
-tensor together have hold different experts. Every rank of a tensor group sees the same rows; all others see their own.
+Processes are counted as data x fsdp x context x tensor. Experts take no processes of their own: `expert` of those that
+fsdp, context and tensor together have hold different experts. Every rank of a tensor or context group sees the same
+rows; all others see their own. With fsdp the processes of a context group also share the model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,22 @@ class Layout(NamedTuple):
     tensor: int = 1
     expert: int = 1
     zero: int = 0
+    context: int = 1
+
+    @property
+    def shards(self) -> int:
+        """Processes that share one copy of the weights, beyond those of a tensor group."""
+        return self.fsdp * self.context if self.fsdp > 1 else 1
+
+    @property
+    def copies(self) -> int:
+        """Neighbouring processes with the same rows."""
+        return self.context * self.tensor
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the weights, whose gradients are summed: without fsdp each process of a context group has one."""
+        return self.data * (1 if self.fsdp > 1 else self.context)
 
     @property
     def is_sharded(self) -> bool:
@@ -96,36 +113,40 @@ def layout_of(arguments: ParallelArguments, processes: int) -> Layout:
         if value is not None and value < least:
             raise ValueError(f"parallel.{key} must be {least} or more, found {value}")
     fsdp, tensor, expert = arguments.fsdp_size, arguments.tensor_size, arguments.expert_size
-    if arguments.context_size > 1:
-        raise ValueError(
-            f"parallel.context={arguments.context_size}: a sequence is not shared between processes, because masks, "
-            "windows and routing by modality read all of it; train long sequences with sliding windows and fsdp"
-        )
     if arguments.zero_stage:
         check_zero(arguments)
-    share = fsdp * tensor
+    context = arguments.context_size
+    if context > 1 and tensor > 1:
+        raise ValueError(
+            f"parallel.context={context} beside tensor={tensor}: both share out the heads; take one, beside fsdp"
+        )
+    share, parts = fsdp * context * tensor, f"fsdp {fsdp} x tensor {tensor}"
+    if context > 1:
+        parts = f"fsdp {fsdp} x context {context}"
     if processes % share:
         raise ValueError(
-            f"parallel: fsdp {fsdp} x tensor {tensor} = {share} does not divide the {processes} processes of this run; "
+            f"parallel: {parts} = {share} does not divide the {processes} processes of this run; "
             f"start it with torchrun --nproc_per_node {share}, or change the sizes"
         )
     data = processes // share if arguments.data_size is None else arguments.data_size
     if data * share != processes:
         raise ValueError(
-            f"parallel: data {data} x fsdp {fsdp} x tensor {tensor} = {data * share}, but the run has {processes} "
+            f"parallel: data {data} x {parts} = {data * share}, but the run has {processes} "
             f"processes; start it with torchrun --nproc_per_node {data * share}, or leave data out"
         )
+    layout = Layout(data, fsdp, tensor, expert, arguments.zero_stage, context)
+    share = layout.shards * tensor
     if expert > 1 and (share % expert or expert % tensor):
         raise ValueError(
-            f"parallel.expert={expert} must divide fsdp {fsdp} x tensor {tensor} = {share}, and be a multiple of "
-            f"tensor {tensor}: experts lie on the processes that these two have"
+            f"parallel.expert={expert} must divide {parts if share > 1 else 'fsdp 1'} = {share}, and be a multiple of "
+            f"tensor {tensor}: experts lie on the processes that share the model"
         )
     if data > 1 and tensor > 1 and fsdp == 1:
         raise ValueError(
             f"parallel: data {data} x tensor {tensor} without fsdp: nothing sums up the gradients of the {data} "
             f"copies; write fsdp: {data} and leave data out"
         )
-    return Layout(data, fsdp, tensor, expert, arguments.zero_stage)
+    return layout
 
 
 def check_arguments(layout: Layout, arguments: TrainingArguments) -> None:
@@ -142,10 +163,9 @@ def check_arguments(layout: Layout, arguments: TrainingArguments) -> None:
             f"parallel.zero={layout.zero}: accelerate starts DeepSpeed on accelerators alone, in processes of torchrun "
             f"or accelerate launch; found {arguments.device.type}; take fsdp there"
         )
-    if arguments.fsdp and (layout.is_sharded or arguments.device.type == "cpu"):
-        why = (
-            "beside parallel" if layout.is_sharded else "on a CPU, where accelerate trains plain data parallel instead"
-        )
+    spreads = layout.is_sharded or layout.context > 1
+    if arguments.fsdp and (spreads or arguments.device.type == "cpu"):
+        why = "beside parallel" if spreads else "on a CPU, where accelerate trains plain data parallel instead"
         raise ValueError(f"training.fsdp {why}: write parallel: {{fsdp: {layout.fsdp}}} and leave it out")
     if (layout.is_sharded or layout.zero == 3) and arguments.push_to_hub:
         raise ValueError(
@@ -200,14 +220,14 @@ def check_zero(arguments: ParallelArguments) -> None:
     stage = arguments.zero_stage
     if stage > 3:
         raise ValueError(f"parallel.zero must be 0 to 3, found {stage}")
-    others = {"fsdp": arguments.fsdp_size, "tensor": arguments.tensor_size, "expert": arguments.expert_size}
+    others = {name: getattr(arguments, KEYS[name]) for name in ("fsdp", "tensor", "expert", "context")}
     if beside := next((name for name, size in others.items() if size > 1), None):
-        raise ValueError(f"parallel.zero={stage} beside {beside}={others[beside]}: each shares out the model; take one")
+        raise ValueError(f"parallel.zero={stage} beside {beside}={others[beside]}: each shares out the run; take one")
     if find_spec("deepspeed") is None:
         raise ImportError(f"parallel.zero={stage}: deepspeed is not installed; pip install deepspeed, or use fsdp")
 
 
-def check_layout(layout: Layout, config: PreTrainedConfig, *, is_adapter: bool = False) -> None:
+def check_layout(layout: Layout, config: PreTrainedConfig) -> None:
     """Refuse a layout that a model cannot be spread over, before it is.
 
     Raises:
@@ -215,14 +235,12 @@ def check_layout(layout: Layout, config: PreTrainedConfig, *, is_adapter: bool =
     """
     text = config.get_text_config()
     if layout.tensor > 1:
-        if is_adapter:
-            raise ValueError(f"parallel.tensor={layout.tensor}: an adapter is not shared between processes; use fsdp")
         for name in ("num_attention_heads", "num_key_value_heads"):
             if getattr(text, name) % layout.tensor:
                 raise ValueError(f"parallel.tensor={layout.tensor} does not divide {name}={getattr(text, name)}")
+    if layout.context > 1:
+        check_context(layout.context, text)
     if layout.expert > 1:
-        if is_adapter:
-            raise ValueError(f"parallel.expert={layout.expert}: an adapter is not shared between processes; use fsdp")
         if text.experts_layout == "linear":
             raise ValueError(f"parallel.expert={layout.expert}: experts in linear layers do not travel; stack them")
         for bank in text.banks:
@@ -231,3 +249,30 @@ def check_layout(layout: Layout, config: PreTrainedConfig, *, is_adapter: bool =
                     f"parallel.expert={layout.expert} does not divide the {bank.num_experts} experts of bank "
                     f"{bank.name!r}"
                 )
+
+
+def check_context(context: int, text: PreTrainedConfig) -> None:
+    """Refuse to share sequences of a model that couples their tokens outside attention.
+
+    Raises:
+        ValueError: naming what does, or what does not divide.
+    """
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if getattr(text, name) % context:
+            raise ValueError(f"parallel.context={context} does not divide {name}={getattr(text, name)}")
+    if text.num_memory_tokens:
+        raise ValueError(
+            f"parallel.context={context}: num_memory_tokens={text.num_memory_tokens} are sums over the whole sequence, "
+            "which no process has"
+        )
+    if text.num_global_tokens and not text.is_causal:
+        raise ValueError(
+            f"parallel.context={context}: num_global_tokens={text.num_global_tokens} of a bidirectional model stand in "
+            "front of the first slice alone"
+        )
+    limited = next((bank for bank in text.banks if bank.limits_capacity(True)), None)
+    if limited is not None:
+        raise ValueError(
+            f"parallel.context={context}: expert bank {limited.name!r} has expert_capacity={limited.expert_capacity}, "
+            "counted over the whole sequence, of which a process routes a slice; set it to null"
+        )

@@ -172,11 +172,14 @@ class Planner:
         self._pieces: dict[Any, Pieces] = {}
 
     @cached_property
-    def flops(self) -> dict[bool, float]:
-        """Of a step, with and without activation checkpointing."""
-        tokens = self.question.batch * self.question.sequence_length
+    def flops(self) -> dict[bool, tuple[float, float]]:
+        """Of a step, with and without activation checkpointing: of the layers, and of all else."""
         length = self.question.sequence_length
-        return {again: step_flops(self.model, self.mix, length, again) * tokens for again in (False, True)}
+        tokens, both = self.question.batch * length, {}
+        for again in (False, True):
+            layers, rest = step_flops(self.model, self.mix, length, again)
+            both[again] = layers * tokens, rest * tokens
+        return both
 
     def rows(self, layout: Layout) -> Rows:
         # Groups with few rows have no full micro-batch.
@@ -206,7 +209,9 @@ class Planner:
             gradient_bytes=self.precision.gradients,
             checkpointing=checkpointing,
         )
-        return Step(self.flops[checkpointing] / self.question.gpus, sent)
+        layers, rest = self.flops[checkpointing]
+        # Encoders, embeddings and the head run whole on each device of a context group.
+        return Step((layers + rest * layout.context) / self.question.gpus, sent)
 
     def states(self, layout: Layout) -> Memory:
         """Weights, optimizer and gradients, without activations."""
@@ -220,7 +225,7 @@ class Planner:
                     optimizer += count * 2 * self._held(shares, weight, shares.optimizer_shards) * precision.moments
                     gradients += count * self._held(shares, weight, shares.gradient_shards) * precision.gradients
         gathered = self._gathered(shares)
-        if layout.data > 1 and not layout.is_sharded and not layout.zero:
+        if layout.replicas > 1 and not layout.is_sharded and not layout.zero:
             # DDP sums gradients in buckets of its own.
             gradients *= 2
         return Memory(weights + gathered, optimizer, gradients, 0)
@@ -248,11 +253,10 @@ class Planner:
     def pieces(self, layout: Layout) -> Pieces:
         rows = self.rows(layout)
         # Layouts that differ in copies and shards alone compute the same.
-        key = (layout.tensor, layout.expert, rows.sequences, rows.length)
+        size = (rows.sequences, rows.length)
+        key = (layout.tensor, layout.expert, layout.context, size)
         if key not in self._pieces:
-            found = next(
-                (p for (_, _, *given), p in self._pieces.items() if given == [rows.sequences, rows.length]), None
-            )
+            found = next((pieces for (*_, given), pieces in self._pieces.items() if given == size), None)
             encoders = None if found is None else found.encoders
             self._pieces[key] = measure_pieces(
                 self.model, layout, rows, self.precision.dtype, self.question.on_gpu, encoders

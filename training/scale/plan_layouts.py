@@ -28,11 +28,12 @@ def divisors(number: int) -> list[int]:
 
 
 def layouts(devices: int) -> Iterator[Layout]:
-    """Every layout of so many devices that a recipe may ask for, whatever the model."""
-    for tensor in divisors(devices):
-        for fsdp in divisors(devices // tensor):
-            for expert in divisors(fsdp * tensor):
-                asked = ParallelArguments(fsdp_size=fsdp, tensor_size=tensor, expert_size=expert)
+    """Every layout of so many devices that a recipe may ask for, whatever the model; `tensor` and `context` are not put
+    together."""
+    for tensor, context in [(size, 1) for size in divisors(devices)] + [(1, size) for size in divisors(devices)[1:]]:
+        for fsdp in divisors(devices // (tensor * context)):
+            for expert in divisors(fsdp * tensor * context):
+                asked = ParallelArguments(None, fsdp, tensor, expert, context)
                 with suppress(ValueError):
                     yield layout_of(asked, devices)
     if devices > 1:
@@ -65,13 +66,13 @@ class Shares:
     @property
     def shards(self) -> int:
         """Devices that share the weights outside experts, beyond those of a tensor group."""
-        return self.layout.data if self.layout.zero == 3 else self.layout.fsdp
+        return self.layout.data if self.layout.zero == 3 else self.layout.shards
 
     @property
     def expert_shards(self) -> int:
         """Devices that share the same experts: what transformers calls `efsdp_size`."""
         layout = self.layout
-        return layout.fsdp * layout.tensor // layout.expert if layout.expert > 1 else self.shards
+        return layout.shards * layout.tensor // layout.expert if layout.expert > 1 else self.shards
 
     @property
     def gradient_shards(self) -> int:

@@ -224,6 +224,10 @@ class Rows:
     def tokens(self) -> int:
         return self.sequences * self.length
 
+    def cut(self, parts: int) -> "Rows":
+        """Of the longest of so many slices of each sequence."""
+        return Rows(self.sequences, -(-self.length // parts), self.mix)
+
     def of(self, modality: str) -> int:
         """Tokens of a modality; text is what the others leave."""
         counts = {name: round(self.tokens * share) for name, share in self.mix.items() if name != "text"}
@@ -287,7 +291,8 @@ def measure_pieces(
         if encoders is None:
             encoders = tuple(_encoder_pieces(head, planned.config, rows, dtype, watch))
         embeddings = _embedding_piece(decoder, rows, dtype, watch)
-        layers = tuple(_layer_pieces(planned, rows, fakes, watch))
+        # An exchange turns slices of all heads into whole sequences of some: attention keeps as many numbers.
+        layers = tuple(_layer_pieces(planned, rows.cut(layout.context), fakes, watch))
         return Pieces(encoders, embeddings, layers, _head_piece(head, rows, dtype, watch))
 
 

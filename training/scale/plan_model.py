@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from chorus_moe.modeling.configuration_modalities import ENCODED
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.surgery import freeze
+from chorus_moe.training.scale.adapters import expand_with_adapters
 from chorus_moe.training.scale.layout import Layout, check_layout
 from chorus_moe.training.scale.plan_layouts import Shares
 from chorus_moe.training.sizes import with_lora
@@ -47,6 +49,8 @@ class PlainConfig:
     def __init__(self, text: ChorusTextConfig, banks: list[LayerBankConfig]):
         self.num_attention_heads, self.num_key_value_heads = text.num_attention_heads, text.num_key_value_heads
         self.experts_layout, self.banks = text.experts_layout, banks
+        self.num_memory_tokens, self.num_global_tokens = text.num_memory_tokens, text.num_global_tokens
+        self.is_causal = text.is_causal
 
     def get_text_config(self) -> "PlainConfig":
         return self
@@ -117,10 +121,22 @@ class PlannedModel:
     def refusal(self, layout: Layout) -> str | None:
         """Why the model cannot be trained in a layout, with both numbers; None if it can."""
         try:
-            check_layout(layout, self.checked, is_adapter=self.train == "lora")
+            check_layout(layout, self.checked)
         except ValueError as error:
             return str(error)
-        return None
+        refused = (self.adapter_refusals[name] for name in ("tensor", "expert") if getattr(layout, name) > 1)
+        return next((why for why in refused if why), None)
+
+    @cached_property
+    def adapter_refusals(self) -> dict[str, str | None]:
+        """Size of a layout -> why the adapter does not go with it; None if it does, or if there is none."""
+        found: dict[str, str | None] = dict.fromkeys(("tensor", "expert"))
+        for name, plan in zip(found, self.plans, strict=True):
+            try:
+                expand_with_adapters(self.head_model, plan)
+            except ValueError as error:
+                found[name] = str(error)
+        return found
 
     def shares(self, layout: Layout) -> Shares:
         return Shares(*self.plans, layout)

@@ -4,7 +4,7 @@ Unusual here:
 - operations are those that `output_compute=True` counts, from the same functions;
 - bytes are those that one device sends, of the collectives that transformers' plans, FSDP2 and DDP really call: a
   column-wise projection of queries, keys and values sends three gradients back, not one;
-- devices are numbered as in transformers' mesh: tensor innermost, then fsdp and data.
+- devices are numbered as in transformers' mesh: tensor or context innermost, then fsdp and data.
 """
 
 from collections.abc import Mapping
@@ -86,7 +86,7 @@ class Step:
 
     Args:
         flops: operations, as a share of the whole step's.
-        sent: what for -> bytes; `weights` and `gradients` of FSDP, ZeRO and DDP, `tensor`, `experts`.
+        sent: what for -> bytes; `weights` and `gradients` of FSDP, ZeRO and DDP, `tensor`, `context`, `experts`.
     """
 
     flops: float
@@ -132,14 +132,16 @@ def open_share(bank: ExpertBankConfig, mix: Mapping[str, float]) -> float:
     return 0.0 if bank.closed else sum(share for name, share in mix.items() if name in bank.modalities)
 
 
-def step_flops(planned: PlannedModel, mix: Mapping[str, float], length: int, checkpointing: bool) -> float:
-    """Operations of forward and backward on one token in the mean.
+def step_flops(
+    planned: PlannedModel, mix: Mapping[str, float], length: int, checkpointing: bool
+) -> tuple[float, float]:
+    """Operations of forward and backward on one token in the mean: of the layers, and of encoders and the head.
 
     A product whose weight is trained costs three times its forward, one through which gradients only pass twice, and
     one below everything that is trained once; checkpointed layers are computed once more.
     """
     config, text = planned.config, planned.config.text_config
-    total, passes = 0.0, False
+    total, layers, passes = 0.0, 0.0, False
     encoded = [row for row in ENCODED if getattr(config, row.config) is not None]
     for row, unit in zip(encoded, planned.encoders, strict=True):
         encoder, share = getattr(config, row.config), mix.get(row.name, 0.0)
@@ -154,9 +156,9 @@ def step_flops(planned: PlannedModel, mix: Mapping[str, float], length: int, che
     for unit, flops in zip(planned.layers, decoder_flops(text, mix, length), strict=True):
         trained = sum(weight.size for weight in unit if weight.is_trained) / sum(weight.size for weight in unit)
         passes = passes or trained > 0
-        total += flops * (_passes(False, passes, checkpointing) + trained)
+        layers += flops * (_passes(False, passes, checkpointing) + trained)
     heads = [weight for weight in planned.head if "lm_head" in weight.name] or planned.embeddings
-    return total + 2 * text.hidden_size * text.vocab_size * _passes(heads[0].is_trained, passes, False)
+    return layers, total + 2 * text.hidden_size * text.vocab_size * _passes(heads[0].is_trained, passes, False)
 
 
 def _passes(trained: bool, passes: bool, again: bool) -> int:
@@ -190,10 +192,19 @@ def traffic(
         layers = group.reduce(states).times(summed * forwards + returned)
         ends = group.reduce(states) + group.gather(rows.tokens * text.vocab_size * compute_bytes).times(2)
         sent["tensor"] = (layers + ends).times(micro_steps)
+    if layout.context > 1:
+        group = Group(layout.context, 1, per_node)
+        # Queries, keys and values there, what was attended back, in each forward and in the backward.
+        heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
+        exchanged = group.exchange(rows.tokens / layout.context * heads * compute_bytes)
+        layers = exchanged.times(text.num_hidden_layers * (forwards + 1))
+        sent["context"] = (layers + group.gather(states)).times(micro_steps)
     if layout.expert > 1:
         group, total = Group(layout.expert, 1, per_node), Bytes()
         for bank in (bank for banks in planned.banks for bank in banks):
-            visits = rows.tokens * open_share(bank, rows.mix) * bank.num_experts_per_tok * bank.expert_depth
+            visits = (
+                rows.tokens / layout.context * open_share(bank, rows.mix) * bank.num_experts_per_tok * bank.expert_depth
+            )
             choices = visits * text.hidden_size * compute_bytes / layout.tensor
             # There and back, in each forward and in the backward.
             total += group.exchange(choices).times(2 * (forwards + 1))
@@ -208,7 +219,7 @@ def _sharding(
 ) -> dict[str, Bytes]:
     """Weights gathered and gradients summed by FSDP, ZeRO or DDP."""
     layout = shares.layout
-    copy_stride = layout.fsdp * layout.tensor
+    copy_stride = layout.shards * layout.tensor
     weights, gradients = Bytes(), Bytes()
     for is_expert in (False, True):
         sizes = {True: 0, False: 0}
@@ -230,8 +241,8 @@ def _sharding(
             group = Group(shards, layout.expert if is_expert else layout.tensor, per_node)
             weights += group.gather(whole * compute_bytes).times(2 * micro_steps)
             gradients += group.gather(trained * gradient_bytes).times(micro_steps)
-        if layout.data > 1:
-            copies = Group(layout.data, copy_stride, per_node)
+        if layout.replicas > 1:
+            copies = Group(layout.replicas, copy_stride, per_node)
             gradients += copies.reduce(trained * gradient_bytes / shards)
     return {"weights": weights, "gradients": gradients}
 

@@ -1,6 +1,7 @@
 """Ranks with rows of their own, and what they sum up.
 
-Ranks of one tensor group hold the same rows: what counts rows over all processes would count theirs more than once.
+Ranks of one tensor or context group hold the same rows: what counts rows over all processes would count theirs more
+than once.
 """
 
 from typing import Any
@@ -14,13 +15,16 @@ from chorus_moe.modeling.configuration_services import SERVICES
 
 # Neighbouring ranks with the same rows; and the ranks that have one place in each such group, None for all ranks.
 _copies: int = 1
+# Of these, the ones that share their sequences; transformers knows of tensor groups alone.
+_context: int = 1
 _group: dist.ProcessGroup | None = None
 
 
-def hold_same_rows(copies: int) -> None:
-    """Say that each `copies` neighbouring ranks of this run see the same rows. Every rank must call it."""
-    global _copies, _group
-    _copies, _group = copies, None
+def hold_same_rows(copies: int, context: int = 1) -> None:
+    """Say that each `copies` neighbouring ranks of this run see the same rows, `context` of them slices of each. Every
+    rank must call it."""
+    global _copies, _context, _group
+    _copies, _context, _group = copies, context, None
     if dist.is_available() and dist.is_initialized() and (world := dist.get_world_size()) > copies:
         # A group of its own also where it has all ranks: sums of a backward pass then cannot meet those of a wrapper.
         groups = [list(range(place, world, copies)) for place in range(copies)]
@@ -37,6 +41,11 @@ def num_data_ranks(arguments: TrainingArguments) -> int:
 
 def num_copies() -> int:
     return _copies
+
+
+def num_slices() -> int:
+    """Processes that share each sequence."""
+    return _context
 
 
 def data_group() -> dist.ProcessGroup | None:

@@ -3,6 +3,7 @@
 Not by accelerate's FSDP plugin: it knows no experts, and on a CPU it trains plain data parallel without a word.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import replace_layer_number_by_wildcard
 
 from chorus_moe.training.loading import ModelOrAdapter, base_model
+from chorus_moe.training.scale.adapters import expand_with_adapters
+from chorus_moe.training.scale.context import share_sequences
 from chorus_moe.training.scale.layout import Layout, check_layout
 
 TOWERS = ("vision_tower", "audio_tower")
@@ -25,18 +28,24 @@ def spread(model: ModelOrAdapter, layout: Layout) -> None:
     A model that `loading_in_shares` has loaded is left as it is.
 
     Raises:
-        ValueError: as `check_layout`.
+        ValueError: as `check_layout`, `share_sequences`, `expand_with_adapters`.
         RuntimeError: after all that, a parameter is whole on every rank.
     """
     below = base_model(model)
-    check_layout(layout, below.config, is_adapter=below is not model)
+    check_layout(layout, below.config)
+    if layout.context > 1:
+        share_sequences(model, layout.context)
     if not layout.is_sharded:
         return
     if getattr(below, "_device_mesh", None) is None:
         config = _distributed(layout)
         below.fsdp_plan = _units(below)
+        if below is not model:
+            # Found by transformers in the place of the method.
+            below._expand_parallel_plan = partial(expand_with_adapters, below)
         config, _, mesh = below.prepare_distribute_model(config)
         below.maybe_distribute_model(below, config, mesh)
+        vars(below).pop("_expand_parallel_plan", None)
     if layout.fsdp > 1 and not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise RuntimeError(f"parallel: {layout.name}: the model was not spread")
 
@@ -56,7 +65,7 @@ def loading_in_shares(layout: Layout, model_class: type[PreTrainedModel], folder
 
 
 def _distributed(layout: Layout, **plans: Any) -> DistributedConfig:
-    sizes = {"dp_replicate_size": layout.data, "fsdp_size": layout.fsdp}
+    sizes = {"dp_replicate_size": layout.data, "fsdp_size": layout.shards}
     return DistributedConfig(**sizes, tp_size=layout.tensor, ep_size=layout.expert, **plans)
 
 

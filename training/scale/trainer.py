@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
@@ -14,6 +15,7 @@ from transformers.trainer import SCHEDULER_NAME
 from chorus_moe.training.checkpoints import WholeCheckpoints
 from chorus_moe.training.loading import base_model
 from chorus_moe.training.scale.background import BackgroundWriter
+from chorus_moe.training.scale.ranks import num_copies, num_data_ranks, num_slices
 from chorus_moe.training.scale.shards import (
     OPTIMIZER,
     load_adapter,
@@ -74,6 +76,16 @@ class SpreadTrainer(WholeCheckpoints):
         if self._mesh is not None:
             self.accelerator.state.parallelism_config = self._mesh
             self.accelerator.state.device_mesh = self._mesh.get_device_mesh("cpu")
+        if num_slices() > 1:
+            # By which accelerate gives neighbours the same rows. Its own context parallelism is not entered: it is for
+            # plain causal attention, without masks.
+            sizes = (num_data_ranks(self.args), num_copies())
+            mesh = init_device_mesh(self.args.device.type, sizes, mesh_dim_names=("dp_shard", "cp"))
+            self.accelerator.state.device_mesh = mesh
+
+    def get_tp_size(self) -> int:
+        """Processes with the same rows, by which transformers divides what it counts over all."""
+        return super().get_tp_size() * num_slices()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.is_spread or state_dict is not None:

@@ -47,8 +47,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "routing": {"expert_banks": ROUTING, "router_aux_loss_coef": 1.0, "router_z_loss_coef": 0.1},
     "exits": {"exit_layers": [1], "exit_loss_coef": 0.5},
+    "context": {
+        **{"router_aux_loss_coef": 1.0, "router_z_loss_coef": 0.1, "alignment_loss_coef": 0.1, "alignment": "maps"},
+        **{"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6, "num_global_tokens": 2},
+        **{"cross_modal_layers": [1], "num_key_value_heads": 4},
+        "expert_banks": {name: bank | {"expert_capacity": None} for name, bank in ROUTING.items()},
+    },
     "frozen": {},
     "adapter": {},
+    "attention adapter": {"num_key_value_heads": 4},
+}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "adapter": {"banks": ["image", "common"], "cross_modal": True, "router": "train"},
+    # Of what a tensor group shares out, and of what it leaves whole.
+    "attention adapter": {"attention": True, "cross_modal": True, "connectors": True, "router": "train"},
 }
 # Of the kind `routing`, saved here by the test; a run of the kind `loaded` begins with it.
 MODEL = "model"
@@ -61,9 +73,9 @@ def make(kind: str, layout: Layout, folder: Path) -> nn.Module:
     model = make_model(make_tokenizer(), num_hidden_layers=2, **KINDS[kind]).train()
     if kind == "frozen":
         freeze(model, "towers")
-    if kind == "adapter":
+    if kind in ADAPTERS:
         torch.manual_seed(0)
-        model = get_peft_model(model, lora_config(model, banks=["image", "common"], cross_modal=True, router="train"))
+        model = get_peft_model(model, lora_config(model, **ADAPTERS[kind]))
     return model
 
 
@@ -103,13 +115,13 @@ def trainer_of(
 ) -> ChorusTrainer:
     AcceleratorState._reset_state()
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    sizes = {"max_steps": STEPS, "per_device_train_batch_size": max(1, ROWS // (world // layout.tensor))}
+    sizes = {"max_steps": STEPS, "per_device_train_batch_size": max(1, ROWS // (world // layout.copies))}
     defaults = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "learning_rate": 1e-3}
     arguments = RunArguments(
         str(folder), **{**defaults, **TRAINER_SETTINGS, **sizes, "save_strategy": "no", **settings}
     )
     # Known once the arguments have made the group of processes.
-    hold_same_rows(layout.tensor)
+    hold_same_rows(layout.copies, layout.context)
     model = make(kind, layout, folder)
     # Before anything else could have spread it.
     held = shares(model)["own"]

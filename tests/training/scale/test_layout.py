@@ -18,6 +18,9 @@ from chorus_moe.training.scale.layout import (
 )
 from tests.conftest import tiny_config
 
+WINDOWS = {"layer_types": ["sliding_attention"] * 3, "sliding_window": 6}
+MEMORY = {"layer_types": ["hybrid_sliding"] * 3, "sliding_window": 6, "num_memory_tokens": 2}
+
 
 @pytest.mark.parametrize(
     ("asked", "processes", "expected"),
@@ -27,6 +30,8 @@ from tests.conftest import tiny_config
         ({"fsdp_size": 2}, 4, Layout(data=2, fsdp=2)),
         ({"fsdp_size": 4, "expert_size": 2}, 4, Layout(fsdp=4, expert=2)),
         ({"data_size": 2, "fsdp_size": 2, "tensor_size": 2, "expert_size": 4}, 8, Layout(2, 2, 2, 4)),
+        ({"context_size": 2}, 4, Layout(data=2, context=2)),
+        ({"context_size": 2, "fsdp_size": 2, "expert_size": 4}, 4, Layout(fsdp=2, expert=4, context=2)),
     ],
 )
 def test_what_is_left_are_copies(asked: dict[str, int], processes: int, expected: Layout) -> None:
@@ -41,7 +46,10 @@ def test_what_is_left_are_copies(asked: dict[str, int], processes: int, expected
         ({"fsdp_size": 4, "expert_size": 3}, 4, "parallel.expert=3 must divide fsdp 4 x tensor 1 = 4"),
         ({"tensor_size": 4, "expert_size": 2}, 4, "be a multiple of tensor 4"),
         ({"tensor_size": 2}, 4, "data 2 x tensor 2 without fsdp"),
-        ({"context_size": 2}, 2, "parallel.context=2"),
+        ({"context_size": 2}, 3, "fsdp 1 x context 2 = 2 does not divide the 3 processes"),
+        ({"context_size": 2, "tensor_size": 2}, 4, "parallel.context=2 beside tensor=2"),
+        ({"context_size": 2, "expert_size": 2}, 2, "parallel.expert=2 must divide fsdp 1 = 1"),
+        ({"context_size": 2, "zero_stage": 1}, 2, "parallel.zero=1 beside context=2"),
         ({"fsdp_size": 0}, 1, "parallel.fsdp must be 1 or more, found 0"),
         ({"zero_stage": 4}, 2, "parallel.zero must be 0 to 3, found 4"),
         ({"zero_stage": 3, "fsdp_size": 2}, 2, "parallel.zero=3 beside fsdp=2"),
@@ -58,18 +66,19 @@ def test_sizes_that_do_not_go_together_are_refused(asked: dict[str, int], proces
         (Layout(tensor=3), {}, "parallel.tensor=3 does not divide num_attention_heads=4"),
         (Layout(fsdp=3, expert=3), {}, "parallel.expert=3 does not divide the 4 experts of bank"),
         (Layout(fsdp=2, expert=2), {"experts_layout": "linear"}, "experts in linear layers do not travel"),
+        (Layout(context=4), {}, "parallel.context=4 does not divide num_key_value_heads=2"),
+        (Layout(context=2), MEMORY, "num_memory_tokens=2 are sums over the whole sequence"),
+        (Layout(context=2), WINDOWS | {"is_causal": False, "num_global_tokens": 3}, "num_global_tokens=3 of a bidirec"),
+        (
+            Layout(context=2),
+            {"expert_banks": {"common": {"expert_capacity": 2}}},
+            "bank 'common' has expert_capacity=2",
+        ),
     ],
 )
 def test_a_model_that_does_not_divide_is_refused(layout: Layout, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_layout(layout, tiny_config(**options))
-
-
-@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(fsdp=2, expert=2)])
-def test_an_adapter_is_spread_by_fsdp_alone(layout: Layout) -> None:
-    check_layout(Layout(data=2, fsdp=2), tiny_config(), is_adapter=True)
-    with pytest.raises(ValueError, match="an adapter is not shared between processes"):
-        check_layout(layout, tiny_config(), is_adapter=True)
 
 
 def test_accumulation_makes_up_the_rows_of_a_step() -> None:
@@ -99,6 +108,7 @@ def test_zero_without_deepspeed_says_what_to_install() -> None:
         (Layout(zero=1), {}, "parallel.zero=1: accelerate starts DeepSpeed on accelerators alone, .* found cpu"),
         (Layout(), {"fsdp": True}, "training.fsdp on a CPU"),
         (Layout(fsdp=2), {"fsdp": True}, "training.fsdp beside parallel"),
+        (Layout(context=2), {"fsdp": True}, "training.fsdp beside parallel"),
         (Layout(fsdp=2), {"push_to_hub": True}, "training.push_to_hub: fsdp 2"),
     ],
 )

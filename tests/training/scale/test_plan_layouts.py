@@ -26,11 +26,12 @@ def planned() -> PlannedModel:
         Layout(fsdp=8, expert=4),
         Layout(fsdp=4, tensor=2, expert=4),
         Layout(data=2, fsdp=4, expert=2),
+        Layout(fsdp=4, context=2, expert=4),
     ],
     ids=lambda layout: layout.name,
 )
 def test_a_device_holds_what_transformers_leaves_it(planned: PlannedModel, layout: Layout) -> None:
-    size = layout.data * layout.fsdp * layout.tensor
+    size = layout.data * layout.fsdp * layout.copies
     # A group without other processes: collectives do nothing, tensors have no data.
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
     try:
@@ -47,7 +48,8 @@ def test_a_device_holds_what_transformers_leaves_it(planned: PlannedModel, layou
 def test_every_layout_uses_all_devices_once() -> None:
     found = list(layouts(8))
     assert len(found) == len(set(found)) and Layout(fsdp=8, expert=8) in found and Layout(8, zero=3) in found
-    assert all(layout.data * layout.fsdp * layout.tensor == 8 for layout in found)
+    assert all(layout.data * layout.fsdp * layout.copies == 8 for layout in found)
+    assert Layout(fsdp=2, expert=8, context=4) in found
     # What a recipe refuses: copies of a tensor group without FSDP.
     assert not [layout for layout in found if layout.tensor > 1 and layout.data > 1 and layout.fsdp == 1]
     assert section(Layout(data=2, fsdp=4, expert=2)) == {"data": 2, "fsdp": 4, "expert": 2}

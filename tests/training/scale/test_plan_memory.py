@@ -33,3 +33,12 @@ def test_nothing_is_allocated_and_the_model_stays_on_the_meta_device() -> None:
 def test_rows_of_all_modalities_sum_to_the_tokens() -> None:
     rows = Rows(3, 7, {"text": 0.5, "image": 0.3, "audio": 0.2})
     assert rows.of("text") + rows.of("image") + rows.of("audio") == 21
+
+
+def test_a_context_cuts_what_the_layers_keep_and_nothing_else() -> None:
+    planned = PlannedModel(tiny_config(num_key_value_heads=4))
+    rows = Rows(1, 64, {"text": 1.0})
+    whole, cut = (measure_pieces(planned, Layout(context=size), rows, torch.float32, on_gpu=True) for size in (1, 4))
+    assert (cut.encoders, cut.embeddings, cut.head) == (whole.encoders, whole.embeddings, whole.head)
+    for layer, slice_of_it in zip(whole.layers, cut.layers, strict=True):
+        assert slice_of_it.kept < 0.3 * layer.kept

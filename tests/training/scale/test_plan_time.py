@@ -62,3 +62,19 @@ def test_transfers_of_fsdp_run_beside_the_products() -> None:
     assert Step(50.0, {"weights": Bytes(5.0, 0.0)}).seconds(rates) == 1.0
     assert Step(50.0, {"weights": Bytes(5.0, 3.0)}).seconds(rates) == 3.0
     assert Step(50.0, {"experts": Bytes(5.0, 3.0)}).seconds(rates) == 4.0
+
+
+def test_a_context_exchanges_heads_and_gathers_what_the_layers_return() -> None:
+    planned = PlannedModel(tiny_config(num_key_value_heads=4))
+    settings = {"micro_steps": 1, "per_node": 8, "compute_bytes": 4, "gradient_bytes": 4, "checkpointing": False}
+    sent = traffic(planned, Layout(context=4), Rows(1, 16, TEXT), **settings)
+    # Of four tokens, queries, keys, values and output of 64 numbers each; three quarters leave. Three layers, forward
+    # and backward. Then 12 tokens of the others come in.
+    assert sent["context"] == Bytes(3 / 4 * 4 * 4 * 64 * 4 * 3 * 2 + 12 * 64 * 4, 0)
+    # Without fsdp each of the four has all weights, and their gradients are summed.
+    trained = sum(count * weight.size for unit, count in planned.kinds.items() for weight in unit)
+    assert sent["gradients"] == Bytes(2 * 3 / 4 * 4 * trained, 0)
+    # The tokens that a device routes are those of its slice.
+    for context, part in ((1, 1), (2, 2)):
+        experts = traffic(planned, Layout(fsdp=2, expert=2, context=context), Rows(1, 16, TEXT), **settings)["experts"]
+        assert experts == Bytes(2 * 2 * 16 / part * 2 * 64 * 4 / 2 * 4, 0)

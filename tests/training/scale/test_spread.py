@@ -36,6 +36,10 @@ def spread_runs(folder: Path) -> list[list[Any]]:
         ["loaded tensor", "loaded", {"tensor": 2}, None, SHORT],
         ["adapter", "adapter", {"fsdp": 2}, None, SAVED],
         ["adapter again", "adapter", {"fsdp": 2}, str(folder / "adapter" / "checkpoint-2"), SAVED],
+        ["adapter tensor", "attention adapter", {"tensor": 2}, None, SAVED],
+        ["adapter expert", "attention adapter", {"fsdp": 2, "expert": 2}, None, SHORT],
+        ["context", "context", {"context": 2}, None, {}],
+        ["context adapter", "adapter", {"context": 2}, None, SAVED],
         ["disk", "plain", {"fsdp": 2}, None, SAVED | {"fault": "disk"}],
         ["slow", "plain", {"fsdp": 2}, None, SHORT | {"fault": "slow"}],
         ["raises", "plain", {"fsdp": 2}, None, SHORT | {"fault": "raises"}],
@@ -78,12 +82,36 @@ def assert_same(folder: Path, other: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("name", "kind"), [("whole", "routing"), ("adapter", "adapter"), ("adapter again", "adapter")])
-def test_two_processes_learn_what_one_learns(name: str, kind: str, folder: Path, found: list[Found]) -> None:
-    expected = losses_alone(folder, kind, SAVED)
+@pytest.mark.parametrize(
+    ("name", "kind", "settings"),
+    [
+        ("whole", "routing", SAVED),
+        ("adapter", "adapter", SAVED),
+        ("adapter again", "adapter", SAVED),
+        ("adapter tensor", "attention adapter", SAVED),
+        ("adapter expert", "attention adapter", SHORT),
+        ("context", "context", {}),
+        ("context adapter", "adapter", SAVED),
+    ],
+)
+def test_two_processes_learn_what_one_learns(
+    name: str, kind: str, settings: dict[str, Any], folder: Path, found: list[Found]
+) -> None:
+    expected = losses_alone(folder, kind, settings)
     for rank in found:
         assert "error" not in rank[name], rank[name]["error"]
         assert rank[name]["losses"] == pytest.approx(expected, abs=LOSSES)
+    assert found[0][name]["strongest"] == found[1][name]["strongest"]
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_tensor_group_is_saved_whole(folder: Path, found: list[Found]) -> None:
+    alone = folder / "adapter tensor alone"
+    run(alone, "attention adapter", {}, None, SAVED | {"save_strategy": "no"})
+    ours, theirs = weights(folder / "adapter tensor"), weights(alone)
+    assert ours.keys() == theirs.keys() and any(".q_proj.lora_B" in name for name in ours)
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[name], atol=1e-5), name
 
 
 @pytest.mark.slow
