@@ -28,6 +28,7 @@ from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.demo.augment import PictureAugment
 from chorus_moe.training.demo.data import DigitPictures
 from chorus_moe.training.demo.speech import SAMPLING_RATE, SpeechClips
+from chorus_moe.training.demo.teachers import TimeDelayTeacher
 
 # Of the clips: enough to hear sounds rather than ten patterns, and still two thirds digits.
 OTHER_SHARE = 0.35
@@ -162,7 +163,7 @@ class Taught:
     """Batches of `collate` with the mean of the teachers' probabilities as `taught`. As the collator of a loader with
     workers it takes the teachers off the core that trains."""
 
-    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Tensor]], teachers: Sequence[EncoderLesson]):
+    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Tensor]], teachers: Sequence[nn.Module]):
         self.collate = collate
         # On the CPU, since the loader's processes are forked.
         self.teachers = [teacher.eval().requires_grad_(False).cpu() for teacher in teachers]
@@ -202,25 +203,25 @@ def learn_alone(
     model: ChorusForConditionalGeneration,
     modality: str,
     items: LoneDigits,
-    train: Callable[[EncoderLesson, LoneDigits, Callable[..., Any]], object],
+    train: Callable[[EncoderLesson | TimeDelayTeacher, LoneDigits, Callable[..., Any]], object],
     collate: Callable[..., Any],
     folder: Path,
     teachers: int = 0,
 ) -> EncoderLesson:
-    """Let `train` teach tower and connector of one modality their medium, after as many `teachers`; they are frozen.
+    """Let `train` teach tower and connector of one modality their medium, after as many `teachers` of sound; they are
+    frozen.
 
     Args:
-        model: a ChorusForConditionalGeneration; every teacher is the tower and connector of another one, of the same
-            configuration and with random weights of its own.
         train: trains a lesson on items, in batches of a collator.
         folder: for the weights of teachers, which learn side by side.
     """
-    had = []
+    had, audio = [], model.config.audio_config
+    assert audio is not None  # the demo's model hears
     for number in range(teachers):
         with torch.random.fork_rng():
             # Whatever trains may set the seed: teachers that start alike would err alike.
             torch.manual_seed(items.in_another_order(number).seed)
-            had.append(EncoderLesson(type(model)(model.config).model, modality, items.num_classes))
+            had.append(TimeDelayTeacher(audio.num_mel_bins, items.num_classes))
     learning = [partial(train, teacher, items.in_another_order(number), collate) for number, teacher in enumerate(had)]
     with ExitStack() as others:
         for number, learn in enumerate(learning[1:], start=1):

@@ -26,6 +26,7 @@ from chorus_moe.training.demo.encoders import (
 )
 from chorus_moe.training.demo.model import build_demo
 from chorus_moe.training.demo.speech import SAMPLING_RATE, SpeechClips
+from chorus_moe.training.demo.teachers import TimeDelayTeacher
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_a_clip_that_is_drawn_again_is_not_heard_again(demo: tuple[Any, Any], mo
 
 def test_the_loss_of_a_lesson_with_teachers_is_the_label_and_their_mean_probability(demo: tuple[Any, Any]):
     model, processor = demo
-    teachers = [EncoderLesson(type(model)(model.config).model, "audio").eval() for _ in range(2)]
+    teachers = [TimeDelayTeacher(40, 10).eval() for _ in range(2)]
     lesson = EncoderLesson(model.model, "audio")
     collate = LoneDigitCollator(processor, "audio")
     items = [(clips().waveforms[digit], digit) for digit in (3, 8)]
@@ -167,7 +168,7 @@ def test_the_loss_of_a_lesson_with_teachers_is_the_label_and_their_mean_probabil
 
 def test_what_teachers_say_carries_no_gradient_to_them(demo: tuple[Any, Any]):
     model, processor = demo
-    teacher = EncoderLesson(type(model)(model.config).model, "audio").train()
+    teacher = TimeDelayTeacher(40, 10).train()
     batch = Taught(LoneDigitCollator(processor, "audio"), [teacher])([(clips().waveforms[1], 1)])
     EncoderLesson(model.model, "audio").train()(**batch)["loss"].backward()
     assert not teacher.training and all(parameter.grad is None for parameter in teacher.parameters())
@@ -178,7 +179,7 @@ def test_every_teacher_has_weights_and_an_order_of_its_own_and_comes_before_the_
     items, collate = LoneDigits(clips(), 20, seed=4), LoneDigitCollator(processor, "audio")
     last: list[Any] = []
 
-    def train(lesson: EncoderLesson, items: LoneDigits, collate: Any) -> None:
+    def train(lesson: Any, items: LoneDigits, collate: Any) -> None:
         torch.manual_seed(0)  # as a Trainer does
         last[:] = [lesson, collate]
         # Kept where a teacher of another process brings it home: the digits in the order of their draw.
@@ -191,8 +192,8 @@ def test_every_teacher_has_weights_and_an_order_of_its_own_and_comes_before_the_
     assert taught.collate is collate and lesson.tower is model.model.audio_tower
     orders = [tuple(found.classify.bias.tolist()) for found in lessons]
     assert orders[2] == tuple(items[i][1] for i in range(10)) and len(set(orders)) == 3
-    weights = [next(found.tower.parameters()) for found in lessons]
-    assert not any(torch.equal(a, b) for a, b in zip(weights, [*weights[1:], weights[0]], strict=True))
+    first, second = (next(teacher.parameters()) for teacher in taught.teachers)
+    assert not torch.equal(first, second)
     assert not any(parameter.requires_grad for parameter in model.model.audio_tower.parameters())
 
 
