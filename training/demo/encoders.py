@@ -237,15 +237,15 @@ def learn_alone(
 @contextmanager
 def beside(learn: Callable[[], object], modules: Sequence[nn.Module], file: Path) -> Iterator[None]:
     """While the body runs, `learn` trains `modules` on the other core, in a forked process that hands them over in a
-    `file`; then they are frozen. Without `fork`, or with a GPU, which does not survive one, it runs before the body.
+    `file`; then they are frozen. Without `fork`, or with a GPU, which does not survive one, it runs after the body.
 
     Raises:
         RuntimeError: the process failed; it has printed its own error.
     """
     parts = nn.ModuleList(modules)
     if sys.platform != "linux" or torch.cuda.is_available():
-        learn()
         yield
+        learn()
     else:
 
         def learn_and_save() -> None:

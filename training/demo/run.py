@@ -85,8 +85,8 @@ class DemoSettings:
     picture_steps: int = 1_400
     sound_steps: int = 700
     sound_teachers: int = 2
-    base_steps: int = 600
-    lora_steps: int = 300
+    base_steps: int = 560
+    lora_steps: int = 380
     batch_size: int = 44
     encoder_lr: float = 2e-3
     base_lr: float = 2e-3

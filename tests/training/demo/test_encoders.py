@@ -204,6 +204,18 @@ def test_what_is_learnt_in_a_process_beside_this_one_comes_back_and_is_frozen(tm
     assert module.weight.eq(3.0).all() and not module.weight.requires_grad
 
 
+def test_without_forks_the_lesson_beside_comes_after_this_one_and_not_at_all_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    module, order = torch.nn.Linear(2, 2), []
+    with beside(lambda: order.append("beside"), [module], tmp_path / "learnt.safetensors"):
+        order.append("this")
+    with pytest.raises(KeyError), beside(lambda: order.append("never"), [module], tmp_path / "learnt.safetensors"):
+        raise KeyError("no recordings")
+    assert order == ["this", "beside"] and not module.weight.requires_grad
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 def test_a_failure_in_the_process_beside_this_one_is_an_error(tmp_path: Path):
     def learn() -> None:
