@@ -7,8 +7,9 @@ are the model's own, and stay as the lesson left them.
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +28,7 @@ from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.demo.augment import PictureAugment
 from chorus_moe.training.demo.data import DigitPictures
 from chorus_moe.training.demo.speech import SAMPLING_RATE, SpeechClips
+from chorus_moe.training.demo.teachers import TimeDelayTeacher
 
 # Of the clips: enough to hear sounds rather than ten patterns, and still two thirds digits.
 OTHER_SHARE = 0.35
@@ -41,16 +43,10 @@ class EncoderLesson(nn.Module):
         model: a ChorusModel.
         modality: "image" or "audio".
         num_classes: the ten digits, and whatever else is to be told apart.
-        teachers: lessons that are over; the mean of their probabilities is most of what is to be learnt. They are no
-            part of this module: neither trained nor saved with it.
     """
 
-    def __init__(
-        self, model: ChorusModel, modality: str, num_classes: int = 10, teachers: Sequence["EncoderLesson"] = ()
-    ):
+    def __init__(self, model: ChorusModel, modality: str, num_classes: int = 10):
         super().__init__()
-        # A plain list: modules in it are not registered, so they are neither trained nor saved.
-        self.teach = [teacher.eval().requires_grad_(False) for teacher in teachers]
         is_image = modality == "image"
         self.tower = model.vision_tower if is_image else model.audio_tower
         self.connector = model.vision_connector if is_image else model.audio_connector
@@ -60,8 +56,9 @@ class EncoderLesson(nn.Module):
         self.weigh = nn.Linear(width, 1)
         self.classify = nn.Linear(width, num_classes)
 
-    def forward(self, labels: Tensor | None = None, **media: Tensor) -> dict[str, Tensor]:
-        """`logits` `(N, num_classes)` of the tokens' weighted mean, and `loss` when there are `labels` `(N,)`."""
+    def forward(self, labels: Tensor | None = None, taught: Tensor | None = None, **media: Tensor) -> dict[str, Tensor]:
+        """`logits` `(N, num_classes)` of the tokens' weighted mean, and `loss` when there are `labels` `(N,)`; with the
+        teachers' probabilities `taught` `(N, num_classes)`, they are most of what is to be learnt."""
         pieces = list(self.encode(**media).pooler_output)
         lengths = torch.tensor([len(piece) for piece in pieces], device=pieces[0].device)
         tokens_NLD = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
@@ -72,17 +69,11 @@ class EncoderLesson(nn.Module):
         outputs = {"logits": logits}
         if labels is None:
             return outputs
-        if self.teach:
-            own = nn.functional.cross_entropy(logits, labels)
-            taught = nn.functional.cross_entropy(logits, self._taught(media))
-            return {"loss": TEACHERS_SHARE * taught + (1 - TEACHERS_SHARE) * own} | outputs
+        if taught is not None:
+            own, copied = (nn.functional.cross_entropy(logits, target) for target in (labels, taught))
+            return {"loss": TEACHERS_SHARE * copied + (1 - TEACHERS_SHARE) * own} | outputs
         # Smoothed labels carry over to unknown speakers better (docs/log.md, 2026-11-24).
         return {"loss": nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)} | outputs
-
-    @torch.no_grad()
-    def _taught(self, media: Mapping[str, Tensor]) -> Tensor:
-        """The mean of the teachers' probabilities, `(N, num_classes)`."""
-        return torch.stack([teacher(**media)["logits"].softmax(dim=1) for teacher in self.teach]).mean(dim=0)
 
     def freeze(self) -> None:
         """Freeze tower and connector: trained further with the decoder, they overfit to its speakers."""
@@ -138,18 +129,51 @@ class LoneDigits(Dataset):
 
 
 class LoneDigitCollator:
-    """Batches of one modality for [`EncoderLesson`], through the processor's own parts."""
+    """Batches of one modality for [`EncoderLesson`], through the processor's own parts.
+
+    The features of a clip are computed once and kept: clips are augmented beforehand, and drawn several times.
+    """
 
     def __init__(self, processor: ChorusProcessor, modality: str):
         self.processor, self.modality = processor, modality
+        # By identity, with the clip itself: as long as it lives, no other object has its number.
+        self.heard: dict[int, tuple[np.ndarray, Tensor]] = {}
 
-    def __call__(self, items: Sequence[tuple[Any, int]]) -> Mapping[str, Tensor]:
+    def __call__(self, items: Sequence[tuple[Any, int]]) -> dict[str, Tensor]:
         media = [medium for medium, _ in items]
         if self.modality == "image":
             batch = dict(self.processor.image_processor(media, return_tensors="pt"))
         else:
-            batch = dict(self.processor.feature_extractor(media, sampling_rate=SAMPLING_RATE, return_tensors="pt"))
+            frames = [self._hear(clip) for clip in media]
+            ones = [torch.ones(len(clip), dtype=torch.long) for clip in frames]
+            batch = {
+                "input_features": nn.utils.rnn.pad_sequence(frames, batch_first=True),
+                "input_features_mask": nn.utils.rnn.pad_sequence(ones, batch_first=True),
+            }
         return batch | {"labels": torch.tensor([digit for _, digit in items])}
+
+    def _hear(self, clip: np.ndarray) -> Tensor:
+        if id(clip) not in self.heard:
+            found = self.processor.feature_extractor(clip, sampling_rate=SAMPLING_RATE, return_tensors="pt")
+            self.heard[id(clip)] = clip, found["input_features"][0]
+        return self.heard[id(clip)][1]
+
+
+class Taught:
+    """Batches of `collate` with the mean of the teachers' probabilities as `taught`. As the collator of a loader with
+    workers it takes the teachers off the core that trains."""
+
+    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Tensor]], teachers: Sequence[nn.Module]):
+        self.collate = collate
+        # On the CPU, since the loader's processes are forked.
+        self.teachers = [teacher.eval().requires_grad_(False).cpu() for teacher in teachers]
+
+    @torch.no_grad()
+    def __call__(self, items: Sequence[tuple[Any, int]]) -> dict[str, Tensor]:
+        batch = self.collate(items)
+        media = {name: value for name, value in batch.items() if name != "labels"}
+        taught = torch.stack([teacher(**media)["logits"].softmax(dim=1) for teacher in self.teachers]).mean(dim=0)
+        return batch | {"taught": taught}
 
 
 class FrozenTowers:
@@ -179,47 +203,56 @@ def learn_alone(
     model: ChorusForConditionalGeneration,
     modality: str,
     items: LoneDigits,
-    train: Callable[[EncoderLesson, LoneDigits], object],
+    train: Callable[[EncoderLesson | TimeDelayTeacher, LoneDigits, Callable[..., Any]], object],
+    collate: Callable[..., Any],
+    folder: Path,
     teachers: int = 0,
 ) -> EncoderLesson:
-    """Let `train` teach tower and connector of one modality their medium, after as many `teachers`; they are frozen.
+    """Let `train` teach tower and connector of one modality their medium, after as many `teachers` of sound; they are
+    frozen.
 
     Args:
-        model: a ChorusForConditionalGeneration; every teacher is the tower and connector of another one, of the same
-            configuration and with random weights of its own.
-        train: trains a lesson on items.
+        train: trains a lesson on items, in batches of a collator.
+        folder: for the weights of teachers, which learn side by side.
     """
-    had = []
+    had, audio = [], model.config.audio_config
+    assert audio is not None  # the demo's model hears
     for number in range(teachers):
         with torch.random.fork_rng():
             # Whatever trains may set the seed: teachers that start alike would err alike.
             torch.manual_seed(items.in_another_order(number).seed)
-            had.append(EncoderLesson(type(model)(model.config).model, modality, items.num_classes))
-        train(had[-1], items.in_another_order(number))
-    lesson = EncoderLesson(model.model, modality, items.num_classes, had)
-    train(lesson, items)
+            had.append(TimeDelayTeacher(audio.num_mel_bins, items.num_classes))
+    learning = [partial(train, teacher, items.in_another_order(number), collate) for number, teacher in enumerate(had)]
+    with ExitStack() as others:
+        for number, learn in enumerate(learning[1:], start=1):
+            others.enter_context(beside(learn, [had[number]], folder / f"teacher{number}.safetensors"))
+        for learn in learning[:1]:
+            learn()
+    lesson = EncoderLesson(model.model, modality, items.num_classes)
+    train(lesson, items, Taught(collate, had) if had else collate)
     lesson.freeze()
     return lesson
 
 
 @contextmanager
-def beside(learn: Callable[[], None], modules: Sequence[nn.Module], file: Path) -> Iterator[None]:
+def beside(learn: Callable[[], object], modules: Sequence[nn.Module], file: Path) -> Iterator[None]:
     """While the body runs, `learn` trains `modules` on the other core, in a forked process that hands them over in a
-    `file`; then they are frozen. Without `fork`, or with a GPU, which does not survive one, it runs before the body.
+    `file`; then they are frozen. Without `fork`, or with a GPU, which does not survive one, it runs after the body.
 
     Raises:
         RuntimeError: the process failed; it has printed its own error.
     """
     parts = nn.ModuleList(modules)
     if sys.platform != "linux" or torch.cuda.is_available():
-        learn()
         yield
+        learn()
     else:
 
         def learn_and_save() -> None:
             learn()
             save_file(parts.state_dict(), file)
 
+        file.parent.mkdir(parents=True, exist_ok=True)
         # Forked, so that models and data need not be pickled.
         process = get_context("fork").Process(target=learn_and_save)
         process.start()

@@ -24,12 +24,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
 
 from chorus_moe.surgery import parameter_report
 from chorus_moe.training.collator import ChorusDataCollator
-from chorus_moe.training.demo.answers import answer, load_questions, save_questions
+from chorus_moe.training.demo.answers import load_questions, save_questions
 from chorus_moe.training.demo.augment import PictureAugment
 from chorus_moe.training.demo.data import (
     BASE_SKILLS,
@@ -53,6 +52,7 @@ from chorus_moe.training.demo.regularisation import drop_tokens, smooth_labels
 from chorus_moe.training.demo.report import WITHHELD, write_report
 from chorus_moe.training.demo.speech import SpeechClips, recorded_digits
 from chorus_moe.training.demo.speech_sets import recorded_speech_sets, synthetic_speech_sets
+from chorus_moe.training.demo.teachers import TimeDelayTeacher
 from chorus_moe.training.loading import ModelOrAdapter
 from chorus_moe.training.lora import lora_config
 from chorus_moe.training.routing.callback import RoutingCallback
@@ -85,8 +85,8 @@ class DemoSettings:
     picture_steps: int = 1_400
     sound_steps: int = 700
     sound_teachers: int = 2
-    base_steps: int = 750
-    lora_steps: int = 400
+    base_steps: int = 560
+    lora_steps: int = 380
     batch_size: int = 44
     encoder_lr: float = 2e-3
     base_lr: float = 2e-3
@@ -100,15 +100,15 @@ class DemoSettings:
     seed: int = 0
 
 
-# Real voices take more steps than synthetic ones: with fewer, "spoken" was 4 to 5 points lower (docs/log.md).
-FOR_RECORDINGS = DemoSettings(base_steps=1_100, lora_steps=600)
+# Real voices take more steps than synthetic ones (docs/log.md).
+FOR_RECORDINGS = DemoSettings(sound_steps=900, base_steps=1_000, lora_steps=550)
 
 
 @dataclass(frozen=True)
 class DemoData:
-    """What the encoders (by modality) and the two stages learn from, and held-out media."""
+    """What the audio encoder and the two stages learn from, and held-out media."""
 
-    alone: dict[str, LoneDigits]
+    clips: LoneDigits
     base: Dataset
     adaptation: Dataset
     test_pictures: DigitPictures
@@ -118,10 +118,17 @@ class DemoData:
     known_clips: SpeechClips | None = None
 
 
+def lone_pictures(settings: DemoSettings) -> LoneDigits:
+    """What the vision encoder learns from."""
+    pictures, _ = handwritten_digits()
+    length = settings.picture_steps * settings.batch_size
+    return LoneDigits(pictures, length, seed=settings.seed, picture_augment=PictureAugment())
+
+
 def prepare_data(
     settings: DemoSettings, cache: Path, speech_dir: Path | None, held_out_speaker: str | None
 ) -> DemoData:
-    """Pictures, voices and questions; speech is synthesised and augmented once and kept in `cache`."""
+    """Voices and questions; speech is synthesised and augmented once and kept in `cache`."""
     train_pictures, test_pictures = handwritten_digits()
     # As many clips of old voices as of new ones, so that the new do not displace the old.
     replay, old_voices = REPLAY, 1.0
@@ -132,11 +139,8 @@ def prepare_data(
         speaker = held_out_speaker or sorted(set(recorded_digits(speech_dir).speakers))[-1]
         speech = recorded_speech_sets(speech_dir, speaker, cache)
     augment = PictureAugment()
-    pictures, clips = (steps * settings.batch_size for steps in (settings.picture_steps, settings.sound_steps))
-    alone = {
-        "image": LoneDigits(train_pictures, pictures, seed=settings.seed, picture_augment=augment),
-        "audio": LoneDigits(speech.train, clips, seed=settings.seed, other_words=speech.other_words),
-    }
+    heard = settings.sound_steps * settings.batch_size
+    clips = LoneDigits(speech.train, heard, seed=settings.seed, other_words=speech.other_words)
     base = DigitQuestions(
         train_pictures,
         speech.train,
@@ -157,7 +161,7 @@ def prepare_data(
         picture_augment=augment,
     )
     return DemoData(
-        alone, base, adaptation, test_pictures, speech.test, speech.adaptation_test, speech.description, speech.known
+        clips, base, adaptation, test_pictures, speech.test, speech.adaptation_test, speech.description, speech.known
     )
 
 
@@ -185,9 +189,9 @@ def held_out_questions(data: DemoData, settings: DemoSettings, folder: Path) -> 
 
 
 def train(
-    model: "ModelOrAdapter | EncoderLesson",
+    model: "ModelOrAdapter | EncoderLesson | TimeDelayTeacher",
     dataset: Dataset,
-    collator: Callable,
+    collator: Callable[..., Any],
     folder: Path,
     steps: int,
     lr: float,
@@ -217,7 +221,7 @@ def train(
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator)
     # A lesson has no decoder and so no routing.
-    if not isinstance(model, EncoderLesson):
+    if not isinstance(model, EncoderLesson | TimeDelayTeacher):
         RoutingCallback.add_to(trainer)
     trainer.train()
     return trainer.state.log_history
@@ -268,23 +272,22 @@ def run_demo(
         stages[name] = time.monotonic() - started - sum(stages.values())
         print(f"[{time.monotonic() - started:6.1f} s] {name} done", flush=True)
 
-    data = prepare_data(settings, out / "cache", speech_dir, held_out_speaker)
-    sets = held_out_questions(data, settings, out / "questions")
-    finish("data")
-
     model, processor = build_demo(corpus())
     print(parameter_report(model.config), flush=True)
 
-    def learn(modality: str, teachers: int = 0) -> None:
-        lesson, collator = data.alone[modality], LoneDigitCollator(processor, modality)
-        folder, steps, lr = out / "encoders" / modality, len(lesson) // settings.batch_size, settings.encoder_lr
-        teach = partial(train, collator=collator, folder=folder, steps=steps, lr=lr, settings=settings)
-        learn_alone(model, modality, lesson, teach, teachers)
+    def learn(modality: str, lesson: LoneDigits, teachers: int = 0) -> None:
+        steps, lr = len(lesson) // settings.batch_size, settings.encoder_lr
+        folder = out / "encoders" / modality
+        teach = partial(train, folder=folder, steps=steps, lr=lr, settings=settings)
+        learn_alone(model, modality, lesson, teach, LoneDigitCollator(processor, modality), folder, teachers)
 
     seeing = [model.model.vision_tower, model.model.vision_connector]
-    # A lesson uses one thread, so pictures are learnt on the other core meanwhile.
-    with beside(partial(learn, "image"), seeing, out / "pictures.safetensors"):
-        learn("audio", settings.sound_teachers if speech_dir is not None else 0)
+    # A lesson uses one thread, so pictures are learnt on the other core while voices are made and learnt.
+    with beside(partial(learn, "image", lone_pictures(settings)), seeing, out / "pictures.safetensors"):
+        data = prepare_data(settings, out / "cache", speech_dir, held_out_speaker)
+        sets = held_out_questions(data, settings, out / "questions")
+        finish("data, beside pictures")
+        learn("audio", data.clips, settings.sound_teachers if speech_dir is not None else 0)
     finish("encoders, each alone")
     smooth_labels(model, settings.label_smoothing)
     drop_tokens(model.model.audio_connector, settings.token_dropout)
@@ -300,29 +303,26 @@ def run_demo(
     processor.save_pretrained(out / "base")
     finish("stage 1, base model from nothing")
 
-    with tqdm(total=sum(map(len, sets.values())), desc="held-out questions, before LoRA", unit="answer") as progress:
-        before = {
-            name: accuracy_by_skill(rows, answer(model, processor, rows, progress=progress))
-            for name, rows in sets.items()
-        }
-    finish("evaluation before LoRA")
-
     chosen = lora_config(
         model, banks=["text", "audio", "common"], cross_modal=True, attention=False,
         r=settings.lora_rank, lora_alpha=2 * settings.lora_rank,
     )  # fmt: skip
     adapted = get_peft_model(model, chosen)
-    logs["stage 2, LoRA"] = train(
-        adapted, data.adaptation, questions, out / "stage2", settings.lora_steps, settings.lora_lr, settings
-    )
+    folders = [out / "questions" / name for name in sets]
+    with ThreadPoolExecutor(1) as pool:
+        # The base model is on disk, so a process of its own answers while the adapter learns.
+        answered = pool.submit(answer_in_fresh_process, out / "base", folders, out / "answers_before.json")
+        logs["stage 2, LoRA"] = train(
+            adapted, data.adaptation, questions, out / "stage2", settings.lora_steps, settings.lora_lr, settings
+        )
+        before = {name: accuracy_by_skill(sets[name], answers["full"]) for name, answers in answered.result().items()}
     with saved_whole(out / "adapter") as aside:
         adapted.save_pretrained(aside)
     merged = adapted.merge_and_unload()
     merged.save_pretrained(out / "merged")
     processor.save_pretrained(out / "merged")
-    finish("stage 2, LoRA")
+    finish("stage 2, LoRA, beside answers before it")
 
-    folders = [out / "questions" / name for name in sets]
     adapter_options = ("--adapter", str(out / "adapter"), "--limit", str(min(128, len(sets["test"]))))
     # Each uses one thread, so they share the cores.
     with ThreadPoolExecutor() as pool:
