@@ -103,8 +103,8 @@ class Quantized:
         parts = [[None] * sections if tensor is None else tensor.tensor_split(sections, dim) for tensor in tensors]
         return [Quantized(*part) for part in zip(*parts, strict=True)]  # type: ignore[arg-type]
 
-    def row_product(self, states_M: Tensor) -> Tensor:
-        """As [`row_product`]."""
+    def row_sums(self, states_M: Tensor) -> Tensor:
+        """Sums `(..., N)`, float32, of the products with one vector, which [`of_sums`] makes a product of."""
         states_GJ = states_M.float().unflatten(-1, (self.scale.shape[-1], -1))
         stored = self.grouped()
         if self.bits == 4:
@@ -115,16 +115,18 @@ class Quantized:
             terms = (stored & 15).float() * (low_GJ - high_GJ) + stored.float() * high_GJ
         else:
             terms = stored.float() * states_GJ
-        if self.scale.shape[-1] == 1:
-            product = terms.sum((-1, -2)) * self.scale[..., 0]
-        else:
-            # Scaled before the sum: one sum a row instead of one a group.
-            product = (terms * self.scale[..., None]).sum((-1, -2))
+        # With several scales a row, scaled before the sum: one sum a row instead of one a group.
+        return (terms if self.scale.shape[-1] == 1 else terms * self.scale[..., None]).sum((-1, -2))
+
+    def of_sums(self, sums_N: Tensor, states_M: Tensor) -> Tensor:
+        """The product `(..., N)`."""
+        product = sums_N * self.scale[..., 0] if self.scale.shape[-1] == 1 else sums_N
         offset = -8 * self.scale if self.bits == 4 else None
         if self.offset is not None:
             offset = self.offset if offset is None else self.offset + offset
         if offset is not None:
-            product = product + (offset * states_GJ.sum(-1)).sum(-1)
+            states_G = states_M.float().unflatten(-1, (self.scale.shape[-1], -1)).sum(-1)
+            product = product + (offset * states_G).sum(-1)
         return product.to(states_M.dtype)
 
 
@@ -197,15 +199,24 @@ class QuantizedWeight(nn.Module):
         return weight if torch.compiler.is_compiling() else weight.as_subclass(_Copy)
 
 
-def row_product(weight: Tensor | Quantized, states_M: Tensor) -> Tensor:
-    """The product `(..., N)` of a weight with one vector, for a compiler: one loop that reads what is stored."""
-    return weight.row_product(states_M) if isinstance(weight, Quantized) else (weight * states_M).sum(-1)
+def row_product(weight: Tensor | Quantized, states_M: Tensor, streams: int = 1, index: Tensor | None = None) -> Tensor:
+    """The product `(..., N)` of a weight, or of some of a stack, with one vector, for a compiler.
+
+    It becomes one loop that reads what is stored, in several parts of the rows at once.
+    """
+    # Each part is indexed, not all before they are parted: the compiler would copy what several loops read.
+    parts = [part if index is None else part[index] for part in weight.tensor_split(streams, dim=-2)]
+    if not isinstance(weight, Quantized):
+        return torch.cat([(part * states_M).sum(-1) for part in parts], dim=-1)
+    # Scaled once the parts are one: what is allocated for each of them takes as long as a third of its product.
+    sums = torch.cat([part.row_sums(states_M) for part in parts], dim=-1)
+    return (weight if index is None else weight[index]).of_sums(sums, states_M)
 
 
 def streams(weight: Tensor | Quantized, products: int) -> int:
     """In how many parts the rows of a weight are read for several products with a vector each."""
     most = STREAMS_OF_4_BITS if isinstance(weight, Quantized) and weight.bits == 4 else STREAMS
-    return most if products < STREAMS else most // 2
+    return most if products < STREAMS else max(1, most // 2)
 
 
 def stored_weight(module: object, name: str) -> Tensor | Quantized:
@@ -283,8 +294,8 @@ def multiply(states: Tensor, weight: Quantized) -> Tensor:
     rows_TM = states.reshape(-1, states.shape[-1])
     if torch.compiler.is_compiling() and states.device.type == "cpu" and len(rows_TM) <= STEP_TOKENS:
         # Row by row: their loops become one over the rows of the weight, which is read once.
-        parts = weight.tensor_split(streams(weight, len(rows_TM)), dim=-2)
-        products = [torch.cat([row_product(part, row_M) for part in parts]) for row_M in rows_TM.unbind()]
+        count = streams(weight, len(rows_TM))
+        products = [row_product(weight, row_M, count) for row_M in rows_TM.unbind()]
         return torch.stack(products).unflatten(0, states.shape[:-1])
     if torch.is_grad_enabled() and states.requires_grad:
         return _Product.apply(states, weight)
