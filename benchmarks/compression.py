@@ -1,10 +1,10 @@
 """Smaller models: bytes, accuracy and speed in 8 and 4 bits.
 
-Run as `python -m benchmarks.compression --threads 1`. Three parts, each with a summary as soon as it is done:
+Run as `python -m benchmarks.compression --threads 1 --demo out/demo`, after `make demo`; some minutes, most of them the
+compiler's. Three parts, each with a summary as soon as it is done:
 
 - bytes of the model of `benchmarks.decode`, of float32;
-- an expert model learns the demo's questions, and copies of it in 8 and 4 bits answer the held-out ones: the drop is in
-  points, the mean over the seeds (one by default; `--seeds 0 1 2` for three behind the same encoders);
+- the demo's model, and copies of it in 8 and 4 bits, answer the demo's held-out questions: the drop is in points;
 - prefill and decoding of the first model, compiled, in float32, 8 and 4 bits and, where `llama-cpp-python` and `gguf`
   are installed, llama.cpp on the same weights in Q8_0 and Q4_0. A ratio above 1: ours in that format is faster than our
   float32, or than llama.cpp's.
@@ -13,18 +13,22 @@ Run as `python -m benchmarks.compression --threads 1`. Three parts, each with a 
 import importlib.util
 from collections.abc import Callable
 from copy import deepcopy
-from statistics import fmean, median
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks.decode import QUICK, SIZES, WIDTH, chorus_model, generate, llama_cpp, qwen_model
-from benchmarks.digit_lessons import Lesson, LessonSettings, lesson_options, media, with_text
-from benchmarks.moe_vs_dense import EXPERTS
+from benchmarks.digit_lessons import media
 from benchmarks.timing import OURS, Report, measure, parse
 from chorus_moe.fastpaths.compiled_decoding import compile_decoding
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
+from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.surgery import bytes_report, quantize
+from chorus_moe.training.demo.answers import answer, load_questions
+from chorus_moe.training.demo.data import BASE_SKILLS, DigitQuestions, Sample, corpus
+from chorus_moe.training.demo.model import build_demo
 
 FORMATS = {"int8": "Q8_0", "int4": "Q4_0"}
 Models = dict[str, ChorusForConditionalGeneration]
@@ -43,23 +47,38 @@ def bytes_ratios(models: Models) -> dict[str, float]:
     return {f"bytes_ratio_{name}": bytes_report(models[name]).bytes / whole for name in FORMATS}
 
 
-def accuracy_drops(parsed: Any, report: Report) -> dict[str, float]:
+Demo = tuple[ChorusForConditionalGeneration, ChorusProcessor, list[Sample]]
+
+
+def demo_of(parsed: Any) -> Demo:
+    """The demo's model, and questions that it has not met; with `--quick` one that has learned nothing.
+
+    Raises:
+        FileNotFoundError: the folder holds no demo.
+    """
+    if parsed.quick:
+        with media(parsed) as found:
+            questions = DigitQuestions(found.test_pictures, found.test_clips, BASE_SKILLS, 2)
+            return *build_demo(corpus()), [questions[index] for index in range(2)]
+    model, test = parsed.demo / "merged", parsed.demo / "questions" / "test"
+    for path in (model, test):
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"{path} is not there: run `make demo`, give its folder as --demo, or --parts speed"
+            )
+    samples = load_questions(test)[: parsed.questions]
+    return ChorusForConditionalGeneration.from_pretrained(model), ChorusProcessor.from_pretrained(model), samples
+
+
+def accuracy_drops(demo: Demo, report: Report) -> dict[str, float]:
     """Points that copies in fewer bits lose on held-out questions."""
-    settings = LessonSettings.read(parsed)
-    drops: dict[str, list[float]] = {name: [] for name in FORMATS}
-    first, *_ = seeds = parsed.seeds[:1] if parsed.quick else parsed.seeds
-    with media(parsed) as found:
-        taught = Lesson(found, settings, first)
-        for seed in seeds:
-            lesson = taught if seed == first else taught.again(seed, settings.steps)
-            model = lesson.decoder(with_text(lesson.teacher.config, **EXPERTS))
-            lesson.learn({OURS: model})
-            models = with_copies(model)
-            accuracies = {name: lesson.accuracies(each)[0]["all"] for name, each in models.items()}
-            report.add(f"seed {seed}", {f"{name}_accuracy": share for name, share in accuracies.items()}, "accuracy")
-            for name, points in drops.items():
-                points.append(100 * (accuracies[OURS] - accuracies[name]))
-    return {f"accuracy_drop_{name}": fmean(points) for name, points in drops.items()}
+    model, processor, samples = demo
+    found = {}
+    for name, each in with_copies(model).items():
+        answers = zip(answer(each, processor, samples), samples, strict=True)
+        found[name] = sum(given == sample["answer"] for given, sample in answers) / len(samples)
+    report.add(f"demo, {len(samples)} questions", {f"{n}_accuracy": share for n, share in found.items()}, "accuracy")
+    return {f"accuracy_drop_{name}": 100 * (found[OURS] - found[name]) for name in FORMATS}
 
 
 def speeds(models: Models, sizes: dict[str, int], width: int, parsed: Any, report: Report) -> dict[str, float]:
@@ -106,11 +125,14 @@ def main(arguments: list[str] | None = None) -> None:
             "--formats",
             {"nargs": "+", "choices": list(FORMATS), "default": list(FORMATS), "help": "whose speed is measured"},
         ),
+        ("--demo", {"type": Path, "default": Path("out/demo"), "help": "folder that `make demo` wrote"}),
+        ("--questions", {"type": int, "default": 600, "help": "held-out questions of the demo, from the first"}),
         ("--parts", {"nargs": "+", "choices": ["accuracy", "speed"], "default": ["accuracy", "speed"]}),
     )
-    parsed = parse("Bytes, accuracy and speed in fewer bits.", arguments, *lesson_options(250, seeds=1), *options)
+    parsed = parse("Bytes, accuracy and speed in fewer bits.", arguments, *options)
     sizes, width = (QUICK, 16) if parsed.quick else (SIZES, WIDTH)
     report = Report("fewer bits", parsed)
+    demo = demo_of(parsed) if "accuracy" in parsed.parts else None
     models = with_copies(chorus_model(sizes, width))
     summary: dict[str, float] = {}
 
@@ -122,12 +144,12 @@ def main(arguments: list[str] | None = None) -> None:
         report.save()
 
     add(bytes_ratios(models))
+    if demo is not None:
+        add(accuracy_drops(demo, report))
     if "speed" in parsed.parts:
         # Each is compiled.
         timed = {OURS, "int8"} if parsed.quick else {OURS, *parsed.formats}
         add(speeds({name: models[name] for name in models if name in timed}, sizes, width, parsed, report))
-    if "accuracy" in parsed.parts:
-        add(accuracy_drops(parsed, report))
 
 
 if __name__ == "__main__":

@@ -89,12 +89,9 @@ def gathered_experts(self: StackedExperts, hidden_states: Tensor, top_k_index: T
 
 def _in_streams(weight_ENM: Tensor | Quantized, index_P: Sequence[Tensor], states_PM: Sequence[Tensor]) -> Tensor:
     """Products `(P, N)` of some experts' matrices with a vector each; an index has one element."""
-    parts = weight_ENM.tensor_split(streams(weight_ENM, len(index_P)), dim=-2)
-    products = [
-        torch.cat([row_product(part[index], states) for part in parts], dim=1)
-        for index, states in zip(index_P, states_PM, strict=True)
-    ]
-    return torch.cat(products)
+    count = streams(weight_ENM, len(index_P))
+    pairs = zip(index_P, states_PM, strict=True)
+    return torch.cat([row_product(weight_ENM, states, count, index) for index, states in pairs])
 
 
 ExpertsInterface.register(GATHERED, gathered_experts)
@@ -106,7 +103,7 @@ def _mm(left: Tensor, right: Tensor) -> Tensor:
     # with what made the rows, and make them anew for every row of the weight. A GPU's own products are best.
     if left.shape[0] > 1 or left.device.type != "cpu":
         return NotImplemented
-    return torch.cat([(part * left).sum(-1) for part in right.t().tensor_split(STREAMS)])[None]
+    return row_product(right.t(), left, STREAMS)[None]
 
 
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:

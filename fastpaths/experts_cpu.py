@@ -299,13 +299,13 @@ def _run_quantized(
     hidden_TD: Tensor, gate_up_EHD: Quantized, down_EDI: Quantized, activation: _Activation, plan: SlotPlan
 ) -> Tensor:
     """Unweighted outputs `(P, D)`, expert by expert."""
-    rows_PD = hidden_TD.index_select(0, plan.token_P)
+    rows_PD = gate_up_EHD.rounded(hidden_TD).index_select(0, plan.token_P)
     output_PD = torch.empty_like(rows_PD)
     for expert, (count, stop) in enumerate(zip(plan.counts, accumulate(plan.counts), strict=True)):
         if count:
             slots = slice(stop - count, stop)
             active_RI = activation.experts._apply_gate(product_in_blocks(rows_PD[slots], gate_up_EHD[expert]))
-            output_PD[slots] = product_in_blocks(active_RI, down_EDI[expert])
+            output_PD[slots] = product_in_blocks(down_EDI.rounded(active_RI), down_EDI[expert])
     return output_PD
 
 
@@ -314,10 +314,10 @@ def _run_integers(
 ) -> Tensor:
     """Unweighted outputs `(P, D)` of experts with a few rows each, in whole numbers."""
     # All rows are split and scaled at once: with a few rows, what an expert costs beside its products counts.
-    pieces, scale_T1 = in_pieces(hidden_TD)
+    pieces, scale_T1 = in_pieces(hidden_TD, gate_up_EHD.pieces)
     hidden_PH = _integer_products(pieces.index_select(1, plan.token_P), gate_up_EHD, plan.counts)
     active_PI = activation.experts._apply_gate(hidden_PH.mul_(scale_T1.index_select(0, plan.token_P)))
-    pieces, scale_P1 = in_pieces(active_PI)
+    pieces, scale_P1 = in_pieces(active_PI, down_EDI.pieces)
     return _integer_products(pieces, down_EDI, plan.counts).mul_(scale_P1).to(hidden_TD.dtype)
 
 

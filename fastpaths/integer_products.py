@@ -34,13 +34,13 @@ def multiplies_integers() -> bool:
     return torch.equal(torch._int_mm(extremes_TM, extremes_TM.t()).long(), expected)
 
 
-def in_pieces(rows_TM: Tensor) -> tuple[Tensor, Tensor]:
-    """The pieces `(3, T, M)` of rows, int8, and their scale `(T, 1)`, float32."""
+def in_pieces(rows_TM: Tensor, count: int = PIECES) -> tuple[Tensor, Tensor]:
+    """The pieces `(count, T, M)` of rows, int8, and their scale `(T, 1)`, float32; one piece alone rounds the rows."""
     rows_TM = rows_TM.float()
     scale_T1 = rows_TM.abs().amax(-1, keepdim=True).div_(127)
     rest_TM = rows_TM / scale_T1.clamp_min(torch.finfo(torch.float32).tiny)
-    pieces = rows_TM.new_empty(PIECES, *rows_TM.shape, dtype=torch.int8)
-    for index in range(PIECES):
+    pieces = rows_TM.new_empty(count, *rows_TM.shape, dtype=torch.int8)
+    for index in range(count):
         whole_TM = rest_TM.round()
         pieces[index] = whole_TM
         rest_TM.sub_(whole_TM).mul_(STEP)
@@ -48,6 +48,8 @@ def in_pieces(rows_TM: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def integer_product(pieces: Tensor, values_NM: Tensor, scale_N1: Tensor) -> Tensor:
-    """`x @ W.T`, `(T, N)`, float32, of rows in pieces `(3, T, M)`, before the rows' own scale."""
-    first_TN, second_TN, third_TN = torch._int_mm(pieces.flatten(0, 1), values_NM.t()).float().chunk(PIECES)
-    return first_TN.add_(second_TN.add_(third_TN, alpha=1 / STEP), alpha=1 / STEP).mul_(scale_N1.t())
+    """`x @ W.T`, `(T, N)`, float32, of rows in pieces `(P, T, M)`, before the rows' own scale."""
+    *larger, product_TN = torch._int_mm(pieces.flatten(0, 1), values_NM.t()).float().chunk(len(pieces))
+    for piece_TN in reversed(larger):
+        product_TN = piece_TN.add_(product_TN, alpha=1 / STEP)
+    return product_TN.mul_(scale_N1.t())

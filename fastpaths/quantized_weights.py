@@ -12,7 +12,7 @@ Shape suffixes: T tokens, N rows of a weight, M its columns, G groups of a row; 
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Self
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized, register_parametrization
 
-from chorus_moe.fastpaths.integer_products import MOST_ROWS, in_pieces, integer_product, multiplies_integers
+from chorus_moe.fastpaths.integer_products import MOST_ROWS, PIECES, in_pieces, integer_product, multiplies_integers
 from chorus_moe.modeling.moe_banks import ChorusExperts
 
 # A core that loads from several places at once reads memory faster: one loop sums rows of this many parts of a matrix
@@ -45,11 +45,13 @@ class Quantized:
             the second in the upper ones, 8 added to each.
         scale: `(..., N, G)`; its dtype is that of the weight.
         offset: `(..., N, G)`, added to each number of a group; None where zero is a whole number.
+        rounds_states: what it is multiplied with becomes int8 as well, a scale for each row.
     """
 
     values: Tensor
     scale: Tensor
     offset: Tensor | None
+    rounds_states: bool = False
     requires_grad = False
 
     @property
@@ -70,12 +72,25 @@ class Quantized:
         """Whether a row is int8 numbers times one scale."""
         return self.bits == 8 and self.scale.shape[-1] == 1 and self.offset is None
 
+    @property
+    def pieces(self) -> int:
+        """In how many int8 pieces a row is multiplied in whole numbers."""
+        return 1 if self.rounds_states else PIECES
+
+    def rounded(self, states: Tensor) -> Tensor:
+        """States `(..., M)` as they are multiplied, in their own dtype."""
+        if not self.rounds_states:
+            return states
+        rows = states.float()
+        scale = rows.abs().amax(-1, keepdim=True).div(127).clamp_min(torch.finfo(torch.float32).tiny)
+        return ((rows / scale).round() * scale).to(states.dtype)
+
     def __len__(self) -> int:
         return len(self.values)
 
     def __getitem__(self, index: slice | Tensor | int) -> "Quantized":
         offset = None if self.offset is None else self.offset[index]
-        return Quantized(self.values[index], self.scale[index], offset)
+        return replace(self, values=self.values[index], scale=self.scale[index], offset=offset)
 
     def grouped(self) -> Tensor:
         """The stored numbers by group: `(..., N, G, M / G)`, or half of that."""
@@ -101,10 +116,13 @@ class Quantized:
         """Parts of the rows (`dim=-2`)."""
         tensors = (self.values, self.scale, self.offset)
         parts = [[None] * sections if tensor is None else tensor.tensor_split(sections, dim) for tensor in tensors]
-        return [Quantized(*part) for part in zip(*parts, strict=True)]  # type: ignore[arg-type]
+        return [
+            replace(self, values=values, scale=scale, offset=offset)
+            for values, scale, offset in zip(*parts, strict=True)
+        ]
 
-    def row_product(self, states_M: Tensor) -> Tensor:
-        """As [`row_product`]."""
+    def row_sums(self, states_M: Tensor) -> Tensor:
+        """Sums `(..., N)`, float32, of the products with one vector, which [`of_sums`] makes a product of."""
         states_GJ = states_M.float().unflatten(-1, (self.scale.shape[-1], -1))
         stored = self.grouped()
         if self.bits == 4:
@@ -115,16 +133,18 @@ class Quantized:
             terms = (stored & 15).float() * (low_GJ - high_GJ) + stored.float() * high_GJ
         else:
             terms = stored.float() * states_GJ
-        if self.scale.shape[-1] == 1:
-            product = terms.sum((-1, -2)) * self.scale[..., 0]
-        else:
-            # Scaled before the sum: one sum a row instead of one a group.
-            product = (terms * self.scale[..., None]).sum((-1, -2))
+        # With several scales a row, scaled before the sum: one sum a row instead of one a group.
+        return (terms if self.scale.shape[-1] == 1 else terms * self.scale[..., None]).sum((-1, -2))
+
+    def of_sums(self, sums_N: Tensor, states_M: Tensor) -> Tensor:
+        """The product `(..., N)`."""
+        product = sums_N * self.scale[..., 0] if self.scale.shape[-1] == 1 else sums_N
         offset = -8 * self.scale if self.bits == 4 else None
         if self.offset is not None:
             offset = self.offset if offset is None else self.offset + offset
         if offset is not None:
-            product = product + (offset * states_GJ.sum(-1)).sum(-1)
+            states_G = states_M.float().unflatten(-1, (self.scale.shape[-1], -1)).sum(-1)
+            product = product + (offset * states_G).sum(-1)
         return product.to(states_M.dtype)
 
 
@@ -197,15 +217,25 @@ class QuantizedWeight(nn.Module):
         return weight if torch.compiler.is_compiling() else weight.as_subclass(_Copy)
 
 
-def row_product(weight: Tensor | Quantized, states_M: Tensor) -> Tensor:
-    """The product `(..., N)` of a weight with one vector, for a compiler: one loop that reads what is stored."""
-    return weight.row_product(states_M) if isinstance(weight, Quantized) else (weight * states_M).sum(-1)
+def row_product(weight: Tensor | Quantized, states_M: Tensor, streams: int = 1, index: Tensor | None = None) -> Tensor:
+    """The product `(..., N)` of a weight, or of some of a stack, with one vector, for a compiler.
+
+    It becomes one loop that reads what is stored, in several parts of the rows at once.
+    """
+    # Each part is indexed, not all before they are parted: the compiler would copy what several loops read.
+    parts = [part if index is None else part[index] for part in weight.tensor_split(streams, dim=-2)]
+    if not isinstance(weight, Quantized):
+        return torch.cat([(part * states_M).sum(-1) for part in parts], dim=-1)
+    states_M = weight.rounded(states_M)
+    # Scaled once the parts are one: what is allocated for each of them takes as long as a third of its product.
+    sums = torch.cat([part.row_sums(states_M) for part in parts], dim=-1)
+    return (weight if index is None else weight[index]).of_sums(sums, states_M)
 
 
 def streams(weight: Tensor | Quantized, products: int) -> int:
     """In how many parts the rows of a weight are read for several products with a vector each."""
     most = STREAMS_OF_4_BITS if isinstance(weight, Quantized) and weight.bits == 4 else STREAMS
-    return most if products < STREAMS else most // 2
+    return most if products < STREAMS else max(1, most // 2)
 
 
 def stored_weight(module: object, name: str) -> Tensor | Quantized:
@@ -217,8 +247,24 @@ def stored_weight(module: object, name: str) -> Tensor | Quantized:
     weight = getattr(module, name)
     # What torchao stores in the same way. It multiplies stacks by nothing.
     if type(weight).__name__ == "Int8Tensor" and weight.ndim == 3:
-        return Quantized(weight.qdata, weight.scale, None)
+        return Quantized(weight.qdata, weight.scale, None, _rounds_states(weight))
     return weight
+
+
+def _rounds_states(stack: Any) -> bool:
+    """Whether torchao's stack of matrices is for states in int8.
+
+    Raises:
+        ValueError: states rounded in another way than by row around zero.
+    """
+    asked = stack.act_quant_kwargs
+    others = (stack.act_quant_scale, stack.act_quant_zero_point, stack.act_pre_scale)
+    if asked is None and all(other is None for other in others):
+        return False
+    found = "a fixed scale" if asked is None or any(other is not None for other in others) else asked
+    if found is asked and asked.mapping_type.name == "SYMMETRIC" and type(asked.granularity).__name__ == "PerRow":
+        return True
+    raise ValueError(f"stacked experts round activations by row around zero, not with {found}; leave experts out")
 
 
 class _Steps(ParametrizationList):
@@ -261,7 +307,7 @@ def product_in_blocks(states: Tensor, weight: Quantized) -> Tensor:
 def multiplies_whole_numbers(weight: Quantized, rows: float) -> bool:
     """Whether a product of this many rows reads the stored numbers, see `integer_products`."""
     is_plain = weight.scales_rows and weight.dtype != torch.float64 and weight.values.device.type == "cpu"
-    return is_plain and rows <= MOST_ROWS and multiplies_integers()
+    return is_plain and (rows <= MOST_ROWS or weight.rounds_states) and multiplies_integers()
 
 
 class _Product(torch.autograd.Function):
@@ -283,8 +329,8 @@ def multiply(states: Tensor, weight: Quantized) -> Tensor:
     rows_TM = states.reshape(-1, states.shape[-1])
     if torch.compiler.is_compiling() and states.device.type == "cpu" and len(rows_TM) <= STEP_TOKENS:
         # Row by row: their loops become one over the rows of the weight, which is read once.
-        parts = weight.tensor_split(streams(weight, len(rows_TM)), dim=-2)
-        products = [torch.cat([row_product(part, row_M) for part in parts]) for row_M in rows_TM.unbind()]
+        count = streams(weight, len(rows_TM))
+        products = [row_product(weight, row_M, count) for row_M in rows_TM.unbind()]
         return torch.stack(products).unflatten(0, states.shape[:-1])
     if torch.is_grad_enabled() and states.requires_grad:
         return _Product.apply(states, weight)

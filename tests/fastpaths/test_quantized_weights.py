@@ -1,6 +1,7 @@
 """Whole numbers for weights: what is stored, what is computed from it, and products that never see the weight."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chorus_moe.fastpaths.integer_products import in_pieces, integer_product, multiplies_integers
 from chorus_moe.fastpaths.quantized_weights import (
     BLOCK,
     Quantized,
@@ -81,6 +83,32 @@ def test_products_agree_with_the_computed_weight(bits: int, group: int, symmetri
     # Sums of 64 float32 terms: the worst seen over 20 seeds is 6e-6.
     for product in (product_in_blocks(states, found), torch.stack([row_product(found, row) for row in states])):
         assert (product - expected).abs().max() < 2e-5
+
+
+def test_states_that_are_rounded_give_the_same_product_in_whole_numbers_and_in_floats() -> None:
+    weight = replace(quantized(make_weight(24, 64), 8, 64), rounds_states=True)
+    states = make_weight(5, 64, seed=1)
+    pieces, scale = in_pieces(states, weight.pieces)
+    assert len(pieces) == 1
+    expected = (pieces[0].float() * scale) @ weight.dequantize().t()
+    assert (torch.stack([row_product(weight, row) for row in states]) - expected).abs().max() < 2e-5
+    assert (product_in_blocks(weight.rounded(states), weight) - expected).abs().max() < 2e-5
+    assert (states @ weight.dequantize().t() - expected).abs().max() > 1e-3
+    if multiplies_integers():
+        assert (integer_product(pieces, weight.values, weight.scale).mul_(scale) - expected).abs().max() < 2e-5
+    # Parts of it round as well.
+    assert all(part.rounds_states for part in (*weight.tensor_split(2, dim=-2), weight[:4]))
+
+
+@pytest.mark.parametrize("index", [None, torch.tensor([2])])
+def test_a_product_in_streams_is_the_product(index: torch.Tensor | None) -> None:
+    stack = quantized(make_weight(4 * 24, 64).unflatten(0, (4, 24)), 4, 32, False)
+    weight = stack[1] if index is None else stack
+    state = make_weight(1, 64, seed=1)[0]
+    whole, parted = (row_product(weight, state, streams, index) for streams in (1, 4))
+    assert whole.shape == ((24,) if index is None else (1, 24))
+    expected = stack[1 if index is None else index].dequantize() @ state
+    assert (whole - expected).abs().max() < 2e-5 and (parted - expected).abs().max() < 2e-5
 
 
 def test_a_weight_larger_than_a_block_is_multiplied_block_by_block() -> None:
