@@ -62,9 +62,7 @@ def build_masks(
         return attention_mask
     num_global, name = config.num_global_tokens, config._attn_implementation
     if num_global and name not in WITH_GLOBAL_TOKENS:
-        raise ValueError(
-            f"num_global_tokens={num_global} with {name!r} attention; it takes one of {WITH_GLOBAL_TOKENS}"
-        )
+        raise ValueError(f"num_global_tokens={num_global} with {name!r} attention; it takes {WITH_GLOBAL_TOKENS}")
     if config.num_memory_tokens:
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError("a model with memory tokens takes an attention_mask (batch, sequence) and no other form")

@@ -219,9 +219,7 @@ class LayerBankConfig(ExpertBankConfig):
             raise ValueError(f"{where}: num_groups={self.num_groups} does not divide num_experts={self.num_experts}")
         if self.topk_groups is not None:
             if not 1 <= self.topk_groups <= self.num_groups:
-                raise ValueError(
-                    f"{where}: topk_groups={self.topk_groups} must be between 1 and num_groups={self.num_groups}"
-                )
+                raise ValueError(f"{where}: topk_groups={self.topk_groups} is outside 1..num_groups={self.num_groups}")
             # A token that may not fill its K slots would be routed to closed experts.
             open_experts = self.topk_groups * self.num_experts // self.num_groups
             if open_experts < self.num_experts_per_tok:
@@ -284,9 +282,7 @@ def preset_banks(
     if preset == "uniform":
         return {name: {} for name in (*modalities, "common")}
     if len(sparse_layers) < 2:
-        raise ValueError(
-            f"ChorusTextConfig: expert_banks={preset!r} needs at least 2 sparse layers, found {len(sparse_layers)}"
-        )
+        raise ValueError(f"ChorusTextConfig: expert_banks={preset!r} needs 2 sparse layers, found {len(sparse_layers)}")
     # Early layers see modalities apart, late ones see what they have in common.
     half = len(sparse_layers) // 2
     banks: dict[str, dict[str, Any]] = {name: {"layers": sparse_layers[:half]} for name in modalities}

@@ -1,7 +1,7 @@
 """What every configuration checks before anything is allocated; every error names the field and both numbers."""
 
 from difflib import get_close_matches
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
@@ -9,6 +9,16 @@ from transformers import GenerationConfig, PreTrainedConfig
 # Limits far above real models, so that a mistyped size is an error and not an allocation that kills the machine.
 MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY, MAX_POSITIONS = 4_096, 1_048_576, 16_777_216, 1_073_741_824
 MAX_BANKS = 1_024
+# The name of a field, or its last word -> outside of what its numbers can only be wrong, here and in encoders'
+# configurations, which transformers does not check.
+SENSIBLE = {
+    "eps": (0, 1), "dropout": (0, 1), "range": (0, 1_000), "rope_theta": (1e-6, inf), "factor": (1e-6, inf),
+    "partial_rotary_factor": (1, 1), "no_rope_layers": (0, 1), "coef": (0, inf), "num_prefix_tokens": (0, MAX_WIDTH),
+    "max_seconds": (1e-6, 86_400), "hidden_size": (1, MAX_WIDTH), "model": (1, MAX_WIDTH), "heads": (1, MAX_WIDTH),
+    "patch_size": (1, MAX_WIDTH), "grid_size": (1, MAX_WIDTH), "conv_stride": (1, MAX_WIDTH),
+    "conv_kernel": (1, MAX_WIDTH), "num_hidden_layers": (0, MAX_LAYERS), "num_labels": (1, MAX_WIDTH),
+    "projection_dim": (1, MAX_WIDTH), "skip_budget": (0, 1), "exit_thresholds": (0, 1),
+}  # fmt: skip
 
 # Keys that `PreTrainedConfig` itself accepts besides its fields.
 _TRANSFORMERS_KEYS = {
@@ -19,7 +29,7 @@ _TRANSFORMERS_KEYS = {
 
 
 def refuse_unknown_keys(config: PreTrainedConfig, keys: dict[str, Any]) -> None:
-    """Also numbers that are none, and more labels than any model has.
+    """Also numbers that are none, and those that are not `SENSIBLE`.
 
     Args:
         keys: what was given beside the fields of the configuration.
@@ -38,22 +48,26 @@ def refuse_unknown_keys(config: PreTrainedConfig, keys: dict[str, Any]) -> None:
         raise ValueError(
             f"{type(config).__name__}: unknown key {key!r}" + (f"; did you mean {hint[0]!r}?" if hint else "")
         )
-    # Of these transformers makes a table of names, which nothing else limits.
-    num_labels = keys.get("num_labels")
-    if num_labels is not None and not 1 <= num_labels <= MAX_WIDTH:
-        raise ValueError(f"{type(config).__name__}: num_labels={num_labels} is outside 1..{MAX_WIDTH}")
-    for name, value in vars(config).items():
-        if name not in ("backbone_config", "expert_banks"):  # which check their own
-            _check_finite(f"{type(config).__name__}: {name}", value)
+    # These check their own.
+    for name, value in {**vars(config), **keys}.items():
+        if name not in ("expert_banks", "text_config", "vision_config", "audio_config"):
+            _check_numbers(f"{type(config).__name__}: {name}", name, value)
 
 
-def _check_finite(name: str, value: Any) -> None:
-    """A NaN is neither too small nor too large, so that no range refuses it."""
-    if isinstance(value, float) and not isfinite(value):
-        raise ValueError(f"{name}={value} is not a finite number")
-    if isinstance(value, dict | list | tuple):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            _check_finite(f"{name}[{key!r}]", item)
+def _check_numbers(where: str, name: str, value: Any) -> None:
+    low, high = SENSIBLE.get(name) or SENSIBLE.get(name.split("_")[-1]) or (-inf, inf)
+    if isinstance(value, float | int) and not isfinite(value):
+        # A NaN is neither too small nor too large, so that no range refuses it.
+        raise ValueError(f"{where}={value} is not a finite number")
+    if isinstance(value, float | int) and not low <= value <= high:
+        raise ValueError(f"{where}={value} is outside {low}..{high}")
+    items = vars(value) if isinstance(value, PreTrainedConfig) else value
+    if isinstance(items, dict):
+        for key, item in items.items():
+            _check_numbers(f"{where}[{key!r}]", str(key), item)
+    elif isinstance(items, list | tuple):
+        for index, item in enumerate(items):
+            _check_numbers(f"{where}[{index}]", name, item)
 
 
 def check_range(config: object, limits: dict[str, tuple[int, int]], where: str | None = None) -> None:
@@ -66,9 +80,7 @@ def check_range(config: object, limits: dict[str, tuple[int, int]], where: str |
 def check_exit(name: str, layers: int, num_hidden_layers: int) -> None:
     """An exit stands after some layers but not after the last, where the model ends."""
     if not 1 <= layers < num_hidden_layers:
-        raise ValueError(
-            f"{name}={layers} is outside 1..{num_hidden_layers - 1}: the model has {num_hidden_layers} layers"
-        )
+        raise ValueError(f"{name}={layers} is outside 1..{num_hidden_layers - 1} of {num_hidden_layers} layers")
 
 
 def check_divides(config: PreTrainedConfig, whole: str, part: str) -> None:

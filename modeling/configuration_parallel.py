@@ -21,11 +21,8 @@ ALL_PARALLEL_STYLES.register("chorus_colwise", ColwiseLinear())
 
 GATED_MLP = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
 SPLIT_EXPERTS = {"experts.gate_up_proj": "packed_colwise", "experts.down_proj": "rowwise", "experts": "moe_tp_experts"}
-DISPATCHED_EXPERTS = {
-    "experts.gate_up_proj": "grouped_gemm",
-    "experts.down_proj": "grouped_gemm",
-    "experts": "ep_dispatch_experts",
-}
+DISPATCHED_EXPERTS = dict.fromkeys(("experts.gate_up_proj", "experts.down_proj"), "grouped_gemm")
+DISPATCHED_EXPERTS["experts"] = "ep_dispatch_experts"
 
 
 def tensor_parallel_plan(config: PreTrainedConfig) -> dict[str, str]:

@@ -198,5 +198,3 @@ class ChorusAudioConfig(PreTrainedConfig):
         # An even kernel has no middle: the convolution could not keep the number of frames.
         if self.conv_kernel_size % 2 == 0:
             raise ValueError(f"ChorusAudioConfig: conv_kernel_size={self.conv_kernel_size} must be odd")
-        if self.max_seconds <= 0:
-            raise ValueError(f"ChorusAudioConfig: max_seconds={self.max_seconds} must be positive")

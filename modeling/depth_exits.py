@@ -251,9 +251,7 @@ def check_token_exits(text: ChorusTextConfig, threshold: float, is_training: boo
         ValueError: training, a threshold outside 0..1, a model without exits, or outputs of layers that are left out.
     """
     if is_training:
-        raise ValueError(
-            f"exit_confidence={threshold} is for decoding: in training every token runs through all layers"
-        )
+        raise ValueError(f"exit_confidence={threshold} is for decoding: in training all tokens run through all layers")
     if not 0 <= threshold <= 1:
         raise ValueError(f"exit_confidence={threshold} is outside 0..1")
     if not text.exit_layers:

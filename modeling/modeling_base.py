@@ -167,9 +167,7 @@ def describe_misfit(
         return same_class or name.startswith(prefix) or hasattr(base, name.partition(".")[0])
 
     lacks, has_too_much = sorted(filter(matters, missing)), sorted(filter(matters, unexpected))
-    faults = [
-        _counted(kind, names, ", ") for kind, names in (("missing", lacks), ("unexpected", has_too_much)) if names
-    ]
+    faults = [_counted(kind, keys, ", ") for kind, keys in (("missing", lacks), ("unexpected", has_too_much)) if keys]
     if not faults:
         return None
     advice = SERVICES["advise_missing"](lacks) if "advise_missing" in SERVICES and not has_too_much else ""

@@ -293,9 +293,8 @@ def add_rows(output_TD: Tensor | None, rows: Rows, states_RD: Tensor, hidden_TD:
     if output_TD is None:
         return torch.zeros_like(hidden_TD).index_copy_(0, rows, states_RD.to(hidden_TD.dtype))
     states_RD = states_RD.to(output_TD.dtype)
-    return (
-        output_TD.index_add(0, rows, states_RD) if torch.is_grad_enabled() else output_TD.index_add_(0, rows, states_RD)
-    )
+    add = output_TD.index_add if torch.is_grad_enabled() else output_TD.index_add_
+    return add(0, rows, states_RD)
 
 
 def read_routing_options(
@@ -358,9 +357,7 @@ def _read_widths(
             raise ValueError(f"expert_width_share={share} is none of expert_width_shares={list(known)}")
         return list(known).index(share)
     if share.shape != modality_BS.shape:
-        raise ValueError(
-            f"expert_width_share has shape {tuple(share.shape)}, the tokens have {tuple(modality_BS.shape)}"
-        )
+        raise ValueError(f"expert_width_share has shape {tuple(share.shape)}, tokens have {tuple(modality_BS.shape)}")
     if torch.compiler.is_compiling():
         raise ValueError("expert_width_share for each token cannot be compiled; give one number for all")
     is_it_TW = share.reshape(-1, 1).float() == torch.tensor(known, device=share.device)

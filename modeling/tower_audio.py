@@ -99,9 +99,7 @@ class ChorusAudioModel(ChorusPreTrainedModel):
         if mask is None:
             return torch.ones(shape[:2], dtype=torch.bool, device=input_features.device)
         if tuple(mask.shape) != shape[:2]:
-            raise ValueError(
-                f"input_features_mask has shape {tuple(mask.shape)}, input_features has (clips, frames)={shape[:2]}"
-            )
+            raise ValueError(f"input_features_mask has shape {tuple(mask.shape)}, input_features has {shape[:2]}")
         return mask.bool()
 
     @torch.no_grad()
@@ -194,10 +192,8 @@ class ConformerBlock(GradientCheckpointingLayer):
         # A clip without any real token attends to its padding: a softmax over nothing would be NaN.
         ignored_NT = ~mask_NT & mask_NT.any(dim=1, keepdim=True)
         # Contiguous: products of another layout sum in an order that depends on whether the weight is trained.
-        hidden_TND = hidden_NTD.transpose(0, 1).contiguous()
-        output_TND, _ = self.self_attn(
-            hidden_TND, hidden_TND, hidden_TND, key_padding_mask=ignored_NT, need_weights=False
-        )
+        input_TND = hidden_NTD.transpose(0, 1).contiguous()
+        output_TND, _ = self.self_attn(input_TND, input_TND, input_TND, key_padding_mask=ignored_NT, need_weights=False)
         return self.self_attn_dropout(output_TND.transpose(0, 1))
 
 

@@ -60,9 +60,7 @@ def check_backbone(config: dict[str, Any] | PreTrainedConfig | None) -> None:
         _check_architecture(architecture, _import_timm())
         dump_model_args(architecture, values.get("model_args"))
     elif name is not None:
-        raise ValueError(
-            f"backbone_config of type {model_type!r}: backbone={name!r} is looked up on the Hub; leave it out"
-        )
+        raise ValueError(f"backbone_config of type {model_type!r}: backbone={name!r} is looked up on the Hub; drop it")
     for part in values.values():
         for inner in part if isinstance(part, list | tuple) else [part]:
             if isinstance(inner, dict | PreTrainedConfig):

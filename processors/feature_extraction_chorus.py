@@ -211,9 +211,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         if rate == self.sampling_rate:
             return samples
         if self.strict_sampling_rate:
-            raise place.error(
-                f"sampling rate {rate} Hz, the model hears {self.sampling_rate} Hz (strict_sampling_rate)"
-            )
+            raise place.error(f"sampling rate {rate}, the model hears {self.sampling_rate} Hz (strict_sampling_rate)")
         logger.warning_once(f"resampling sound from {rate} Hz to the model's {self.sampling_rate} Hz")
         try:
             import soxr

@@ -203,9 +203,7 @@ def white_of(tensor: torch.Tensor) -> float:
     if low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
         return 1.0
     if low < (-255 * OVERSHOOT if high >= MIN_PEAK else 0) or high > 255 * (1 + OVERSHOOT):
-        raise IMAGE.error(
-            f"image values lie in {low:g}..{high:g}, expected 0..1 or 0..255; pass do_rescale=False for others"
-        )
+        raise IMAGE.error(f"values lie in {low:g}..{high:g}, expected 0..1 or 0..255; pass do_rescale=False for others")
     if high < MIN_PEAK and bool((tensor != tensor.round()).any()):
         raise IMAGE.error(
             f"image values lie in {low:g}..{high:g}: too bright for 0..1 or nearly black in 0..255? Clip or scale it"

@@ -87,7 +87,8 @@ class ChatProcessor(ProcessorMixin):
         template = chat_template or self.chat_template
         if isinstance(self.chat_template, dict):
             template = self.chat_template.get(chat_template or "default", chat_template)
-        check_rendered(template or "", prepared, **beside)
+        wants_mask = kwargs.get("return_assistant_tokens_mask", False)
+        check_rendered(template or "", prepared, wants_mask or return_labels, **beside)
         if kwargs.get("tokenize") or return_labels:
             # The template writes bos and eos; the tokenizer would add a second bos.
             options.setdefault("add_special_tokens", False)
@@ -96,7 +97,6 @@ class ChatProcessor(ProcessorMixin):
         # Our own template needs no limit, which takes longer than the template itself.
         is_ours = template == default_chat_template(self.image_token, self.audio_token)
         limit = nullcontext() if is_ours else limited_steps(len(prepared))
-        wants_mask = kwargs.get("return_assistant_tokens_mask", False)
         if return_labels:
             tensor_type = kwargs.pop("return_tensors", "auto")
             tensor_type = options.pop("return_tensors", None) if tensor_type == "auto" else tensor_type

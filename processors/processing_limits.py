@@ -15,6 +15,7 @@ import difflib
 import io
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ SKIP_MANUAL = 1 << 29
 PADDED_CODECS = ("mp2float", "mp3float", "aac", "opus", "libopus", "ac3", "eac3")
 PADDING_SECONDS = 0.5
 # A packet that claims more is miscounted: ffmpeg lets the length of a last packet fall below zero and wraps it.
-MAX_PACKET_SECONDS = 1_000
+MIN_PACKET_SECONDS, MAX_PACKET_SECONDS = 0.002, 1_000
 UNKNOWN_RIFF_BYTES = 2**32 - 2**16
 MAX_BROKEN_PACKETS = 1_000
 
@@ -191,9 +192,7 @@ def check_image_size(width: int, height: int, limits: MediaLimits, place: MediaP
         raise place.error(f"{width} x {height} = {width * height} pixels, the limit is {limits.image_pixels}")
     ratio = max(width, height) / min(width, height)
     if ratio > limits.image_aspect_ratio:
-        raise place.error(
-            f"{width} x {height} has an aspect ratio of {ratio:.0f}, the limit is {limits.image_aspect_ratio:g}"
-        )
+        raise place.error(f"{width} x {height}: aspect ratio {ratio:.0f}, the limit is {limits.image_aspect_ratio:g}")
 
 
 def is_channels_first(shape: tuple[int, ...], layout: str | None = None) -> bool:
@@ -290,9 +289,7 @@ def check_rate(rate: object, limits: MediaLimits, place: MediaPlace) -> int:
     if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or float(rate) % 1 != 0:
         raise place.error(f"the sampling rate must be a whole number of Hz, found {rate!r}")
     if not limits.audio_min_rate <= rate <= limits.audio_max_rate:
-        raise place.error(
-            f"sampling rate {int(rate)} Hz is outside {limits.audio_min_rate}..{limits.audio_max_rate} Hz"
-        )
+        raise place.error(f"sampling rate {int(rate)} is outside {limits.audio_min_rate}..{limits.audio_max_rate} Hz")
     return int(rate)
 
 
@@ -343,6 +340,8 @@ def decode_sound(
         head = file.read(8)
         order: Any = "big" if head.startswith(b"FORM") else "little"
         claimed = int.from_bytes(head[4:], order) + 8 if head[:4] in (b"RIFF", b"FORM") else 0
+        if is_miscounted := _is_miscounted(file):
+            options["ignore_length"] = "1"
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         try:
@@ -350,11 +349,32 @@ def decode_sound(
                 samples, rate = _decode_best_track(container, limits, max_seconds, place)
         except av.FFmpegError as cause:
             raise place.error(f"no readable sound of the formats {', '.join(SOUND_FORMATS)} ({cause})") from cause
+    if is_miscounted:
+        logger.warning(str(place.error("the header counts less sound than the file holds; all of it is read")))
     # ffmpeg says nothing of it. The largest numbers stand for a stream of unknown length.
-    if 8 < claimed < UNKNOWN_RIFF_BYTES and not 0 <= size - claimed < 2:
+    elif 8 < claimed < UNKNOWN_RIFF_BYTES and not 0 <= size - claimed < 2:
         why = "the file is cut" if size < claimed else "of joined files the first is read"
         logger.warning(str(place.error(f"{why}: {min(size, claimed)} of {max(size, claimed)} bytes")))
     return samples, rate
+
+
+def _is_miscounted(file: Any) -> bool:
+    """Whether a WAV file goes on behind its sound, as the header counts it, with what is neither a chunk nor zeros."""
+    file.seek(0)
+    content, start, long = file.read(), 12, 0
+    while content[8:12] == b"WAVE" and start + 8 <= len(content):
+        name, length = content[start : start + 4], int.from_bytes(content[start + 4 : start + 8], "little")
+        if name == b"ds64":
+            # RF64: here stand the numbers that need 64 bits.
+            long = int.from_bytes(content[start + 16 : start + 24], "little")
+        if name == b"data":
+            rest = content[start + 8 + (long or length) :]
+            # A name of four letters and its length, at an even byte.
+            chunk = re.match(rb"\0?[ -~]{4}(.{4})", rest, re.DOTALL)
+            is_chunk = chunk and int.from_bytes(chunk[1], "little") <= len(rest)
+            return length > 0 and len(rest) >= 8 and any(rest) and not is_chunk
+        start += 8 + length + length % 2
+    return False
 
 
 def _decode_best_track(
@@ -370,10 +390,14 @@ def _decode_best_track(
     if codec.name in CUT_CODECS:
         codec.flags2 |= SKIP_MANUAL
     pieces: list[np.ndarray] = []
-    heard, packets, broken = 0, 0.0, 0
+    heard, packets, broken, count, seconds = 0, 0.0, 0, 0, 0.0
     for packet in container.demux(track):
-        seconds = float((packet.duration or 0) * packet.time_base)
+        length = float((packet.duration or 0) * packet.time_base)
+        # A wrong count in the header also shortens packets to nothing: those are as long as the one before.
+        is_short = codec.name in PADDED_CODECS and length < MIN_PACKET_SECONDS and packet.size
+        seconds = seconds if is_short else length
         packets += seconds if seconds < MAX_PACKET_SECONDS else 0.0
+        count += packet.size > 0
         is_counted |= packet.has_sidedata("skip_samples")
         try:
             frames = packet.decode()
@@ -404,6 +428,9 @@ def _decode_best_track(
     if broken and not heard:
         raise place.error(f"broken sound file: none of {broken} packets can be decoded")
     check_clip_size(heard, codec.channels, rate, limits, max_seconds, place)
+    if container.format.name.startswith("mov") and not codec.name.startswith("pcm") and count:
+        # An edit list may leave packets out.
+        packets *= max(track.frames / count, 1)
     claimed = max(packets, header if is_counted else 0.0)
     is_joined = codec.name == "flac" and 0 < header < heard / rate - 0.05  # a header in between is taken for sound
     if broken or is_joined or claimed - heard / rate > (PADDING_SECONDS if codec.name in PADDED_CODECS else 0.05):

@@ -21,6 +21,8 @@ WORD_JOINER = "\u2060"
 # What a message may say beside its content. transformers passes each of the second line under all three names.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SPOKEN = ("tool_calls", "function_call", "refusal", "documents", *REASONING)
+# Keys that say of a turn whether it is learned, as in `training.layouts`.
+LEARNED_KEYS = ("weight", "train", "training", "loss")
 # Keys of media beside the content, as Ollama has them, and of parts.
 MEDIA_KEYS = "image images image_url audio audios audio_url input_audio video videos files attachments".split()
 # Lines that a template may run for one conversation; a message takes about ten.
@@ -96,8 +98,9 @@ def break_control_tokens(value: object, control_tokens: re.Pattern[str]) -> Any:
     return value
 
 
-def check_rendered(template: str, conversations: list[list[dict]], **given: Any) -> None:
-    """Refuse what `template` does not write: `given` beside the conversations (tools, documents), and `SPOKEN` keys.
+def check_rendered(template: str, conversations: list[list[dict]], wants_mask: object = False, **given: Any) -> None:
+    """Refuse what `template` does not write: `given` beside the conversations (tools, documents), and `SPOKEN` keys;
+    with `wants_mask` also turns that are not to be learned, which marks and labels would cover.
 
     Raises:
         MediaError: names the sample, the message and the key.
@@ -112,6 +115,10 @@ def check_rendered(template: str, conversations: list[list[dict]], **given: Any)
         for number, message in enumerate(messages):
             if lost := [key for key in SPOKEN if message.get(key) and key not in written]:
                 raise MediaPlace("text", sample=sample, message=number).error(f"{lost[0]}: {cure}")
+            if wants_mask and (key := next((k for k in LEARNED_KEYS if message.get(k) not in (None, 1)), None)):
+                raise MediaPlace("text", sample=sample, message=number).error(
+                    f"{key}={message[key]!r}: only ChorusDataCollator leaves a turn out of labels and masks"
+                )
 
 
 @contextmanager

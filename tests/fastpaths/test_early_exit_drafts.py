@@ -135,7 +135,7 @@ def test_sampled_text_follows_the_last_layer_and_not_the_exit():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"assistant_early_exit": 3}, r"assistant_early_exit=3 is outside 1\.\.2: the model has 3 layers"),
+        ({"assistant_early_exit": 3}, r"assistant_early_exit=3 is outside 1\.\.2 of 3 layers"),
         ({"assistant_early_exit": 0}, r"assistant_early_exit=0 is outside 1\.\.2"),
         ({"assistant_early_exit": 1, "num_assistant_tokens": 0}, "num_assistant_tokens=0 drafts nothing"),
         ({"assistant_early_exit": 1, "use_cache": False}, "use_cache=True"),

@@ -36,7 +36,7 @@ def bank(**values: Any) -> Any:
         ({"expert_depth": 0}, r"expert_depth=0 is outside 1\.\.64"),
         ({"num_groups": 3}, "num_groups=3 does not divide num_experts=8"),
         ({"num_groups": 0}, "num_groups=0 does not divide num_experts=8"),
-        ({"num_groups": 4, "topk_groups": 5}, "topk_groups=5 must be between 1 and num_groups=4"),
+        ({"num_groups": 4, "topk_groups": 5}, "topk_groups=5 is outside 1..num_groups=4"),
         ({"num_groups": 8, "topk_groups": 1}, "leave 1 experts to choose num_experts_per_tok=2 from"),
         ({"expert_capacity": 0}, "expert_capacity=0 must be a positive number"),
         ({"expert_capacity": -0.5}, "expert_capacity=-0.5 must be a positive number"),
@@ -120,5 +120,5 @@ def test_a_saved_preset_is_the_banks_it_stood_for() -> None:
 def test_a_preset_that_does_not_exist_or_does_not_fit_is_refused() -> None:
     with pytest.raises(Exception, match="preset of expert_banks 'unifrom'; did you mean 'uniform'"):
         ChorusTextConfig(**TEXT, expert_banks="unifrom")
-    with pytest.raises(Exception, match="needs at least 2 sparse layers, found 1"):
+    with pytest.raises(Exception, match="needs 2 sparse layers, found 1"):
         ChorusTextConfig(**TEXT | {"num_hidden_layers": 2}, expert_banks="specific_then_common")

@@ -178,7 +178,7 @@ def test_a_regressor_has_no_confidence():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ({"exit_layers": [4]}, r"exit_layers=4 is outside 1\.\.3: the model has 4 layers"),
+        ({"exit_layers": [4]}, r"exit_layers=4 is outside 1\.\.3 of 4 layers"),
         ({"exit_layers": [0]}, r"exit_layers=0 is outside 1\.\.3"),
         ({"exit_layers": [1, 1]}, "names an exit twice"),
         ({"exit_layers": None}, "exit_loss_coef=1.0 without exit_layers"),
@@ -190,7 +190,8 @@ def test_exits_that_the_model_cannot_have_are_refused(text: dict[str, Any], mess
 
 
 @pytest.mark.parametrize(
-    ("thresholds", "message"), [([0.5], "1 exit_thresholds for 3 exit_layers"), ([0.5, 1.5, 1.0], "1.5 after 2 layers")]
+    ("thresholds", "message"),
+    [([0.5], "1 exit_thresholds for exit_layers"), ([0.5, 1.5, 1.0], r"exit_thresholds\[1\]=1.5 is outside 0..1")],
 )
 def test_thresholds_that_do_not_fit_are_refused(thresholds: list[float], message: str):
     values = classifier().config.to_dict()

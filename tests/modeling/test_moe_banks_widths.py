@@ -150,7 +150,7 @@ def test_what_makes_no_sense_is_refused():
         ({"expert_width_shares": [0.5]}, "must rise from above 0 to 1"),
         ({"expert_width_shares": [1.0, 0.5]}, "must rise"),
         ({"expert_width_shares": [0.5, 2.0]}, "must rise"),
-        ({"experts_layout": "linear"}, "experts_layout='linear', whose layers run whole"),
+        ({"experts_layout": "linear"}, "experts_layout='linear', which runs whole"),
         ({"expert_width_shares": [0.3, 1.0]}, "no whole number"),
     ],
 )

@@ -157,7 +157,7 @@ def test_sound_in_half_precision_is_heard(extractor):
 
 
 def test_strict_settings_refuse_instead_of_adapting():
-    with pytest.raises(MediaError, match="44100 Hz, the model hears 16000 Hz"):
+    with pytest.raises(MediaError, match="sampling rate 44100, the model hears 16000 Hz"):
         ChorusFeatureExtractor(strict_sampling_rate=True)(tone(0.1, rate=44_100), 44_100)
     with pytest.raises(MediaError, match="2.00 seconds, one window has 1"):
         ChorusFeatureExtractor(max_seconds=1.0, on_long_audio="error")(tone(2.0), RATE)

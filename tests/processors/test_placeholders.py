@@ -48,7 +48,7 @@ class Sample:
     def reason_against(self, max_length: int) -> str | None:
         """Why this sample is no input of a model, as the beginning of the error; None if it is one."""
         if any(max(image.size) > 100 * min(image.size) for image in self.images):
-            return r"\d+ x \d+ has an aspect ratio of \d+, the limit is 100"
+            return r"\d+ x \d+: aspect ratio \d+, the limit is 100"
         if self.num_media_tokens > max_length:
             return f"images and clips alone take {self.num_media_tokens} tokens, max_length is {max_length};"
         return None if self.text else "found 0 tokens, expected at least 1:"

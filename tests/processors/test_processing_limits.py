@@ -1,5 +1,7 @@
 import base64
+import dataclasses
 import io
+import re
 import struct
 import time
 import zlib
@@ -8,9 +10,17 @@ import av
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
-from chorus_moe.processors.processing_limits import MediaError, MediaLimits, MediaPlace, decode_sound, load_image
+from chorus_moe.processors.processing_limits import (
+    MediaError,
+    MediaLimits,
+    MediaPlace,
+    decode_sound,
+    load_image,
+    num_pixels,
+)
 from tests.processors.conftest import picture, tone, wav_bytes
 
 LIMITS = MediaLimits()
@@ -62,7 +72,7 @@ def test_an_animation_is_refused():
         ("no_such_file.png", "no such file"),
         (b"", "file is empty"),
         (b"not a picture", "not a readable image"),
-        (np.zeros((2, 300)), "aspect ratio of 150"),
+        (np.zeros((2, 300)), "aspect ratio 150"),
         (np.zeros((0, 5)), "empty image"),
         (np.zeros((1, 2, 3, 4, 5)), "2 or 3 axes"),
         ({"width": 3}, "a dict needs"),
@@ -111,6 +121,24 @@ def test_the_size_limit_knows_channels_first(channels):
             load_image(np.zeros(shape), limits, IMAGE)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_pixels_are_counted_whatever_the_layout(channels):
+    for shape in ((channels, 20, 30), (20, 30, channels)):
+        assert num_pixels(np.zeros(shape)) == num_pixels(torch.zeros(shape)) == 600
+    assert num_pixels(np.zeros((20, 30))) == num_pixels(Image.new("RGB", (30, 20))) == 600
+
+
+def test_limits_are_those_of_the_documents():
+    """A lower one refuses what was accepted, and a batch must not change those of the others."""
+    assert (LIMITS.image_bytes, LIMITS.audio_bytes) == (67_108_864, 268_435_456)
+    assert (LIMITS.image_pixels, LIMITS.sample_pixels, LIMITS.image_aspect_ratio) == (64 * 10**6, 256 * 10**6, 100)
+    assert (LIMITS.images_per_sample, LIMITS.clips_per_sample, LIMITS.audio_channels) == (64, 64, 8)
+    assert (LIMITS.audio_min_rate, LIMITS.audio_max_rate, LIMITS.sample_seconds) == (1_000, 768_000, 3_600)
+    for frozen in (LIMITS, IMAGE):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(frozen, dataclasses.fields(frozen)[0].name, 10**12)
+
+
 def test_file_size_is_checked_before_decoding():
     with pytest.raises(MediaError, match="bytes, the limit is 10"):
         load_image(encoded(picture()), MediaLimits(image_bytes=10), IMAGE)
@@ -134,8 +162,8 @@ def test_a_wav_that_claims_four_gigabytes_is_read_no_further_than_it_goes():
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (wav_bytes(tone(0.2), 100), "sampling rate 100 Hz"),
-        (wav_bytes(tone(0.2), 10**6), "sampling rate 1000000 Hz"),
+        (wav_bytes(tone(0.2), 100), "sampling rate 100 is outside"),
+        (wav_bytes(tone(0.2), 10**6), "sampling rate 1000000 is outside"),
         (wav_bytes(np.ones((50, 9), dtype=np.float32)), "9 channels, the limit is 8"),
         (wav_bytes(tone(3.0)), "3.00 seconds, the limit max_audio_seconds is 2"),
         (wav_bytes(tone(0.1)[:0]), "empty clip"),
@@ -285,6 +313,89 @@ def test_a_streamed_wav_has_no_size_and_is_heard(size, caplog):
     content[4:8] = content[40:44] = size
     samples, _ = decode_sound(bytes(content), LIMITS, 300.0, CLIP)
     assert len(samples) == 1_600 and not caplog.records
+
+
+def with_sizes(content: bytes, data: int, riff: int | None = None) -> bytes:
+    """The WAV file with other lengths in its header."""
+    changed, place = bytearray(content), content.index(b"data") + 4
+    changed[place : place + 4] = struct.pack("<I", data)
+    changed[4:8] = changed[4:8] if riff is None else struct.pack("<I", riff)
+    return bytes(changed)
+
+
+LIST = b"LIST" + struct.pack("<I", 12) + b"INFOISFT\0\0\0\0"
+
+
+@pytest.mark.parametrize("riff", [None, 0, 2**32 - 1, 24_036])
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_U8", "FLOAT", "ULAW"])
+def test_a_wav_that_counts_too_little_sound_is_heard_to_its_end(subtype, riff, caplog):
+    content = wav_bytes(tone(3.0), subtype=subtype)
+    found, _ = decode_sound(with_sizes(content, 24_000, riff), LIMITS, 300.0, CLIP)
+    # libsndfile writes a chunk of peaks into files of floats, in front of the sound.
+    np.testing.assert_array_equal(found, decode_sound(content, LIMITS, 300.0, CLIP)[0])
+    assert len(found) == 48_000 and "sample 2, audio 0: the header counts less sound" in caplog.text
+
+
+def test_an_rf64_that_counts_too_little_sound_is_heard_to_its_end(caplog):
+    content = bytearray(sound_file(tone(3.0), format="RF64", subtype="PCM_16"))
+    assert len(decode_sound(bytes(content), LIMITS, 300.0, CLIP)[0]) == 48_000 and not caplog.records
+    place = content.index(b"ds64") + 16
+    content[place : place + 8] = struct.pack("<Q", 48_000)
+    assert len(decode_sound(bytes(content), LIMITS, 300.0, CLIP)[0]) == 48_000
+    assert "the header counts less sound" in caplog.text
+
+
+@pytest.mark.parametrize("num_samples", [4_801, 4_802])
+@pytest.mark.parametrize("tail", [LIST, b"\0" + LIST, LIST + LIST, bytes(512), b"ends"])
+def test_what_a_wav_holds_behind_its_sound_is_not_heard(tail, num_samples, caplog):
+    content = wav_bytes(tone(3.0)[:num_samples], subtype="PCM_U8").removesuffix(b"\0")
+    content = content[: content.index(b"data") + 8 + num_samples] + tail
+    found, _ = decode_sound(with_sizes(content, num_samples, len(content) - 8), LIMITS, 300.0, CLIP)
+    assert len(found) == num_samples and not caplog.records
+
+
+def ogg_checksum(page: bytes) -> int:
+    value = 0
+    for byte in page:
+        value ^= byte << 24
+        for _ in range(8):
+            value = (value << 1 ^ (0x04C11DB7 if value >> 31 else 0)) & 0xFFFFFFFF
+    return value
+
+
+def with_last_granule(content: bytes, factor: float) -> bytes:
+    """An Ogg file whose last page says that the sound ends earlier."""
+    start = content.rindex(b"OggS")
+    page = bytearray(content[start:])
+    page[6:14] = struct.pack("<q", int(struct.unpack("<q", page[6:14])[0] * factor))
+    page[22:26] = bytes(4)
+    page[22:26] = struct.pack("<I", ogg_checksum(bytes(page)))
+    return content[:start] + bytes(page)
+
+
+def with_edit(content: bytes, factor: float) -> bytes:
+    """An MP4 file whose edit list plays a part of the sound."""
+    changed, place = bytearray(content), content.index(b"elst") + 12
+    changed[place : place + 4] = struct.pack(">I", int(struct.unpack(">I", content[place : place + 4])[0] * factor))
+    return bytes(changed)
+
+
+def test_sound_that_a_container_leaves_out_is_reported(caplog):
+    opus = sound_file(tone(3.0), format="OGG", subtype="OPUS")
+    aac, alac = muxed("mp4", "aac"), muxed("mp4", "alac")
+    for content in (with_last_granule(opus, 1.0), with_edit(aac, 1.0), with_edit(alac, 1.0)):
+        assert len(decode_sound(content, LIMITS, 300.0, CLIP)[0]) >= 48_000 and not caplog.records
+    for content in (with_last_granule(opus, 0.5), with_edit(aac, 0.5), with_edit(alac, 0.5)):
+        caplog.clear()
+        samples, rate = decode_sound(content, LIMITS, 300.0, CLIP)
+        assert len(samples) < 2 * rate
+        assert re.search(r"sample 2, audio 0: decoded 1\.\d+ of 3\.\d+ seconds", caplog.text)
+    # Nor is anything lost in a file that counts too little elsewhere.
+    flac = bytearray(sound_file(tone(3.0), format="FLAC"))
+    flac[22:26] = struct.pack(">I", 24_000)
+    vorbis = sound_file(tone(3.0), format="OGG", subtype="VORBIS")
+    for content in (bytes(flac), with_last_granule(vorbis, 0.5)):
+        assert len(decode_sound(content, LIMITS, 300.0, CLIP)[0]) >= 48_000
 
 
 @pytest.mark.parametrize(

@@ -162,3 +162,19 @@ def test_a_template_without_an_end_is_stopped_and_a_long_one_is_not():
 def test_what_is_no_list_of_messages_is_refused_by_its_type(given):
     with pytest.raises(MediaError, match=f"a conversation is a list of messages, found {type(given).__name__}"):
         split_batch(given)
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
+@pytest.mark.parametrize("asked", [{"return_labels": True}, {"return_assistant_tokens_mask": True}])
+def test_a_turn_that_is_not_to_be_learned_gets_no_labels_in_silence(processor, key, asked):
+    def turns(value):
+        return [{"role": "user", "content": "sum"}, {"role": "assistant", "content": "no", key: value}]
+
+    options = {"tokenize": True, "return_dict": True, **asked}
+    for value in (0, False, 0.5):
+        with pytest.raises(MediaError, match=rf"sample 1, message 1: {key}={value!r}: only ChorusDataCollator leaves"):
+            processor.apply_chat_template([turns(1), turns(value)], **options)
+        # Without labels the key says nothing.
+        processor.apply_chat_template([turns(1), turns(value)], tokenize=True, return_dict=True)
+    for value in (1, True, None):
+        assert processor.apply_chat_template(turns(value), **options)

@@ -206,13 +206,13 @@ def test_a_decoder_alone_takes_gates():
 @pytest.mark.parametrize(
     ("operation", "message"),
     [
-        (lambda m: add_exits(m, [4]), r"add_exits: .*exit_layers=4 is outside 1\.\.3: the model has 4 layers"),
+        (lambda m: add_exits(m, [4]), r"add_exits: .*exit_layers=4 is outside 1\.\.3 of 4 layers"),
         (lambda m: add_exits(m, [1, 0]), r"exit_layers=0 is outside 1\.\.3"),
         (lambda m: add_exits(m, []), r"add_exits: layers is empty; the model has exit_layers=\[2\]"),
         (lambda m: add_exits(m, [1, 2]), r"add_exits: the model has 2 already, exit_layers=\[2\]"),
         (lambda m: add_exits(m, [1, 1]), r"add_exits: layers=\[1, 1\] names 1 twice"),
-        (lambda m: add_exits(m, [1], exit_loss_coef=-1.0), "add_exits: .*exit_loss_coef=-1.0 must not be negative"),
-        (lambda m: add_skip_gates(m, [4]), "add_skip_gates: .*skip_layers names layer 4 of num_hidden_layers=4"),
+        (lambda m: add_exits(m, [1], exit_loss_coef=-1.0), "add_exits: .*exit_loss_coef=-1.0 is outside 0..inf"),
+        (lambda m: add_skip_gates(m, [4]), "add_skip_gates: .*skip_layers names layer 4 of 4"),
         (lambda m: add_skip_gates(m, []), r"add_skip_gates: layers is empty; the model has skip_layers=\[1\]"),
         (lambda m: add_skip_gates(m, [1]), r"add_skip_gates: the model has 1 already, skip_layers=\[1\]"),
         (lambda m: add_skip_gates(m, [2], skip_budget=1.5), r"add_skip_gates: .*skip_budget=1.5 is outside 0\.\.1"),
