@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch._dynamo.utils import compilation_time_metrics
-from transformers import CompileConfig
+from transformers import CompileConfig, StaticCache
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.fastpaths.compiled_decoding import (
@@ -23,8 +23,10 @@ from chorus_moe.fastpaths.compiled_decoding import (
     _attention,
     _kinds,
     _mm,
+    _regions,
     compile_decoding,
 )
+from chorus_moe.modeling.modeling_text import ChorusDecoderLayer
 from chorus_moe.surgery import close_bank
 from tests.conftest import tiny_batch, tiny_config
 
@@ -198,6 +200,22 @@ def test_layers_that_differ_are_told_apart():
     assert _kinds(model) == (0, 1, 0)
     model.model.language_model.layers[2].float64 = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     assert _kinds(model) == (0, 1, 2)
+
+
+def test_modules_run_as_ever_while_another_thread_compiles():
+    model, forward = make(), ChorusDecoderLayer.forward
+    with torch.no_grad():
+        expected = model(**text()).logits
+        with _regions(model, StaticCache(config=model.config.text_config, max_cache_len=16)):
+            assert ChorusDecoderLayer.forward is not forward
+            assert torch.equal(model(**text()).logits, expected)
+    assert ChorusDecoderLayer.forward is forward
+
+
+def test_layers_are_not_shared_where_a_cache_counts_in_python():
+    model, forward = make(**WINDOWS), ChorusDecoderLayer.forward
+    with _regions(model, StaticCache(config=model.config.text_config, max_cache_len=16)):
+        assert ChorusDecoderLayer.forward is forward
 
 
 def test_lengths_of_one_size_share_a_graph():
