@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from cryptography.fernet import InvalidToken
-from flwr.app import Context, Message, Metadata, RecordDict
+from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.app.message_type import MessageType
 from flwr.client.mod import secaggplus_mod
@@ -94,7 +94,7 @@ class Round:
         self.sources: set[int] = set()
         self.shares = self.threshold = 0
 
-    def check(self, stage: object, configs: Any) -> None:
+    def check(self, stage: object, configs: ConfigRecord) -> None:
         """Raises Refused for what would tell more than the sum of enough clients."""
         if stage == Stage.SETUP:
             self._check_setup(configs)
@@ -108,7 +108,7 @@ class Round:
         elif stage == Stage.UNMASK:
             self._check_unmask(configs[Key.ACTIVE_NODE_ID_LIST], configs[Key.DEAD_NODE_ID_LIST])
 
-    def _check_setup(self, configs: Any) -> None:
+    def _check_setup(self, configs: ConfigRecord) -> None:
         for name, wanted in FIXED.items():
             if configs[name] != wanted:
                 raise Refused(f"{name} is {configs[name]!r} at the server and {wanted!r} here")

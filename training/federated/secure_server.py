@@ -13,17 +13,19 @@ Unusual here:
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.app.message_type import MessageType
-from flwr.common import FitIns, Parameters, bytes_to_ndarray, parameters_to_ndarrays
+from flwr.common import FitIns, FitRes, Parameters, Scalar, bytes_to_ndarray, parameters_to_ndarrays
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 from flwr.compat.common.recorddict_compat import parameters_to_arrayrecord, recorddict_to_fitres
+from flwr.server.client_manager import ClientManager
+from flwr.server.client_proxy import ClientProxy
 from flwr.server.compat.legacy_context import LegacyContext
 from flwr.server.strategy import FedAvg
 from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECORD
@@ -114,10 +116,15 @@ class Strategy(FedAvg):
         self.mean: list[Vector] = []
         self.nodes_in: list[int] = []
 
-    def configure_fit(self, server_round: int, parameters: Any, client_manager: Any) -> Any:
-        return [(SimpleNamespace(node_id=node), self.asked) for node in self.nodes]
+    def configure_fit(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, FitIns]]:
+        # The workflow asks a proxy for its number alone.
+        return [(cast(ClientProxy, SimpleNamespace(node_id=node)), self.asked) for node in self.nodes]
 
-    def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
+    def aggregate_fit(
+        self, server_round: int, results: list[tuple[ClientProxy, FitRes]], failures: list[object]
+    ) -> tuple[None, dict[str, Scalar]]:
         self.nodes_in = sorted(proxy.node_id for proxy, _ in results)
         self.mean = parameters_to_ndarrays(results[0][1].parameters)
         return None, {}

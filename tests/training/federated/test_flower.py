@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 COMMAND = "from chorus_moe.serving.commands import main\nmain()"
-LIAR, QUITTER = Path(__file__).with_name("liar.py"), Path(__file__).with_name("quitter.py")
+LIAR, QUITTER, PATIENT = (Path(__file__).with_name(f"{name}.py") for name in ("liar", "quitter", "patient"))
 CLIENTS = ("eyes", "ears", "both", "liar", "stranger")
 
 
@@ -150,7 +150,7 @@ def test_masked_changes_add_up_between_processes_and_one_is_killed_in_the_middle
     plain = ["--insecure"]
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(
-            site.runs("server", COMMAND, "federated", "server", "server.yaml", "--listen", site.address, *plain)
+            site.runs("server", PATIENT, "federated", "server", "server.yaml", "--listen", site.address, *plain)
         )
         for name in names[:2]:
             words = ["federated", "client", f"{name}.yaml", "--server", site.address, *plain]
