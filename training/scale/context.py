@@ -168,9 +168,7 @@ class SharedSequences:
         self.group, self.prepare = group, decoder._prepare
         # Of the forward that runs; None where nothing is shared.
         self.slices: Slices | None = None
-        for name in (decoder.config._attn_implementation, BLOCK_LOCAL):
-            if name == "eager" or name in ALL_ATTENTION_FUNCTIONS:
-                register_attention(name)
+        self.config = decoder.config
         decoder._prepare = self._prepare  # type: ignore[assignment,method-assign]
         decoder.layers[0].register_forward_pre_hook(self._cut, with_kwargs=True)
         decoder.norm.register_forward_pre_hook(self._gather)
@@ -188,16 +186,20 @@ class SharedSequences:
                 f"parallel.context: {cache.get_seq_length()} cached tokens stand in front of the sequence (a prefix "
                 "adapter?), which processes do not share"
             )
+        # At each forward, since a model may change its implementation: one that knows no slices would take each of them
+        # for a sequence.
+        for name in {self.config._attn_implementation, BLOCK_LOCAL}:
+            if name == "eager" or name in ALL_ATTENTION_FUNCTIONS:
+                register_attention(name)
         slices = self.slices = Slices.of(length, self.group)
-        rows, plans = slices.rows(batch, hidden_BSD.device), {}
-        for kind, inputs in shared.items():
-            plan = inputs["plan"]
-            if id(plan) not in plans:
-                plans[id(plan)] = plan.at(rows)
-            tables = tuple(slices.cut(table, dim=2) for table in inputs["position_embeddings"])
-            own = {"plan": plans[id(plan)], "position_embeddings": tables, SLICES: slices}
-            shared[kind] = inputs | own
-        return shared
+        # Masks and positions differ from type to type of layers, and stay whole.
+        plan, tables = (next(iter(shared.values()))[name] for name in ("plan", "position_embeddings"))
+        own = {
+            "plan": plan.at(slices.rows(batch, hidden_BSD.device)),
+            "position_embeddings": tuple(slices.cut(table, dim=2) for table in tables),
+            SLICES: slices,
+        }
+        return {kind: inputs | own for kind, inputs in shared.items()}
 
     @staticmethod
     def _cut(_: nn.Module, states: tuple[Tensor, ...], options: dict[str, Any]) -> Any:

