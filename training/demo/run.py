@@ -69,7 +69,7 @@ REPLAY_OF_SPEAKER = REPLAY | {"written": 4.0, "spoken": 6.0}
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much of everything: the defaults take eight to nine minutes on two processor cores.
+    """How much of everything: the defaults take seven to eight minutes on two processor cores.
 
     Args:
         picture_steps, sound_steps: optimizer steps of each encoder alone.
@@ -100,8 +100,8 @@ class DemoSettings:
     seed: int = 0
 
 
-# Real voices take more steps than synthetic ones (docs/log.md).
-FOR_RECORDINGS = DemoSettings(sound_steps=900, base_steps=1_000, lora_steps=550)
+# Real voices take more steps than synthetic ones: with fewer, "spoken" was 4 to 5 points lower (docs/log.md).
+FOR_RECORDINGS = DemoSettings(base_steps=1_100, lora_steps=600)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""The teacher of the demo's audio encoder: a time-delay network, which knows an unknown speaker better than a Conformer
-that has heard only three (docs/log.md, 2026-11-29).
+"""The teacher of the demo's audio encoder: a time-delay network. Alone it knew an unknown speaker better than the
+Conformer did, in less time (docs/log.md, 2026-11-29).
 
 Shape suffixes: N clips, F frames, M mel bins, C channels.
 """
