@@ -91,7 +91,8 @@ def test_bytes_paths_dicts_and_data_addresses_give_the_same_picture(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(content)
     address = "data:image/png;base64," + base64.b64encode(content).decode()
-    for item in (content, path, str(path), {"bytes": content, "path": None}, {"path": str(path)}, address):
+    files = (path, str(path), {"path": str(path)}, f"file://{path}", {"path": f"file://{path}"})
+    for item in (content, *files, {"bytes": content, "path": None}, address):
         assert np.array_equal(load_image(item, LIMITS, IMAGE), picture())
 
 
