@@ -161,7 +161,7 @@ def open_source(item: str | bytes | bytearray | Path, max_bytes: int, place: Med
     if isinstance(item, (bytes, bytearray)):
         size, source = len(item), io.BytesIO(item)
     else:
-        path = os.fspath(item)
+        path = os.fspath(item).removeprefix("file://")
         # Refuses folders, devices and pipes, which could be read without end.
         if not os.path.isfile(path):
             raise place.error(f"no such file: {path[:200]!r}")

@@ -27,6 +27,8 @@ LEARNED_KEYS = ("weight", "train", "training", "loss")
 MEDIA_KEYS = "image images image_url audio audios audio_url input_audio video videos files attachments".split()
 # Lines that a template may run for one conversation; a message takes about ten.
 MAX_TEMPLATE_STEPS = 1_000_000
+# In the code of a template, outside of its strings: one line with these takes for ever, or all memory.
+POWERS = re.compile(r"""\{[{%](?:[^'"%}]|[%}](?!})|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")*?(\*\*|\d{8})""", re.DOTALL)
 
 # Roles are plain words. A message cannot forge a turn: turns end with the eos token, which is escaped in messages.
 CHAT_TEMPLATE = """\
@@ -105,6 +107,8 @@ def check_rendered(template: str, conversations: list[list[dict]], wants_mask: o
     Raises:
         MediaError: names the sample, the message and the key.
     """
+    if found := POWERS.search(template):
+        raise TEXT.error(f"the chat template computes with powers or huge numbers: {found[1]}")
     written = {name for name in (*given, *SPOKEN) if re.search(rf"\b{name}\b", template)}
     written |= set(REASONING) if written & set(REASONING) else set()
     cure = "the chat template does not write it and it would be lost; pass a chat_template that does, or leave it out"

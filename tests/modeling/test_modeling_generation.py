@@ -283,3 +283,15 @@ def test_packed_sequences_do_not_see_each_other(use_cache: bool | None, text: di
 def test_generate_refuses_prompts_that_hold_the_answer(model: ChorusForConditionalGeneration, batch: Batch):
     with pytest.raises(ValueError, match="the prompt holds the answer"):
         model.generate(**batch, labels=batch["input_ids"], max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_a_model_whose_exits_nobody_is_sure_enough_to_take_answers_as_without_them() -> None:
+    torch.manual_seed(0)
+    exiting = ChorusForConditionalGeneration(tiny_config(exit_layers=[1])).eval()
+    exiting.generation_config.eos_token_id = None
+    batch = collate([sample_inputs(exiting, 1, [9])])
+    whole = exiting.generate(**batch, do_sample=False, max_new_tokens=NEW_TOKENS)
+    assert torch.equal(
+        exiting.generate(**batch, do_sample=False, max_new_tokens=NEW_TOKENS, exit_confidence=1.0), whole
+    )

@@ -4,9 +4,10 @@ import builtins
 from typing import Any
 
 import pytest
+from transformers import SiglipVisionConfig
 
 from chorus_moe.modeling.configuration_towers import ChorusAudioConfig, ChorusVisionConfig
-from chorus_moe.modeling.tower_vision_timm import create_timm_encoder
+from chorus_moe.modeling.tower_vision_timm import check_backbone, create_timm_encoder
 
 SIZES = {"hidden_size": 512, "num_tokens": 49, "layout": "NLC"}  # as a saved configuration has them: nothing is probed
 
@@ -15,6 +16,21 @@ SIZES = {"hidden_size": 512, "num_tokens": 49, "layout": "NLC"}  # as a saved co
 def test_a_name_that_is_a_source_is_refused(name):
     with pytest.raises(ValueError, match="not a plain timm name"):
         create_timm_encoder(name, None, 32, 3)
+
+
+def test_an_encoder_that_is_looked_up_is_refused_and_none_or_a_plain_one_is_not():
+    check_backbone(None)
+    check_backbone({"model_type": "siglip_vision_model"})
+    check_backbone(SiglipVisionConfig())
+    check_backbone({"model_type": "timm_backbone", "backbone": "resnet18"})
+    check_backbone({"model_type": "timm_wrapper", "architecture": "resnet18"})
+    for source in ({"model_type": "timm_backbone", "backbone": "hf-hub:a/b"},
+                   {"model_type": "timm_wrapper", "architecture": "local-dir:/etc"}):  # fmt: skip
+        for config in (source, {"model_type": "dpt", "parts": [{"backbone_config": source}]}):
+            with pytest.raises(ValueError, match="not a plain timm name"):
+                check_backbone(config)
+    with pytest.raises(ValueError, match="'dpt': backbone='facebook/dinov2' is looked up on the Hub"):
+        check_backbone({"model_type": "dpt", "backbone": "facebook/dinov2"})
 
 
 def test_an_unknown_name_gets_close_matches():

@@ -105,7 +105,7 @@ def test_arrays_lists_integers_channels_and_files_agree(extractor):
         (tone(0.1), math.nan, "whole number of Hz, found nan"),
         (tone(0.1), math.inf, "whole number of Hz, found inf"),
         ({"array": tone(0.1), "sampling_rate": None}, RATE, "needs its sampling rate"),
-        (tone(0.1), 999, "sampling rate 999 Hz"),
+        (tone(0.1), 999, "sampling rate 999 is outside"),
         (tone(0.1), 16_000.5, "whole number of Hz"),
         (np.zeros(0, dtype=np.float32), RATE, "empty clip"),
         (np.zeros(400, dtype=np.float32), RATE, "silent"),

@@ -17,6 +17,7 @@ from chorus_moe.processors.processing_limits import (
     MediaError,
     MediaLimits,
     MediaPlace,
+    check_settings,
     decode_sound,
     load_image,
     num_pixels,
@@ -90,7 +91,8 @@ def test_bytes_paths_dicts_and_data_addresses_give_the_same_picture(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(content)
     address = "data:image/png;base64," + base64.b64encode(content).decode()
-    for item in (content, path, str(path), {"bytes": content, "path": None}, {"path": str(path)}, address):
+    files = (path, str(path), {"path": str(path)}, f"file://{path}", {"path": f"file://{path}"})
+    for item in (content, *files, {"bytes": content, "path": None}, address):
         assert np.array_equal(load_image(item, LIMITS, IMAGE), picture())
 
 
@@ -119,6 +121,20 @@ def test_the_size_limit_knows_channels_first(channels):
     for shape in ((channels, 20, 31), (20, 31, channels)):
         with pytest.raises(MediaError, match="31 x 20 = 620 pixels, the limit is 600"):
             load_image(np.zeros(shape), limits, IMAGE)
+
+
+@pytest.mark.parametrize("bad", [0, 65_537, True, "400", float("nan"), float("inf"), [400, 0], {"height": 400.5e3}])
+def test_a_setting_has_a_range_and_is_a_number(bad):
+    for good in (1, 65_536, [1, 65_536], None, {"height": 7}):
+        check_settings({"n_fft": good}, ("n_fft",))
+    with pytest.raises(ValueError, match=r"n_fft=.*: expected finite numbers from 1 to 65536"):
+        check_settings({"n_fft": bad}, ("n_fft",))
+    # Others may be anything but numbers that are none.
+    if bad != bad or bad == float("inf"):
+        with pytest.raises(ValueError, match="finite numbers from -inf to inf"):
+            check_settings({"other": bad}, ())
+    else:
+        check_settings({"other": bad}, ())
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -178,3 +178,21 @@ def test_a_turn_that_is_not_to_be_learned_gets_no_labels_in_silence(processor, k
         processor.apply_chat_template([turns(1), turns(value)], tokenize=True, return_dict=True)
     for value in (1, True, None):
         assert processor.apply_chat_template(turns(value), **options)
+
+
+@pytest.mark.parametrize(
+    "code", ["{{ 9**9**9 }}", "{%- set x = 2 ** n %}", "{{ 'a' * 1000000000 }}", "{{ '**' ~ 2**9 }}"]
+)
+def test_a_template_of_powers_is_refused_before_it_runs(processor, code):
+    with pytest.raises(MediaError, match=r"the chat template computes with powers or huge numbers: (\*\*|10000000)"):
+        processor.apply_chat_template([{"role": "user", "content": "x"}], chat_template=f"{{{{ 1 }}}}\n{code}")
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["**bold** {{ 1 }}", "{{ '**' }} ** {{ 2 * 3 }}", '{{ "a ** b" }}', r"{{ 'it\'s **' }}",
+     "{% if 1 %}** 20261129{% endif %}", "{{ {'a': 1}['a'] }} ** {{ '20261129' }}"],
+)  # fmt: skip
+def test_stars_and_numbers_in_the_text_of_a_template_are_text(processor, code):
+    written = processor.apply_chat_template([{"role": "user", "content": "x"}], chat_template=code)
+    assert any(mark in written for mark in ("**", "6"))

@@ -1,6 +1,7 @@
 """Methods of PEFT beside LoRA: adapters that want sequences, virtual tokens, and the names of layers."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,6 +12,7 @@ from torch import Tensor
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling.attention import ModalityProjection
 from chorus_moe.modeling.modeling_outputs import CACHE
+from chorus_moe.training.lora import lora_config
 from tests.conftest import tiny_batch, tiny_config
 
 # All projections of attention by their names, those of a cross-modal layer one by one.
@@ -165,3 +167,65 @@ def test_the_error_about_usual_names_says_which_names_work():
     own = [f"v_proj.{name}" for name in next(m for m in model.modules() if isinstance(m, ModalityProjection))]
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", *own]))
     assert sum(hasattr(module, "lora_A") for module in adapted.modules()) == 2 + 3
+
+
+# Attributes of PEFT's layers, of its models, and parts of ours.
+NAMES = [
+    "router",
+    "base_layer",
+    "experts",
+    "gate",
+    "lora_A",
+    "lora_B",
+    "modules_to_save",
+    "original_module",
+    "base_model",
+]
+NAMES += ["model", "weight", "q_proj", "gate_up_proj", "text", "active_adapter", "scaling", "default"]
+
+
+def every_lora(model: ChorusForConditionalGeneration) -> peft.LoraConfig:
+    settings = lora_config(model, banks=list(model.config.text_config.expert_banks), attention=True)
+    settings.init_lora_weights = False
+    return settings
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_may_be_named_like_a_part_of_the_model(name: str, tmp_path: Path):
+    model = make()
+    batch = inputs(model)
+    with torch.no_grad():
+        before = model(**batch).logits
+        adapted = peft.get_peft_model(model, every_lora(model), adapter_name=name)
+        found = adapted(**batch).logits
+        assert not torch.allclose(found, before, atol=1e-4)
+        with adapted.disable_adapter():
+            torch.testing.assert_close(adapted(**batch).logits, before, rtol=0, atol=1e-5)
+        adapted.save_pretrained(tmp_path)
+        folder = tmp_path if name == "default" else tmp_path / name
+        for other in (name, "default"):
+            loaded = peft.PeftModel.from_pretrained(make(), folder, adapter_name=other)
+            assert torch.equal(loaded(**batch).logits, found)
+        torch.testing.assert_close(adapted.merge_and_unload()(**batch).logits, found, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bank_named_like_a_part_of_peft_is_refused_and_of_the_model_works(name: str, tmp_path: Path):
+    banks = {name: {"num_experts": 4}, "other": {"num_experts": 2, "num_experts_per_tok": 1}}
+    if name in ("router", "base_layer", "lora_A", "lora_B", "modules_to_save", "original_module"):
+        with pytest.raises(Exception, match=f"expert bank '{name}': torch or PEFT uses this name"):
+            make(expert_banks=banks)
+        return
+    model = make(expert_banks=banks)
+    batch = inputs(model)
+    model.save_pretrained(tmp_path)
+    again = ChorusForConditionalGeneration.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        before = model(**batch).logits
+        assert torch.equal(again(**batch).logits, before)
+        adapted = peft.get_peft_model(model, every_lora(model))
+        found = adapted(**batch).logits
+        assert not torch.allclose(found, before, atol=1e-4)
+        adapted.save_pretrained(tmp_path / "adapter")
+        assert torch.equal(peft.PeftModel.from_pretrained(again, tmp_path / "adapter")(**batch).logits, found)
+        torch.testing.assert_close(adapted.merge_and_unload()(**batch).logits, found, rtol=0, atol=1e-4)
