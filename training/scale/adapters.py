@@ -5,18 +5,18 @@ so its rules (`peft/tuners/lora/model.py`) become rules of the plan that transfo
 is split as they are, on rows A; the other matrix is whole on each process, which all compute the same gradient for it.
 """
 
-from typing import Any
-
 from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from chorus_moe.modeling.modeling_base import ChorusPreTrainedModel
+
 # Style of a rule -> the matrices of a LoRA that follow it.
 FOLLOWS = {"colwise": "lora_B", "chorus_colwise": "lora_B", "rowwise": "lora_A"}
 
 
-def expand_with_adapters(model: Any, plan: dict[str, str]) -> dict[str, str]:
+def expand_with_adapters(model: ChorusPreTrainedModel, plan: dict[str, str]) -> dict[str, str]:
     """A plan by the names of modules and parameters, with those of the adapters in it.
 
     Args:
