@@ -223,7 +223,7 @@ def row_product(weight: Tensor | Quantized, states_M: Tensor, streams: int = 1, 
     It becomes one loop that reads what is stored, in several parts of the rows at once.
     """
     # Each part is indexed, not all before they are parted: the compiler would copy what several loops read.
-    parts = [part if index is None else part[index] for part in weight.tensor_split(streams, dim=-2)]
+    parts: list[Any] = [part if index is None else part[index] for part in weight.tensor_split(streams, dim=-2)]
     if not isinstance(weight, Quantized):
         return torch.cat([(part * states_M).sum(-1) for part in parts], dim=-1)
     states_M = weight.rounded(states_M)
@@ -257,13 +257,14 @@ def _rounds_states(stack: Any) -> bool:
     Raises:
         ValueError: states rounded in another way than by row around zero.
     """
-    asked = stack.act_quant_kwargs
+    asked: Any = stack.act_quant_kwargs
     others = (stack.act_quant_scale, stack.act_quant_zero_point, stack.act_pre_scale)
     if asked is None and all(other is None for other in others):
         return False
-    found = "a fixed scale" if asked is None or any(other is not None for other in others) else asked
-    if found is asked and asked.mapping_type.name == "SYMMETRIC" and type(asked.granularity).__name__ == "PerRow":
+    is_fixed = asked is None or any(other is not None for other in others)
+    if not is_fixed and asked.mapping_type.name == "SYMMETRIC" and type(asked.granularity).__name__ == "PerRow":
         return True
+    found = "a fixed scale" if is_fixed else asked
     raise ValueError(f"stacked experts round activations by row around zero, not with {found}; leave experts out")
 
 
