@@ -84,7 +84,7 @@ def checked(operation: str, build: Callable[[], Built]) -> Built:
     try:
         return build()
     # The strict dataclass wraps the error of a check; its cause says what is wrong, without the wrapper.
-    except StrictDataclassError as error:
+    except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"{operation}: {error.__cause__ or error}") from error
 
 
