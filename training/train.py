@@ -54,6 +54,7 @@ from chorus_moe.training.routing.report import write_routing
 from chorus_moe.training.routing.reward import RouterRewardTrainer
 from chorus_moe.training.saving import held_model
 from chorus_moe.training.scale.faults import SlowRank
+from chorus_moe.training.scale.hardware_share import HardwareShare
 from chorus_moe.training.scale.layout import ALONE, Layout, accumulation, check_arguments, layout_of
 from chorus_moe.training.scale.ranks import hold_same_rows, num_data_ranks
 from chorus_moe.training.scale.spread import loading_in_shares, spread
@@ -126,6 +127,7 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     )
     # In front of the trackers, so that they see its metrics.
     callback = RoutingCallback.add_to(trainer)
+    HardwareShare.add_to(trainer, recipe.parallel.device_flops)
     outlive_trackers(trainer)
     trainer.add_callback(SlowRank(recipe.parallel.rank_patience))
     skills = guard_skills(trainer, recipe.guards, eval_rows)

@@ -50,6 +50,10 @@ class ParallelArguments:
     background_saves: bool = field(
         default=False, metadata={"help": "write checkpoints of fsdp and tensor while the run goes on, from a copy"}
     )
+    device_flops: float | None = field(
+        default=None,
+        metadata={"help": "operations a second of one device, for `mfu` in the logs; None: of known GPUs in 16 bits"},
+    )
 
 
 def field_names_of(content: Mapping[str, Any]) -> dict[str, Any]:
