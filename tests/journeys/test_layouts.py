@@ -65,7 +65,7 @@ def at_end(folder: Path, name: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(800)
 def test_four_processes_learn_what_one_learns_and_any_number_reads_it(tmp_path: Path) -> None:
     FOUR[1][4]["save_strategy"] = "steps"
     done = run_ranks(PROGRAM, [str(tmp_path), json.dumps(FOUR)], cwd=tmp_path, ranks=4, seconds=400)
@@ -83,10 +83,12 @@ def test_four_processes_learn_what_one_learns_and_any_number_reads_it(tmp_path: 
         assert found["context and fsdp"]["own"] < 0.27 * found["context and fsdp"]["whole"]
 
     # Nothing is left to learn: what is saved is what was loaded.
-    loads = [["loaded", "routing", {"fsdp": 3}, at_end(tmp_path, "tensor"), {"max_steps": 4, "ignore_data_skip": True}]]
-    run_ranks(PROGRAM, [str(tmp_path), json.dumps(loads)], cwd=tmp_path, ranks=3, seconds=200)
-    assert_same(tmp_path / "loaded", tmp_path / "tensor")
-    run(tmp_path / "loaded alone", "routing", {}, at_end(tmp_path, "tensor"), loads[0][4])
+    settings = {"max_steps": 4, "ignore_data_skip": True}
+    for ranks in (2, 3):
+        loads = [[f"on {ranks}", "routing", {"fsdp": ranks}, at_end(tmp_path, "tensor"), settings]]
+        run_ranks(PROGRAM, [str(tmp_path), json.dumps(loads)], cwd=tmp_path, ranks=ranks, seconds=200)
+        assert_same(tmp_path / f"on {ranks}", tmp_path / "tensor")
+    run(tmp_path / "loaded alone", "routing", {}, at_end(tmp_path, "tensor"), settings)
     # transformers takes a step more where nothing is left to learn: at a rate of 0, which moves the balance bias alone.
     found_alone, expected = weights(tmp_path / "loaded alone"), weights(tmp_path / "tensor")
     assert found_alone.keys() == expected.keys()
