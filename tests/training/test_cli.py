@@ -123,7 +123,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "ChorusTextConfig: Missing required keys in `rope_parameters` for 'rope_type'='yarn': {'factor'}",
     ),
     "type": (lambda f: change_config(f, hidden_size="big"), "Field 'hidden_size' expected int, got str"),
-    "size": (lambda f: change_config(f, num_hidden_layers=-1), "num_hidden_layers=-1 is outside 1..4096"),
+    "size": (lambda f: change_config(f, num_hidden_layers=-1), "num_hidden_layers=-1 is outside 0..4096"),
     "bank": (
         lambda f: change_config(f, expert_banks={"items": {}}),
         "expert bank 'items': torch or PEFT uses this name",
