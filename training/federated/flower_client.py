@@ -22,6 +22,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.fleet_http_connection import http_request_response
 
 from chorus_moe.training.federated.flower_messages import content_of, payload_of, quiet
@@ -59,13 +60,17 @@ def serve_server(
         with http_request_response(address, is_plain, root, keys) as callbacks:
             connection = Connection(*callbacks)
             while not is_over:
-                question = connection.receive()
-                if question is None:
-                    time.sleep(PAUSE)
-                    continue
-                start = time.monotonic()
-                reply, is_over = _answered(question, answer)
-                connection.reply(reply, time.monotonic() - start)
+                try:
+                    question = connection.receive()
+                    if question is None:
+                        time.sleep(PAUSE)
+                        continue
+                    start = time.monotonic()
+                    reply, is_over = _answered(question, answer)
+                    connection.reply(reply, time.monotonic() - start)
+                except RunNotRunningException:
+                    # No `Exception` of Flower's: it would end the client, which the next round wants.
+                    print("too late: the round is over, and the answer is in none", file=sys.stderr, flush=True)
         time.sleep(PAUSE)
 
 
