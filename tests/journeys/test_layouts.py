@@ -82,19 +82,18 @@ def test_four_processes_learn_what_one_learns_and_any_number_reads_it(tmp_path: 
         # Those of a context group share the model as well.
         assert found["context and fsdp"]["own"] < 0.27 * found["context and fsdp"]["whole"]
 
-    # Nothing is left to learn: what is saved is what was loaded.
-    settings = {"max_steps": 4, "ignore_data_skip": True}
+    # Nothing is left to learn: what is saved is what was loaded. transformers may take a step more then: at a rate of 0,
+    # which moves the balance bias alone.
+    settings, expected = {"max_steps": 4, "ignore_data_skip": True}, weights(tmp_path / "tensor")
     for ranks in (2, 3):
         loads = [[f"on {ranks}", "routing", {"fsdp": ranks}, at_end(tmp_path, "tensor"), settings]]
         run_ranks(PROGRAM, [str(tmp_path), json.dumps(loads)], cwd=tmp_path, ranks=ranks, seconds=200)
-        assert_same(tmp_path / f"on {ranks}", tmp_path / "tensor")
-    run(tmp_path / "loaded alone", "routing", {}, at_end(tmp_path, "tensor"), settings)
-    # transformers takes a step more where nothing is left to learn: at a rate of 0, which moves the balance bias alone.
-    found_alone, expected = weights(tmp_path / "loaded alone"), weights(tmp_path / "tensor")
-    assert found_alone.keys() == expected.keys()
-    assert all(
-        tensor.equal(expected[name]) or name.endswith("e_score_correction_bias") for name, tensor in found_alone.items()
-    )
+    run(tmp_path / "on 1", "routing", {}, at_end(tmp_path, "tensor"), settings)
+    for ranks in (1, 2, 3):
+        found = weights(tmp_path / f"on {ranks}")
+        assert found.keys() == expected.keys()
+        moved = [name for name, tensor in found.items() if not tensor.equal(expected[name])]
+        assert all(name.endswith("e_score_correction_bias") for name in moved), (ranks, moved)
 
 
 def write_recipe(folder: Path) -> Path:
