@@ -82,8 +82,8 @@ def test_four_processes_learn_what_one_learns_and_any_number_reads_it(tmp_path: 
         # Those of a context group share the model as well.
         assert found["context and fsdp"]["own"] < 0.27 * found["context and fsdp"]["whole"]
 
-    # Nothing is left to learn: what is saved is what was loaded. transformers may take a step more then: at a rate of 0,
-    # which moves the balance bias alone.
+    # Nothing is left to learn: what is saved is what was loaded. transformers may take a step more, at a rate of 0:
+    # it moves the balance bias alone.
     settings, expected = {"max_steps": 4, "ignore_data_skip": True}, weights(tmp_path / "tensor")
     for ranks in (2, 3):
         loads = [[f"on {ranks}", "routing", {"fsdp": ranks}, at_end(tmp_path, "tensor"), settings]]
