@@ -57,7 +57,9 @@ format: setup
 
 bench: setup
 	@mkdir -p out/bench
-	@set -e; for program in sparse_layer routing_options train_step decode upcycle router_reward adaptive_experts alignment deep_experts token_exit moe_vs_dense multitask lifelong prune_merge distillation long_context early_exit draft_and_verify layer_skip serving feature_cache memory_tokens federated owned_banks scaling placement compression self_supervised; do \
+	@# Compression asks the demo's model.
+	@test -d out/demo/merged || $(MAKE) demo
+	@set -e; for program in sparse_layer routing_options train_step decode upcycle router_reward adaptive_experts alignment deep_experts token_exit moe_vs_dense multitask lifelong prune_merge distillation long_context early_exit draft_and_verify layer_skip serving feature_cache memory_tokens federated owned_banks scaling process_memory placement compression self_supervised; do \
 		$(BIN)/python -m benchmarks.$$program --json out/bench/$$program.json; \
 	done
 

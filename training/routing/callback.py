@@ -84,11 +84,7 @@ class RoutingCallback(TrainerCallback):
             return
         self.last = self._window.over_ranks()
         self._window.clear()
-        metrics = routing_metrics(summarise(self.last))
-        logs.update(metrics)
-        if state.log_history:
-            # The Trainer copied `logs` into its history before it called any callback.
-            state.log_history[-1].update(metrics)
+        add_to_logs(routing_metrics(summarise(self.last)), logs, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,6 +95,14 @@ class RoutingCallback(TrainerCallback):
         if self._observer is not None:
             self._observer.detach()
         self._observer = self._window = None
+
+
+def add_to_logs(metrics: dict[str, float], logs: dict[str, float], state: TrainerState) -> None:
+    """Figures of a callback beside those of the Trainer, for trackers that come after it and for the history."""
+    logs.update(metrics)
+    if state.log_history:
+        # The Trainer copied `logs` into its history before it called any callback.
+        state.log_history[-1].update(metrics)
 
 
 def move_balance_bias(model: nn.Module, counters: RoutingCounters) -> None:

@@ -13,6 +13,7 @@ from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.surgery.parts import decoder_of
 from chorus_moe.training.loading import ModelOrAdapter, base_model
+from chorus_moe.training.routing.callback import add_to_logs
 from chorus_moe.training.routing.counters import sum_over_ranks
 from chorus_moe.training.scale.plan_model import PlannedModel
 from chorus_moe.training.scale.plan_rates import DEVICES
@@ -105,10 +106,7 @@ class HardwareShare(TrainerCallback):
         mix = {name: count / total for name, count in zip(MODALITY_IDS, tokens, strict=True)}
         flops = total * sum(step_flops(self.planned, mix, round(lengths / sequences), False))
         found = {"tokens_per_second": total / seconds, "mfu": flops / (seconds * args.world_size * self.peak)}
-        logs.update(found)
-        if state.log_history:
-            # The Trainer copied `logs` into its history before it called any callback.
-            state.log_history[-1].update(found)
+        add_to_logs(found, logs, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
