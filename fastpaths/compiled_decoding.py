@@ -348,7 +348,9 @@ class CompiledDecoding:
         """The logits of a step whose graph is compiled for it; None if that fails."""
         # One thread compiles, since it changes what tracing and Inductor read; others wait for it.
         with COMPILING, _regions(self.model, step[CACHE]):
-            graph = self.graphs.get(key) or _compiled(config)
+            if (graph := self.graphs.get(key)) is not None:  # another thread compiled it meanwhile
+                return graph(self.model, **step)
+            graph = _compiled(config)
             logger.info(f"compiled decoding: graph {len(self.graphs) + 1}, for {key[1:]}")
             try:
                 with generated_modules() as modules:
