@@ -324,7 +324,7 @@ class CompiledDecoding:
     def _say(self, why: str) -> None:
         logger.warning_once(f"compiled decoding: {why}; the modules run instead")
 
-    def __call__(self, compile_config: CompileConfig, asked: str, return_dict: bool | None = None, **inputs: Any) -> Any:
+    def __call__(self, config: CompileConfig, asked: str, return_dict: bool | None = None, **inputs: Any) -> Any:
         """One step: compiled where it is one of text and asks for nothing but logits, through the modules elsewhere."""
         step = None if self.failure else self._text_step(inputs)
         if step is None:
@@ -338,7 +338,7 @@ class CompiledDecoding:
             # A graph that worked once and fails now is a fault that must be seen, not one to work around.
             logits = self.graphs[key](self.model, **step)
         else:
-            logits = self._first_step(key, compile_config, step)
+            logits = self._first_step(key, config, step)
         if logits is None:
             return self.model(**inputs, return_dict=return_dict)
         # Not the model's own output, whose many empty fields took 0.2 ms to set.
