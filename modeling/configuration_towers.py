@@ -97,8 +97,8 @@ class ChorusVisionConfig(PreTrainedConfig):
 
 @strict
 class ChorusAudioConfig(PreTrainedConfig):
-    r"""The audio tower: log-mel features into a Conformer (arXiv 2005.08100) or a time-delay network (Peddinti et al.
-    2015), or a Hugging Face audio encoder.
+    r"""The audio tower: log-mel features into a Conformer (arXiv 2005.08100) or a time-delay network (Waibel et al.
+    1989), or a Hugging Face audio encoder.
 
     Args:
         feature_type: what a frame of `input_features` is: `log_mel`, a row of the log-mel spectrogram; `whisper`, the

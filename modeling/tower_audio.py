@@ -225,7 +225,7 @@ class MaskedConvolution(nn.Module):
 
 
 class TimeDelayEncoder(nn.Module):
-    """Convolutions in time over all channels, each further apart than the last (Peddinti et al. 2015).
+    """Convolutions in time over all channels (Waibel et al. 1989): what a token hears ends a few frames around it.
 
     Batch norms take their statistics over the real frames of all clips, which meet there in training. Activation
     checkpointing leaves it alone: recomputed, running statistics would move twice.
@@ -237,10 +237,8 @@ class TimeDelayEncoder(nn.Module):
         self.convolutions, self.norms = nn.ModuleList(), nn.ModuleList()
         for index in range(config.num_hidden_layers):
             channels, stride = config.hidden_size if index else config.num_mel_bins, 1 + (1 <= index <= halvings)
-            dilation, kernel = max(index - halvings + 1, 1) if stride == 1 else 1, config.conv_kernel_size
-            self.convolutions.append(
-                nn.Conv1d(channels, config.hidden_size, kernel, stride, kernel // 2 * dilation, dilation, bias=False)
-            )
+            sizes = {"kernel_size": config.conv_kernel_size, "padding": config.conv_kernel_size // 2, "stride": stride}
+            self.convolutions.append(nn.Conv1d(channels, config.hidden_size, **sizes, bias=False))
             self.norms.append(nn.BatchNorm1d(config.hidden_size))
         self.dropout = nn.Dropout(config.dropout)
 
@@ -250,13 +248,16 @@ class TimeDelayEncoder(nn.Module):
     def forward(self, hidden_NTD: torch.Tensor, mask_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         layers: Any = zip(self.convolutions, self.norms, strict=True)
         for convolution, norm in layers:
-            hidden_NDT = convolution(hidden_NTD.masked_fill(~mask_NT[..., None], 0.0).transpose(1, 2))
+            hidden_NTD = hidden_NTD.masked_fill(~mask_NT[..., None], 0.0)
+            hidden_NTD = convolution(hidden_NTD.transpose(1, 2)).transpose(1, 2)
             mask_NT = mask_NT[:, :: convolution.stride[0]]
             if norm.training:
-                real_NT1, hidden_NTD = mask_NT[..., None], hidden_NDT.transpose(1, 2)
-                hidden_NTD = torch.zeros_like(hidden_NTD).masked_scatter(real_NT1, norm(hidden_NTD[mask_NT]))
+                rows = mask_NT.flatten().nonzero().squeeze(1)
+                hidden_XD = hidden_NTD.flatten(0, 1)
+                normed = norm(hidden_XD.index_select(0, rows))
+                hidden_NTD = torch.zeros_like(hidden_XD).index_copy(0, rows, normed).view_as(hidden_NTD)
             else:
-                hidden_NTD = norm(hidden_NDT).transpose(1, 2)
+                hidden_NTD = norm(hidden_NTD.transpose(1, 2)).transpose(1, 2)
             hidden_NTD = hidden_NTD.relu()
         return self.dropout(hidden_NTD), mask_NT
 

@@ -231,13 +231,13 @@ def test_a_frozen_tower_keeps_the_statistics_of_its_batch_norms_and_has_them_in_
     assert torch.equal(found, tower.eval()(*features).last_hidden_state)
 
 
-def test_a_time_delay_network_hears_more_frames_with_each_layer():
-    # Kernels of three: 1, then 1 at half the rate, then 2 and 3 frames of that rate on either side.
+def test_each_layer_of_a_time_delay_network_hears_a_frame_more_on_either_side():
+    # Kernels of three: two layers see one more frame on either side each, and two at half the rate two more each.
     tower = trained_tower(tiny_delays(subsampling=2)).double()
     features = torch.randn(1, 80, 20, dtype=torch.double, requires_grad=True)
     tower(features).last_hidden_state[0, 20].square().sum().backward()
     reached = features.grad[0].abs().sum(dim=1).nonzero().squeeze(1)
-    assert [reached.min().item(), reached.max().item()] == [40 - 12, 40 + 12]
+    assert [reached.min().item(), reached.max().item()] == [40 - 6, 40 + 6]
 
 
 def test_a_time_delay_network_is_exported_with_its_padding():
