@@ -237,8 +237,10 @@ class TimeDelayEncoder(nn.Module):
         self.convolutions, self.norms = nn.ModuleList(), nn.ModuleList()
         for index in range(config.num_hidden_layers):
             channels, stride = config.hidden_size if index else config.num_mel_bins, 1 + (1 <= index <= halvings)
-            sizes = {"kernel_size": config.conv_kernel_size, "padding": config.conv_kernel_size // 2, "stride": stride}
-            self.convolutions.append(nn.Conv1d(channels, config.hidden_size, **sizes, bias=False))
+            kernel = config.conv_kernel_size
+            self.convolutions.append(
+                nn.Conv1d(channels, config.hidden_size, kernel, stride, padding=kernel // 2, bias=False)
+            )
             self.norms.append(nn.BatchNorm1d(config.hidden_size))
         self.dropout = nn.Dropout(config.dropout)
 
