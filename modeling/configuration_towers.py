@@ -176,6 +176,8 @@ class ChorusAudioConfig(PreTrainedConfig):
         """Part of `@strict` validation: the features are those that the encoder takes."""
         check_name("ChorusAudioConfig", "feature_type", self.feature_type, FEATURE_TYPES)
         check_name("ChorusAudioConfig", "backbone_library", self.backbone_library, ("transformers", "torchaudio"))
+        # torchaudio's Conformer knows no other, and a backbone has its own.
+        check_name("ChorusAudioConfig", "hidden_act", self.hidden_act, ("silu",))
         if self.feature_type != "waveform":
             return
         if self.backbone_config is None:
