@@ -176,6 +176,8 @@ class ChorusAudioConfig(PreTrainedConfig):
         check_name("ChorusAudioConfig", "feature_type", self.feature_type, FEATURE_TYPES)
         check_name("ChorusAudioConfig", "encoder_type", self.encoder_type, ENCODER_TYPES)
         check_name("ChorusAudioConfig", "backbone_library", self.backbone_library, ("transformers", "torchaudio"))
+        # torchaudio's Conformer knows no other, and a backbone has its own.
+        check_name("ChorusAudioConfig", "hidden_act", self.hidden_act, ("silu",))
         if self.feature_type != "waveform":
             return
         if self.backbone_config is None:
