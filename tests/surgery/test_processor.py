@@ -43,7 +43,7 @@ def test_settings_are_those_of_the_towers(tokenizer: PreTrainedTokenizerFast) ->
     found = processor_from_config(config_of(vision_config=vision(), audio_config=audio()), tokenizer)
     image, sound = found.image_processor, found.feature_extractor
     assert (image.size["height"], image.size["width"], image.num_channels) == (48, 48, 1)
-    assert (found.num_image_tokens, found.frames_per_token, found.audio_convolutions) == (7, 6, None)
+    assert (found.num_image_tokens, found.frames_per_token, found.audio_convolutions) == (7, 6, [])
     assert (sound.sampling_rate, sound.n_fft, sound.hop_length, sound.feature_size) == (8_000, 200, 80, 20)
     assert (sound.max_seconds, sound.do_normalize, sound.feature_type) == (3.5, False, "log_mel")
     assert found.tokenizer is tokenizer and tokenizer.padding_side == "left"

@@ -40,7 +40,7 @@ def test_groups_are_ordered_experts_first_then_by_size() -> None:
     for part in (names[: len(first)], names[len(first) :]):
         totals = [report.groups[name].total for name in part]
         assert totals == sorted(totals, reverse=True)
-    assert {"routers", "bank_gates", "norms", "embeddings", "head"} <= set(names)
+    assert {"routers", "bank_gates", "norms", "embeddings", "heads"} <= set(names)
 
 
 def test_deeper_experts_are_experts_and_routers_are_apart() -> None:
@@ -145,6 +145,10 @@ class Made(Tensor):
 
     def __init__(self, values: Tensor, scale: Tensor):
         self.values_, self.scale_ = values, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, *given: object, **options: object) -> Tensor:
+        raise NotImplementedError
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["values_", "scale_"], None

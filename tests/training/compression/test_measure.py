@@ -29,7 +29,7 @@ BARE = Measurement("start", 2_000, 4_000, 10.0)
 def test_memory_is_that_of_parameters_and_buffers_each_once() -> None:
     model = nn.Linear(3, 2)
     model.shared = model.weight
-    model.half = nn.Parameter(torch.zeros(5, dtype=torch.bfloat16))
+    model.narrow = nn.Parameter(torch.zeros(5, dtype=torch.bfloat16))
     model.register_buffer("table", torch.zeros(7, dtype=torch.int64))
     model.register_buffer("unsaved", torch.zeros(2, dtype=torch.uint8), persistent=False)
     assert memory_of(model) == 4 * (6 + 2) + 2 * 5 + 8 * 7 + 2

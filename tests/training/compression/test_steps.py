@@ -51,9 +51,8 @@ def test_bytes_are_those_of_the_file(groups: Any, tmp_path: Path) -> None:
         quantize(model, groups, verbose=False)
     model.save_pretrained(tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
-    # The names of the numbers, a line that says who wrote it, and spaces up to a multiple of eight.
-    names = sum(len(str(t.dtype)) for t in model.state_dict().values()) if groups else 0
-    assert 0 <= size - bytes_on_disk(model) <= 60 + names
+    # The names of the numbers, the digits of places in another order, a line that says who wrote it, and spaces.
+    assert abs(size - bytes_on_disk(model)) <= 2 * len(model.state_dict()) + 60
 
 
 def test_a_header_of_its_own_is_counted() -> None:
@@ -92,7 +91,8 @@ def test_an_outline_has_the_shapes_of_the_step_itself(name: str) -> None:
     elif isinstance(step, Quantize):
         quantize(whole, step.groups, verbose=False)
     assert shapes(outlined) == shapes(whole)
-    assert outlined.config.text_config.to_diff_dict() == whole.config.text_config.to_diff_dict()
+    found, expected = (vars(model.config.text_config) | {"dtype": None} for model in (outlined, whole))
+    assert found == expected
     assert {parameter.device.type for parameter in outlined.parameters()} == {"meta"}
 
 

@@ -4,6 +4,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.same_bits import AUDIO, AUDIO_TOKEN, TEXT
+from chorus_moe import ChorusConfig
+from chorus_moe.training.compression import target as module
 from chorus_moe.training.compression.plan import CompressionRecipe, Distil, Prune, Quantize
 from chorus_moe.training.compression.steps import bytes_on_disk, model_without_memory, outline
 from chorus_moe.training.compression.target import (
@@ -21,7 +24,8 @@ from chorus_moe.training.compression.target import (
 )
 from tests.conftest import tiny_config
 
-CONFIG = tiny_config()
+# A decoder and one encoder: a model without memory is made some hundred times.
+CONFIG = ChorusConfig(text_config=TEXT | {"num_hidden_layers": 2}, audio_config=AUDIO, audio_token_id=AUDIO_TOKEN)
 INT8 = Quantize({"experts": "int8"})
 
 
@@ -84,7 +88,7 @@ def test_states_are_learned_at_half_the_depth_and_at_its_end(depth: int, expecte
 
 
 def test_groups_are_rounded_as_far_as_their_rows_can_be_divided() -> None:
-    model = model_without_memory(CONFIG)
+    model = model_without_memory(tiny_config())
     names = ["experts", "attention", "cross_modal", "shared_experts", "dense", "connectors", "head", "embeddings"]
     assert formats(model, ()) == dict.fromkeys([*names, "towers"], "int8")
     assert formats(model, (), with_towers=False) == dict.fromkeys(names, "int8")
@@ -101,6 +105,7 @@ def test_groups_are_rounded_as_far_as_their_rows_can_be_divided() -> None:
 def test_plans_go_from_the_mildest_to_the_harshest() -> None:
     plans = list(default_plans(CONFIG, has_rows=True))
     model = model_without_memory(CONFIG)
+    assert model.config.text_config.num_hidden_layers == 2
     mild = [formats(model, (), with_towers=False), *(formats(model, bits) for bits in ((), EXPERTS, DENSE))]
     assert [[step.groups for step in plan] for plan in plans[:4]] == [[groups] for groups in mild]  # type: ignore[union-attr]
     assert list(default_plans(CONFIG, has_rows=False)) == plans[:4]
@@ -110,12 +115,12 @@ def test_plans_go_from_the_mildest_to_the_harshest() -> None:
             prune, distil, rounding = plan
             assert isinstance(prune, Prune) and isinstance(distil, Distil) and isinstance(rounding, Quantize)
             assert prune.experts == fewer_experts(CONFIG, experts) and prune.dense == narrower(model, units)
-            assert distil.sections == {"distillation": {"distilled_layers": {1: 1, 3: 3}}}
+            assert distil.sections == {"distillation": {"distilled_layers": {1: 1, 2: 2}}}
             smaller = model_without_memory(CONFIG)
             outline(prune, smaller)
             assert rounding.groups == formats(smaller, bits)
-    sizes = [sizes_of(plan, CONFIG)[-1] for plan in plans]
-    assert sizes[:4] == sorted(sizes[:4], reverse=True) and len(set(sizes[:4])) == 4
+    sizes = [sizes_of(plan, CONFIG)[-1] for plan in plans[:4]]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
 
 
 def test_a_dense_model_has_no_experts_to_prune() -> None:
@@ -138,38 +143,42 @@ def test_sizes_are_those_after_each_step() -> None:
         sizes_of((prune, Quantize({"expert": "int8"})), CONFIG)
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_the_first_plan_that_reaches_the_target_is_taken(number: int) -> None:
-    plans = list(default_plans(CONFIG, has_rows=False))
-    sizes = [sizes_of(plan, CONFIG)[-1] for plan in plans]
-    before = bytes_on_disk(model_without_memory(CONFIG))
-    at = look_ahead(recipe(target_bytes=sizes[number]), CONFIG)
-    assert (at.steps, at.before, at.after, at.target) == (plans[number], before, (sizes[number],), sizes[number])
-    assert at.bytes == sizes[number]
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of 1,000 bytes, and plans of 900, 700, 800 and 500; with rows one of 300."""
+    plans = {(Quantize(f"{size}"),): size for size in (900, 700, 800, 500, 300)}
+    monkeypatch.setattr(module, "bytes_on_disk", lambda model: 1000)
+    monkeypatch.setattr(module, "default_plans", lambda config, has_rows: list(plans)[: None if has_rows else -1])
+    monkeypatch.setattr(module, "sizes_of", lambda steps, config: (1000, plans[steps]))
+
+
+@pytest.mark.parametrize(
+    ("target", "size"),
     # A share is one of the model's bytes, rounded down.
-    share = look_ahead(recipe(target_bytes=(sizes[number] + 0.5) / before), CONFIG)
-    assert (share.steps, share.target) == (plans[number], sizes[number])
+    [(999, 900), (900, 900), (899, 700), (700, 700), (699, 500), (500, 500), (0.9, 900), (0.8999, 700), (0.5, 500)],
+)
+def test_the_first_plan_that_reaches_the_target_is_taken(made_up: None, target: float, size: int) -> None:
+    found = look_ahead(recipe(target_bytes=target), CONFIG)
+    assert (found.steps, found.before, found.after) == ((Quantize(f"{size}"),), 1000, (1000, size))
+    assert (found.bytes, found.target) == (size, target if isinstance(target, int) else int(target * 1000))
 
 
-def test_a_target_out_of_reach_is_refused_with_both_numbers() -> None:
-    before, smallest = bytes_on_disk(model_without_memory(CONFIG)), sizes_of(DENSE_PLAN, CONFIG)[-1]
-    said = f"the smallest default plan has {smallest:,} bytes; the target is {smallest - 1:,}; with training rows"
-    with pytest.raises(ValueError, match=said):
-        look_ahead(recipe(target_bytes=smallest - 1), CONFIG)
-    # With rows it is in reach, and 1,000 bytes are not.
-    rows = {"data": {"train_data": "x"}}
-    assert len(look_ahead(recipe(target_bytes=smallest - 1, **rows), CONFIG).steps) == 3
-    least = min(sizes_of(plan, CONFIG)[-1] for plan in default_plans(CONFIG, True))
-    with pytest.raises(ValueError, match=f"has {least:,} bytes; the target is 1,000; name steps of your own"):
-        look_ahead(recipe(target_bytes=1000, **rows), CONFIG)
-    for target in (before, before + 1):
-        said = f"the model has {before:,} bytes, within the target of {target:,}: nothing to do"
-        with pytest.raises(ValueError, match=said):
-            look_ahead(recipe(target_bytes=target), CONFIG)
-    assert look_ahead(recipe(target_bytes=before - 1), CONFIG).target == before - 1
-
-
-DENSE_PLAN = (Quantize(formats(model_without_memory(CONFIG), DENSE)),)
+@pytest.mark.parametrize(
+    ("target", "has_rows", "said"),
+    [
+        (499, False, "smallest default plan has 500 bytes; the target is 499; with training rows"),
+        (299, True, "smallest default plan has 300 bytes; the target is 299; name steps of your own"),
+        (0.2, True, "the target is 200;"),
+        (1000, True, "the model has 1,000 bytes, within the target of 1,000: nothing to do"),
+        (1001, False, "the model has 1,000 bytes, within the target of 1,001: nothing to do"),
+    ],
+)
+def test_a_target_out_of_reach_is_refused_with_both_numbers(
+    made_up: None, target: float, has_rows: bool, said: str
+) -> None:
+    rows = {"data": {"train_data": "x"}} if has_rows else {"data": {"eval_data": "x"}}
+    with pytest.raises(ValueError, match=f"compress: .*{said}"):
+        look_ahead(recipe(target_bytes=target, **rows), CONFIG)
 
 
 def test_steps_of_a_recipe_are_held_to_its_target() -> None:

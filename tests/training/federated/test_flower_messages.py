@@ -6,13 +6,16 @@ import os
 import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: `.ci/matrix federated` runs this")
-from flwr.app import ArrayRecord, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Error, Message, Metadata, RecordDict
+from flwr.app.message import make_message
+from flwr.app.message_type import MessageType
 
 from chorus_moe.training.federated.flower_messages import NAME, content_of, payload_of, quiet
 
 
 def question(content: RecordDict) -> Message:
-    return Message(content, dst_node_id=1, message_type="train")
+    metadata = Metadata(0, "", 0, 1, "", "", 0.0, 1e18, MessageType.TRAIN)
+    return make_message(metadata, content)
 
 
 @pytest.mark.parametrize("payload", [b"", b"abc", bytes(range(256)) * 5000])

@@ -22,15 +22,15 @@ def bank_of(name: str = "common", **settings: Any) -> LayerBankConfig:
     return {bank.name: bank for bank in banks}[name]
 
 
-def routing_of(rows: int, seed: int = 0, **fields: Any) -> BankRouting:
+def routing_of(size: int, seed: int = 0, **fields: Any) -> BankRouting:
     """Random choices; the last slot of the last row is not used."""
     generator = torch.Generator().manual_seed(seed)
-    selected = torch.rand(rows, E, generator=generator).topk(K).indices
-    weights = torch.rand(rows, K, generator=generator)
-    if rows:
+    selected = torch.rand(size, E, generator=generator).topk(K).indices
+    weights = torch.rand(size, K, generator=generator)
+    if size:
         selected[-1, -1], weights[-1, -1] = E, 0.0
-    given = {"token_mask": None, "bank_weights": torch.rand(rows, generator=generator)} | fields
-    return BankRouting(2 * torch.randn(rows, E, generator=generator), weights, selected, **given)
+    given = {"token_mask": None, "bank_weights": torch.rand(size, generator=generator)} | fields
+    return BankRouting(2 * torch.randn(size, E, generator=generator), weights, selected, **given)
 
 
 def probabilities(logits: list[float], router: str) -> list[float]:
@@ -154,7 +154,7 @@ def layers_of(config: Any, fields: dict[str, dict[str, Any]]) -> list[dict[str, 
     ]
 
 
-BANKS = {"expert_banks": {"text": {"layers": [1]}, "common": {"layers": [1]}}}
+BANKS = {"num_hidden_layers": 2, "expert_banks": {"text": {}, "common": {}}}
 # Text, image and sound as `mm_token_type_ids` write them; columns are 0, 1 and 2.
 TYPES = [0, 0, 1, 3, 3, 0]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from chorus_moe.training.cli import app
+from chorus_moe.serving.commands import app
 from chorus_moe.training.scale import launch as module
 from chorus_moe.training.scale.launch import Launch
 
@@ -26,25 +26,25 @@ def run(*words: str) -> None:
 
 def test_defaults_start_eight_devices_of_this_machine(asked: list[Any]) -> None:
     with pytest.raises(SystemExit):
-        run("small.yaml")
-    assert asked == [("start", Launch("small.yaml", 1, 8, [], "H100", None), "torchrun")]
+        run("multimodal")
+    assert asked == [("start", Launch("multimodal", 1, 8, [], "H100", None), "torchrun")]
 
 
 def test_options_and_overrides_reach_the_starter(asked: list[Any]) -> None:
     words = ["--nodes", "2", "--gpus-per-node", "4", "--with", "skypilot", "--accelerator", "A100", "--bucket", "b"]
     with pytest.raises(SystemExit):
-        run("small.yaml", *words, "--learning_rate", "1e-4")
-    expected = Launch("small.yaml", 2, 4, ["--learning_rate", "1e-4"], "A100", "b")
+        run("multimodal", *words, "--learning_rate", "1e-4")
+    expected = Launch("multimodal", 2, 4, ["--learning_rate", "1e-4"], "A100", "b")
     assert asked == [("start", expected, "skypilot")]
 
 
 def test_a_dry_run_prints_or_writes_the_file(
     asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("small.yaml", "--dry-run")
+    run("multimodal", "--dry-run")
     assert capsys.readouterr().out == "text\n"
     folder = tmp_path / "a" / "b"
-    run("small.yaml", "--dry-run", "--out", str(folder))
+    run("multimodal", "--dry-run", "--out", str(folder))
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", f"wrote {folder / 'run.sh'}\n")
     assert (folder / "run.sh").read_text() == "text\n" and {kind for kind, *_ in asked} == {"file"}
@@ -52,5 +52,5 @@ def test_a_dry_run_prints_or_writes_the_file(
 
 @pytest.mark.parametrize("words", [["--nodes", "0"], ["--gpus-per-node", "0"]])
 def test_no_device_is_refused(words: list[str]) -> None:
-    with pytest.raises(Exception, match="0 is not in the range x>=1"):
-        run("small.yaml", *words)
+    with pytest.raises(Exception, match="greater than or equal to 1"):
+        run("multimodal", *words)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.same_bits import TEXT
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
 from chorus_moe.training.scale.layout import Layout
 from chorus_moe.training.scale.plan_model import TRAINED, PlannedModel, Weight, plain_name
@@ -66,7 +67,7 @@ def test_tokens_in_front_belong_to_the_embeddings(text: dict[str, Any], piece: s
 
 
 def test_a_text_model_has_no_encoders() -> None:
-    config = ChorusConfig(text_config=tiny_config().text_config.to_dict() | {"modalities": ["text"]})
+    config = ChorusConfig(text_config=TEXT)
     for train in TRAINED:
         planned = PlannedModel(config, train)
         assert planned.encoders == () and len(planned.units) == 5

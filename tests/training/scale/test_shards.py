@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForMultimodalLM
 
-from chorus_moe import ChorusForConditionalGeneration
+from benchmarks.same_bits import TEXT
+from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
 from chorus_moe.training.scale.background import BackgroundWriter
 from chorus_moe.training.scale.shards import (
     INDEX,
@@ -34,7 +35,6 @@ from chorus_moe.training.scale.shards import (
     weights_of,
     write_numbers,
 )
-from tests.conftest import tiny_config
 
 
 def tensors(**sizes: int) -> dict[str, Tensor]:
@@ -110,7 +110,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def made(seed: int = 0, is_tied: bool = False) -> ChorusForConditionalGeneration:
     torch.manual_seed(seed)
-    config = tiny_config()
+    banks = {"text": {}, "common": {"modalities": ["text"]}}
+    config = ChorusConfig(text_config=TEXT | {"num_hidden_layers": 2, "expert_banks": banks})
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = is_tied
     return ChorusForConditionalGeneration(config)
 
@@ -140,7 +141,7 @@ def test_what_is_written_is_an_ordinary_model(alone: None, tmp_path: Path, is_ti
     assert not (tmp_path / PIECES).exists()
     written = json.loads((tmp_path / INDEX).read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert files == [f"model-{number:05}-of-00005.safetensors" for number in range(1, 6)]
+    assert files == [f"model-{number:05}-of-00003.safetensors" for number in range(1, 4)]
     assert written["metadata"]["total_size"] == sum((tmp_path / name).stat().st_size for name in files)
     for name, file in written["weight_map"].items():
         assert torch.equal(load_file(tmp_path / file)[name], expected[name])
@@ -150,7 +151,7 @@ def test_what_is_written_is_an_ordinary_model(alone: None, tmp_path: Path, is_ti
     other = made(1, is_tied)
     load_weights(other, tmp_path)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in other.state_dict().items())
-    assert files_of_bank(tmp_path, "audio") == files[1:2]
+    assert files_of_bank(tmp_path, "common") == files[1:2]
 
 
 def test_how_a_run_is_spread_is_not_saved(tmp_path: Path) -> None:
