@@ -65,6 +65,8 @@ class ChorusVisionConfig(PreTrainedConfig):
         check_range(self, {"image_size": (1, 16_384), "num_channels": (1, 64), "pool_size": (1, 1_024)})
         check_range(self, {name: (1, MAX_WIDTH) for name in ("hidden_size", "num_tokens")})
         check_backbone(self.backbone_config)
+        if isinstance(found := self.backbone_config, dict):  # "encoder": under the field's own name it needs a type
+            self.backbone_config = self.sub_configs_defaults["backbone_config"].create_subconfig("encoder", found)[0]
         super().__post_init__(**kwargs)
         if self.backbone_config is not None:
             self.architecture = None
@@ -97,14 +99,13 @@ class ChorusVisionConfig(PreTrainedConfig):
 
 @strict
 class ChorusAudioConfig(PreTrainedConfig):
-    r"""The audio tower: log-mel features into a Conformer (arXiv 2005.08100) or a time-delay network (Waibel et al.
-    1989), or a Hugging Face audio encoder.
+    r"""The audio tower: log-mel features into a Conformer (arXiv 2005.08100) or convolutions, or a Hugging Face encoder.
 
     Args:
         feature_type: what a frame of `input_features` is: `log_mel`, a row of the log-mel spectrogram; `whisper`, the
             same as Whisper's own feature extractor computes it, in windows of full length; `waveform`, one sample.
-        encoder_type: what hears them, `conformer` or `time_delay`: `num_hidden_layers` convolutions over
-            `conv_kernel_size` frames, `hidden_size` channels wide, with batch norms; it learns more from few speakers.
+        encoder_type: what hears them, `conformer` or `time_delay` (Waibel et al. 1989): `num_hidden_layers` convolutions
+            over `conv_kernel_size` frames, `hidden_size` channels wide, with batch norms, for few speakers.
         do_normalize: bring the samples of a clip to mean zero and variance one (`waveform` only).
         sampling_rate: samples per second that the features are computed at.
         hop_length: samples between two feature frames; 1 for a waveform, as is `num_mel_bins`.
@@ -149,6 +150,8 @@ class ChorusAudioConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)
         check_backbone(self.backbone_config)
+        if isinstance(found := self.backbone_config, dict):  # "encoder": under the field's own name it needs a type
+            self.backbone_config = self.sub_configs_defaults["backbone_config"].create_subconfig("encoder", found)[0]
         super().__post_init__(**kwargs)
 
     @property
@@ -176,8 +179,7 @@ class ChorusAudioConfig(PreTrainedConfig):
         check_name("ChorusAudioConfig", "feature_type", self.feature_type, FEATURE_TYPES)
         check_name("ChorusAudioConfig", "encoder_type", self.encoder_type, ENCODER_TYPES)
         check_name("ChorusAudioConfig", "backbone_library", self.backbone_library, ("transformers", "torchaudio"))
-        # torchaudio's Conformer knows no other, and a backbone has its own.
-        check_name("ChorusAudioConfig", "hidden_act", self.hidden_act, ("silu",))
+        check_name("ChorusAudioConfig", "hidden_act", self.hidden_act, ("silu",))  # torchaudio's knows no other
         if self.feature_type != "waveform":
             return
         if self.backbone_config is None:
@@ -197,7 +199,6 @@ class ChorusAudioConfig(PreTrainedConfig):
         # The front end halves the frames, convolution by convolution.
         if self.subsampling & (self.subsampling - 1):
             raise ValueError(f"ChorusAudioConfig: subsampling={self.subsampling} must be a power of two")
-        # The first convolution of a time-delay network keeps the frames, and each further one can halve them.
         if self.encoder_type == "time_delay" and self.subsampling >= 2**self.num_hidden_layers:
             raise ValueError(
                 f"ChorusAudioConfig: subsampling={self.subsampling} is too much for a time-delay network with "
