@@ -99,13 +99,13 @@ class ChorusVisionConfig(PreTrainedConfig):
 
 @strict
 class ChorusAudioConfig(PreTrainedConfig):
-    r"""The audio tower: log-mel features into a Conformer (arXiv 2005.08100) or convolutions, or a Hugging Face encoder.
+    r"""The audio tower: log-mel features into a Conformer (arXiv 2005.08100) or convolutions, or another encoder.
 
     Args:
         feature_type: what a frame of `input_features` is: `log_mel`, a row of the log-mel spectrogram; `whisper`, the
             same as Whisper's own feature extractor computes it, in windows of full length; `waveform`, one sample.
-        encoder_type: what hears them, `conformer` or `time_delay` (Waibel et al. 1989): `num_hidden_layers` convolutions
-            over `conv_kernel_size` frames, `hidden_size` channels wide, with batch norms, for few speakers.
+        encoder_type: what hears them, `conformer`, or `time_delay` (Waibel et al. 1989): `num_hidden_layers` layers of
+            convolutions over `conv_kernel_size` frames, `hidden_size` channels, and batch norms, for few speakers.
         do_normalize: bring the samples of a clip to mean zero and variance one (`waveform` only).
         sampling_rate: samples per second that the features are computed at.
         hop_length: samples between two feature frames; 1 for a waveform, as is `num_mel_bins`.
