@@ -115,6 +115,8 @@ def test_tensors_that_share_memory_or_have_gaps_are_packed_as_they_look() -> Non
     groups, facts = unpack(pack({"weights/": given}, {"b": 1, "a": [2]}))
     assert same(groups["weights/"], {name: tensor.detach() for name, tensor in given.items()})
     assert facts == {"a": [2], "b": 1}
+    # The same bytes, whoever named them first.
+    assert pack({}, {"b": 1, "a": 2}) == pack({}, {"a": 2, "b": 1})
 
 
 def test_a_name_keeps_all_that_follows_its_group() -> None:
