@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chorus_moe.modeling.configuration_banks import LayerBankConfig
+from chorus_moe.modeling.configuration_banks import ExpertBankConfig, LayerBankConfig
 from chorus_moe.modeling.moe_banks import ExpertBank
 from chorus_moe.modeling.moe_routers import ROUTER_CLASSES
 from chorus_moe.surgery.experts_resize import (
@@ -133,10 +133,7 @@ def _count(wanted: Any, score_E: Tensor, bank: LayerBankConfig, where: str) -> i
     if wanted == USED:
         # Every group keeps as many as the group with the most used experts: groups must stay equally large.
         used_G = (score_E.view(bank.num_groups, -1) > 0).sum(dim=1)
-        # At least K, or a token could not fill its slots, and at least 2, or the router would have nothing to choose
-        # from; rounded up to whole groups.
-        least = max(bank.num_experts_per_tok, 2)
-        return max(int(used_G.max()) * bank.num_groups, -(-least // bank.num_groups) * bank.num_groups)
+        return max(int(used_G.max()) * bank.num_groups, least_experts(bank))
     if isinstance(wanted, float) and 0 < wanted <= 1:
         wanted = max(round(wanted * bank.num_experts / bank.num_groups), 1) * bank.num_groups
     # `True` is an `int` for Python and would keep one expert.
@@ -148,6 +145,13 @@ def _count(wanted: Any, score_E: Tensor, bank: LayerBankConfig, where: str) -> i
     if wanted > bank.num_experts:
         raise ValueError(f"prune_experts: {where}: cannot keep {wanted} of {bank.num_experts} experts")
     return wanted
+
+
+def least_experts(bank: ExpertBankConfig) -> int:
+    """So many experts a bank needs: whole groups, in which a token fills its slots and the router has a choice."""
+    open_groups = bank.topk_groups or bank.num_groups
+    a_group = max(-(-bank.num_experts_per_tok // open_groups), -(-2 // bank.num_groups))
+    return a_group * bank.num_groups
 
 
 def _note(name: str, layer: int, score_E: Tensor, index_N: Tensor) -> str:

@@ -17,7 +17,6 @@ from chorus_moe.modeling.losses import (
     bank_sums,
     expert_budget_loss,
     infonce_loss,
-    jensen_shannon,
     mean_over_banks,
     pair_scores,
     rows_of_all_ranks,
@@ -160,18 +159,6 @@ def test_contrastive_losses_are_those_of_their_papers() -> None:
     for loss in losses.CONTRASTIVE_LOSSES.values():
         assert loss(SCORES.bfloat16()).dtype == torch.float32
         torch.testing.assert_close(loss(SCORES.bfloat16()), loss(SCORES.bfloat16().float()), rtol=0, atol=0)
-
-
-def test_the_divergence_is_that_of_two_distributions_where_it_is_asked_for() -> None:
-    p, q = torch.tensor([[0.0, 0.25, 0.75]]), torch.tensor([[0.5, 0.5, 0.0]])
-    mask, expected = torch.tensor([[True, True, False]]), 0.0
-    for a, b, counts in zip(p[0].tolist(), q[0].tolist(), mask[0].tolist(), strict=True):
-        middle = (a + b) / 2
-        expected += sum(x * math.log(x / middle) for x in (a, b) if x > 0) / 2 if counts else 0
-    assert jensen_shannon(p, q, mask).item() == pytest.approx(expected, rel=1e-5)
-    disjoint = torch.tensor([[1.0, 0.0]])
-    whole = torch.ones(1, 2, dtype=torch.bool)
-    assert jensen_shannon(disjoint, disjoint.flip(1), whole).item() == pytest.approx(math.log(2), rel=1e-6)
 
 
 def test_how_much_a_text_looks_at_an_image_is_a_mean_of_logarithms() -> None:

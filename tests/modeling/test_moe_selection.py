@@ -18,7 +18,6 @@ from chorus_moe.modeling.moe_selection import (
     count_choices,
     limit_groups,
     normalised_entropy,
-    unused_slots,
     used_parts,
     uses_all_slots,
 )
@@ -68,19 +67,19 @@ def test_entropy_is_one_when_all_experts_are_alike_and_zero_when_one_is_certain(
 
 @given(st.floats(0, 1, width=32), st.integers(1, 16))
 def test_the_number_of_experts_is_the_rounded_up_share_of_k(complexity: float, top_k: int):
-    found = (~unused_slots(torch.tensor([complexity]) * top_k, top_k)).sum().item()
+    found = (used_parts(torch.tensor([complexity]) * top_k, top_k) > 0).sum().item()
     assert found == min(max(1, int(torch.tensor(complexity).mul(top_k).ceil())), top_k)
 
 
 @given(st.lists(st.floats(0, 9, width=32), min_size=1, max_size=5), st.integers(1, 6))
 def test_all_slots_are_used_just_where_none_is_unused(limits: list[float], top_k: int):
     limit = torch.tensor(limits)
-    assert uses_all_slots(limit, top_k) == (not unused_slots(limit, top_k).any())
+    assert uses_all_slots(limit, top_k) == (used_parts(limit, top_k).all().item())
 
 
 def test_slots_beyond_the_number_kept_are_unused_and_the_first_never_is():
     unused = [[False, True, True], [False, False, False], [False, True, True]]
-    assert unused_slots(torch.tensor([1, 5, 0]), 3).tolist() == unused
+    assert (used_parts(torch.tensor([1, 5, 0]), 3) == 0).tolist() == unused
 
 
 @pytest.mark.parametrize("is_normalised", [True, False])

@@ -231,3 +231,28 @@ def test_deep_experts_are_pruned_whole(implementation: str, tmp_path: Path) -> N
     model.save_pretrained(tmp_path)
     loaded = ChorusForConditionalGeneration.from_pretrained(tmp_path, experts_implementation=implementation).eval()
     assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "used", "left"),
+    [
+        # Of a bank that nothing chose, what a token and the router need.
+        ({}, 0, 2),
+        ({"num_experts_per_tok": 3}, 0, 3),
+        ({"num_experts_per_tok": 1}, 0, 2),
+        ({"num_experts_per_tok": 3}, 5, 5),
+        ({"num_groups": 2}, 0, 2),
+        ({"num_groups": 2, "num_experts_per_tok": 3}, 0, 4),
+        # A token finds all of its experts in one group of two.
+        ({"num_groups": 2, "topk_groups": 1}, 0, 4),
+        ({"num_groups": 2, "topk_groups": 1, "num_experts_per_tok": 3}, 0, 6),
+        ({"num_groups": 7, "topk_groups": 2, "num_experts_per_tok": 2}, 0, 7),
+    ],
+)
+def test_a_bank_keeps_what_a_token_needs(settings: dict[str, Any], used: int, left: int) -> None:
+    model = make(layers=[1], **settings)
+    scores = torch.zeros(14)
+    scores[:used] = 1.0
+    report = prune_experts(model, {"text": "used"}, {1: {"text": scores}})
+    assert report.experts == {"text": {1: (14, left)}}
+    assert logits_of(model, 0).isfinite().all()

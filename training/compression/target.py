@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.surgery.dense_groups import groups_of, owners_of
+from chorus_moe.surgery.experts_prune import least_experts
 from chorus_moe.surgery.quantization_formats import DEFAULT, GROUP_SIZES
 from chorus_moe.surgery.quantization_formats import groups_of as quantizable
 from chorus_moe.training.compression.plan import CompressionRecipe, Distil, Prune, Quantize, Step
@@ -134,13 +135,13 @@ def formats(
 
 
 def fewer_experts(config: ChorusConfig, share: float) -> dict[str, int]:
-    """Bank -> experts that stay, at least as many as a token visits, and two."""
+    """Bank -> experts that stay, at least as many as the bank needs."""
     kept = {}
     for bank in config.text_config.banks:
         counts = bank.num_experts if isinstance(bank.num_experts, list) else [bank.num_experts]
         groups = bank.num_groups
-        least = -(-max(bank.num_experts_per_tok, 2) // groups) * groups
-        kept[bank.name] = min(max(round(share * min(counts) / groups) * groups, least), min(counts))
+        found = max(round(share * min(counts) / groups) * groups, least_experts(bank))
+        kept[bank.name] = min(found, min(counts))
     return kept
 
 

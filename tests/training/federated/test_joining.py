@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chorus_moe.training.federated.arguments import FederatedArguments, check_federated, epsilon
+from chorus_moe.training.federated.arguments import FederatedArguments
 from chorus_moe.training.federated.joining import Joined, change_norm, factors, join, scales, shares
 from chorus_moe.training.federated.layout import Layout, Tensors
 from chorus_moe.training.federated.updates import Update
@@ -182,21 +182,6 @@ def test_noise_has_the_stated_deviation_and_parts_are_equal() -> None:
     assert abs(new.weights["w"].mean().item()) < 0.02
 
 
-def test_epsilon_is_that_of_composed_gaussians() -> None:
-    """Against the exact delta of a Gaussian mechanism (Balle and Wang 2018, arXiv 1805.06530, theorem 8)."""
-    noise, rounds, delta = 8.0, 20, 1e-5
-    found = epsilon(noise, rounds, delta)
-    sigma = noise / math.sqrt(rounds)
-
-    def normal(x: float) -> float:
-        return 0.5 * math.erfc(-x / math.sqrt(2))
-
-    half, rate = 1 / (2 * sigma), found * sigma
-    exact = normal(half - rate) - math.exp(found) * normal(-half - rate)
-    assert 0 < exact < delta
-    assert epsilon(noise, 2 * rounds, delta) > found
-
-
 def test_one_round_with_one_side_of_a_lora_is_exact() -> None:
     layout = {B: LAYOUT[B]}
     start, clients = random_lora(0), [{B: random_lora(seed)[B]} for seed in (1, 2)]
@@ -204,22 +189,6 @@ def test_one_round_with_one_side_of_a_lora_is_exact() -> None:
     mean = sum(dense({A: start[A]} | found) for found in clients) / 2
     assert torch.allclose(dense({A: start[A]} | new.weights), torch.as_tensor(mean), atol=3e-6)
     assert not new.rest_a
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"aggregation": "fedmean"}, "fedavg, fedprox, fedadam"),
-        ({"rounds": 0}, "federated.rounds: expected 1 or more, found 0"),
-        ({"client_noise": 1.0}, "needs federated.max_update_norm"),
-        ({"client_noise": 1.0, "max_update_norm": 1.0, "aggregation": "fedadam"}, "found fedadam"),
-        ({"client_delta": 1.0}, "between 0 and 1, found 1.0"),
-        ({"max_update_norm": math.nan}, "expected a positive number, found nan"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(settings: dict[str, float | str], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        check_federated(FederatedArguments(**settings))  # type: ignore[arg-type]
 
 
 def test_factors_are_those_of_each_expert() -> None:

@@ -22,11 +22,10 @@ pytest.importorskip("flwr", reason="Flower is not installed: `.ci/matrix federat
 
 from flwr.common import bytes_to_ndarray, ndarray_to_bytes
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
-from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from torch import nn
 
 from chorus_moe.training.federated import secure_client
-from chorus_moe.training.federated.flower_masks import MODULUS, masks, record_bytes, record_of
+from chorus_moe.training.federated.flower_masks import record_bytes, record_of
 from chorus_moe.training.federated.secure_client import SecureLearner
 from chorus_moe.training.federated.secure_server import MaskedRound, ask_masked
 
@@ -193,15 +192,6 @@ def test_what_a_client_sends_looks_like_noise_and_tells_nothing_else() -> None:
     assert (vectors_of(heard[1])[1] != change_P).mean() > 0.99
 
 
-def test_a_mask_follows_from_the_whole_secret() -> None:
-    """Flower's own generator folds it to 32 bits; when this fails, ours can go."""
-    one, other = bytes(28) + b"abcd", b"abcd" + bytes(28)
-    (first,), (second,) = (masks(seed, MODULUS, [(1000,)]) for seed in (one, other))
-    assert (first != second).all() and first.min() >= 0 and first.max() < MODULUS and first.std() > MODULUS / 4
-    (flowers,), (same,) = (pseudo_rand_gen(seed, MODULUS, [(1000,)]) for seed in (one, other))
-    assert (flowers == same).all()
-
-
 def changing(answer: Answer, stage: str, change: Callable[[Any], None]) -> Answer:
     """A client that says something else in a stage."""
 
@@ -342,26 +332,6 @@ def test_a_stage_without_its_beginning_is_refused() -> None:
     with pytest.raises(Refused, match="stage 'unmask' of round 1 came without its beginning"):
         answers["c0"](last)
     assert kind_of(last) == MASKED and kind_of(b"x" * 40) is None
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "norm": ({"max_update_norm": None}, "needs federated.max_update_norm"),
-    "median of norms": ({"update_norm_ratio": 2.0}, "federated.update_norm_ratio compares single clients"),
-    "median of counts": ({"count_ratio": 2.0}, "federated.count_ratio compares single clients"),
-    "owners": ({"bank_owners": "{}"}, "federated.bank_owners"),
-    "alone": ({"min_clients": 1}, "the sum of 1 client hides nothing"),
-    "even shares": ({"num_shares": 4}, "expected an odd number of 3 or more"),
-    "few shares": ({"num_shares": 3, "min_clients": 5}, "expected an odd number of 5 or more"),
-    "half": ({"reconstruction_threshold": 0.5}, "expected more than 0.5"),
-    "rows": ({"max_examples": 0}, "federated.max_examples: expected 1 or more"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_masks_hide_is_refused_by_name(name: str) -> None:
-    changes, said = REFUSED[name]
-    with pytest.raises(ValueError, match=said):
-        settings(**changes)
 
 
 @pytest.mark.parametrize("trained", ["adapter, one side", "banks"])
