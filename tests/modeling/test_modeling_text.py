@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+from chorus_moe.modeling.modeling_outputs import CACHE
 from chorus_moe.modeling.modeling_text import ChorusTextModel
 from tests.conftest import tiny_config
 
@@ -93,3 +95,22 @@ def test_a_cache_is_made_where_it_is_wanted_and_rows_are_not_packed() -> None:
     torch.testing.assert_close(output.last_hidden_state[:, :3], first, rtol=0, atol=1e-5)
     second = model(input_ids=ids[:, 3:], use_cache=False).last_hidden_state
     torch.testing.assert_close(output.last_hidden_state[:, 3:], second, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_layer_asked_for_keys_alone_fills_the_cache_and_changes_no_state() -> None:
+    model = decoder()
+    ids, layers = rows(model), model.layers
+    whole = model(input_ids=ids, use_cache=True).past_key_values
+    given: list[dict[str, Any]] = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
+    states = model.embed_tokens(ids)
+    model(input_ids=ids, use_cache=False)
+    cache = DynamicCache(config=model.config)
+    shared = {name: value for name, value in given[0].items() if name not in ("past_key_values", "cache")}
+    found = layers[0](states, **shared, **{CACHE: cache}, keys_alone=True)
+    assert found is states
+    assert torch.equal(cache.layers[0].keys, whole.layers[0].keys)
+    assert torch.equal(cache.layers[0].values, whole.layers[0].values)
+    assert not torch.equal(layers[0](states, **shared), states)

@@ -77,6 +77,16 @@ def test_a_learned_complexity_uses_the_last_expert_in_part() -> None:
     assert module.complexity.weight.grad.abs().sum() > 0
 
 
+def test_a_learned_complexity_follows_its_router_to_another_dtype_and_device() -> None:
+    module = router("sigmoid", adaptive_experts=True, mean_experts=2)
+    bias = module.e_score_correction_bias
+    assert module.complexity is not None and bias is not None and bias.dtype == torch.float32
+    assert module.bfloat16().complexity.weight.dtype == torch.bfloat16 == module.weight.dtype
+    assert module.e_score_correction_bias.dtype == torch.float32
+    moved = module.to("meta")
+    assert moved.complexity.weight.device.type == moved.e_score_correction_bias.device.type == "meta"
+
+
 def test_the_budget_is_reached_in_training() -> None:
     torch.manual_seed(0)
     bank = {"num_experts": 6, "num_experts_per_tok": TOP_K, "adaptive_experts": True, "mean_experts": 1.5}
