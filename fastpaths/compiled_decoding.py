@@ -25,7 +25,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
-from chorus_moe.fastpaths.quantized_weights import STREAMS, Quantized, row_product, stored_weight, streams
+from chorus_moe.fastpaths.kept_buffers import generated_modules, keep_buffers
+from chorus_moe.fastpaths.quantized_weights import STEP_TOKENS, Quantized, row_product, stored_weight, streams
 from chorus_moe.fastpaths.supported_experts import GATHERED, GATHERED_TOKENS, StackedExperts
 from chorus_moe.modeling.attention_masks import Masks
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
@@ -62,6 +63,8 @@ INDUCTOR: dict[str, Any] = {
 }
 # Arguments that a step may have beside tokens, positions, masks and the cache.
 OPTIONS = ("complexity_scores", "expert_budget", "closed_banks", "skip_threshold")
+# Kinds of settings, by name: as a union they would be put together at each look.
+PLAIN = bool, int, float, str
 # What says nothing about a step; `generate` hands its tokenizers on to the model.
 UNREAD = ("use_cache", "logits_to_keep", "tokenizer", "assistant_tokenizer")
 
@@ -98,13 +101,19 @@ def _in_streams(weight_ENM: Tensor | Quantized, index_P: Sequence[Tensor], state
 ExpertsInterface.register(GATHERED, gathered_experts)
 
 
+def _in_memory(states: Tensor) -> Tensor:
+    """For Inductor, which otherwise makes states anew, norms and rotations, for every row they are multiplied with."""
+    return states.as_strided(states.shape, states.stride())
+
+
 def _mm(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` of one row, as sums in one loop, which reads the weights once."""
-    # A library's product of one row reads in one stream. From two rows on it is as fast, and a loop of ours would fuse
-    # with what made the rows, and make them anew for every row of the weight. A GPU's own products are best.
-    if left.shape[0] > 1 or left.device.type != "cpu":
+    """`left @ right` of a few rows, as sums in one loop, which reads the weights once."""
+    # A library's product of one row reads in one stream, and one of eight rows takes twice the time of the reading. A
+    # GPU's own products are best.
+    if len(left) > STEP_TOKENS or left.device.type != "cpu":
         return NotImplemented
-    return row_product(right.t(), left, STREAMS)[None]
+    count = streams(right, len(left))
+    return torch.stack([row_product(right.t(), row, count) for row in _in_memory(left).unbind()])
 
 
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -127,7 +136,7 @@ def _attention(
     if query.shape[-2] > 1 or dropout_p or is_causal:
         return NotImplemented
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores_BHS = (query.float() * key).sum(-1) * scale
+    scores_BHS = (_in_memory(query).float() * key).sum(-1) * scale
     if attn_mask is not None:
         scores_BHS = scores_BHS + attn_mask[..., 0, :]
     output_BHD = (scores_BHS.softmax(-1)[..., None] * value).sum(-2)
@@ -309,17 +318,18 @@ class CompiledDecoding:
             self.signature, self.failure = signature, _obstacle(self.model)
             if self.failure:
                 self._say(self.failure)
-        return partial(self, compile_config or CompileConfig(mode="default"))
+        config = compile_config or CompileConfig(mode="default")
+        return partial(self, config, str(config.to_dict()))
 
     def _say(self, why: str) -> None:
         logger.warning_once(f"compiled decoding: {why}; the modules run instead")
 
-    def __call__(self, compile_config: CompileConfig, return_dict: bool | None = None, **inputs: Any) -> Any:
+    def __call__(self, config: CompileConfig, asked: str, return_dict: bool | None = None, **inputs: Any) -> Any:
         """One step: compiled where it is one of text and asks for nothing but logits, through the modules elsewhere."""
         step = None if self.failure else self._text_step(inputs)
         if step is None:
             return self.model(**inputs, return_dict=return_dict)
-        key = self._key(compile_config, step)
+        key = self._key(asked, step)
         if key not in self.graphs and len(self.graphs) >= MOST_GRAPHS:
             self._say(f"{MOST_GRAPHS} graphs are compiled, none of them for {key[1:]}")
             return self.model(**inputs, return_dict=return_dict)
@@ -328,7 +338,7 @@ class CompiledDecoding:
             # A graph that worked once and fails now is a fault that must be seen, not one to work around.
             logits = self.graphs[key](self.model, **step)
         else:
-            logits = self._first_step(key, compile_config, step)
+            logits = self._first_step(key, config, step)
         if logits is None:
             return self.model(**inputs, return_dict=return_dict)
         # Not the model's own output, whose many empty fields took 0.2 ms to set.
@@ -338,24 +348,28 @@ class CompiledDecoding:
         """The logits of a step whose graph is compiled for it; None if that fails."""
         # One thread compiles, since it changes what tracing and Inductor read; others wait for it.
         with COMPILING, _regions(self.model, step[CACHE]):
-            graph = self.graphs.get(key) or _compiled(config)
+            if (graph := self.graphs.get(key)) is not None:  # another thread compiled it meanwhile
+                return graph(self.model, **step)
+            graph = _compiled(config)
             logger.info(f"compiled decoding: graph {len(self.graphs) + 1}, for {key[1:]}")
             try:
-                logits = graph(self.model, **step)
+                with generated_modules() as modules:
+                    logits = graph(self.model, **step)
             except Exception as error:
                 self.failure = f"the step cannot be compiled ({type(error).__name__}: {_first_lines(error)})"
                 self._say(self.failure)
                 return None
-            self.graphs[key] = graph
+            is_fixed = logits.device.type == "cpu" and not config.dynamic
+            self.graphs[key] = keep_buffers(graph, modules) if is_fixed else graph
             return logits
 
-    def _key(self, config: CompileConfig, step: dict[str, Any]) -> tuple[Any, ...]:
+    def _key(self, asked: str, step: dict[str, Any]) -> tuple[Any, ...]:
         """What a graph is made for."""
         # Tensors are inputs of a graph; numbers and names are built into it.
         options = {name: value for name, value in step.items() if name in OPTIONS and not isinstance(value, Tensor)}
         cache = step[CACHE]
         return (
-            str(config.to_dict()),
+            asked,
             # Each in words that a log or a warning can show.
             f"batch {len(step['input_ids'])}",
             f"cache {cache.layers[0].max_cache_len}",
@@ -397,12 +411,14 @@ def _signature(model: Any) -> tuple[Any, ...]:
 
 def _settings(value: Any, other: Callable[[Any], Any] = type) -> Any:
     """Something to compare; `other` says what of a value of a kind that is not known."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, PLAIN):
         return value
+    if isinstance(value, dict):
+        # A module has more than ten kinds of hooks, and most often none of them.
+        filled = ((key, entry) for key, entry in value.items() if not isinstance(entry, dict) or entry)
+        return tuple((str(key), _settings(entry, other)) for key, entry in filled)
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
-    if isinstance(value, dict):
-        return tuple((str(key), _settings(entry, other)) for key, entry in value.items())
     if isinstance(value, list | tuple | set | frozenset):
         return tuple(_settings(entry, other) for entry in value)
     # A configuration is in `_signature` already, and slow to print. Modules are looked at one by one.

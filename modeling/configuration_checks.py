@@ -18,6 +18,7 @@ SENSIBLE = {
     "patch_size": (1, MAX_WIDTH), "grid_size": (1, MAX_WIDTH), "conv_stride": (1, MAX_WIDTH),
     "conv_kernel": (1, MAX_WIDTH), "num_hidden_layers": (0, MAX_LAYERS), "num_labels": (1, MAX_WIDTH),
     "projection_dim": (1, MAX_WIDTH), "skip_budget": (0, 1), "exit_thresholds": (0, 1),
+    "original_max_position_embeddings": (1, MAX_POSITIONS),
 }  # fmt: skip
 
 # Keys that `PreTrainedConfig` itself accepts besides its fields.
@@ -63,6 +64,9 @@ def _check_numbers(where: str, name: str, value: Any) -> None:
         raise ValueError(f"{where}={value} is outside {low}..{high}")
     items = vars(value) if isinstance(value, PreTrainedConfig) else value
     if isinstance(items, dict):
+        # An encoder splits its width into heads; with a `head_dim` the two need not agree.
+        for whole, part in (("hidden_size", "num_attention_heads"), ("d_model", "encoder_attention_heads")):
+            check_divides(items, whole, part if "head_dim" not in items else "", where)
         for key, item in items.items():
             _check_numbers(f"{where}[{key!r}]", str(key), item)
     elif isinstance(items, list | tuple):
@@ -83,9 +87,8 @@ def check_exit(name: str, layers: int, num_hidden_layers: int) -> None:
         raise ValueError(f"{name}={layers} is outside 1..{num_hidden_layers - 1} of {num_hidden_layers} layers")
 
 
-def check_divides(config: PreTrainedConfig, whole: str, part: str) -> None:
-    if getattr(config, whole) % getattr(config, part) != 0:
-        raise ValueError(
-            f"{type(config).__name__}: {whole}={getattr(config, whole)} is not a multiple of "
-            f"{part}={getattr(config, part)}"
-        )
+def check_divides(config: object, whole: str, part: str, where: str | None = None) -> None:
+    values = config if isinstance(config, dict) else vars(config)
+    size, count = values.get(whole), values.get(part)
+    if isinstance(size, int) and isinstance(count, int) and count and size % count:
+        raise ValueError(f"{where or type(config).__name__}: {whole}={size} is not a multiple of {part}={count}")

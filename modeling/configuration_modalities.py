@@ -41,23 +41,11 @@ TEXT = Modality(name="text", type_id=0)
 # In this order encoders run, on every rank: ranks that gather shards in different orders deadlock. The values are those
 # of transformers (0 text, 1 image, 2 video, 3 audio), whose processors and `generate` write `mm_token_type_ids`.
 ENCODED = (
-    EncodedModality(
-        name="image",
-        type_id=1,
-        config="vision_config",
-        token_id="image_token_id",
-        tower="vision_tower",
-        connector="vision_connector",
-    ),
-    EncodedModality(
-        name="audio",
-        type_id=3,
-        config="audio_config",
-        token_id="audio_token_id",
-        tower="audio_tower",
-        connector="audio_connector",
-    ),
-)
+    EncodedModality(name="image", type_id=1, config="vision_config", token_id="image_token_id",
+                    tower="vision_tower", connector="vision_connector"),
+    EncodedModality(name="audio", type_id=3, config="audio_config", token_id="audio_token_id",
+                    tower="audio_tower", connector="audio_connector"),
+)  # fmt: skip
 MODALITIES = {row.name: row for row in (TEXT, *ENCODED)}
 ENCODED_MODALITIES = {row.name: row for row in ENCODED}
 # Modality -> its value in `mm_token_type_ids`.

@@ -246,6 +246,10 @@ class ChorusTextConfig(PreTrainedConfig):
         check_range(self, dict.fromkeys(["max_position_embeddings", "sliding_window"], (1, MAX_POSITIONS)))
         check_range(self, {"num_hidden_layers": (1, MAX_LAYERS), "vocab_size": (1, MAX_VOCABULARY)})
         check_range(self, {"chunk_size_feed_forward": (0, MAX_POSITIONS)})
+        check_range(self, dict.fromkeys(["pad_token_id", "bos_token_id"], (0, self.vocab_size - 1)))
+        for token in self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id or 0]:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"ChorusTextConfig: eos_token_id={token} is outside 0..{self.vocab_size - 1}")
         check_divides(self, "num_attention_heads", "num_key_value_heads")
         check_name("ChorusTextConfig", "alignment", self.alignment, ALIGNMENTS)
         if self.is_causal and self.alignment in TWO_MAPS and self.alignment_loss_coef > 0:
@@ -256,8 +260,11 @@ class ChorusTextConfig(PreTrainedConfig):
 
     def validate_rope(self) -> None:
         """As in transformers, which knows no unknown `rope_type` and raises a KeyError for a key that is missing."""
-        kind = (self.rope_parameters or {}).get("rope_type", "default")
+        rope = self.rope_parameters or {}
+        kind, low, high = rope.get("rope_type", "default"), rope.get("low_freq_factor"), rope.get("high_freq_factor")
         check_name("ChorusTextConfig", "rope_type", kind, ["default", *ROPE_INIT_FUNCTIONS])
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"ChorusTextConfig: low_freq_factor={low} must be below high_freq_factor={high}")
         try:
             super().validate_rope()
         except KeyError as error:

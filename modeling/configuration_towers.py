@@ -13,6 +13,7 @@ from .configuration_services import SERVICES
 from .tower_vision_timm import check_backbone
 
 FEATURE_TYPES = ("log_mel", "whisper", "waveform")
+ENCODER_TYPES = ("conformer", "time_delay")
 
 
 @strict
@@ -64,9 +65,9 @@ class ChorusVisionConfig(PreTrainedConfig):
         check_range(self, {"image_size": (1, 16_384), "num_channels": (1, 64), "pool_size": (1, 1_024)})
         check_range(self, {name: (1, MAX_WIDTH) for name in ("hidden_size", "num_tokens")})
         check_backbone(self.backbone_config)
-        if isinstance(self.backbone_config, dict):
-            spec = self.sub_configs_defaults["backbone_config"]
-            self.backbone_config, _ = spec.create_subconfig("encoder", self.backbone_config)
+        if isinstance(found := self.backbone_config, dict):  # "encoder": under the field's own name it needs a type
+            self.backbone_config = self.sub_configs_defaults["backbone_config"].create_subconfig("encoder", found)[0]
+        super().__post_init__(**kwargs)
         if self.backbone_config is not None:
             self.architecture = None
         # Probed once and saved: processor and model read the same numbers, so placeholders cannot disagree with
@@ -76,7 +77,6 @@ class ChorusVisionConfig(PreTrainedConfig):
             self.hidden_size, self.layout = probe.hidden_size, probe.layout
             self.num_prefix_tokens, self.num_tokens = probe.num_prefix_tokens, probe.num_tokens
             self.grid_size = None if probe.grid_size is None else list(probe.grid_size)
-        super().__post_init__(**kwargs)
 
     @property
     def num_image_tokens(self) -> int:
@@ -99,11 +99,13 @@ class ChorusVisionConfig(PreTrainedConfig):
 
 @strict
 class ChorusAudioConfig(PreTrainedConfig):
-    r"""The audio tower: log-mel features into a Conformer (arXiv 2005.08100), or a Hugging Face audio encoder.
+    r"""The audio tower: log-mel features into a Conformer (arXiv 2005.08100) or convolutions, or another encoder.
 
     Args:
         feature_type: what a frame of `input_features` is: `log_mel`, a row of the log-mel spectrogram; `whisper`, the
             same as Whisper's own feature extractor computes it, in windows of full length; `waveform`, one sample.
+        encoder_type: what hears them, `conformer`, or `time_delay` (Waibel et al. 1989): `num_hidden_layers` layers of
+            convolutions over `conv_kernel_size` frames, `hidden_size` channels, and batch norms, for few speakers.
         do_normalize: bring the samples of a clip to mean zero and variance one (`waveform` only).
         sampling_rate: samples per second that the features are computed at.
         hop_length: samples between two feature frames; 1 for a waveform, as is `num_mel_bins`.
@@ -111,7 +113,7 @@ class ChorusAudioConfig(PreTrainedConfig):
         subsampling: feature frames that the convolutional front end turns into one token (a power of two); 1 for a
             waveform, whose encoder has `convolutions` instead.
         pool_size: tokens that the connector turns into one.
-        backbone_config: a Hugging Face audio configuration, instead of the Conformer.
+        backbone_config: a Hugging Face audio configuration, instead of `encoder_type`.
         backbone_library: whose modules a waveform backbone is built of, `transformers` or `torchaudio`.
     """
 
@@ -122,6 +124,7 @@ class ChorusAudioConfig(PreTrainedConfig):
     }
 
     feature_type: str = "log_mel"
+    encoder_type: str = "conformer"
     do_normalize: bool = False
     sampling_rate: int = 16_000
     num_mel_bins: int = 80
@@ -147,9 +150,8 @@ class ChorusAudioConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(self, kwargs)
         check_backbone(self.backbone_config)
-        if isinstance(self.backbone_config, dict):
-            spec = self.sub_configs_defaults["backbone_config"]
-            self.backbone_config, _ = spec.create_subconfig("encoder", self.backbone_config)
+        if isinstance(found := self.backbone_config, dict):  # "encoder": under the field's own name it needs a type
+            self.backbone_config = self.sub_configs_defaults["backbone_config"].create_subconfig("encoder", found)[0]
         super().__post_init__(**kwargs)
 
     @property
@@ -175,7 +177,9 @@ class ChorusAudioConfig(PreTrainedConfig):
     def validate_features(self) -> None:
         """Part of `@strict` validation: the features are those that the encoder takes."""
         check_name("ChorusAudioConfig", "feature_type", self.feature_type, FEATURE_TYPES)
+        check_name("ChorusAudioConfig", "encoder_type", self.encoder_type, ENCODER_TYPES)
         check_name("ChorusAudioConfig", "backbone_library", self.backbone_library, ("transformers", "torchaudio"))
+        check_name("ChorusAudioConfig", "hidden_act", self.hidden_act, ("silu",))  # torchaudio's knows no other
         if self.feature_type != "waveform":
             return
         if self.backbone_config is None:
@@ -195,6 +199,11 @@ class ChorusAudioConfig(PreTrainedConfig):
         # The front end halves the frames, convolution by convolution.
         if self.subsampling & (self.subsampling - 1):
             raise ValueError(f"ChorusAudioConfig: subsampling={self.subsampling} must be a power of two")
+        if self.encoder_type == "time_delay" and self.subsampling >= 2**self.num_hidden_layers:
+            raise ValueError(
+                f"ChorusAudioConfig: subsampling={self.subsampling} is too much for a time-delay network with "
+                f"num_hidden_layers={self.num_hidden_layers}, whose layers but the first halve the frames"
+            )
         # An even kernel has no middle: the convolution could not keep the number of frames.
         if self.conv_kernel_size % 2 == 0:
             raise ValueError(f"ChorusAudioConfig: conv_kernel_size={self.conv_kernel_size} must be odd")

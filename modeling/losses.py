@@ -130,32 +130,6 @@ def _mean(layers: Iterable[RoutingOfLayer], loss: Callable[[str, BankRouting], T
     return torch.stack([value.to(values[0].device) for value in values]).sum() / counts.sum().clamp(min=1)
 
 
-def jensen_shannon(p: Tensor, q: Tensor, mask: Tensor) -> Tensor:
-    """Jensen-Shannon divergence over the last dimension, in nats (0 to log 2), where `mask` is True."""
-    middle = 0.5 * (p + q)
-
-    def divergence(x: Tensor) -> Tensor:
-        # `x log x` is 0 at 0, where the logarithm alone is not finite.
-        ratio = x.clamp_min(1e-12).log() - middle.clamp_min(1e-12).log()
-        return (x * ratio).masked_fill(~mask, 0.0).sum(dim=-1)
-
-    return 0.5 * (divergence(p) + divergence(q))
-
-
-def both_maps(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> tuple[Tensor, Tensor]:
-    """The text's attention to the image, and the image's to each text token as a distribution over the image."""
-    # Not minus infinity: a column that sees nothing would be NaN, also in the gradient.
-    low = torch.finfo(torch.float32).min
-    p_HQP = there_HQP.masked_fill(~mask_QP, low).softmax(dim=-1)
-    back_HPQ = back_HPQ.masked_fill(~mask_QP.T, low).softmax(dim=-1)
-    q_HQP = back_HPQ.transpose(1, 2).masked_fill(~mask_QP, 0.0)
-    return p_HQP, q_HQP / q_HQP.sum(dim=-1, keepdim=True).clamp_min(1e-12)
-
-
-def _map_distance(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> Tensor:
-    return jensen_shannon(*both_maps(there_HQP, back_HPQ, mask_QP), mask_QP)
-
-
 def _score_distance(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> Tensor:
     # What a row or a column has in common is no bond between a word and a region.
     scores = (there_HQP, back_HPQ.transpose(1, 2))
@@ -167,10 +141,7 @@ def _score_distance(there_HQP: Tensor, back_HPQ: Tensor, mask_QP: Tensor) -> Ten
 
 
 # Kind -> distance of the two directions; those that are there for comparison come from the package.
-MAP_DISTANCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "log_odds": _score_distance,
-    "maps": _map_distance,
-}
+MAP_DISTANCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"log_odds": _score_distance}
 
 
 def alignment_loss(
@@ -180,7 +151,7 @@ def alignment_loss(
     real_BS: Tensor | None,
     scaling: float,
     is_causal: bool = True,
-    kind: str = "maps",
+    kind: str = "log_odds",
 ) -> Tensor:
     """How badly text and the images or clips of its sample go together in cross-modal attention.
 
@@ -189,8 +160,8 @@ def alignment_loss(
 
     - `log_odds`: one minus the cosine of the two, each less the means of its rows and columns. Flat maps gain nothing;
     - `maps`: the Jensen-Shannon divergence of the two, each normalised over the image's tokens. It falls fastest where
-      both become flat. In a causal model the pairs count in which the text can see the image;
-    - `entropy_floor`, `pooled`: that, changed in two ways for comparison; see `training.alignment_kinds`.
+      both become flat. In a causal model the pairs count in which the text can see the image. `entropy_floor` and
+      `pooled` change it in two ways. These three are there for comparison; see `training.alignment_kinds`.
 
     `contrastive` takes the text-to-image scores alone: those of a text on its own image must be larger than on the
     images of the other samples, and an image's own text must look at it more than other texts do. It depends on the
@@ -244,7 +215,8 @@ def _contrast(
         both = (text_BS.any(dim=1) & other_BS.any(dim=1)).nonzero().squeeze(1)
         if name == "text" or len(both) < 2:
             continue
-        losses.append(_pair_loss(pair_scores(query[both], key[both], text_BS[both], other_BS[both], scaling)))
+        scores_BHB = pair_scores(query[both], key[both], text_BS[both], other_BS[both], scaling)
+        losses.append(torch.stack([infonce_loss(scores_BB) for scores_BB in scores_BHB.transpose(0, 1)]).mean())
     return torch.stack(losses).sum() / max(1, len(losses) - 1)
 
 
@@ -257,13 +229,6 @@ def pair_scores(query: Tensor, key: Tensor, text_BS: Tensor, other_BS: Tensor, s
         looks_BHS = scores_BHSP.logsumexp(dim=-1) - math.log(int(other_S.sum()))
         columns.append((looks_BHS * text_BS[:, None]).sum(dim=-1) / text_BS.sum(dim=-1)[:, None])
     return torch.stack(columns, dim=-1)
-
-
-def _pair_loss(scores_BHB: Tensor) -> Tensor:
-    target_B = torch.arange(len(scores_BHB), device=scores_BHB.device)
-    scores_HBB = scores_BHB.transpose(0, 1)
-    both_ways = torch.stack((scores_HBB, scores_HBB.transpose(1, 2))).flatten(0, 1)
-    return torch.stack([F.cross_entropy(scores_BB, target_B) for scores_BB in both_ways]).mean()
 
 
 def skip_budget_loss(layers: Sequence[Tensor], real_BS: Tensor | None, budget: float) -> Tensor:

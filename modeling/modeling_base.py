@@ -115,6 +115,20 @@ class ChorusPreTrainedModel(PreTrainedModel):
             start_weights(self.config.get_text_config().initializer_range)
 
 
+class ChorusTower(ChorusPreTrainedModel):
+    """An encoder of images or sound."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Batch norms whose own parameters are frozen keep their statistics: no adapter could store changed ones."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and mode:
+                # A norm without parameters goes by the whole tower.
+                own = list(module.parameters()) or list(self.parameters())
+                module.training = any(parameter.requires_grad for parameter in own)
+        return self
+
+
 def make_readable(path: Path) -> None:
     """Give a file the rights of a new file in its folder: the writer of safetensors leaves it to its owner alone."""
     probe = path.with_name(f".{path.name}.rights")

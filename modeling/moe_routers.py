@@ -24,7 +24,6 @@ from .moe_selection import (
     limit_groups,
     normalised_entropy,
     serve,
-    unused_slots,
     used_parts,
     uses_all_slots,
 )
@@ -116,12 +115,6 @@ class Router(nn.Module):
             return "its correction bias is added to a softmax over all experts"
         return None
 
-    def expert_rows(self) -> dict[str, Tensor]:
-        """Parameters and buffers with one row an expert, by name."""
-        rows = {name: getattr(self, name) for name in self.rows_of_experts if getattr(self, name) is not None}
-        bias = self.e_score_correction_bias
-        return rows if bias is None else rows | {"e_score_correction_bias": bias}
-
     def log_weights(self, logits_TE: Tensor) -> Tensor:
         return logits_TE if self.norm_topk_prob else logits_TE.log_softmax(dim=-1)
 
@@ -151,7 +144,7 @@ class Router(nn.Module):
         wanted_T, limit_T = self._limits(log_weights_TE, options, learned_T)
         is_unused_TK = None
         if limit_T is not None and not uses_all_slots(limit_T, self.top_k):
-            is_unused_TK = unused_slots(limit_T, self.top_k)
+            is_unused_TK = used_parts(limit_T, self.top_k) == 0
         part_TK = None if wanted_T is None or limit_T is None else used_parts(limit_T, self.top_k)
         if options.is_sampled:
             log_weights_TE, scores_TE = service("draw", "sample_experts")(self, logits_TE)

@@ -75,22 +75,15 @@ def normalised_entropy(log_weights_TE: Tensor, scale: int = 1) -> Tensor:
     return entropy_T / (math.log(max(2, log_weights_TE.shape[-1])) / scale)
 
 
-def unused_slots(limit_T: Tensor, top_k: int) -> Tensor:
-    """`(T, K)`: True in all slots but a token's first `ceil(limit)`; the first slot is always used.
-
-    For a complexity between 0 and 1 the limit is `complexity * K`.
-    """
-    return torch.arange(top_k, device=limit_T.device) >= limit_T.clamp(min=1).unsqueeze(1)
-
-
 def used_parts(limit_T: Tensor, top_k: int) -> Tensor:
     """`(T, K)`, 0 to 1: how far a token uses each slot. The first is whole, the last that it uses may be a part: then
-    weights are continuous in the limit, and have a gradient with respect to it."""
+    weights are continuous in the limit, and have a gradient with respect to it. For a complexity between 0 and 1 the
+    limit is `complexity * K`."""
     return (limit_T.clamp(min=1).unsqueeze(1) - torch.arange(top_k, device=limit_T.device)).clamp(0, 1)
 
 
 def uses_all_slots(limit_T: Tensor, top_k: int) -> bool:
-    """Whether `unused_slots` is False everywhere; also False where looking would wait for a device or break a graph."""
+    """Whether `used_parts` are nowhere 0; also False where looking would wait for a device or break a graph."""
     # Reading limits of a CPU costs less than masking slots that are all used.
     is_readable = limit_T.device.type == "cpu" and not torch.compiler.is_compiling()
     return is_readable and max(1, min(limit_T.tolist(), default=0)) > top_k - 1

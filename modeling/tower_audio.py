@@ -1,5 +1,5 @@
-"""The audio tower: features to audio tokens, by a Conformer on torchaudio's parts, by a Whisper encoder, or by an
-encoder of samples (`tower_audio_waveform`).
+"""The audio tower: features to audio tokens, by a Conformer on torchaudio's parts, a time-delay network, a Whisper
+encoder, or an encoder of samples (`tower_audio_waveform`).
 
 Padding never changes a clip's features, in evaluation and in training.
 
@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .configuration_towers import ChorusAudioConfig
-from .modeling_base import ChorusPreTrainedModel
+from .modeling_base import ChorusTower
 from .tower_audio_waveform import WaveformEncoder
 
 
@@ -33,7 +33,7 @@ class ChorusAudioOutput(ModelOutput):
     attention_mask: torch.Tensor | None = None
 
 
-class ChorusAudioModel(ChorusPreTrainedModel):
+class ChorusAudioModel(ChorusTower):
     """Windows of sound to tokens.
 
     Raises:
@@ -49,8 +49,10 @@ class ChorusAudioModel(ChorusPreTrainedModel):
         super().__init__(config)
         if config.feature_type == "waveform":
             self.encoder: Any = WaveformEncoder(config)
+        elif config.backbone_config is not None:
+            self.encoder = WhisperWindowEncoder(config)
         else:
-            self.encoder = ConformerEncoder(config) if config.backbone_config is None else WhisperWindowEncoder(config)
+            self.encoder = ENCODERS[config.encoder_type](config)
         self.post_init()
 
     def forward(
@@ -82,7 +84,8 @@ class ChorusAudioModel(ChorusPreTrainedModel):
 
     def smallest_input(self) -> torch.Tensor:
         """One silent clip, as short as may be, for a forward whose result is multiplied by zero."""
-        frames = self.encoder.window if self.config.feature_type == "whisper" else 1
+        # Two tokens: a batch norm has no variance over one.
+        frames = self.encoder.window if self.config.feature_type == "whisper" else 2 * self.config.subsampling
         shape = (1, frames, self.config.num_mel_bins)
         # Zeros and not noise: their forward must be finite, since NaN times zero is NaN.
         return torch.zeros(shape, device=self.device, dtype=self.dtype)
@@ -109,6 +112,8 @@ class ChorusAudioModel(ChorusPreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, nn.MultiheadAttention):
             module._reset_parameters()
+        elif isinstance(module, nn.BatchNorm1d):
+            super()._init_weights(module)
 
 
 class ConformerEncoder(nn.Module):
@@ -219,6 +224,49 @@ class MaskedConvolution(nn.Module):
         return self.dropout(self.pointwise_out(hidden_NTD))
 
 
+class TimeDelayEncoder(nn.Module):
+    """Convolutions in time over all channels (Waibel et al. 1989): what a token hears ends a few frames around it.
+
+    Batch norms take their statistics over the real frames of all clips, which meet there in training. Activation
+    checkpointing leaves it alone: recomputed, running statistics would move twice.
+    """
+
+    def __init__(self, config: ChorusAudioConfig):
+        super().__init__()
+        halvings = int(math.log2(config.subsampling))
+        self.convolutions, self.norms = nn.ModuleList(), nn.ModuleList()
+        for index in range(config.num_hidden_layers):
+            channels, stride = config.hidden_size if index else config.num_mel_bins, 1 + (1 <= index <= halvings)
+            kernel = config.conv_kernel_size
+            self.convolutions.append(
+                nn.Conv1d(channels, config.hidden_size, kernel, stride, padding=kernel // 2, bias=False)
+            )
+            self.norms.append(nn.BatchNorm1d(config.hidden_size))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.convolutions[0]
+
+    def forward(self, hidden_NTD: torch.Tensor, mask_NT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        layers: Any = zip(self.convolutions, self.norms, strict=True)
+        for convolution, norm in layers:
+            hidden_NTD = hidden_NTD.masked_fill(~mask_NT[..., None], 0.0)
+            hidden_NTD = convolution(hidden_NTD.transpose(1, 2)).transpose(1, 2)
+            mask_NT = mask_NT[:, :: convolution.stride[0]]
+            if norm.training:
+                rows = mask_NT.flatten().nonzero().squeeze(1)
+                hidden_XD = hidden_NTD.flatten(0, 1)
+                normed = norm(hidden_XD.index_select(0, rows))
+                hidden_NTD = torch.zeros_like(hidden_XD).index_copy(0, rows, normed).view_as(hidden_NTD)
+            else:
+                hidden_NTD = norm(hidden_NTD.transpose(1, 2)).transpose(1, 2)
+            hidden_NTD = hidden_NTD.relu()
+        return self.dropout(hidden_NTD), mask_NT
+
+
+ENCODERS: dict[str, type[nn.Module]] = {"conformer": ConformerEncoder, "time_delay": TimeDelayEncoder}
+
+
 class WhisperWindowEncoder(nn.Module):
     """A Hugging Face Whisper encoder; every clip fills its window, as in its own training.
 
@@ -258,12 +306,11 @@ class WhisperWindowEncoder(nn.Module):
         return hidden_NTD[:, : (frames + 1) // 2], mask_NT[:, ::2]
 
     def _fill_window(self, features_NTF: torch.Tensor, mask_NT: torch.Tensor) -> torch.Tensor:
-        clips, frames, bins = features_NTF.shape
         # Silence in log-mel features is the lowest value, not zero.
         lowest_N = features_NTF.masked_fill(~mask_NT[..., None], torch.inf).amin(dim=(1, 2))
         lowest_N = lowest_N.masked_fill(~mask_NT.any(dim=1), 0.0)
-        window_NTF = lowest_N[:, None, None].expand(clips, self.window - frames, bins)
         features_NTF = torch.where(mask_NT[..., None], features_NTF, lowest_N[:, None, None])
+        window_NTF = lowest_N[:, None, None].expand(-1, self.window - features_NTF.shape[1], features_NTF.shape[2])
         return torch.cat([features_NTF, window_NTF], dim=1)
 
 

@@ -10,13 +10,13 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from .configuration_towers import ChorusVisionConfig
-from .modeling_base import ChorusPreTrainedModel
+from .modeling_base import ChorusTower
 from .tower_vision_timm import create_timm_encoder
 
 logger = logging.get_logger(__name__)
 
 
-class ChorusVisionModel(ChorusPreTrainedModel):
+class ChorusVisionModel(ChorusTower):
     """Images to tokens, around `timm_model` or, for a `backbone_config`, around `backbone`.
 
     Raises:
@@ -77,16 +77,6 @@ class ChorusVisionModel(ChorusPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The module that meets the pixels first: an encoder has no token embedding."""
         return self.timm_model if self.backbone is None else self.backbone.get_input_embeddings()
-
-    def train(self, mode: bool = True) -> "ChorusVisionModel":
-        """Batch norms whose own parameters are frozen keep their statistics: no adapter could store changed ones."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and mode:
-                # A norm without parameters goes by the whole tower.
-                own = list(module.parameters()) or list(self.parameters())
-                module.training = any(parameter.requires_grad for parameter in own)
-        return self
 
     @property
     def gradient_checkpointing(self) -> bool:

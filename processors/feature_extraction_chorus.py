@@ -89,16 +89,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         # Such a window would hold no frame.
         if max_seconds * sampling_rate < hop_length:
             raise ValueError(f"max_seconds={max_seconds:g} is shorter than one hop of {hop_length} samples")
-        self.feature_type = feature_type
-        self.do_normalize = do_normalize
-        self.n_fft = n_fft
-        self.hop_length = hop_length
-        self.max_seconds = max_seconds
-        self.max_audio_seconds = max_audio_seconds
-        self.on_long_audio = on_long_audio
-        self.strict_sampling_rate = strict_sampling_rate
-        self.allow_silence = allow_silence
-        super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+        super().__init__(**given, **kwargs)
         # None of its own, so that a pipeline pads the clips of a batch on the side on which it pads text.
         self.padding_side = None
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from chorus_moe.modeling.configuration_banks import LayerBankConfig, preset_banks
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.moe_routers import Router
+from chorus_moe.surgery.experts_resize import expert_rows
 from chorus_moe.surgery.parent_text import ParentText
 
 COPIES, COPIES_PER_TOKEN = 8, 2
@@ -142,7 +143,7 @@ def noisy(pieces: Iterator[Tensor], noise: float, seed: int, name: str) -> Itera
 @torch.no_grad()
 def tie_slices(router: Router, split: int) -> None:
     """Give all slices of a copy the router rows of its first one."""
-    for rows_E in router.expert_rows().values():
+    for rows_E in expert_rows(router).values():
         rows_E.copy_(rows_E[::split].repeat_interleave(split, dim=0))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from chorus_moe.modeling.configuration_banks import ExpertBankConfig, check_name
 from chorus_moe.modeling.configuration_text import ChorusTextConfig
 from chorus_moe.modeling.moe_banks import ChorusExperts, ExpertBank
+from chorus_moe.modeling.moe_routers import Router
 from chorus_moe.surgery.parts import decoder_of
 from chorus_moe.surgery.report import OperationReport, count_parameters
 
@@ -47,9 +48,15 @@ def expert_tensors(bank: ExpertBank) -> list[str]:
     return [f"{stack}.{name}" for stack in stacks for name in EXPERT_TENSORS]
 
 
+def expert_rows(router: Router) -> dict[str, Tensor]:
+    """Parameters and buffers with one row an expert, by name, those that score first."""
+    names = [*router.rows_of_experts, "e_score_correction_bias"]
+    return {name: getattr(router, name) for name in names if getattr(router, name) is not None}
+
+
 def router_tensors(bank: ExpertBank) -> list[str]:
     """Names of the router's tensors with one row per expert, those that score first."""
-    return [f"router.{name}" for name in bank.router.expert_rows()]
+    return [f"router.{name}" for name in expert_rows(bank.router)]
 
 
 def with_counts(config: ChorusTextConfig, name: str, counts: Mapping[int, int]) -> ExpertBankConfig:

@@ -4,6 +4,7 @@ Most cases trace the whole step in one graph and run it operation by operation (
 graph and takes a second. What Inductor makes of it is compiled once.
 """
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch._dynamo.utils import compilation_time_metrics
+from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig, StaticCache
 
 from chorus_moe import ChorusForConditionalGeneration
@@ -21,11 +23,13 @@ from chorus_moe.fastpaths.compiled_decoding import (
     CompiledDecoding,
     _addmm,
     _attention,
+    _backend,
     _kinds,
     _mm,
     _regions,
     compile_decoding,
 )
+from chorus_moe.fastpaths.quantized_weights import STEP_TOKENS
 from chorus_moe.modeling.modeling_text import ChorusDecoderLayer
 from chorus_moe.surgery import close_bank
 from tests.conftest import tiny_batch, tiny_config
@@ -265,13 +269,35 @@ def test_inductor(batch: int, case: str):
     check(make(**CASES[case]), text(batch), backend="inductor")
 
 
-def test_products_of_one_row_are_torchs() -> None:
-    generator = torch.Generator().manual_seed(1)
-    left, right, bias = (torch.randn(shape, generator=generator) for shape in ((1, 24), (24, 10), (10,)))
+@pytest.mark.parametrize("rows", [1, 2, STEP_TOKENS])
+def test_products_of_a_few_rows_are_torchs(rows: int) -> None:
+    left, right = torch.randn(rows, 48), torch.randn(64, 48).t()
+    # Both sum 48 terms, in other orders.
     torch.testing.assert_close(_mm(left, right), left @ right, rtol=1e-5, atol=ATOL)
+    bias = torch.randn(64)
     torch.testing.assert_close(_addmm(bias, left, right), torch.addmm(bias, left, right), rtol=1e-5, atol=ATOL)
-    assert _addmm(bias, left, right, alpha=2) is NotImplemented
-    assert _mm(left.expand(2, -1), right) is NotImplemented
+    assert _addmm(bias, left, right, beta=2) is NotImplemented
+
+
+def test_products_of_more_rows_are_the_librarys() -> None:
+    assert _mm(torch.randn(STEP_TOKENS + 1, 48), torch.randn(64, 48).t()) is NotImplemented
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "calls"), [(1, 0), (STEP_TOKENS, 0), (STEP_TOKENS + 1, 1)])
+def test_products_are_written_as_loops(rows: int, calls: int) -> None:
+    """And what makes the rows, here a sine, is computed once, not for each of the 64 rows of the weight."""
+    weight, states = torch.randn(64, 48), torch.randn(rows, 48)
+
+    def step() -> Tensor:
+        return F.linear(states.sin(), weight)
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        product, (code,) = run_and_get_code(torch.compile(step, backend=_backend({"fx_graph_cache": False})))
+    assert code.count("extern_kernels.mm(") == calls
+    torch.testing.assert_close(product, step(), rtol=1e-5, atol=ATOL)
+    assert re.search(r"\.sin\(\);\s+tmp\d+\.store\(", code)  # into memory, not on into the products
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -122,3 +122,124 @@ def test_a_preset_that_does_not_exist_or_does_not_fit_is_refused() -> None:
         ChorusTextConfig(**TEXT, expert_banks="unifrom")
     with pytest.raises(Exception, match="needs 2 sparse layers, found 1"):
         ChorusTextConfig(**TEXT | {"num_hidden_layers": 2}, expert_banks="specific_then_common")
+
+
+@pytest.mark.parametrize(
+    ("values", "training", "evaluation"),
+    [
+        ({}, False, False),
+        ({"expert_capacity": 1.0}, True, False),
+        ({"expert_capacity": 3, "capacity_in_eval": True}, True, True),
+    ],
+)
+def test_experts_can_be_full_where_there_is_a_capacity(
+    values: dict[str, Any], training: bool, evaluation: bool
+) -> None:
+    found = bank(**values)
+    assert (found.limits_capacity(True), found.limits_capacity(False)) == (training, evaluation)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"mean_experts": 1.5},
+            "mean_experts=1.5 and adaptive_rounding='ceil' are of adaptive_experts, which is False",
+        ),
+        ({"adaptive_rounding": "floor"}, "mean_experts=None and adaptive_rounding='floor' are of adaptive_experts"),
+        (
+            {"adaptive_experts": True, "mean_experts": 0.5},
+            "mean_experts=0.5 must lie between 1 and num_experts_per_tok=2",
+        ),
+        ({"adaptive_experts": True, "mean_experts": 2.5}, "mean_experts=2.5 must lie between 1 and"),
+        ({"adaptive_experts": True, "num_experts_per_tok": 1, "gate": "own"}, "experts, which is no choice"),
+        ({"capacity_scope": "batch"}, "capacity_scope='batch' needs an expert_capacity, found None"),
+        ({"capacity_scope": "batch", "expert_capacity": 2, "capacity_in_eval": True}, "found capacity_in_eval=True"),
+        ({"num_experts": 0, "num_experts_per_tok": 0}, r"num_experts=0 is outside 1\.\.65536"),
+        ({"num_experts": 65_537}, r"num_experts=65537 is outside 1\.\.65536"),
+        ({"intermediate_size": 1_048_577}, r"intermediate_size=1048577 is outside 1\.\.1048576"),
+        ({"expert_depth": 65}, r"expert_depth=65 is outside 1\.\.64"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 must be between 1 and num_experts=8"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok=0 must be between 1 and num_experts=8"),
+        ({"router_jitter_noise": -0.1}, "router_jitter_noise=-0.1 must be at least 0 and below 1"),
+        ({"num_groups": 4, "topk_groups": 0}, r"topk_groups=0 is outside 1\.\.num_groups=4"),
+        (
+            {"num_groups": 4, "topk_groups": 1, "num_experts_per_tok": 3},
+            "topk_groups=1 of num_groups=4 leave 2 experts",
+        ),
+        ({"gate": "owns"}, "unknown gate 'owns'; did you mean 'own'"),
+        ({"adaptive_rounding": "round"}, "unknown adaptive_rounding 'round'"),
+        ({"layers": [1, 5]}, r"layer 5 is not a sparse layer; the sparse layers are \[1, 2, 3, 4\]"),
+        ({"modalities": ["text", "text"]}, r"`modalities` names one twice: \['text', 'text'\]"),
+    ],
+)
+def test_a_setting_beyond_its_end_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=f"expert bank 'common': .*{message}"):
+        bank(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_experts": 65_536, "intermediate_size": 1_048_576, "expert_depth": 64, "num_experts_per_tok": 65_536},
+        {"num_experts": 1, "num_experts_per_tok": 1, "gate": "own"},
+        {"num_experts_per_tok": 1},
+        {"router_jitter_noise": 0.999, "routed_scaling_factor": 1e-9, "bias_update_rate": 1e-9},
+        {"num_groups": 8, "topk_groups": 8},
+        {"num_groups": 4, "topk_groups": 1, "num_experts_per_tok": 2},
+        {"num_groups": 4, "topk_groups": 4},
+        {"expert_capacity": 1},
+        {"expert_capacity": 1e-9},
+        {"expert_capacity": 2, "capacity_scope": "batch", "capacity_overflow": "drop"},
+        {"adaptive_experts": True, "mean_experts": 1},
+        {"adaptive_experts": True, "mean_experts": 2},
+        {"adaptive_experts": True, "adaptive_rounding": "floor"},
+        {"layers": [4, 1, 2, 3]},
+    ],
+)
+def test_a_setting_at_its_end_is_accepted(values: dict[str, Any]) -> None:
+    found = bank(**values)
+    assert {name: getattr(found, name) for name in values} == values
+
+
+def test_what_a_bank_is_where_nothing_was_said() -> None:
+    found, expected = bank().to_dict(), {
+        "modalities": ["text", "image", "audio"], "num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 512,
+        "expert_depth": 1, "layers": None, "router": "softmax", "router_bias": False, "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0, "router_jitter_noise": 0.0, "num_groups": 1, "topk_groups": None,
+        "balance": "switch", "bias_update_rate": 1e-3, "expert_capacity": None, "capacity_overflow": "reroute",
+        "capacity_scope": "sequence", "capacity_in_eval": False, "adaptive_experts": False,
+        "adaptive_rounding": "ceil", "mean_experts": None, "gate": "softmax", "closed": False,
+    }  # fmt: skip
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("balance", "has_loss"), [("switch", True), ("cv2", True), ("variance", True), ("bias", False), ("none", False)]
+)
+def test_three_balances_are_losses(balance: str, has_loss: bool) -> None:
+    assert bank(balance=balance).has_balance_loss is has_loss
+    assert bank(gate="own").has_own_gate and not bank().has_own_gate
+
+
+def test_one_modality_in_common_with_the_model_is_enough() -> None:
+    text: dict[str, Any] = TEXT | {"modalities": ["text", "audio"]}
+    ChorusTextConfig(**text, expert_banks={"common": {}, "x": {"modalities": ["image", "audio"]}})
+    with pytest.raises(Exception, match=r"'x': it takes \['image'\] but the model has \['text', 'audio'\]; leave the"):
+        ChorusTextConfig(**text, expert_banks={"common": {}, "x": {"modalities": ["image"]}})
+
+
+@pytest.mark.parametrize("odd", [5, 6])
+def test_halves_of_an_odd_number_of_layers_are_not_equal(odd: int) -> None:
+    config = ChorusTextConfig(**TEXT | {"num_hidden_layers": odd}, expert_banks="specific_then_common")
+    sparse, half = config.sparse_layers, (odd - 1) // 2
+    assert config.expert_banks["text"]["layers"] == sparse[:half]
+    assert config.expert_banks["common"]["layers"] == sparse[half:]
+
+
+@pytest.mark.parametrize("name", ["1x", "a-b", "a b", "", "bank_gate ", "lora_", "original_module"])
+def test_a_name_that_no_parameter_can_carry_is_refused(name: str) -> None:
+    with pytest.raises(Exception, match=f"expert bank '{name}': (a bank's name must be|torch or PEFT uses)"):
+        ChorusTextConfig(**TEXT, expert_banks={"common": {}, name: {}})
+    for good in ("x1", "lora", "Router", "routers"):
+        ChorusTextConfig(**TEXT, expert_banks={good: {}})

@@ -1,6 +1,7 @@
 """The router's losses and the alignment loss as functions: analytic values, gradients, what counts."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -60,6 +61,7 @@ def test_the_switch_loss_is_the_number_of_experts_when_collapsed():
 # The largest value of each loss over E experts, all tokens choosing the same one.
 WORST = {"switch": lambda e: e, "cv2": lambda e: e - 1, "variance": lambda e: 1 - 1 / e}
 LOSSES = [*BALANCE_LOSSES.values(), z_loss]
+maps_loss = partial(alignment_loss, kind="maps")
 
 
 @pytest.mark.parametrize("loss", [cv2_loss, variance_loss])
@@ -233,7 +235,7 @@ def test_the_value_of_the_alignment_is_that_of_its_definition(scaling: float, ca
     real[1, :2] = False
     expected, count = slow_alignment(query.double(), key.double(), modality, real, scaling, causal)
     assert count == 4 * (10 if causal else 16)
-    found = alignment_loss(query, key, modality, real, scaling, causal)
+    found = maps_loss(query, key, modality, real, scaling, causal)
     # float32 against float64, at a loss of 0.05 and more.
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
@@ -243,40 +245,40 @@ def test_alignment_is_zero_when_both_directions_agree():
     both = query[:, :1]
     # With the same vectors as queries and keys the scores are symmetric, but each direction is normalised over its own
     # partners; with one word there is nothing to normalise differently.
-    value = alignment_loss(both[:, :, :4], both[:, :, :4], modality[:, :4], None, 0.5)
+    value = maps_loss(both[:, :, :4], both[:, :, :4], modality[:, :4], None, 0.5)
     assert 0.0 <= value.item() < 0.2
     same = torch.ones(1, 1, 8, 4)
-    assert alignment_loss(same, same, modality, None, 0.5).item() == pytest.approx(0.0, abs=1e-6)
+    assert maps_loss(same, same, modality, None, 0.5).item() == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_alignment_lies_between_zero_and_log_two(causal: bool):
     query, key, modality = states()
-    value = alignment_loss(query * 20, key * 20, modality, None, 0.5, causal)
+    value = maps_loss(query * 20, key * 20, modality, None, 0.5, causal)
     assert 0.01 < value.item() < 0.6932
 
 
 def test_alignment_is_zero_and_differentiable_without_a_pair():
     query, key, _ = states()
     query.requires_grad_()
-    value = alignment_loss(query, key, torch.zeros(1, 8, dtype=torch.long), None, 0.5)
+    value = maps_loss(query, key, torch.zeros(1, 8, dtype=torch.long), None, 0.5)
     assert value.item() == 0.0
 
 
 def test_alignment_ignores_padding():
     query, key, modality = states()
-    plain = alignment_loss(query, key, modality, None, 0.5)
+    plain = maps_loss(query, key, modality, None, 0.5)
     pad = (0, 0, 3, 0)
     padded = [torch.nn.functional.pad(x, pad, value=7.0) for x in (query, key)]
     longer = torch.nn.functional.pad(modality, (3, 0), value=1)
     real = torch.arange(11)[None] >= 3
-    assert torch.equal(alignment_loss(*padded, longer, real, 0.5), plain)
+    assert torch.equal(maps_loss(*padded, longer, real, 0.5), plain)
 
 
 def test_text_before_its_image_has_no_alignment_in_a_causal_model():
     query, key, modality = states()
-    assert alignment_loss(query, key, modality.flip(1), None, 0.5, True).item() == 0.0
-    assert alignment_loss(query, key, modality.flip(1), None, 0.5, False).item() > 0.0
+    assert maps_loss(query, key, modality.flip(1), None, 0.5, True).item() == 0.0
+    assert maps_loss(query, key, modality.flip(1), None, 0.5, False).item() > 0.0
 
 
 def slow_log_odds(query: Tensor, key: Tensor, texts: list[int], places: list[int]) -> Tensor:

@@ -14,6 +14,7 @@ from chorus_moe import ExpertBankConfig
 from chorus_moe.modeling.configuration_banks import BALANCES, ROUTERS
 from chorus_moe.modeling.moe_plan import RowOptions
 from chorus_moe.modeling.moe_routers import ROUTER_CLASSES, Router, SigmoidRouter, SoftmaxRouter
+from chorus_moe.surgery.experts_resize import expert_rows
 from chorus_moe.training.expert_draws import draw_log_probability
 
 
@@ -314,7 +315,7 @@ def test_every_router_of_the_configuration_has_a_class_that_states_its_facts():
     assert list(ROUTER_CLASSES) == list(ROUTERS)
     for kind, balance in ROUTERS.items():
         assert balance in BALANCES
-        rows = {name: len(tensor) for name, tensor in make(kind).expert_rows().items()}
+        rows = {name: len(tensor) for name, tensor in expert_rows(make(kind)).items()}
         assert rows and set(rows.values()) == {8}
         assert ROUTER_CLASSES[kind].flops(16, 8) > 0
 

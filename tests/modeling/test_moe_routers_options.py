@@ -11,6 +11,7 @@ from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling.configuration_banks import LayerBankConfig
 from chorus_moe.modeling.losses import expert_budget_loss
 from chorus_moe.modeling.moe_routers import ROUTER_CLASSES, Router
+from chorus_moe.surgery.experts_resize import expert_rows
 from tests.conftest import tiny_batch, tiny_config
 
 NUM_EXPERTS, WIDTH, TOP_K = 6, 16, 4
@@ -30,8 +31,8 @@ def test_a_bias_of_the_router_is_added_to_its_scores_and_follows_its_experts(kin
     module, hidden = router(kind, router_bias=True), torch.randn(5, WIDTH)
     expected = torch.nn.functional.linear(hidden, module.weight, module.bias)
     torch.testing.assert_close(module.score(hidden), expected)
-    assert len(module.expert_rows()["bias"]) == NUM_EXPERTS
-    assert "bias" not in router(kind).expert_rows()
+    assert len(expert_rows(module)["bias"]) == NUM_EXPERTS
+    assert "bias" not in expert_rows(router(kind))
     module.start_weights(0.02)
     assert not module.bias.any()
 

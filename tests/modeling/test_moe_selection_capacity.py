@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chorus_moe import ChorusForConditionalGeneration
-from chorus_moe.modeling.moe_selection import Places, best_experts, serve, unused_slots
+from chorus_moe.modeling.moe_selection import Places, best_experts, serve, used_parts
 from tests.conftest import tiny_batch, tiny_config
 
 
@@ -69,7 +69,7 @@ def cases(draw: Any) -> dict[str, Any]:
     capacity = draw(st.one_of(st.integers(1, 4), st.floats(0.25, 3.0)))
     return {
         "scores": scores,
-        "index": best_experts(scores, top_k).masked_fill(unused_slots(kept, top_k), num_experts),
+        "index": best_experts(scores, top_k).masked_fill(used_parts(kept, top_k) == 0, num_experts),
         "sequence": [place for place, length in enumerate(lengths) for _ in range(length)],
         "counted": draw(st.lists(st.booleans(), min_size=rows, max_size=rows)),
         "capacity": capacity,

@@ -5,6 +5,7 @@ from math import ceil
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import WhisperConfig
 
 from chorus_moe.modeling.configuration_towers import ChorusAudioConfig
@@ -32,9 +33,20 @@ def tiny_whisper(**changes):
     return tiny_config(backbone_config=whisper, **({"subsampling": 2} | changes))
 
 
+def tiny_delays(**changes):
+    return tiny_config(**({"encoder_type": "time_delay", "num_hidden_layers": 4, "conv_kernel_size": 3} | changes))
+
+
 def tiny_tower(config=None, seed=0):
     torch.manual_seed(seed)
     return ChorusAudioModel(config or tiny_config())
+
+
+def trained_tower(config):
+    """With statistics of its own in its batch norms."""
+    tower = tiny_tower(config).train()
+    tower(*ragged_batch([40, 97, 12], bins=config.num_mel_bins))
+    return tower.eval()
 
 
 def ragged_batch(lengths, bins=20, garbage=torch.nan):
@@ -56,9 +68,10 @@ def nan_memory():
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.mark.parametrize("config", [tiny_config(), tiny_whisper()])
-def test_padding_on_the_left_is_padding(config):
-    tower, lengths = tiny_tower(config).eval(), [9, 90, 1, 37]
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("config", [tiny_config(), tiny_delays(), tiny_whisper()])
+def test_padding_on_the_left_is_padding(config, training):
+    tower, lengths = tiny_tower(config).train(training), [9, 90, 1, 37]
     features, mask = ragged_batch(lengths)
     shifted, shifted_mask = features.clone(), mask.clone()
     for row, length in enumerate(lengths):
@@ -67,11 +80,16 @@ def test_padding_on_the_left_is_padding(config):
 
 
 @pytest.mark.parametrize(
-    "config", [tiny_config(), tiny_config(subsampling=1), tiny_config(subsampling=8), tiny_whisper()]
+    ("config", "training"),
+    [
+        *((config, training) for config in (tiny_config(), tiny_whisper()) for training in (False, True)),
+        *((tiny_config(subsampling=subsampling), True) for subsampling in (1, 8)),
+        # In training the clips of a batch share the statistics of batch norms.
+        *((tiny_delays(subsampling=subsampling), False) for subsampling in (1, 2, 4, 8)),
+    ],
 )
-@pytest.mark.parametrize("training", [False, True])
 def test_a_clip_alone_equals_the_clip_beside_one_ten_times_longer(config, training):
-    tower = tiny_tower(config).train(training)
+    tower = trained_tower(config).train(training)
     lengths = [9, 90, 1, 37]
     features, mask = ragged_batch(lengths)
     together = tower(features, mask).last_hidden_state
@@ -83,7 +101,10 @@ def test_a_clip_alone_equals_the_clip_beside_one_ten_times_longer(config, traini
 @pytest.mark.parametrize(
     "config",
     # In the first the products of attention are large enough to be summed in two ways.
-    [tiny_config(hidden_size=80, intermediate_size=160, num_attention_heads=4), tiny_config(), tiny_whisper()],
+    [
+        tiny_config(hidden_size=80, intermediate_size=160, num_attention_heads=4),
+        *(tiny_config(), tiny_delays(), tiny_whisper()),
+    ],
 )
 @torch.no_grad()
 def test_freezing_a_tower_changes_no_bit_of_its_features(config):
@@ -111,23 +132,25 @@ def test_gradients_of_a_batch_are_the_sum_of_those_of_its_clips():
     torch.testing.assert_close(together, alone, atol=1e-5 * alone.abs().max().item(), rtol=0)
 
 
-def test_no_gradient_flows_into_padding():
+@pytest.mark.parametrize("config", [tiny_config(), tiny_delays()])
+def test_no_gradient_flows_into_padding(config):
     features, mask = ragged_batch([9, 30], garbage=3.0)
     features.requires_grad_()
-    tiny_tower()(features, mask).last_hidden_state.sum().backward()
+    tiny_tower(config)(features, mask).last_hidden_state.sum().backward()
     assert features.grad[0, 9:].abs().max() == 0
 
 
+@pytest.mark.parametrize("make", [tiny_config, tiny_delays])
 @pytest.mark.parametrize("subsampling", [1, 2, 4, 8])
-def test_the_number_of_tokens_is_frames_over_subsampling_rounded_up(subsampling):
-    tower = tiny_tower(tiny_config(subsampling=subsampling, num_hidden_layers=1))
+def test_the_number_of_tokens_is_frames_over_subsampling_rounded_up(subsampling, make):
+    tower = tiny_tower(make(subsampling=subsampling))
     lengths = list(range(1, 20))
     output = tower(*ragged_batch(lengths))
     assert output.last_hidden_state.shape == (19, ceil(19 / subsampling), 32)
     assert output.attention_mask.sum(dim=1).tolist() == [ceil(length / subsampling) for length in lengths]
 
 
-@pytest.mark.parametrize("config", [tiny_config(), tiny_whisper()])
+@pytest.mark.parametrize("config", [tiny_config(), tiny_delays(), tiny_whisper()])
 def test_a_row_of_padding_gives_zeros_and_finite_gradients(config):
     tower = tiny_tower(config).train()
     features, mask = ragged_batch([12, 12])
@@ -138,9 +161,9 @@ def test_a_row_of_padding_gives_zeros_and_finite_gradients(config):
     assert all(p.grad.isfinite().all() for p in tower.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("config", [tiny_config(), tiny_whisper()])
+@pytest.mark.parametrize("config", [tiny_config(), tiny_delays(), tiny_whisper()])
 def test_loading_is_bit_exact_and_missing_keys_are_initialised(config, tmp_path, nan_memory):
-    tower = tiny_tower(config).eval()
+    tower = trained_tower(config)
     tower.save_pretrained(tmp_path)
     loaded = ChorusAudioModel.from_pretrained(tmp_path)
     assert all(
@@ -149,8 +172,8 @@ def test_loading_is_bit_exact_and_missing_keys_are_initialised(config, tmp_path,
     features = ragged_batch([12, 30])
     assert torch.equal(tower(*features).last_hidden_state, loaded(*features).last_hidden_state)
     scratch = ChorusAudioModel.from_pretrained(None, config=config, state_dict={})
-    assert all(p.isfinite().all() for p in scratch.parameters())
-    assert scratch(*features).last_hidden_state.std() > 0.1
+    assert all(p.isfinite().all() for p in [*scratch.parameters(), *scratch.buffers()])
+    assert scratch.train()(*features).last_hidden_state.std() > 0.1
 
 
 def test_activation_checkpointing_changes_no_gradient():
@@ -167,17 +190,76 @@ def test_activation_checkpointing_changes_no_gradient():
     assert torch.equal(gradients(False), gradients(True))
 
 
-def test_the_smallest_input_reaches_every_parameter():
-    tower = tiny_tower().train()
+@pytest.mark.parametrize("config", [tiny_config(), tiny_delays()])
+def test_the_smallest_input_reaches_every_parameter(config):
+    tower = tiny_tower(config).train()
     tower(tower.smallest_input()).last_hidden_state.square().sum().backward()
     assert all(p.grad is not None for p in tower.parameters())
 
 
-def test_half_precision_gives_finite_features():
+@pytest.mark.parametrize("config", [tiny_config(), tiny_delays()])
+def test_half_precision_gives_finite_features(config):
     features, mask = ragged_batch([9, 30])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert tiny_tower()(features, mask).last_hidden_state.isfinite().all()
-    assert tiny_tower().bfloat16()(features, mask).last_hidden_state.isfinite().all()
+        assert tiny_tower(config)(features, mask).last_hidden_state.isfinite().all()
+    assert tiny_tower(config).bfloat16()(features, mask).last_hidden_state.isfinite().all()
+
+
+def test_a_batch_norm_takes_its_statistics_over_real_frames_alone():
+    lengths = [9, 90, 1, 37]
+    alone, padded = tiny_tower(tiny_delays()).train(), tiny_tower(tiny_delays()).train()
+    features, mask = ragged_batch(lengths, garbage=3.0)
+    expected = alone(features, mask).last_hidden_state
+    longer = torch.nn.functional.pad(features, (0, 0, 0, 64), value=5.0)
+    found = padded(longer, torch.nn.functional.pad(mask, (0, 64))).last_hidden_state
+    torch.testing.assert_close(found[:, : expected.shape[1]], expected, atol=ATOL, rtol=0)
+    for (name, own), other in zip(alone.named_buffers(), padded.buffers(), strict=True):
+        torch.testing.assert_close(other, own, atol=ATOL, rtol=0, msg=name)
+    # What the first norm has seen: a tenth of the way from 0 to the mean of 137 real frames.
+    convolved = [alone.encoder.convolutions[0](f[None, :n].mT)[0].mT for f, n in zip(features, lengths, strict=True)]
+    mean = torch.cat(convolved).mean(dim=0).detach()
+    torch.testing.assert_close(alone.encoder.norms[0].running_mean, 0.1 * mean, atol=ATOL, rtol=0)
+
+
+def test_a_frozen_tower_keeps_the_statistics_of_its_batch_norms_and_has_them_in_training():
+    tower = trained_tower(tiny_delays()).requires_grad_(False).train()
+    before = {name: value.clone() for name, value in tower.named_buffers()}
+    assert before
+    features = ragged_batch([9, 30])
+    found = tower(*features).last_hidden_state
+    assert all(torch.equal(value, before[name]) for name, value in tower.named_buffers())
+    assert torch.equal(found, tower.eval()(*features).last_hidden_state)
+
+
+def test_each_layer_of_a_time_delay_network_hears_a_frame_more_on_either_side():
+    # Kernels of three: two layers see one more frame on either side each, and two at half the rate two more each.
+    tower = trained_tower(tiny_delays(subsampling=2)).double()
+    features = torch.randn(1, 80, 20, dtype=torch.double, requires_grad=True)
+    tower(features).last_hidden_state[0, 20].square().sum().backward()
+    reached = features.grad[0].abs().sum(dim=1).nonzero().squeeze(1)
+    assert [reached.min().item(), reached.max().item()] == [40 - 6, 40 + 6]
+
+
+def test_a_time_delay_network_is_exported_with_its_padding():
+    tower = trained_tower(tiny_delays())
+    ones = torch.ones(3, 41, dtype=torch.bool)
+    exported = torch.export.export(tower, (torch.randn(3, 41, 20), ones)).module()
+    features, mask = ragged_batch([30, 41, 7], garbage=3.0)
+    found = exported(features, mask.bool())
+    torch.testing.assert_close(found.last_hidden_state, tower(features, mask).last_hidden_state, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"encoder_type": "timedelay"}, "unknown encoder_type 'timedelay'; did you mean 'time_delay'"),
+        ({"encoder_type": "time_delay", "subsampling": 4}, "subsampling=4 .*num_hidden_layers=2"),
+        ({"encoder_type": "time_delay", "conv_kernel_size": 4, "subsampling": 2}, "conv_kernel_size=4 must be odd"),
+    ],
+)
+def test_a_time_delay_network_that_cannot_be_is_named(changes, match):
+    with pytest.raises(StrictDataclassClassValidationError, match=match):
+        tiny_config(**changes)
 
 
 def test_shapes_that_disagree_are_named():

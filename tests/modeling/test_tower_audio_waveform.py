@@ -163,7 +163,7 @@ def test_an_encoder_of_mel_frames_hears_no_waveform():
     config = ChorusAudioConfig(hidden_size=32, num_attention_heads=2, backbone_config=Wav2Vec2Config(**WAVEFORM))
     with pytest.raises(ValueError, match="'wav2vec2' is no mel encoder"):
         ChorusAudioModel(config)
-    whisper = WhisperConfig(d_model=32)
+    whisper = WhisperConfig(d_model=32, encoder_attention_heads=4)
     whisper.conv_kernel, whisper.conv_stride = (3, 3), (1, 2)
     with pytest.raises(ValueError, match="'whisper' hears no waveform"):
         ChorusAudioModel(ChorusAudioConfig(**waveform_config().to_dict() | {"backbone_config": whisper}))

@@ -1,6 +1,7 @@
 """A small processor and small media for the tests of the processors."""
 
 import io
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,3 +56,24 @@ def model_config(**audio: Any) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def processor() -> ChorusProcessor:
     return processor_from_config(model_config(), build_tokenizer(CORPUS, vocab_size=320))
+
+
+def spoken_text(processor: ChorusProcessor, batch, row: int = 0) -> str:
+    """The labelled text of one row; `|` where the labels have a gap."""
+    runs = groupby((int(label) for label in batch["labels"][row]), key=lambda label: label != -100)
+    return "|".join(processor.tokenizer.decode(list(run)) for is_label, run in runs if is_label)
+
+
+def user(*parts) -> dict:
+    return {
+        "role": "user",
+        "content": [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts],
+    }
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+IMAGE = {"type": "image", "image": picture()}
+CLIP = {"type": "audio", "audio": tone(0.5), "sampling_rate": RATE}

@@ -1,10 +1,13 @@
 """Kinds of alignment that are there for comparison."""
 
+import math
+
 import pytest
 import torch
 
 from chorus_moe.modeling.configuration_services import SERVICES
 from chorus_moe.modeling.losses import alignment_loss
+from chorus_moe.training.alignment_kinds import jensen_shannon
 from tests.modeling.test_losses import states
 
 
@@ -36,3 +39,15 @@ def test_without_the_package_they_are_refused_by_name(monkeypatch: pytest.Monkey
     monkeypatch.delitem(SERVICES, "pooled")
     with pytest.raises(ImportError, match="alignment='pooled' takes the whole package"):
         alignment_loss(*states(), None, 0.5, False, "pooled")
+
+
+def test_the_divergence_is_that_of_two_distributions_where_it_is_asked_for() -> None:
+    p, q = torch.tensor([[0.0, 0.25, 0.75]]), torch.tensor([[0.5, 0.5, 0.0]])
+    mask, expected = torch.tensor([[True, True, False]]), 0.0
+    for a, b, counts in zip(p[0].tolist(), q[0].tolist(), mask[0].tolist(), strict=True):
+        middle = (a + b) / 2
+        expected += sum(x * math.log(x / middle) for x in (a, b) if x > 0) / 2 if counts else 0
+    assert jensen_shannon(p, q, mask).item() == pytest.approx(expected, rel=1e-5)
+    disjoint = torch.tensor([[1.0, 0.0]])
+    whole = torch.ones(1, 2, dtype=torch.bool)
+    assert jensen_shannon(disjoint, disjoint.flip(1), whole).item() == pytest.approx(math.log(2), rel=1e-6)

@@ -60,7 +60,7 @@ def card_text(
         f"A decoder of {text.num_hidden_layers} layers of width {text.hidden_size}; layers {text.sparse_layers} are",
         f"gates over expert banks, layers {text.cross_modal_layers} have cross-modal attention on a shared query",
         f"projection. Images come through `{vision.architecture}` (timm), sound through a",
-        "Conformer on log-mel features.",
+        "time-delay network on log-mel features.",
         "",
         "| expert bank | modalities | experts | per token | parameters | active a token |",
         "| --- | --- | --- | --- | --- | --- |",

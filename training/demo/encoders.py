@@ -5,14 +5,12 @@ shown noise learns nothing from it for hundreds of steps. The classifier used he
 are the model's own, and stay as the lesson left them.
 """
 
-import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +26,9 @@ from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.demo.augment import PictureAugment
 from chorus_moe.training.demo.data import DigitPictures
 from chorus_moe.training.demo.speech import SAMPLING_RATE, SpeechClips
-from chorus_moe.training.demo.teachers import TimeDelayTeacher
 
 # Of the clips: enough to hear sounds rather than ten patterns, and still two thirds digits.
 OTHER_SHARE = 0.35
-# Of a lesson with teachers: the rest is the true label.
-TEACHERS_SHARE = 0.8
 
 
 class EncoderLesson(nn.Module):
@@ -54,24 +49,24 @@ class EncoderLesson(nn.Module):
         width = model.config.text_config.hidden_size
         # A learnt weight for each token: a digit fills only part of its clip.
         self.weigh = nn.Linear(width, 1)
-        self.classify = nn.Linear(width, num_classes)
+        self.dropout = nn.Dropout(0.2)
+        self.classify = nn.Linear(2 * width, num_classes)
 
-    def forward(self, labels: Tensor | None = None, taught: Tensor | None = None, **media: Tensor) -> dict[str, Tensor]:
-        """`logits` `(N, num_classes)` of the tokens' weighted mean, and `loss` when there are `labels` `(N,)`; with the
-        teachers' probabilities `taught` `(N, num_classes)`, they are most of what is to be learnt."""
+    def forward(self, labels: Tensor | None = None, **media: Tensor) -> dict[str, Tensor]:
+        """`logits` `(N, num_classes)` of the weighted mean and the largest value of each channel, and `loss` when there
+        are `labels` `(N,)`."""
         pieces = list(self.encode(**media).pooler_output)
         lengths = torch.tensor([len(piece) for piece in pieces], device=pieces[0].device)
         tokens_NLD = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-        padded_NL = torch.arange(tokens_NLD.shape[1], device=lengths.device) >= lengths[:, None]
+        padded_NL1 = (torch.arange(tokens_NLD.shape[1], device=lengths.device) >= lengths[:, None])[..., None]
         # Padding gets weight zero.
-        weights_NL1 = self.weigh(tokens_NLD).masked_fill(padded_NL[..., None], -torch.inf).softmax(dim=1)
-        logits = self.classify((weights_NL1 * tokens_NLD).sum(dim=1))
+        weights_NL1 = self.weigh(tokens_NLD).masked_fill(padded_NL1, -torch.inf).softmax(dim=1)
+        largest_ND = tokens_NLD.masked_fill(padded_NL1, -torch.inf).amax(dim=1)
+        pooled_NX = torch.cat([(weights_NL1 * tokens_NLD).sum(dim=1), largest_ND], dim=1)
+        logits = self.classify(self.dropout(pooled_NX))
         outputs = {"logits": logits}
         if labels is None:
             return outputs
-        if taught is not None:
-            own, copied = (nn.functional.cross_entropy(logits, target) for target in (labels, taught))
-            return {"loss": TEACHERS_SHARE * copied + (1 - TEACHERS_SHARE) * own} | outputs
         # Smoothed labels carry over to unknown speakers better (docs/log.md, 2026-11-24).
         return {"loss": nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)} | outputs
 
@@ -106,12 +101,6 @@ class LoneDigits(Dataset):
     def num_classes(self) -> int:
         """Ten digits, and every other word."""
         return 10 if self.other_words is None else 11 + int(self.other_words.digits.max())
-
-    def in_another_order(self, number: int) -> Self:
-        """The same media, drawn as no other `number` draws them."""
-        other = copy.copy(self)
-        other.seed = self.seed + 1_000 * (1 + number)
-        return other
 
     def __len__(self) -> int:
         return self.length
@@ -159,23 +148,6 @@ class LoneDigitCollator:
         return self.heard[id(clip)][1]
 
 
-class Taught:
-    """Batches of `collate` with the mean of the teachers' probabilities as `taught`. As the collator of a loader with
-    workers it takes the teachers off the core that trains."""
-
-    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Tensor]], teachers: Sequence[nn.Module]):
-        self.collate = collate
-        # On the CPU, since the loader's processes are forked.
-        self.teachers = [teacher.eval().requires_grad_(False).cpu() for teacher in teachers]
-
-    @torch.no_grad()
-    def __call__(self, items: Sequence[tuple[Any, int]]) -> dict[str, Tensor]:
-        batch = self.collate(items)
-        media = {name: value for name, value in batch.items() if name != "labels"}
-        taught = torch.stack([teacher(**media)["logits"].softmax(dim=1) for teacher in self.teachers]).mean(dim=0)
-        return batch | {"taught": taught}
-
-
 class FrozenTowers:
     """Batches of `collate` whose media have been through the frozen towers of `model`: the states lie in
     `mm_encoder_outputs`. As the collator of a loader with workers it takes the towers off the core that trains.
@@ -203,35 +175,14 @@ def learn_alone(
     model: ChorusForConditionalGeneration,
     modality: str,
     items: LoneDigits,
-    train: Callable[[EncoderLesson | TimeDelayTeacher, LoneDigits, Callable[..., Any]], object],
+    train: Callable[[EncoderLesson, LoneDigits, Callable[..., Any]], object],
     collate: Callable[..., Any],
-    folder: Path,
-    teachers: int = 0,
-) -> EncoderLesson:
-    """Let `train` teach tower and connector of one modality their medium, after as many `teachers` of sound; they are
-    frozen.
-
-    Args:
-        train: trains a lesson on items, in batches of a collator.
-        folder: for the weights of teachers, which learn side by side.
-    """
-    had, audio = [], model.config.audio_config
-    assert audio is not None  # the demo's model hears
-    for number in range(teachers):
-        with torch.random.fork_rng():
-            # Whatever trains may set the seed: teachers that start alike would err alike.
-            torch.manual_seed(items.in_another_order(number).seed)
-            had.append(TimeDelayTeacher(audio.num_mel_bins, items.num_classes))
-    learning = [partial(train, teacher, items.in_another_order(number), collate) for number, teacher in enumerate(had)]
-    with ExitStack() as others:
-        for number, learn in enumerate(learning[1:], start=1):
-            others.enter_context(beside(learn, [had[number]], folder / f"teacher{number}.safetensors"))
-        for learn in learning[:1]:
-            learn()
+) -> None:
+    """Let `train` teach tower and connector of one modality their medium: a lesson, on items, in batches of a collator.
+    They are frozen."""
     lesson = EncoderLesson(model.model, modality, items.num_classes)
-    train(lesson, items, Taught(collate, had) if had else collate)
+    train(lesson, items, collate)
     lesson.freeze()
-    return lesson
 
 
 @contextmanager

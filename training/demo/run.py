@@ -52,7 +52,6 @@ from chorus_moe.training.demo.regularisation import drop_tokens, smooth_labels
 from chorus_moe.training.demo.report import WITHHELD, write_report
 from chorus_moe.training.demo.speech import SpeechClips, recorded_digits
 from chorus_moe.training.demo.speech_sets import recorded_speech_sets, synthetic_speech_sets
-from chorus_moe.training.demo.teachers import TimeDelayTeacher
 from chorus_moe.training.loading import ModelOrAdapter
 from chorus_moe.training.lora import lora_config
 from chorus_moe.training.routing.callback import RoutingCallback
@@ -73,8 +72,6 @@ class DemoSettings:
 
     Args:
         picture_steps, sound_steps: optimizer steps of each encoder alone.
-        sound_teachers: encoders that learn real speech beforehand, for the model's own to learn from. Synthetic voices
-            are many enough to do without.
         base_steps, lora_steps: optimizer steps of the two stages.
         batch_size: samples per step.
         label_smoothing, token_dropout: of both stages, see `demo/regularisation.py`.
@@ -84,7 +81,6 @@ class DemoSettings:
 
     picture_steps: int = 1_400
     sound_steps: int = 700
-    sound_teachers: int = 2
     base_steps: int = 560
     lora_steps: int = 380
     batch_size: int = 44
@@ -101,7 +97,7 @@ class DemoSettings:
 
 
 # Real voices take more steps than synthetic ones: with fewer, "spoken" was 4 to 5 points lower (docs/log.md).
-FOR_RECORDINGS = DemoSettings(base_steps=1_100, lora_steps=600)
+FOR_RECORDINGS = DemoSettings(sound_steps=1_000, base_steps=1_100, lora_steps=600)
 
 
 @dataclass(frozen=True)
@@ -189,7 +185,7 @@ def held_out_questions(data: DemoData, settings: DemoSettings, folder: Path) -> 
 
 
 def train(
-    model: "ModelOrAdapter | EncoderLesson | TimeDelayTeacher",
+    model: "ModelOrAdapter | EncoderLesson",
     dataset: Dataset,
     collator: Callable[..., Any],
     folder: Path,
@@ -221,7 +217,7 @@ def train(
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator)
     # A lesson has no decoder and so no routing.
-    if not isinstance(model, EncoderLesson | TimeDelayTeacher):
+    if not isinstance(model, EncoderLesson):
         RoutingCallback.add_to(trainer)
     trainer.train()
     return trainer.state.log_history
@@ -275,11 +271,10 @@ def run_demo(
     model, processor = build_demo(corpus())
     print(parameter_report(model.config), flush=True)
 
-    def learn(modality: str, lesson: LoneDigits, teachers: int = 0) -> None:
+    def learn(modality: str, lesson: LoneDigits) -> None:
         steps, lr = len(lesson) // settings.batch_size, settings.encoder_lr
-        folder = out / "encoders" / modality
-        teach = partial(train, folder=folder, steps=steps, lr=lr, settings=settings)
-        learn_alone(model, modality, lesson, teach, LoneDigitCollator(processor, modality), folder, teachers)
+        teach = partial(train, folder=out / "encoders" / modality, steps=steps, lr=lr, settings=settings)
+        learn_alone(model, modality, lesson, teach, LoneDigitCollator(processor, modality))
 
     seeing = [model.model.vision_tower, model.model.vision_connector]
     # A lesson uses one thread, so pictures are learnt on the other core while voices are made and learnt.
@@ -287,7 +282,7 @@ def run_demo(
         data = prepare_data(settings, out / "cache", speech_dir, held_out_speaker)
         sets = held_out_questions(data, settings, out / "questions")
         finish("data, beside pictures")
-        learn("audio", data.clips, settings.sound_teachers if speech_dir is not None else 0)
+        learn("audio", data.clips)
     finish("encoders, each alone")
     smooth_labels(model, settings.label_smoothing)
     drop_tokens(model.model.audio_connector, settings.token_dropout)

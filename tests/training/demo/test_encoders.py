@@ -15,18 +15,15 @@ from chorus_moe.training.demo.augment import PictureAugment
 from chorus_moe.training.demo.data import BASE_SKILLS, DigitPictures, DigitQuestions, corpus, handwritten_digits
 from chorus_moe.training.demo.encoders import (
     OTHER_SHARE,
-    TEACHERS_SHARE,
     EncoderLesson,
     FrozenTowers,
     LoneDigitCollator,
     LoneDigits,
-    Taught,
     beside,
     learn_alone,
 )
 from chorus_moe.training.demo.model import build_demo
 from chorus_moe.training.demo.speech import SAMPLING_RATE, SpeechClips
-from chorus_moe.training.demo.teachers import TimeDelayTeacher
 
 
 @pytest.fixture(scope="module")
@@ -148,52 +145,13 @@ def test_a_clip_that_is_drawn_again_is_not_heard_again(demo: tuple[Any, Any], mo
     assert batch["labels"].tolist() == [3, 8]
 
 
-def test_the_loss_of_a_lesson_with_teachers_is_the_label_and_their_mean_probability(demo: tuple[Any, Any]):
-    model, processor = demo
-    teachers = [TimeDelayTeacher(40, 10).eval() for _ in range(2)]
-    lesson = EncoderLesson(model.model, "audio")
-    collate = LoneDigitCollator(processor, "audio")
-    items = [(clips().waveforms[digit], digit) for digit in (3, 8)]
-    batch = Taught(collate, teachers)(items)
-    with torch.no_grad():
-        outputs = lesson(**batch)
-        media = collate(items)
-        labels = media.pop("labels")
-        taught = sum(teacher(**media)["logits"].softmax(dim=1) for teacher in teachers) / 2
-    torch.testing.assert_close(batch["taught"], taught)
-    scores = outputs["logits"].log_softmax(dim=1)
-    hit, cross = scores[[0, 1], labels].mean(), (taught * scores).sum(dim=1).mean()
-    torch.testing.assert_close(outputs["loss"], -TEACHERS_SHARE * cross - (1 - TEACHERS_SHARE) * hit)
-
-
-def test_what_teachers_say_carries_no_gradient_to_them(demo: tuple[Any, Any]):
-    model, processor = demo
-    teacher = TimeDelayTeacher(40, 10).train()
-    batch = Taught(LoneDigitCollator(processor, "audio"), [teacher])([(clips().waveforms[1], 1)])
-    EncoderLesson(model.model, "audio").train()(**batch)["loss"].backward()
-    assert not teacher.training and all(parameter.grad is None for parameter in teacher.parameters())
-
-
-def test_every_teacher_has_weights_and_an_order_of_its_own_and_comes_before_the_models_own_encoder(tmp_path: Path):
+def test_an_encoder_learns_its_lesson_and_is_frozen():
     model, processor = build_demo(corpus())
     items, collate = LoneDigits(clips(), 20, seed=4), LoneDigitCollator(processor, "audio")
-    last: list[Any] = []
-
-    def train(lesson: Any, items: LoneDigits, collate: Any) -> None:
-        torch.manual_seed(0)  # as a Trainer does
-        last[:] = [lesson, collate]
-        # Kept where a teacher of another process brings it home: the digits in the order of their draw.
-        lesson.classify.bias.data = torch.tensor([float(items[i][1]) for i in range(10)])
-
-    learn_alone(model, "audio", items, train, collate, tmp_path, teachers=2)
-
-    lesson, taught = last
-    lessons = [*taught.teachers, lesson]
-    assert taught.collate is collate and lesson.tower is model.model.audio_tower
-    orders = [tuple(found.classify.bias.tolist()) for found in lessons]
-    assert orders[2] == tuple(items[i][1] for i in range(10)) and len(set(orders)) == 3
-    first, second = (next(teacher.parameters()) for teacher in taught.teachers)
-    assert not torch.equal(first, second)
+    had: list[Any] = []
+    learn_alone(model, "audio", items, lambda *given: had.extend(given), collate)
+    lesson, *others = had
+    assert lesson.tower is model.model.audio_tower and others == [items, collate]
     assert not any(parameter.requires_grad for parameter in model.model.audio_tower.parameters())
 
 
