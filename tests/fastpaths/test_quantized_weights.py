@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chorus_moe.fastpaths import quantized_weights
 from chorus_moe.fastpaths.integer_products import in_pieces, integer_product, multiplies_integers
 from chorus_moe.fastpaths.quantized_weights import (
     BLOCK,
@@ -187,3 +188,13 @@ def test_a_computed_weight_cannot_be_written_to() -> None:
     with pytest.raises(RuntimeError, match="dequantize"):
         layer.weight.data += 1
     assert isinstance(stored_weight(layer, "weight"), Quantized)
+
+
+@pytest.mark.parametrize("block", [1, 64, 65, 200, 5 * 64])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_row_wider_than_a_block_is_multiplied_alone(
+    block: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantized_weights, "BLOCK", block)
+    weight, states = quantized(make_weight(5, 64), 8, 64, symmetric), make_weight(3, 64, seed=1)
+    torch.testing.assert_close(product_in_blocks(states, weight), states @ weight.dequantize().T, rtol=1e-5, atol=1e-5)

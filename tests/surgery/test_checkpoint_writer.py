@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from chorus_moe.surgery import checkpoint_writer
 from chorus_moe.surgery.checkpoint_writer import PlannedTensor, write_checkpoint
 
 TENSORS = {
@@ -68,3 +69,14 @@ def test_pieces_that_do_not_fill_the_tensor_are_an_error(tmp_path: Path):
     tensor = PlannedTensor((3,), torch.float32, partial(iter, [torch.zeros(2)]))
     with pytest.raises(ValueError, match="'x': its pieces have 8 bytes, expected 12"):
         write_checkpoint(tmp_path, {"x": tensor}, 100)
+
+
+@pytest.mark.parametrize("size", [0, 1, 8, 9, 16, 17, 40])
+def test_bytes_are_written_block_by_block(size: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoint_writer, "BLOCK", 8)
+    tensor = torch.arange(size, dtype=torch.uint8)
+    blocks = [
+        bytes(block) for block in checkpoint_writer._bytes(PlannedTensor((size,), tensor.dtype, lambda: [tensor]))
+    ]
+    assert b"".join(blocks) == bytes(range(size))
+    assert all(len(block) == 8 for block in blocks[:-1])

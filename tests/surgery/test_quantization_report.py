@@ -1,5 +1,7 @@
 """Bytes of a model by group, counted by hand."""
 
+from dataclasses import FrozenInstanceError
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -160,3 +162,8 @@ def test_tensors_made_of_others_take_the_bytes_of_these() -> None:
     assert module._kind_of(tensor) == "Made"
     assert module._kind_of(torch.zeros(1, dtype=torch.uint8)) == "int4"
     assert module._kind_of(torch.zeros(1, dtype=torch.int8)) == "int8"
+
+
+def test_a_report_does_not_change() -> None:
+    with pytest.raises(FrozenInstanceError):
+        report_of(a={"int8": 1}).groups = {}  # type: ignore[misc]

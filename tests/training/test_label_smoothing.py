@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.trainer_pt_utils import LabelSmoother
 
 from chorus_moe import ChorusForSequenceClassification, ChorusProcessor
-from chorus_moe.training.label_smoothing import smooth_labels
+from chorus_moe.training.label_smoothing import class_loss, smooth_labels, token_loss
 from tests.conftest import tiny_config
 from tests.training.conftest import make_model, make_rows
 from tests.training.test_train import new_trainer
@@ -72,3 +72,23 @@ def test_without_losses_of_our_own_the_stock_trainer_shifts_the_labels(
     batch = trainer.data_collator(make_rows(3))
     loss, outputs = trainer.compute_loss(model.train(), dict(batch), True, torch.tensor(7))
     torch.testing.assert_close(loss, LabelSmoother(0.3)(outputs, batch["labels"], True, 7))
+
+
+@pytest.mark.parametrize("count", [None, 5, torch.tensor(5)])
+@pytest.mark.parametrize("epsilon", [0.0, 0.3])
+def test_a_sum_over_labels_is_divided_by_their_number(count: int | torch.Tensor | None, epsilon: float):
+    logits, labels = torch.randn(2, 4, 6), torch.tensor([[1, 2, -100, 3], [4, -100, -100, 0]])
+    total = 0.0
+    for row, position, label in ((0, 0, 2), (0, 2, 3), (1, 2, 0)):
+        logs = logits[row, position].log_softmax(-1)
+        total -= (1 - epsilon) * logs[label] + epsilon * logs.mean()
+    found = token_loss(logits.bfloat16().float(), labels, epsilon=epsilon, num_items_in_batch=count, other=1)
+    same = token_loss(logits, labels, epsilon=epsilon, num_items_in_batch=count)
+    torch.testing.assert_close(same, torch.as_tensor(total / (3 if count is None else 5)))
+    assert found.dtype == torch.float32
+    classes = torch.tensor([2, 0])
+    expected = -sum(
+        (1 - epsilon) * row.log_softmax(-1)[c] + epsilon * row.log_softmax(-1).mean()
+        for row, c in zip(logits[:, 0], classes, strict=True)
+    )
+    torch.testing.assert_close(class_loss(logits[:, 0], classes, epsilon=epsilon), expected / 2)

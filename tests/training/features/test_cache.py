@@ -11,7 +11,7 @@ from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
 from chorus_moe.processors.processing_limits import MediaError
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import load_rows
-from chorus_moe.training.features.cache import cache_features
+from chorus_moe.training.features.cache import batches, cache_features
 from tests.training.conftest import make_model
 from tests.training.test_cli import invoke
 from tests.training.test_data import PLAIN, write_jsonl
@@ -124,3 +124,9 @@ def test_a_vision_model_caches_no_sound(processor: ChorusProcessor, data: Path, 
 
 def load_json(data: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(0, []), (1, [1]), (3, [3]), (4, [3, 1]), (6, [3, 3])])
+def test_rows_are_taken_in_batches_the_last_one_smaller(count: int, sizes: list[int]) -> None:
+    found = list(batches(iter(range(count)), 3))
+    assert [len(batch) for batch in found] == sizes and sum(found, []) == list(range(count))

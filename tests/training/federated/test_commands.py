@@ -150,3 +150,10 @@ def test_flower_is_asked_for_first(modules: Modules, words: list[str], monkeypat
     monkeypatch.setattr(module, "need_flower", missing)
     with pytest.raises(ImportError, match="flwr is missing"):
         run(*words)
+
+
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        federated([])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and "Train one model on rows that stay where they are" in said.out + said.err

@@ -73,3 +73,15 @@ def test_the_interval_holds_the_accuracy_and_stays_within_0_and_1() -> None:
     assert wilson_interval([True] * 50)[1] == pytest.approx(1.0)
     # Wilson's interval for 0 of 50 at 95%: 0 to 0.071.
     assert wilson_interval([False] * 50)[1] == pytest.approx(0.0713, abs=1e-3)
+
+
+@pytest.mark.parametrize(("wrong", "shown"), [(1, 1), (20, 20), (21, 20)])
+def test_twenty_mistakes_are_shown_and_all_are_counted(wrong: int, shown: int, tmp_path: Path) -> None:
+    rows = wrong + 1
+    given = ["one"] + ["two"] * wrong
+    found = Evaluation(1 / rows, 0.5, rows, given, ["one"] * rows, ["q"] * rows, [None] * rows, ["text"] * rows)
+    write_results(tmp_path, found, {})
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert f"{shown} of {wrong}; all are in `answers.jsonl`." in lines
+    assert sum(line.endswith("| q | two | one |") for line in lines) == shown
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == rows

@@ -273,3 +273,15 @@ def test_a_recipe_rewards_the_routers_it_names(recipe: Path) -> None:  # noqa: F
     run_training(read_recipe(recipe, [*words, "--max_steps", "1", "--save_strategy", "no"]))
     state = (recipe.parent / "out" / "trainer_state.json").read_text()
     assert "router_gain" in state and "routing_load_entropy" in state
+
+
+def test_a_gain_is_the_mean_since_the_log_before(tmp_path: Path) -> None:
+    trainer = reward_trainer(make(), tmp_path, token_rows(2))
+    logged: list[dict[str, float]] = []
+    trainer.callback_handler.on_log = lambda args, state, control, logs: logged.append(dict(logs))
+    for gain, labels in ((6.0, 4), (3.0, 2)):
+        trainer._gain, trainer._num_labels = trainer._gain + gain, trainer._num_labels + labels
+        trainer.log({"eval_loss": 1.0})
+        trainer.log({"loss": 1.0})
+        trainer.log({"loss": 1.0})
+    assert [entry.get("router_gain") for entry in logged] == [None, 1.5, None] * 2
