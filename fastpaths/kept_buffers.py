@@ -98,10 +98,10 @@ def keep_buffers(step: Callable[..., Tensor], modules: Sequence[ModuleType]) -> 
                 output = step(*args, **kwargs)
             finally:
                 made = [allocator.stop() for allocator in allocators]
-        for tensors, new in zip(kept, made, strict=True):
-            # What is handed out is the caller's.
-            tensors.extend(None if each is None or _share_memory(each, output) else each for each in new)
-        return output
+            for tensors, new in zip(kept, made, strict=True):
+                # What is handed out is the caller's.
+                tensors.extend(None if each is None or _share_memory(each, output) else each for each in new)
+            return output
 
     return run
 

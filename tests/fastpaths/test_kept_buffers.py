@@ -1,12 +1,14 @@
 """Buffers of compiled steps: the same ones serve every run, and nobody sees it."""
 
-from threading import Thread
+import time
+from threading import Barrier, Thread
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
+from chorus_moe.fastpaths import kept_buffers
 from chorus_moe.fastpaths.kept_buffers import MOST_BYTES, generated_modules, keep_buffers
 
 
@@ -126,6 +128,30 @@ def test_threads_wait_for_each_other(module: ModuleType) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_first_runs_of_threads_keep_one_set(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noted by two runs at once, tensors would stand in places where others are asked for."""
+    real = kept_buffers._share_memory
+
+    def slowly(one: Tensor, other: Tensor) -> bool:
+        time.sleep(1e-3)  # others may run
+        return real(one, other)
+
+    monkeypatch.setattr(kept_buffers, "_share_memory", slowly)
+    step, together = keep_buffers(lambda values: doubled_sum(module, values), [module]), Barrier(3)
+
+    def run() -> None:
+        together.wait()
+        step(torch.ones(4))
+
+    threads = [Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert module.asked["empty"] == 2 + 1 + 1  # as one thread asks in three runs
+    assert torch.equal(step(torch.full((4,), 3.0)), torch.full((1, 4), 6.0))
 
 
 def test_modules_are_found() -> None:
