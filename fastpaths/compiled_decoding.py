@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import is_dataclass
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -24,9 +26,10 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
+from chorus_moe.fastpaths import quantized_weights
 from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
-from chorus_moe.fastpaths.kept_buffers import generated_modules, keep_buffers
 from chorus_moe.fastpaths.quantized_weights import STEP_TOKENS, Quantized, row_product, stored_weight, streams
+from chorus_moe.fastpaths.replayed_steps import ReplayedSteps, can_replay, generated_modules
 from chorus_moe.fastpaths.supported_experts import GATHERED, GATHERED_TOKENS, StackedExperts
 from chorus_moe.modeling.attention_masks import Masks
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
@@ -40,6 +43,9 @@ logger = logging.get_logger(__name__)
 aten = torch.ops.aten
 Model = TypeVar("Model", bound=nn.Module)
 SHORTEST_CACHE = 128
+MOST_COMPARED = 64  # values of a `topk`
+# Names the code that graphs on disk were made by, which their own key does not know: another release makes others.
+CODE = sha256(b"".join(Path(name).read_bytes() for name in (__file__, quantized_weights.__file__))).hexdigest()
 # Graphs of one model: one for each batch size, length of the cache and set of options.
 MOST_GRAPHS = 16
 COMPILING = Lock()
@@ -121,6 +127,18 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
     return NotImplemented if product is NotImplemented else product + bias
 
 
+def _topk(values: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    """The `k` largest by comparing each with each, in loops: a library's call cannot be one of a step's kernels."""
+    if not largest or dim not in (-1, values.ndim - 1) or values.shape[-1] > MOST_COMPARED:
+        return NotImplemented
+    place_E, each, others = torch.arange(values.shape[-1]), values[..., :, None], values[..., None, :]
+    # Of equals the first, so that no two have one rank.
+    is_before = (others > each) | ((others == each) & (place_E < place_E[:, None]))
+    is_ranked = is_before.sum(-1)[..., None, :] == torch.arange(k)[:, None]
+    index = is_ranked.int().argmax(-1)
+    return values.gather(-1, index), index
+
+
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -154,9 +172,10 @@ def _backend(options: dict[str, Any]) -> Callable[..., Any]:
         sums: dict[Any, Callable[..., Any]] = {aten.mm.default: _mm, aten.addmm.default: _addmm}
         is_cpu = all(each.device.type == "cpu" for each in inputs if isinstance(each, Tensor))
         if is_cpu:
+            sums[aten.topk.default] = _topk
             sums[aten._scaled_dot_product_flash_attention_for_cpu.default] = _attention
         one_row = patch.dict(select_decomp_table(), sums)
-        with one_row, torch.compiler.config.patch(cache_key_tag=GATHERED):  # type: ignore[attr-defined]
+        with one_row, torch.compiler.config.patch(cache_key_tag=CODE):  # type: ignore[attr-defined]
             return compile_fx(graph, inputs, config_patches=(INDUCTOR if is_cpu else {}) | options)
 
     return run
@@ -263,6 +282,8 @@ class CompiledDecoding:
     def __init__(self, model: ChorusForConditionalGeneration):
         self.model = model
         self.graphs: dict[Any, Callable[..., Tensor]] = {}
+        # Keys of the graphs whose kernels can be called one by one.
+        self.replayed: set[Any] = set()
         self.signature: tuple[Any, ...] = ()
         self.failure = ""
 
@@ -315,17 +336,29 @@ class CompiledDecoding:
         # Once per text, not per token. Steps of modules, adapters or hooks that changed since are compiled anew.
         if signature != self.signature:
             self.graphs.clear()
+            self.replayed.clear()
             self.signature, self.failure = signature, _obstacle(self.model)
             if self.failure:
                 self._say(self.failure)
         config = compile_config or CompileConfig(mode="default")
-        return partial(self, config, str(config.to_dict()))
+        return partial(self, config, str(config.to_dict()), {})
 
     def _say(self, why: str) -> None:
         logger.warning_once(f"compiled decoding: {why}; the modules run instead")
 
-    def __call__(self, config: CompileConfig, asked: str, return_dict: bool | None = None, **inputs: Any) -> Any:
-        """One step: compiled where it is one of text and asks for nothing but logits, through the modules elsewhere."""
+    def __call__(
+        self,
+        config: CompileConfig,
+        asked: str,
+        noted: dict[Any, ReplayedSteps],
+        return_dict: bool | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """One step: compiled where it is one of text and asks for nothing but logits, through the modules elsewhere.
+
+        Args:
+            noted: steps of this text, by graph.
+        """
         step = None if self.failure else self._text_step(inputs)
         if step is None:
             return self.model(**inputs, return_dict=return_dict)
@@ -336,7 +369,10 @@ class CompiledDecoding:
         logits: Tensor | None
         if key in self.graphs:
             # A graph that worked once and fails now is a fault that must be seen, not one to work around.
-            logits = self.graphs[key](self.model, **step)
+            run = self.graphs[key]
+            if key in self.replayed:
+                run = noted.setdefault(key, ReplayedSteps(run))
+            logits = run(self.model, **step)
         else:
             logits = self._first_step(key, config, step)
         if logits is None:
@@ -359,8 +395,11 @@ class CompiledDecoding:
                 self.failure = f"the step cannot be compiled ({type(error).__name__}: {_first_lines(error)})"
                 self._say(self.failure)
                 return None
-            is_fixed = logits.device.type == "cpu" and not config.dynamic
-            self.graphs[key] = keep_buffers(graph, modules) if is_fixed else graph
+            # Other caches keep numbers in Python as well, which no kernel counts up.
+            is_fixed = not config.dynamic and all(type(layer) is StaticLayer for layer in step[CACHE].layers)
+            if is_fixed and logits.device.type == "cpu" and can_replay(modules):
+                self.replayed.add(key)
+            self.graphs[key] = graph
             return logits
 
     def _key(self, asked: str, step: dict[str, Any]) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from transformers import CompileConfig, StaticCache
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.fastpaths.compiled_decoding import (
+    MOST_COMPARED,
     CompiledDecoding,
     _addmm,
     _attention,
@@ -27,6 +28,7 @@ from chorus_moe.fastpaths.compiled_decoding import (
     _kinds,
     _mm,
     _regions,
+    _topk,
     compile_decoding,
 )
 from chorus_moe.fastpaths.quantized_weights import STEP_TOKENS
@@ -264,9 +266,42 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("batch", "case"), [(1, "adaptive experts"), (4, "adaptive experts"), (2, "windows")])
+@pytest.mark.parametrize(
+    ("batch", "case"), [(1, "adaptive experts"), (4, "adaptive experts"), (2, "windows"), (1, "groups")]
+)
 def test_inductor(batch: int, case: str):
-    check(make(**CASES[case]), text(batch), backend="inductor")
+    decoding = check(make(**CASES[case]), text(batch), backend="inductor")
+    # From the third token on the kernels alone run: the output says that they compute, this that they are taken.
+    assert decoding.replayed == set(decoding.graphs)
+
+
+@pytest.mark.slow
+def test_inductor_with_padding_and_weights_changed_in_place():
+    model = make()
+    batch = tiny_batch(model.config)
+    del batch["labels"]
+    decoding = check(model, batch, backend="inductor")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    check(model, batch, backend="inductor")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)  # other memory
+    assert len(check(model, batch, backend="inductor").replayed) == len(decoding.graphs) == 1
+
+
+@pytest.mark.slow
+def test_threads_replay_their_own_texts():
+    model = compile_decoding(make())
+    prompts = [text(length=length) for length in (7, 9)]
+    expected = [generate(model, prompt, disable_compile=True) for prompt in prompts]
+    generate(model, prompts[0], backend="inductor")
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(10):
+            for found, (tokens, logits) in zip(
+                pool.map(lambda prompt: generate(model, prompt, backend="inductor"), prompts), expected, strict=True
+            ):
+                assert torch.equal(found[0], tokens)
+                torch.testing.assert_close(found[1], logits, atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 2, STEP_TOKENS])
@@ -298,6 +333,22 @@ def test_products_are_written_as_loops(rows: int, calls: int) -> None:
     assert code.count("extern_kernels.mm(") == calls
     torch.testing.assert_close(product, step(), rtol=1e-5, atol=ATOL)
     assert re.search(r"\.sin\(\);\s+tmp\d+\.store\(", code)  # into memory, not on into the products
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (2, 4, 2), (1, MOST_COMPARED)])
+def test_the_largest_are_torchs(shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape)
+    values[..., 0] = -torch.inf  # a closed expert
+    for k in (1, 2):
+        assert all(map(torch.equal, _topk(values, k), values.topk(k)))
+
+
+def test_the_largest_of_equals_are_different_ones() -> None:
+    values, index = _topk(torch.full((1, 3), -torch.inf), 3)
+    assert index.tolist() == [[0, 1, 2]] and values.isneginf().all()
+    assert _topk(torch.zeros(1, MOST_COMPARED + 1), 2) is NotImplemented
+    assert _topk(torch.zeros(3, 2), 2, 0) is NotImplemented
+    assert _topk(torch.zeros(2), 1, largest=False) is NotImplemented
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
