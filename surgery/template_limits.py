@@ -10,6 +10,7 @@ Unusual here:
 - what Python code of Jinja makes (`~`, filters, methods of strings) is reckoned before it is made.
 """
 
+import math
 import re
 import sys
 from collections.abc import Iterator, Sized
@@ -28,12 +29,16 @@ MAX_STEPS = 1_000_000
 CHARS_PER_STEP = 1_024
 # In one value.
 MAX_CHARS = 2**24
-# Jinja's own limit of a `range`.
+# In one list: Jinja's own limit of a `range`.
 MAX_ITEMS = 100_000
 # Filters and methods that fill up to a width.
-WIDENING = ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice", "generate_lorem_ipsum")
+WIDENING = ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice")
 # A width of seven digits, or one that stands elsewhere.
 WIDE_FORMAT = re.compile(r"\d{7}|%[^a-zA-Z%]{0,8}\*|\{[^{}]*\{")
+
+
+class TooMuch(BaseException):
+    """Not an `Exception`: Jinja's compiler catches those, and Python stops to watch after the first."""
 
 
 @lru_cache(maxsize=64)
@@ -51,10 +56,11 @@ def check_operators(template: str) -> None:
 
 
 def _check_block(block: list[tuple[str, str]]) -> None:
+    for kind, text in block:
+        if (kind, text) == ("operator", "**") or (kind in ("integer", "float") and re.search(r"\d{8}", text)):
+            raise TEXT.error(f"the chat template computes with powers or huge numbers: {text}")
     products = 0
     for place, (kind, text) in enumerate(block):
-        if text == "**" or (kind in ("integer", "float") and re.search(r"\d{8}", text)):
-            raise TEXT.error(f"the chat template computes with powers or huge numbers: {text}")
         if text == "%" and block[place - 1][0] == "string" and WIDE_FORMAT.search(block[place - 1][1]):
             raise TEXT.error(f"the chat template formats to a huge width: {block[place - 1][1]}")
         # After a bracket or a comma it hands over the items of a list.
@@ -64,7 +70,9 @@ def _check_block(block: list[tuple[str, str]]) -> None:
             is_short = (_is_short(before[1]) and before[0][1] not in ("*", "/", "//", "%")) or (
                 _is_short(after[0]) and after[1][1] not in ("|", ".", "[", "(")
             )
-            if products > 1 or not is_short:
+            # Jinja computes constants when it compiles a template, and writes them into its code.
+            is_long = any(kind == "integer" and len(text) > 5 for kind, text in (before[1], after[0]))
+            if products > 1 or is_long or not is_short:
                 raise TEXT.error(
                     "the chat template multiplies what may be long; one factor must be a number up to 100 or a text of "
                     "a few letters, in one product an expression"
@@ -79,6 +87,8 @@ def _is_short(token: tuple[str, str]) -> bool:
 def _size(value: object) -> int:
     """Characters of a text, of all texts in a list, or entries."""
     if isinstance(value, (list, tuple)):
+        if len(value) > MAX_ITEMS:
+            return MAX_CHARS + 1
         return sum(len(item) if isinstance(item, str) else 1 for item in value)
     return len(value) if isinstance(value, (str, dict)) else 0
 
@@ -95,6 +105,9 @@ def _made(name: str, values: list[Any]) -> int:
         return _size(items) + len(between) * (len(items) if isinstance(items, Sized) else MAX_ITEMS)
     if name in ("format", "wrapper") and isinstance(text, str) and WIDE_FORMAT.search(text):
         return MAX_CHARS + 1
+    if name == "generate_lorem_ipsum":
+        # Paragraphs of so many words.
+        return 10 * math.prod(max(x, 1) for x in values if isinstance(x, int))
     if name in WIDENING:
         lines = 1 + (text.count("\n") + text.count("\t") if isinstance(text, str) else 0)
         return _size(text) + lines * max([*numbers, *map(len, words), 0])
@@ -124,13 +137,14 @@ def limited_template(template: str = "", num_conversations: int = 1) -> Iterator
     def pay(size: int, steps: int = 0) -> None:
         nonlocal left
         if size > MAX_CHARS:
-            raise TEXT.error(f"the chat template makes a text of over {MAX_CHARS} characters")
+            raise TooMuch(f"the chat template makes a text of over {MAX_CHARS} characters or a list of over {MAX_ITEMS}")
         left -= steps + size // CHARS_PER_STEP
         if left < 0:
-            raise TEXT.error(f"the chat template ran over {MAX_STEPS} lines")
+            raise TooMuch(f"the chat template ran over {MAX_STEPS} lines")
 
     def in_template(frame: FrameType, event: str, argument: Any) -> Any:
-        sizes = [len(value) for value in frame.f_locals.values() if isinstance(value, (str, list))]
+        # Lists are checked where they are made.
+        sizes = [len(value) for value in frame.f_locals.values() if isinstance(value, str)]
         pay(max([*sizes, _size(argument) if event == "return" else 0]), 1)
         return in_template
 
@@ -153,6 +167,8 @@ def limited_template(template: str = "", num_conversations: int = 1) -> Iterator
         sys.settrace(watch)
     try:
         yield
+    except TooMuch as stopped:
+        raise TEXT.error(str(stopped)) from None
     finally:
         sys.settrace(previous)
 

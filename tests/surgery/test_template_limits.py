@@ -2,10 +2,10 @@
 
 import sys
 import tracemalloc
-from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2.exceptions import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from chorus_moe.processors import ChorusProcessor, MediaError
@@ -117,14 +117,14 @@ def test_a_text_that_doubles_is_stopped_in_memory(processor: ChorusProcessor, wa
 @pytest.mark.parametrize(
     "code",
     [
-        "{{ 'x'.center(9999999 * 9) }}",
-        "{{ 'x' | center(9999999 * 9) }}",
-        "{{ 'x'.zfill(9999999 * 9) }}",
-        "{{ 'x'.ljust(width=9999999 * 9) }}" if sys.version_info >= (3, 99) else "{{ 'x'.rjust(9999999 * 9) }}",
-        "{{ ('x\n' * 99) | indent(9999999) }}",
+        "{{ 'x'.center(9999999 + 9999999) }}",
+        "{{ 'x' | center(9999999 + 9999999) }}",
+        "{{ 'x'.zfill(9999999 + 9999999) }}",
+        "{{ 'x'.rjust(9999999 + 9999999) }}",
+        "{{ ('x\n' * 99) | indent(999999) }}",
         "{{ range(99999) | map('string') | join('a thousand letters, about, and more, and a few' ~ messages) }}",
         "{{ range(99999) | join(' ' * 999) }}",
-        "{{ 'aaaaaaaa' | replace('a', ' ' * 9999999) }}",
+        "{{ messages[0].content | replace('a', ' ' * 999) }}",
         "{{ '{:>99999999}'.format(1) }}",
         "{{ '{:>{w}}'.format(1, w=99) }}",
         "{{ '%99999999d' | format(1) }}",
@@ -137,7 +137,7 @@ def test_one_call_that_makes_too_much_is_stopped_before_it(processor: ChorusProc
         asked(processor, "{% if messages %}" + code + "{% endif %}", "a" * 20_000)
 
 
-@pytest.mark.parametrize("code", ["{{ x * n }}", "{{ 'a' * 99 * 99 }}", "{{ n * 'a'|upper }}", "{{ 'a' % 2 * n }}"])
+@pytest.mark.parametrize("code", ["{{ x * n }}", "{{ 'a' * 99 * 99 }}", "{{ n * 'a'|upper }}", "{{ 'a' % 2 * n }}", "{{ 'a' * 999999 }}"])
 def test_a_product_of_two_unknown_values_is_refused(code: str) -> None:
     with pytest.raises(MediaError, match="multiplies what may be long"):
         check_operators(code)
@@ -163,12 +163,10 @@ def test_a_format_of_any_width_is_refused(code: str) -> None:
         ("{{ loop is defined }}{% for m in messages %}{{ loop.index0 % 2 }}{% endfor %}", "False0"),
         ("{{ messages[0].content | replace('x', 'y') | trim | upper | indent(2, true) | tojson }}", '"  Y"'),
         ("{{ ['a', 'b'] | map('upper') | join(', ') }}{{ ', '.join(['a', 'b']) }}", "A, Ba, b"),
-        ("{{ 4294967295 | string | length }}", None),
+        ("{{ 1764460 | string | length }}", "7"),
     ],
 )
-def test_what_templates_do_every_day_is_let_through(processor: ChorusProcessor, code: str, written: str | None) -> None:
-    if written is None:
-        code, written = "{{ 1764460 | string | length }}", "7"
+def test_what_templates_do_every_day_is_let_through(processor: ChorusProcessor, code: str, written: str) -> None:
     assert asked(processor, code) == written
 
 
@@ -185,6 +183,6 @@ def test_a_long_conversation_passes(processor: ChorusProcessor) -> None:
     assert text == ("<|user|>" + "a word " * 2_999 + "a word") * 100
 
 
-def test_a_template_that_cannot_be_read_says_so(processor: ChorusProcessor, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="unexpected|Encountered unknown tag"):
+def test_a_template_that_cannot_be_read_says_so(processor: ChorusProcessor) -> None:
+    with pytest.raises(TemplateSyntaxError, match="Expected an expression"):
         asked(processor, "{% if %}")
