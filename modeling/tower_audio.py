@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
@@ -262,7 +261,7 @@ class TimeDelayEncoder(nn.Module):
             else:
                 # Also in training, where one frame has no variance of its own.
                 known = norm.running_mean, norm.running_var, norm.weight, norm.bias
-                hidden_NTD = F.batch_norm(hidden_NTD.transpose(1, 2), *known, eps=norm.eps).transpose(1, 2)
+                hidden_NTD = nn.functional.batch_norm(hidden_NTD.transpose(1, 2), *known, eps=norm.eps).transpose(1, 2)
             hidden_NTD = hidden_NTD.relu()
         return self.dropout(hidden_NTD), mask_NT
 
