@@ -67,7 +67,7 @@ SKIP_MANUAL = 1 << 29
 PADDED_CODECS = ("mp2float", "mp3float", "aac", "opus", "libopus", "ac3", "eac3")
 PADDING_SECONDS = 0.5
 # A packet that claims more is miscounted: ffmpeg lets the length of a last packet fall below zero and wraps it.
-MIN_PACKET_SECONDS, MAX_PACKET_SECONDS, MAX_OPUS_SECONDS = 0.002, 1_000, 0.12
+MIN_PACKET_SECONDS, MAX_PACKET_SECONDS = 0.002, 1_000
 UNKNOWN_RIFF_BYTES = 2**32 - 2**16
 MAX_BROKEN_PACKETS = 1_000
 # What programs write behind the sound of a WAV file, and how far from its end it is looked for.
@@ -348,7 +348,9 @@ def decode_sound(
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         try:
-            with av.open(io.BytesIO(file.read(end)) if end < size else file, options=options, metadata_errors="ignore") as container:
+            with av.open(
+                io.BytesIO(file.read(end)) if end < size else file, options=options, metadata_errors="ignore"
+            ) as container:
                 samples, rate = _decode_best_track(container, limits, max_seconds, place)
         except av.FFmpegError as cause:
             raise place.error(f"no readable sound of the formats {', '.join(SOUND_FORMATS)} ({cause})") from cause
@@ -411,14 +413,14 @@ def _decode_best_track(
     if codec.name in CUT_CODECS:
         codec.flags2 |= SKIP_MANUAL
     pieces: list[np.ndarray] = []
-    heard, packets, broken, count, seconds, longest = 0, 0.0, 0, 0, 0.0, 0.0
+    heard, packets, broken, count, longest = 0, 0.0, 0, 0, 0.0
     for packet in container.demux(track):
         length = float((packet.duration or 0) * packet.time_base)
-        # A wrong count in the header also shortens packets to nothing: those are as long as the one before.
+        # A wrong count in the header also shortens packets to nothing: those are as long as the others.
         is_short = codec.name in PADDED_CODECS and length < MIN_PACKET_SECONDS and packet.size
-        seconds = seconds if is_short else length
-        packets += seconds if seconds < MAX_PACKET_SECONDS else 0.0
-        longest = max(longest, min(seconds, MAX_OPUS_SECONDS))
+        if length < MAX_PACKET_SECONDS:
+            longest = max(longest, length)
+            packets += longest if is_short else length
         count += packet.size > 0
         is_counted |= packet.has_sidedata("skip_samples")
         try:

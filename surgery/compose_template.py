@@ -17,7 +17,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from chorus_moe.surgery.template_limits import limited_template
 
-
 GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 # Words that no template writes by itself.
 ASK, ANSWER, RULE, THOUGHT = "xqask", "xqanswer", "xqrule", "xqthought"

@@ -137,7 +137,9 @@ def limited_template(template: str = "", num_conversations: int = 1) -> Iterator
     def pay(size: int, steps: int = 0) -> None:
         nonlocal left
         if size > MAX_CHARS:
-            raise TooMuch(f"the chat template makes a text of over {MAX_CHARS} characters or a list of over {MAX_ITEMS}")
+            raise TooMuch(
+                f"the chat template makes a text of over {MAX_CHARS} characters or a list of over {MAX_ITEMS}"
+            )
         left -= steps + size // CHARS_PER_STEP
         if left < 0:
             raise TooMuch(f"the chat template ran over {MAX_STEPS} lines")

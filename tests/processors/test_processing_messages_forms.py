@@ -1,7 +1,6 @@
 """Messages: every form that is taken, every one that is refused, and the limits of a template at both ends."""
 
 import re
-import sys
 from types import SimpleNamespace
 from typing import Any
 

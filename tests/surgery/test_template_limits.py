@@ -137,7 +137,9 @@ def test_one_call_that_makes_too_much_is_stopped_before_it(processor: ChorusProc
         asked(processor, "{% if messages %}" + code + "{% endif %}", "a" * 20_000)
 
 
-@pytest.mark.parametrize("code", ["{{ x * n }}", "{{ 'a' * 99 * 99 }}", "{{ n * 'a'|upper }}", "{{ 'a' % 2 * n }}", "{{ 'a' * 999999 }}"])
+@pytest.mark.parametrize(
+    "code", ["{{ x * n }}", "{{ 'a' * 99 * 99 }}", "{{ n * 'a'|upper }}", "{{ 'a' % 2 * n }}", "{{ 'a' * 999999 }}"]
+)
 def test_a_product_of_two_unknown_values_is_refused(code: str) -> None:
     with pytest.raises(MediaError, match="multiplies what may be long"):
         check_operators(code)
