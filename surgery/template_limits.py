@@ -6,7 +6,7 @@ since who runs it trusts the code of that repository.
 
 Unusual here:
 - a line costs one step, and one more for every `CHARS_PER_STEP` characters that it, or a filter below it, holds;
-- operators cannot be watched while they run: products are read beforehand, and one factor must be short and written out;
+- operators cannot be watched while they run: products are read beforehand, and one factor must be short and written;
 - what Python code of Jinja makes (`~`, filters, methods of strings) is reckoned before it is made.
 """
 
