@@ -222,3 +222,14 @@ def test_a_model_of_dense_layers_alone_trains():
     config = tiny_config(mlp_layer_types=["dense"] * 3)
     model = ChorusForConditionalGeneration(config).train()
     assert torch.isfinite(model(**tiny_batch(config)).loss)
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+@pytest.mark.parametrize("learns", [False, True])
+def test_an_observer_is_missed_where_routers_learn_and_nothing_watches(is_watched: bool, learns: bool) -> None:
+    model = classifier()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learns or ".router." not in name)
+    if is_watched:
+        model.model.language_model.register_forward_hook(lambda *_: None)
+    assert model._lacks_observer() == (learns and not is_watched)
