@@ -15,6 +15,7 @@ import chorus_moe.surgery.depth  # noqa: F401  registers advice for checkpoints 
 import chorus_moe.surgery.printing  # noqa: F401  registers how configurations print
 import chorus_moe.surgery.quantization_loading  # noqa: F401  registers quantised checkpoints with transformers
 import chorus_moe.surgery.saved_code  # noqa: F401  registers what a saved configuration says of code
+import chorus_moe.surgery.template_limits  # noqa: F401  registers the limits of a chat template
 import chorus_moe.surgery.vision_probe  # noqa: F401  registers what measures a new vision encoder
 import chorus_moe.training.alignment_kinds  # noqa: F401  registers kinds of alignment that are there for comparison
 import chorus_moe.training.depth_cost  # noqa: F401  registers what counts for `output_compute`

@@ -253,13 +253,15 @@ class TimeDelayEncoder(nn.Module):
             hidden_NTD = hidden_NTD.masked_fill(~mask_NT[..., None], 0.0)
             hidden_NTD = convolution(hidden_NTD.transpose(1, 2)).transpose(1, 2)
             mask_NT = mask_NT[:, :: convolution.stride[0]]
-            if norm.training:
-                rows = mask_NT.flatten().nonzero().squeeze(1)
+            rows = mask_NT.flatten().nonzero().squeeze(1) if norm.training else None
+            if rows is not None and (len(rows) > 1 or isinstance(norm, nn.SyncBatchNorm)):
                 hidden_XD = hidden_NTD.flatten(0, 1)
                 normed = norm(hidden_XD.index_select(0, rows))
                 hidden_NTD = torch.zeros_like(hidden_XD).index_copy(0, rows, normed).view_as(hidden_NTD)
             else:
-                hidden_NTD = norm(hidden_NTD.transpose(1, 2)).transpose(1, 2)
+                # Also in training, where one frame has no variance of its own.
+                known = norm.running_mean, norm.running_var, norm.weight, norm.bias
+                hidden_NTD = nn.functional.batch_norm(hidden_NTD.transpose(1, 2), *known, eps=norm.eps).transpose(1, 2)
             hidden_NTD = hidden_NTD.relu()
         return self.dropout(hidden_NTD), mask_NT
 

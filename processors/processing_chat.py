@@ -7,8 +7,8 @@ Unusual here:
 """
 
 import re
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from .processing_messages import (
     break_control_tokens,
     check_rendered,
     default_chat_template,
-    limited_steps,
     prepare_conversation,
     split_batch,
 )
@@ -38,6 +37,8 @@ class ChatProcessor(ProcessorMixin):
     audio_token: str
     image_token_id: int
     audio_token_id: int
+    # Around rendering, by template and number of conversations: its time and memory are bounded by `import chorus_moe`.
+    template_limits: Callable[[str, int], AbstractContextManager[None]] = staticmethod(lambda *_: nullcontext())
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -96,7 +97,7 @@ class ChatProcessor(ProcessorMixin):
         target = prepared if is_batched else prepared[0]
         # Our own template needs no limit, which takes longer than the template itself.
         is_ours = template == default_chat_template(self.image_token, self.audio_token)
-        limit = nullcontext() if is_ours else limited_steps(len(prepared))
+        limit = nullcontext() if is_ours else self.template_limits(template or "", len(prepared))
         if return_labels:
             tensor_type = kwargs.pop("return_tensors", "auto")
             tensor_type = options.pop("return_tensors", None) if tensor_type == "auto" else tensor_type

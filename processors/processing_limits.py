@@ -70,6 +70,8 @@ PADDING_SECONDS = 0.5
 MIN_PACKET_SECONDS, MAX_PACKET_SECONDS = 0.002, 1_000
 UNKNOWN_RIFF_BYTES = 2**32 - 2**16
 MAX_BROKEN_PACKETS = 1_000
+# What programs write behind the sound of a WAV file, and how far from its end it is looked for.
+TAIL_CHUNKS, MAX_TAIL_BYTES = re.compile(rb"LIST|[iI][dD]3 |bext|iXML|axml|_PMX|cue |smpl|acid|fact|JUNK"), 2**24
 
 
 class MediaError(ValueError):
@@ -340,16 +342,22 @@ def decode_sound(
         head = file.read(8)
         order: Any = "big" if head.startswith(b"FORM") else "little"
         claimed = int.from_bytes(head[4:], order) + 8 if head[:4] in (b"RIFF", b"FORM") else 0
-        if is_miscounted := _is_miscounted(file):
+        is_miscounted, end = _is_miscounted(file)
+        if is_miscounted:
             options["ignore_length"] = "1"
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         try:
-            with av.open(file, options=options, metadata_errors="ignore") as container:
+            with av.open(
+                io.BytesIO(file.read(end)) if end < size else file, options=options, metadata_errors="ignore"
+            ) as container:
                 samples, rate = _decode_best_track(container, limits, max_seconds, place)
         except av.FFmpegError as cause:
             raise place.error(f"no readable sound of the formats {', '.join(SOUND_FORMATS)} ({cause})") from cause
-    if is_miscounted:
+    if end < size:
+        why = f"the header counts chunks behind the sound as sound; these {size - end} bytes are left out"
+        logger.warning(str(place.error(why)))
+    elif is_miscounted:
         logger.warning(str(place.error("the header counts less sound than the file holds; all of it is read")))
     # ffmpeg says nothing of it. The largest numbers stand for a stream of unknown length.
     elif 8 < claimed < UNKNOWN_RIFF_BYTES and not 0 <= size - claimed < 2:
@@ -358,8 +366,9 @@ def decode_sound(
     return samples, rate
 
 
-def _is_miscounted(file: Any) -> bool:
-    """Whether a WAV file goes on behind its sound, as the header counts it, with what is neither a chunk nor zeros."""
+def _is_miscounted(file: Any) -> tuple[bool, int]:
+    """Whether a WAV file goes on behind its sound, as the header counts it, with what is neither a chunk nor zeros; and
+    where the sound ends, if the header counts chunks behind it as sound."""
     file.seek(0)
     content, start, long = file.read(), 12, 0
     while content[8:12] == b"WAVE" and start + 8 <= len(content):
@@ -368,13 +377,27 @@ def _is_miscounted(file: Any) -> bool:
             # RF64: here stand the numbers that need 64 bits.
             long = int.from_bytes(content[start + 16 : start + 24], "little")
         if name == b"data":
-            rest = content[start + 8 + (long or length) :]
+            rest = content[(end := start + 8 + (long or length)) :]
             # A name of four letters and its length, at an even byte.
             chunk = re.match(rb"\0?[ -~]{4}(.{4})", rest, re.DOTALL)
             is_chunk = chunk and int.from_bytes(chunk[1], "little") <= len(rest)
-            return length > 0 and len(rest) >= 8 and any(rest) and not is_chunk
+            is_short = length > 0 and len(rest) >= 8 and any(rest) and not is_chunk
+            is_open = is_short or length == 0 or end >= len(content)
+            return is_short, _end_of_sound(content, start + 8) if is_open else len(content)
         start += 8 + length + length % 2
-    return False
+    return False, len(content)
+
+
+def _end_of_sound(content: bytes, start: int) -> int:
+    """Where chunks of known names begin that fill the file to its last byte."""
+    for found in TAIL_CHUNKS.finditer(content, max(start, len(content) - MAX_TAIL_BYTES)):
+        place = found.start()
+        while place + 8 <= len(content) and content[place : place + 4].isascii():
+            place += 8 + int.from_bytes(content[place + 4 : place + 8], "little")
+            place += place % 2
+        if 0 <= place - len(content) < 2:
+            return found.start()
+    return len(content)
 
 
 def _decode_best_track(
@@ -390,13 +413,14 @@ def _decode_best_track(
     if codec.name in CUT_CODECS:
         codec.flags2 |= SKIP_MANUAL
     pieces: list[np.ndarray] = []
-    heard, packets, broken, count, seconds = 0, 0.0, 0, 0, 0.0
+    heard, packets, broken, count, longest = 0, 0.0, 0, 0, 0.0
     for packet in container.demux(track):
         length = float((packet.duration or 0) * packet.time_base)
-        # A wrong count in the header also shortens packets to nothing: those are as long as the one before.
+        # A wrong count in the header also shortens packets to nothing: those are as long as the others.
         is_short = codec.name in PADDED_CODECS and length < MIN_PACKET_SECONDS and packet.size
-        seconds = seconds if is_short else length
-        packets += seconds if seconds < MAX_PACKET_SECONDS else 0.0
+        if length < MAX_PACKET_SECONDS:
+            longest = max(longest, length)
+            packets += longest if is_short else length
         count += packet.size > 0
         is_counted |= packet.has_sidedata("skip_samples")
         try:
@@ -433,7 +457,11 @@ def _decode_best_track(
         packets *= max(track.frames / count, 1)
     claimed = max(packets, header if is_counted else 0.0)
     is_joined = codec.name == "flac" and 0 < header < heard / rate - 0.05  # a header in between is taken for sound
-    if broken or is_joined or claimed - heard / rate > (PADDING_SECONDS if codec.name in PADDED_CODECS else 0.05):
+    padding = PADDING_SECONDS if codec.name in PADDED_CODECS else 0.05
+    if (codec.extradata or b"").startswith(b"OpusHead"):
+        # Opus says how much of its start is no sound; at the end it is less than a packet.
+        padding = int.from_bytes(codec.extradata[10:12], "little") / 48_000 + 2 * longest
+    if broken or is_joined or claimed - heard / rate > padding:
         report = f"decoded {heard / rate:.2f} of {claimed:.2f} seconds, {broken} broken packets were skipped"
         logger.warning(str(place.error(report)))
     return np.concatenate(pieces)[:heard], rate

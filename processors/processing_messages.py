@@ -5,9 +5,7 @@ token found in a role or a text, so that no tokenizer sees the token. It stays i
 """
 
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +23,6 @@ SPOKEN = ("tool_calls", "function_call", "refusal", "documents", *REASONING)
 LEARNED_KEYS = ("weight", "train", "training", "loss")
 # Keys of media beside the content, as Ollama has them, and of parts.
 MEDIA_KEYS = "image images image_url audio audios audio_url input_audio video videos files attachments".split()
-# Lines that a template may run for one conversation; a message takes about ten.
-MAX_TEMPLATE_STEPS = 1_000_000
-# In the code of a template, outside of its strings: one line with these takes for ever, or all memory.
-POWERS = re.compile(r"""\{[{%](?:[^'"%}]|[%}](?!})|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")*?(\*\*|\d{8})""", re.DOTALL)
-
 # Roles are plain words. A message cannot forge a turn: turns end with the eos token, which is escaped in messages.
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
@@ -107,8 +100,6 @@ def check_rendered(template: str, conversations: list[list[dict]], wants_mask: o
     Raises:
         MediaError: names the sample, the message and the key.
     """
-    if found := POWERS.search(template):
-        raise TEXT.error(f"the chat template computes with powers or huge numbers: {found[1]}")
     written = {name for name in (*given, *SPOKEN) if re.search(rf"\b{name}\b", template)}
     written |= set(REASONING) if written & set(REASONING) else set()
     cure = "the chat template does not write it and it would be lost; pass a chat_template that does, or leave it out"
@@ -123,28 +114,6 @@ def check_rendered(template: str, conversations: list[list[dict]], wants_mask: o
                 raise MediaPlace("text", sample=sample, message=number).error(
                     f"{key}={message[key]!r}: only ChorusDataCollator leaves a turn out of labels and masks"
                 )
-
-
-@contextmanager
-def limited_steps(num_conversations: int = 1) -> Iterator[None]:
-    """Within, a Jinja template that runs more than `MAX_TEMPLATE_STEPS` lines a conversation raises `MediaError`; its
-    sandbox does not bound its time. Under a debugger, which traces itself, there is no limit."""
-    left = MAX_TEMPLATE_STEPS * num_conversations
-
-    def count(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise TEXT.error(f"the chat template ran over {MAX_TEMPLATE_STEPS} lines")
-        return count
-
-    previous = sys.gettrace()
-    if previous is None:
-        sys.settrace(lambda frame, event, argument: count if frame.f_code.co_filename == "<template>" else None)
-    try:
-        yield
-    finally:
-        sys.settrace(previous)
 
 
 def prepare_conversation(

@@ -18,10 +18,10 @@ from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedTokeniz
 from chorus_moe.modeling.configuration_chorus import ChorusConfig
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.processors.processing_media import MEDIA
-from chorus_moe.processors.processing_messages import limited_steps
 from chorus_moe.surgery.compose_template import extended_template
 from chorus_moe.surgery.parent_checkpoint import ParentCheckpoint
 from chorus_moe.surgery.processor import processor_from_config
+from chorus_moe.surgery.template_limits import limited_template
 
 TIMM_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 # Settings that our image processor has under the same name and with the same meaning.
@@ -148,7 +148,7 @@ def carries_media(tokenizer: PreTrainedTokenizerBase, image_token: str, audio_to
     content = [{"type": "image"}, {"type": "text", "text": PROBE_WORD}, {"type": "audio"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": PROBE_WORD}]
     try:
-        with limited_steps():
+        with limited_template(template):
             text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:  # noqa: BLE001  a template is other people's program: whatever it raises, it does not carry media
         return False

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from chorus_moe.processors.processing_messages import limited_steps
+from chorus_moe.surgery.template_limits import limited_template
 
 GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 # Words that no template writes by itself.
@@ -88,7 +88,7 @@ def extended_template(tokenizer: PreTrainedTokenizerBase, media: Mapping[str, st
             f"chat template: the text parent has none, so turns are plain (role, line, text, end of text){rest}",
         )
     try:
-        with limited_steps(2):
+        with limited_template(given, 2):
             template = _extended(given, tokenizer, media)
     except Exception as error:  # noqa: BLE001  a template is other people's program and can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

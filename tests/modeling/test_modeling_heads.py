@@ -15,7 +15,7 @@ from chorus_moe import (
     ChorusForContrastive,
     ChorusForSequenceClassification,
 )
-from chorus_moe.modeling.losses import CONTRASTIVE_LOSSES, balance_loss, mean_over_banks, z_loss
+from chorus_moe.modeling.losses import CONTRASTIVE_LOSSES, alignment_loss, balance_loss, mean_over_banks, z_loss
 from tests.conftest import IMAGE_TOKEN, TEXT, tiny_batch, tiny_config
 
 # float32 sums in another order: padding and batch mates, at values of size 1.
@@ -222,3 +222,32 @@ def test_a_model_of_dense_layers_alone_trains():
     config = tiny_config(mlp_layer_types=["dense"] * 3)
     model = ChorusForConditionalGeneration(config).train()
     assert torch.isfinite(model(**tiny_batch(config)).loss)
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+@pytest.mark.parametrize("learns", [False, True])
+def test_an_observer_is_missed_where_routers_learn_and_nothing_watches(is_watched: bool, learns: bool) -> None:
+    model = classifier()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learns or ".router." not in name)
+    if is_watched:
+        model.model.language_model.register_forward_hook(lambda *_: None)
+    assert model._lacks_observer() == (learns and not is_watched)
+
+
+def test_a_rank_with_half_of_the_heads_adds_its_part_of_the_alignment_loss() -> None:
+    torch.manual_seed(0)
+    model = ChorusForConditionalGeneration(tiny_config(alignment_loss_coef=0.1))
+    text = model.config.text_config
+    modality_BS = torch.tensor([[0, 0, 1, 1, 0, 3, 3, 0]] * 2)
+    layers = set(text.cross_modal_layers)
+    shape = (2, text.num_attention_heads // 2, 8, text.head_dim)
+    states = [(torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)) for _ in layers]
+    of_layers = [
+        alignment_loss(*state, modality_BS, None, text.head_dim**-0.5, text.is_causal, text.alignment)
+        for state, layer in zip(states, sorted(layers), strict=True)
+        if text.layer_types[layer] == "full_attention"
+    ]
+    found = model._alignment(states, modality_BS, None)
+    torch.testing.assert_close(found, torch.stack(of_layers).mean() / 2)
+    assert found > 0

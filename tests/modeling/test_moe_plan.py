@@ -94,3 +94,15 @@ def test_nothing_asked_is_no_option_at_all():
     plan = ForwardPlan.build(MIXED, MASK, RoutingOptions(None, {"image": 1}, frozenset(), None, {}))
     assert plan.row_options("text", ["text"], plan.rows_of(["text"]), None) is None
     assert ForwardPlan.build(MIXED, MASK).row_options("text", ["text"], None, None) is None
+
+
+@pytest.mark.parametrize("is_text", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_compiled_plan_knows_its_rows_for_text_without_padding_alone(
+    is_text: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph can have no shapes that depend on data; text without padding has none."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    mask = torch.ones(2, 4) if padded else None
+    plan = ForwardPlan.build(torch.zeros(2, 4, dtype=torch.long), mask, is_text=is_text)
+    assert plan.is_static == (not (is_text and not padded))

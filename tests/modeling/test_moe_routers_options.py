@@ -143,3 +143,13 @@ def test_capacity_over_a_batch_fills_each_expert_to_its_buffer_and_no_further(ov
 def test_options_that_do_not_go_together_are_refused(bank: dict[str, Any], words: str) -> None:
     with pytest.raises(StrictDataclassClassValidationError, match=words):
         tiny_config(expert_banks={"common": bank})
+
+
+@pytest.mark.parametrize(("start", "end"), [("cpu", "cpu"), ("cpu", "meta"), ("meta", "cpu"), ("meta", "meta")])
+def test_a_balance_bias_stays_in_float32_wherever_its_router_goes(start: str, end: str) -> None:
+    module = router("sigmoid").to(start)
+    before = module.e_score_correction_bias.clone()
+    module._apply(lambda x: torch.zeros(x.shape, dtype=torch.bfloat16, device=end) + (x.to(end) if start == end else 0))
+    after = module.e_score_correction_bias
+    assert (after.dtype, after.device.type) == (torch.float32, end)
+    assert start + end != "cpucpu" or torch.equal(after, before)

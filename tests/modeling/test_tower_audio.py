@@ -240,6 +240,28 @@ def test_each_layer_of_a_time_delay_network_hears_a_frame_more_on_either_side():
     assert [reached.min().item(), reached.max().item()] == [40 - 6, 40 + 6]
 
 
+@pytest.mark.parametrize("frames", [0, 1])
+def test_a_time_delay_network_trains_on_a_single_frame(frames: int):
+    """One frame has no variance: it is normed as in evaluation, and the running statistics stay."""
+    torch.manual_seed(0)
+    model = ChorusAudioModel(tiny_delays())
+    for norm in model.encoder.norms:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    features = torch.randn(1, 8, model.config.num_mel_bins)
+    mask = torch.arange(8)[None] < frames
+    expected = model.eval()(features, mask).last_hidden_state
+    found = model.train()(features, mask).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    found.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    # Two frames have one, in every layer that still has two.
+    model(features, torch.arange(8)[None] < 2)
+    assert model.encoder.norms[0].num_batches_tracked == 1 and model.encoder.norms[-1].num_batches_tracked == 0
+
+
 def test_a_time_delay_network_is_exported_with_its_padding():
     tower = trained_tower(tiny_delays())
     ones = torch.ones(3, 41, dtype=torch.bool)

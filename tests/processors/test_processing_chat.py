@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from chorus_moe.processors import ChorusProcessor, MediaError, processing_chat
+from chorus_moe.processors import ChorusProcessor, MediaError
 from chorus_moe.processors.processing_messages import WORD_JOINER
 from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.surgery.tokenizer import build_tokenizer
@@ -266,8 +266,13 @@ def test_only_a_foreign_template_is_watched_while_it_runs(
     processor: ChorusProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched: list[int] = []
-    limit = processing_chat.limited_steps
-    monkeypatch.setattr(processing_chat, "limited_steps", lambda count: watched.append(count) or limit(count))
+    limit = ChorusProcessor.template_limits
+
+    def watch(template: str, count: int) -> Any:
+        watched.append(count)
+        return limit(template, count)
+
+    monkeypatch.setattr(ChorusProcessor, "template_limits", staticmethod(watch))
     processor.apply_chat_template([user("a")])
     processor.apply_chat_template([[user("a")]] * 3, processor.chat_template)
     assert watched == []

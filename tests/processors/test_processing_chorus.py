@@ -231,3 +231,12 @@ def test_the_bare_name_is_refused():
         [sys.executable, "-c", "import processors"], cwd=root, capture_output=True, text=True, check=False
     )
     assert run.stderr.strip().splitlines()[-1].startswith("ImportError: import chorus_moe.processors")
+
+
+def test_the_placeholders_of_a_clip_are_those_of_the_first_unless_another_is_meant(processor) -> None:
+    clips = [np.zeros(16_000, np.float32), np.zeros(48_000, np.float32)]
+    counts = [processor.num_audio_tokens_for(len(clip)) for clip in clips]
+    assert counts[0] < counts[1]
+    assert processor.replace_audio_token(clips) == "<audio>" * counts[0]
+    assert processor.replace_audio_token(clips, 1) == "<audio>" * counts[1]
+    assert processor.replace_image_token() == "<image>" * processor.num_image_tokens_for()

@@ -370,6 +370,35 @@ def test_what_a_wav_holds_behind_its_sound_is_not_heard(tail, num_samples, caplo
     assert len(found) == num_samples and not caplog.records
 
 
+ID3 = b"id3 " + struct.pack("<I", 16) + b"ID3\4\0\0\0\0\0\6TIT2\0\0"
+BEXT = b"bext" + struct.pack("<I", 5) + b"title\0"
+
+
+@pytest.mark.parametrize("tail", [LIST, ID3, BEXT + LIST, LIST + ID3, LIST + BEXT.removesuffix(b"\0")])
+@pytest.mark.parametrize(
+    "counted",
+    [lambda size, tail: size + tail, lambda size, tail: size + 9, lambda size, tail: size + 10_000,
+     lambda size, tail: 2**32 - 1, lambda size, tail: 0, lambda size, tail: size // 2],
+    ids=["to the end", "into the chunk", "beyond the end", "unknown", "nothing", "half"],
+)  # fmt: skip
+def test_chunks_that_a_wav_counts_as_sound_are_not_heard(tail, counted, caplog):
+    content = wav_bytes(NOISE[:8_000, 0])
+    size = len(content) - content.index(b"data") - 8
+    found, _ = decode_sound(with_sizes(content + tail, counted(size, len(tail)), 0), LIMITS, 300.0, CLIP)
+    np.testing.assert_array_equal(found, decode_sound(content, LIMITS, 300.0, CLIP)[0])
+    assert f"counts chunks behind the sound as sound; these {len(tail)} bytes are left out" in caplog.text
+
+
+@pytest.mark.parametrize("word", [b"LIST", b"id3 \x08\0\0\0", LIST + b"abc", LIST[:-1] + b"abcdefghi"])
+def test_sound_that_looks_like_a_chunk_is_heard(word, caplog):
+    content = wav_bytes(NOISE[:8_000, 0])
+    spoken = content[:8_000] + word + content[8_000 + len(word) :]
+    counted = with_sizes(spoken, 2**32 - 1, 0)
+    found, _ = decode_sound(counted, LIMITS, 300.0, CLIP)
+    np.testing.assert_array_equal(found, decode_sound(spoken, LIMITS, 300.0, CLIP)[0])
+    assert len(found) == 8_000 and not caplog.records
+
+
 def ogg_checksum(page: bytes) -> int:
     value = 0
     for byte in page:
@@ -387,6 +416,32 @@ def with_last_granule(content: bytes, factor: float) -> bytes:
     page[22:26] = bytes(4)
     page[22:26] = struct.pack("<I", ogg_checksum(bytes(page)))
     return content[:start] + bytes(page)
+
+
+def with_granules(content: bytes, factor: float) -> bytes:
+    """An Ogg file whose pages all say that they end at another time."""
+    changed = b""
+    for piece in content.split(b"OggS")[1:]:
+        page = bytearray(b"OggS" + piece)
+        page[6:14] = struct.pack("<q", int(struct.unpack("<q", page[6:14])[0] * factor))
+        page[22:26] = bytes(4)
+        page[22:26] = struct.pack("<I", ogg_checksum(bytes(page)))
+        changed += bytes(page)
+    return changed
+
+
+@pytest.mark.parametrize("seconds", [1.2, 3.0, 6.0])
+def test_opus_that_loses_sound_by_its_granules_is_reported(seconds, caplog):
+    opus = sound_file(tone(seconds), format="OGG", subtype="OPUS")
+    samples, rate = decode_sound(with_granules(opus, 1.0), LIMITS, 300.0, CLIP)
+    assert len(samples) == round(seconds * rate) and not caplog.records
+    for factor in (0.9, 0.5):
+        caplog.clear()
+        samples, rate = decode_sound(with_granules(opus, factor), LIMITS, 300.0, CLIP)
+        lost = seconds - len(samples) / rate
+        assert lost < 0.04 or re.search(r"audio 0: decoded \d\.\d+ of \d\.\d+ seconds, 0 broken", caplog.text)
+    # The last half of the last second is lost, of which half a second is allowed to codecs that do not count.
+    assert lost > 0.04
 
 
 def with_edit(content: bytes, factor: float) -> bytes:

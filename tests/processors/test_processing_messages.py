@@ -1,16 +1,13 @@
 import re
-import sys
 
 import numpy as np
 import pytest
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from chorus_moe.processors import MediaError
 from chorus_moe.processors.processing_messages import (
     WORD_JOINER,
     break_control_tokens,
     check_rendered,
-    limited_steps,
     prepare_conversation,
     split_batch,
 )
@@ -147,17 +144,6 @@ def test_tools_and_documents_are_written_or_refused(name):
     check_rendered("{{ " + name + " }}", [[]], **{name: [{"name": "f"}]})
 
 
-def test_a_template_without_an_end_is_stopped_and_a_long_one_is_not():
-    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    template = ImmutableSandboxedEnvironment().from_string(endless)
-    with pytest.raises(MediaError, match="ran over 1000000 lines"), limited_steps():
-        template.render()
-    with limited_steps():
-        text = ImmutableSandboxedEnvironment().from_string(PLAIN).render(messages=[{"content": "x"}] * 50_000)
-    assert text == "x" * 50_000
-    assert sys.gettrace() is None
-
-
 @pytest.mark.parametrize("given", ["what is it?", 5, None])
 def test_what_is_no_list_of_messages_is_refused_by_its_type(given):
     with pytest.raises(MediaError, match=f"a conversation is a list of messages, found {type(given).__name__}"):
@@ -178,21 +164,3 @@ def test_a_turn_that_is_not_to_be_learned_gets_no_labels_in_silence(processor, k
         processor.apply_chat_template([turns(1), turns(value)], tokenize=True, return_dict=True)
     for value in (1, True, None):
         assert processor.apply_chat_template(turns(value), **options)
-
-
-@pytest.mark.parametrize(
-    "code", ["{{ 9**9**9 }}", "{%- set x = 2 ** n %}", "{{ 'a' * 1000000000 }}", "{{ '**' ~ 2**9 }}"]
-)
-def test_a_template_of_powers_is_refused_before_it_runs(processor, code):
-    with pytest.raises(MediaError, match=r"the chat template computes with powers or huge numbers: (\*\*|10000000)"):
-        processor.apply_chat_template([{"role": "user", "content": "x"}], chat_template=f"{{{{ 1 }}}}\n{code}")
-
-
-@pytest.mark.parametrize(
-    "code",
-    ["**bold** {{ 1 }}", "{{ '**' }} ** {{ 2 * 3 }}", '{{ "a ** b" }}', r"{{ 'it\'s **' }}",
-     "{% if 1 %}** 20261129{% endif %}", "{{ {'a': 1}['a'] }} ** {{ '20261129' }}"],
-)  # fmt: skip
-def test_stars_and_numbers_in_the_text_of_a_template_are_text(processor, code):
-    written = processor.apply_chat_template([{"role": "user", "content": "x"}], chat_template=code)
-    assert any(mark in written for mark in ("**", "6"))
