@@ -7,6 +7,7 @@ from chorus_moe.modeling.modeling_generation import ChorusForConditionalGenerati
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.surgery.tokenizer import build_tokenizer
+from chorus_moe.training.demo.speech import SAMPLING_RATE
 
 
 def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, ChorusProcessor]:
@@ -45,7 +46,9 @@ def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, C
         },
         audio_config={
             "num_mel_bins": 40,
-            "hop_length": 160,
+            "sampling_rate": SAMPLING_RATE,
+            "n_fft": 256,
+            "hop_length": 80,
             "max_seconds": 4.0,
             # With a few speakers it knows others better than a Conformer does, in less time (docs/log.md, 2026-11-29).
             "encoder_type": "time_delay",
