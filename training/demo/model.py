@@ -7,7 +7,6 @@ from chorus_moe.modeling.modeling_generation import ChorusForConditionalGenerati
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.surgery.tokenizer import build_tokenizer
-from chorus_moe.training.demo.speech import SAMPLING_RATE
 
 
 def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, ChorusProcessor]:
@@ -46,9 +45,7 @@ def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, C
         },
         audio_config={
             "num_mel_bins": 40,
-            "sampling_rate": SAMPLING_RATE,
-            "n_fft": 256,
-            "hop_length": 80,
+            "hop_length": 160,
             "max_seconds": 4.0,
             # With a few speakers it knows others better than a Conformer does, in less time (docs/log.md, 2026-11-29).
             "encoder_type": "time_delay",
@@ -65,4 +62,5 @@ def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, C
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
-    return model, processor_from_config(config, tokenizer)
+    # A speaker's background is no part of a digit: what is softer than this sounds alike in all recordings.
+    return model, processor_from_config(config, tokenizer, dynamic_range=4.0)

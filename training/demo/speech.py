@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 
-# Of the recordings: above 4 kHz they have nothing, and whatever training clips had there misled the encoder.
-SAMPLING_RATE = 8_000
+SAMPLING_RATE = 16_000
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Short common words that are no digits: whoever can tell these apart as well has learnt sounds, not ten patterns.
 OTHER_WORDS = tuple(
@@ -59,7 +58,7 @@ NEW_VARIANTS = ("whisper", "whisperf", "croak", "Demonic", "UniRobot", "robosoft
 
 @dataclass(frozen=True)
 class SpeechClips:
-    """Recordings of digits: `waveforms` float32 of (samples,) at 8 kHz, `digits` (clips,), one speaker name each."""
+    """Recordings of digits: `waveforms` float32 of (samples,) at 16 kHz, `digits` (clips,), one speaker name each."""
 
     waveforms: list[np.ndarray]
     digits: np.ndarray
@@ -127,9 +126,9 @@ class SynthesisSettings:
 
     @property
     def key(self) -> str:
-        """Short hash of the settings, of this file's word lists and rate: the name of the cached file."""
-        # Word lists and rate are no settings, but a change to them must not read old clips.
-        text = json.dumps([asdict(self), WORDS, ACCENTS, SAMPLING_RATE], sort_keys=True)
+        """Short hash of the settings and of this file's word lists: the name of the cached file."""
+        # The word lists are no setting, but a change to them must not read old clips.
+        text = json.dumps([asdict(self), WORDS, ACCENTS], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def utterances(self) -> list[tuple[str, int, str, int, int, int]]:
@@ -169,7 +168,7 @@ def synthetic_digits(settings: SynthesisSettings, cache: Path) -> SpeechClips:
 
 
 def recorded_digits(folder: Path) -> SpeechClips:
-    """Real recordings `{digit}_{speaker}_{take}.wav` of a folder: mono, 8 kHz, same level, by speaker, digit and take.
+    """Real recordings `{digit}_{speaker}_{take}.wav` of a folder: mono, 16 kHz, same level, by speaker, digit and take.
 
     Raises:
         FileNotFoundError: the folder holds no such file.
@@ -233,7 +232,7 @@ def level(waveform: np.ndarray, peak: float = 0.9) -> np.ndarray:
     return (waveform * (peak / max(float(np.abs(waveform).max()), 1e-4))).astype(np.float32)
 
 
-def trim_silence(waveform: np.ndarray, threshold: float = 0.02, margin: int = 160) -> np.ndarray:
+def trim_silence(waveform: np.ndarray, threshold: float = 0.02, margin: int = 320) -> np.ndarray:
     """Cut quiet ends (below `threshold` of the peak), keeping `margin` samples (20 ms) on both sides."""
     loud = np.flatnonzero(np.abs(waveform) > threshold * np.abs(waveform).max(initial=0.0))
     if not len(loud):
@@ -286,7 +285,7 @@ class _Espeak:
 
 
 def _speak(settings: SynthesisSettings) -> SpeechClips:
-    """Speak all utterances in this process, in order, trimmed, at 8 kHz."""
+    """Speak all utterances in this process, in order, trimmed, at 16 kHz."""
     import soxr
 
     engine = _Espeak()
