@@ -287,8 +287,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         frames = sum(self.frames_per_window(len(samples)))
         # A centred spectrogram has one frame more than hops.
         power_FM = transform(torch.from_numpy(np.ascontiguousarray(samples))).T[:frames]
-        # Whisper's constants: floor 1e-10, then about -1 to 1.
-        log_FM = power_FM.clamp(min=1e-10).log10()
+        log_FM = power_FM.clamp(min=1e-10).log10()  # Whisper's floor; below, its way to about -1 to 1
         return (torch.maximum(log_FM, log_FM.max() - self.dynamic_range) + 4.0) / 4.0
 
 
