@@ -55,6 +55,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         feature_size: mel bins M.
         sampling_rate: Hz the model hears; other rates are resampled.
         n_fft, hop_length: window and hop of the spectrogram, in samples.
+        dynamic_range: powers of ten below the loudest bin of a clip that are heard (`log_mel`); Whisper's are 8.
         max_seconds: length of a window; a longer clip is split into windows, or refused with `on_long_audio="error"`.
         max_audio_seconds: longest clip accepted at all. A saved file can lower it and never raise it; the caller can.
         strict_sampling_rate: raise on another rate instead of resampling.
@@ -78,6 +79,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         padding_value: float = 0.0,
         feature_type: str = "log_mel",
         do_normalize: bool = False,
+        dynamic_range: float = 8.0,
         **kwargs: Any,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
@@ -140,8 +142,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
                 clip = self._decoded(clip, place)
             if isinstance(clip, dict):
                 # The clip's own rate wins over the argument.
-                sampling_rate = clip.get("sampling_rate", sampling_rate)
-                clip = clip["array"]
+                clip, sampling_rate = clip["array"], clip.get("sampling_rate", sampling_rate)
             if sampling_rate is None:
                 raise place.error(
                     "an array needs its sampling rate: pass sampling_rate=..., or {'array': ..., 'sampling_rate': ...}"
@@ -243,7 +244,6 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         """
         is_list = isinstance(raw_speech, (list, tuple)) and not is_media_item(raw_speech)
         clips = list(raw_speech) if is_list else [raw_speech]
-        # All clips are checked before the first one is computed.
         loaded = [self.load(clip, MediaPlace("audio", index), sampling_rate) for index, clip in enumerate(clips)]
         return self.featurize(loaded, return_tensors)
 
@@ -257,8 +257,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         for row, (window_FM, frames) in enumerate(zip(windows_FM, frames_N, strict=True)):
             features_NFM[row, : len(window_FM)] = window_FM.numpy()
             mask_NF[row, :frames] = True
-        data = {"input_features": features_NFM, "input_features_mask": mask_NF}
-        return BatchFeature(data, tensor_type=return_tensors)
+        return BatchFeature({"input_features": features_NFM, "input_features_mask": mask_NF}, return_tensors)
 
     def windows(self, samples: np.ndarray) -> list[torch.Tensor]:
         """The windows (F, M) of one mono clip."""
@@ -287,9 +286,9 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         frames = sum(self.frames_per_window(len(samples)))
         # A centred spectrogram has one frame more than hops.
         power_FM = transform(torch.from_numpy(np.ascontiguousarray(samples))).T[:frames]
-        # Whisper's constants: floor 1e-10, 8 powers of ten below the loudest bin of the clip, then about -1 to 1.
+        # Whisper's constants: floor 1e-10, then about -1 to 1.
         log_FM = power_FM.clamp(min=1e-10).log10()
-        return (torch.maximum(log_FM, log_FM.max() - 8.0) + 4.0) / 4.0
+        return (torch.maximum(log_FM, log_FM.max() - self.dynamic_range) + 4.0) / 4.0
 
 
 @lru_cache(maxsize=8)

@@ -46,6 +46,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "size": (1, 4_096), "crop_size": (1, 4_096), "num_image_tokens": (1, 65_536), "frames_per_token": (1, 65_536),
     "audio_convolutions": (1, 65_536), "feature_size": (1, 1_024), "sampling_rate": (1_000, 768_000),
     "n_fft": (1, 65_536), "hop_length": (1, 65_536), "max_seconds": (0, 600), "max_audio_seconds": (0, 86_400),
+    "dynamic_range": (0.1, 40),
 }  # fmt: skip
 # Encoders write about ten. Each scan costs a pass over all pixels, and takes only a few bytes.
 MAX_JPEG_SCANS = 64

@@ -40,12 +40,21 @@ def test_features_are_those_of_the_formula(n_fft: int, hop: int, bins: int, coun
     np.testing.assert_allclose(found, slow_log_mel(samples, RATE, n_fft, hop, bins), atol=2e-4)
 
 
+def test_what_is_softer_than_the_dynamic_range_sounds_as_its_edge() -> None:
+    samples = (tone(0.3) * np.linspace(0.01, 1, len(tone(0.3)))).astype(np.float32)
+    whole, narrow = (ChorusFeatureExtractor(dynamic_range=decades).log_mel(samples).numpy() for decades in (8.0, 3.0))
+    # Four powers of ten are one unit.
+    assert whole.min() < whole.max() - 1
+    np.testing.assert_array_equal(narrow, np.maximum(whole, whole.max() - np.float32(0.75)))
+
+
 def test_settings_where_nothing_was_said() -> None:
     found = ChorusFeatureExtractor()
     settings = {
         "feature_size": 80, "sampling_rate": 16_000, "n_fft": 400, "hop_length": 160, "max_seconds": 30.0,
         "max_audio_seconds": 300.0, "on_long_audio": "split", "strict_sampling_rate": False, "allow_silence": False,
-        "padding_value": 0.0, "feature_type": "log_mel", "do_normalize": False, "padding_side": None,
+        "padding_value": 0.0, "feature_type": "log_mel", "do_normalize": False, "dynamic_range": 8.0,
+        "padding_side": None,
     }  # fmt: skip
     assert {name: getattr(found, name) for name in settings} == settings
 
@@ -67,6 +76,8 @@ def test_a_window_that_holds_no_hop_and_words_that_mean_nothing_are_refused() ->
         ({"max_seconds": 0.0099}, "^max_seconds=0.0099 is shorter than one hop of 160 samples$"),
         ({"feature_type": "mel"}, "^feature_type must be one of log_mel, whisper, waveform, found 'mel'$"),
         ({"on_long_audio": "cut"}, "^on_long_audio must be 'split' or 'error', found 'cut'$"),
+        ({"dynamic_range": 0.0}, r"^dynamic_range=0\.0: expected finite numbers from 0\.1 to 40$"),
+        ({"dynamic_range": float("nan")}, "^dynamic_range=nan: expected finite"),
         ({"hop_lenght": 1}, "^unknown setting hop_lenght=1; hop_length is meant$"),
     ):
         with pytest.raises(ValueError, match=reason):

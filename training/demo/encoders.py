@@ -51,6 +51,15 @@ class EncoderLesson(nn.Module):
         self.weigh = nn.Linear(width, 1)
         self.dropout = nn.Dropout(0.2)
         self.classify = nn.Linear(2 * width, num_classes)
+        self.is_repeated = False
+
+    def train(self, mode: bool = True) -> "EncoderLesson":
+        super().train(mode)
+        if self.is_repeated:
+            # One speaker's few clips would move the statistics of batch norms; tokens are dropped for the decoder only.
+            self.tower.eval()
+            self.connector.eval()
+        return self
 
     def forward(self, labels: Tensor | None = None, **media: Tensor) -> dict[str, Tensor]:
         """`logits` `(N, num_classes)` of the weighted mean and the largest value of each channel, and `loss` when there
@@ -74,6 +83,12 @@ class EncoderLesson(nn.Module):
         """Freeze tower and connector: trained further with the decoder, they overfit to its speakers."""
         self.tower.requires_grad_(False)
         self.connector.requires_grad_(False)
+
+    def repeat(self, train: Callable[["EncoderLesson"], object]) -> None:
+        """Let `train` teach what an adapter has put into tower and connector, then freeze that as well."""
+        self.is_repeated = True
+        train(self)
+        self.freeze()
 
 
 class LoneDigits(Dataset):
@@ -177,12 +192,13 @@ def learn_alone(
     items: LoneDigits,
     train: Callable[[EncoderLesson, LoneDigits, Callable[..., Any]], object],
     collate: Callable[..., Any],
-) -> None:
+) -> EncoderLesson:
     """Let `train` teach tower and connector of one modality their medium: a lesson, on items, in batches of a collator.
-    They are frozen."""
+    They are frozen. Returns the lesson, for others to come."""
     lesson = EncoderLesson(model.model, modality, items.num_classes)
     train(lesson, items, collate)
     lesson.freeze()
+    return lesson
 
 
 @contextmanager

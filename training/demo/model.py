@@ -9,8 +9,14 @@ from chorus_moe.surgery.processor import processor_from_config
 from chorus_moe.surgery.tokenizer import build_tokenizer
 
 
-def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, ChorusProcessor]:
-    """A trimodal model with random weights and its processor, whose tokenizer is trained on `corpus`."""
+def build_demo(
+    corpus: Sequence[str], dynamic_range: float = 8.0
+) -> tuple[ChorusForConditionalGeneration, ChorusProcessor]:
+    """A trimodal model with random weights and its processor, whose tokenizer is trained on `corpus`.
+
+    Args:
+        dynamic_range: powers of ten below the loudest sound of a clip that the model hears.
+    """
     # Answers go up to 18: with one token for each number a sum is one choice, not two.
     tokenizer = build_tokenizer(corpus, vocab_size=512, individual_digits=False)
     config = ChorusConfig(
@@ -62,4 +68,4 @@ def build_demo(corpus: Sequence[str]) -> tuple[ChorusForConditionalGeneration, C
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
-    return model, processor_from_config(config, tokenizer)
+    return model, processor_from_config(config, tokenizer, dynamic_range=dynamic_range)

@@ -73,6 +73,9 @@ class DemoSettings:
     Args:
         picture_steps, sound_steps: optimizer steps of each encoder alone.
         base_steps, lora_steps: optimizer steps of the two stages.
+        voice_steps: optimizer steps of the audio tower alone at the start of stage 2, as part of the adapter; 0 leaves
+            it frozen.
+        dynamic_range: powers of ten below the loudest sound of a clip that the model hears.
         batch_size: samples per step.
         label_smoothing, token_dropout: of both stages, see `demo/regularisation.py`.
         questions_per_skill: held-out questions of each skill.
@@ -83,8 +86,11 @@ class DemoSettings:
     sound_steps: int = 700
     base_steps: int = 560
     lora_steps: int = 380
+    voice_steps: int = 0
+    dynamic_range: float = 8.0
     batch_size: int = 44
     encoder_lr: float = 2e-3
+    voice_lr: float = 1e-3
     base_lr: float = 2e-3
     lora_lr: float = 3e-3
     lora_rank: int = 32
@@ -97,7 +103,8 @@ class DemoSettings:
 
 
 # Real voices take more steps than synthetic ones: with fewer, "spoken" was 4 to 5 points lower (docs/log.md).
-FOR_RECORDINGS = DemoSettings(sound_steps=1_000, base_steps=1_100, lora_steps=600)
+# A speaker's background is no part of a digit: what is softer than four powers of ten sounds alike in all recordings.
+FOR_RECORDINGS = DemoSettings(sound_steps=1_000, base_steps=1_000, voice_steps=300, lora_steps=500, dynamic_range=4.0)
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ class DemoData:
     """What the audio encoder and the two stages learn from, and held-out media."""
 
     clips: LoneDigits
+    voice: LoneDigits
     base: Dataset
     adaptation: Dataset
     test_pictures: DigitPictures
@@ -148,16 +156,26 @@ def prepare_data(
     # Every n-th clip of the old voices.
     every = max(1, round(len(speech.train) / len(speech.adaptation) / old_voices))
     replayed = {name: settings.replay * weight / sum(replay.values()) for name, weight in replay.items()}
+    voices = speech.adaptation + speech.train.select(range(0, len(speech.train), every))
     adaptation = DigitQuestions(
         train_pictures,
-        speech.adaptation + speech.train.select(range(0, len(speech.train), every)),
+        voices,
         {NEW_SKILL: 1 - settings.replay} | replayed,
         settings.lora_steps * settings.batch_size,
         seed=settings.seed + 1,
         picture_augment=augment,
     )
+    voice = LoneDigits(voices, settings.voice_steps * settings.batch_size, seed=settings.seed + 1)
     return DemoData(
-        clips, base, adaptation, test_pictures, speech.test, speech.adaptation_test, speech.description, speech.known
+        clips,
+        voice,
+        base,
+        adaptation,
+        test_pictures,
+        speech.test,
+        speech.adaptation_test,
+        speech.description,
+        speech.known,
     )
 
 
@@ -268,13 +286,13 @@ def run_demo(
         stages[name] = time.monotonic() - started - sum(stages.values())
         print(f"[{time.monotonic() - started:6.1f} s] {name} done", flush=True)
 
-    model, processor = build_demo(corpus())
+    model, processor = build_demo(corpus(), settings.dynamic_range)
     print(parameter_report(model.config), flush=True)
 
-    def learn(modality: str, lesson: LoneDigits) -> None:
-        steps, lr = len(lesson) // settings.batch_size, settings.encoder_lr
+    def learn(modality: str, items: LoneDigits) -> EncoderLesson:
+        steps, lr = len(items) // settings.batch_size, settings.encoder_lr
         teach = partial(train, folder=out / "encoders" / modality, steps=steps, lr=lr, settings=settings)
-        learn_alone(model, modality, lesson, teach, LoneDigitCollator(processor, modality))
+        return learn_alone(model, modality, items, teach, LoneDigitCollator(processor, modality))
 
     seeing = [model.model.vision_tower, model.model.vision_connector]
     # A lesson uses one thread, so pictures are learnt on the other core while voices are made and learnt.
@@ -282,7 +300,7 @@ def run_demo(
         data = prepare_data(settings, out / "cache", speech_dir, held_out_speaker)
         sets = held_out_questions(data, settings, out / "questions")
         finish("data, beside pictures")
-        learn("audio", data.clips)
+        listening = learn("audio", data.clips)
     finish("encoders, each alone")
     smooth_labels(model, settings.label_smoothing)
     drop_tokens(model.model.audio_connector, settings.token_dropout)
@@ -300,6 +318,7 @@ def run_demo(
 
     chosen = lora_config(
         model, banks=["text", "audio", "common"], cross_modal=True, attention=False,
+        whole=["audio_tower"] if settings.voice_steps else [],
         r=settings.lora_rank, lora_alpha=2 * settings.lora_rank,
     )  # fmt: skip
     adapted = get_peft_model(model, chosen)
@@ -307,6 +326,9 @@ def run_demo(
     with ThreadPoolExecutor(1) as pool:
         # The base model is on disk, so a process of its own answers while the adapter learns.
         answered = pool.submit(answer_in_fresh_process, out / "base", folders, out / "answers_before.json")
+        if settings.voice_steps:
+            hear, steps, lr = LoneDigitCollator(processor, "audio"), settings.voice_steps, settings.voice_lr
+            listening.repeat(lambda lesson: train(lesson, data.voice, hear, out / "voice", steps, lr, settings))
         logs["stage 2, LoRA"] = train(
             adapted, data.adaptation, questions, out / "stage2", settings.lora_steps, settings.lora_lr, settings
         )

@@ -115,6 +115,25 @@ def test_a_frozen_lesson_leaves_only_its_own_tower_and_connector_untrained(modal
     assert frozen == {f"{prefix}_tower", f"{prefix}_connector"}
 
 
+def test_a_repeated_lesson_keeps_the_statistics_of_batch_norms_and_freezes_what_it_taught():
+    model, processor = build_demo(corpus())
+    lesson, collate = EncoderLesson(model.model, "audio"), LoneDigitCollator(processor, "audio")
+    batch = collate([(clip, digit) for digit, clip in enumerate(clips().waveforms)])
+    norm = model.model.audio_tower.encoder.norms[0]
+    lesson.train()(**batch)
+    # As in any lesson, batch norms have moved.
+    assert norm.running_mean.any()
+    before = norm.running_mean.clone(), norm.weight.detach().clone()
+
+    def teach(taught: EncoderLesson) -> None:
+        taught.train()(**batch)["loss"].backward()
+        torch.optim.SGD(taught.parameters(), 0.1).step()
+
+    lesson.repeat(teach)
+    assert torch.equal(norm.running_mean, before[0]) and not torch.equal(norm.weight, before[1])
+    assert not any(p.requires_grad for part in (lesson.tower, lesson.connector) for p in part.parameters())
+
+
 def test_other_words_are_classes_behind_the_digits_and_take_their_share_of_the_clips():
     words = SpeechClips([np.full(100, word, np.float32) for word in range(3)], np.arange(3), ["voice"] * 3)
     lesson = LoneDigits(clips(), 1_000, other_words=words)

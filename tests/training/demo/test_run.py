@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from chorus_moe.training.demo import run as demo
 from chorus_moe.training.demo.answers import load_questions, save_questions, variants_of
@@ -34,6 +36,7 @@ def test_the_demo_trains_adapts_reloads_and_reports(tmp_path: Path, small_speech
         picture_steps=2,
         sound_steps=2,
         base_steps=4,
+        voice_steps=2,
         lora_steps=2,
         batch_size=8,
         questions_per_skill=2,
@@ -63,7 +66,15 @@ def test_the_demo_trains_adapts_reloads_and_reports(tmp_path: Path, small_speech
     assert "(routing.png)" in card.read_text()
     shown = [tmp_path / "routing.png", tmp_path / "out" / "merged" / "routing.png"]
     assert all(path.read_bytes() == (tmp_path / "out" / "routing.png").read_bytes() for path in shown)
-    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    base = load_file(tmp_path / "out" / "base" / "model.safetensors")
+    # The adapter holds the audio tower as the speaker's own clips have left it, with the batch norms' statistics.
+    learnt = {
+        name.removeprefix("base_model.model."): weight for name, weight in adapter.items() if "audio_tower" in name
+    }
+    assert learnt.keys() == {name for name in base if "audio_tower" in name}
+    changed = {name for name, weight in learnt.items() if not torch.equal(weight, base[name])}
+    assert changed == {name for name in learnt if not name.endswith(("running_mean", "running_var", "batches_tracked"))}
 
 
 def test_questions_come_back_from_disk_as_they_were(tmp_path: Path) -> None:
