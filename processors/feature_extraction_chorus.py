@@ -142,7 +142,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
                 clip = self._decoded(clip, place)
             if isinstance(clip, dict):
                 # The clip's own rate wins over the argument.
-                clip, sampling_rate = clip["array"], clip.get("sampling_rate", sampling_rate)
+                sampling_rate, clip = clip.get("sampling_rate", sampling_rate), clip["array"]
             if sampling_rate is None:
                 raise place.error(
                     "an array needs its sampling rate: pass sampling_rate=..., or {'array': ..., 'sampling_rate': ...}"
