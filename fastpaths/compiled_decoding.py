@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import is_dataclass
 from functools import partial
-from hashlib import sha256
-from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -26,10 +24,10 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from chorus_moe.fastpaths import quantized_weights
 from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
-from chorus_moe.fastpaths.quantized_weights import STEP_TOKENS, Quantized, row_product, stored_weight, streams
+from chorus_moe.fastpaths.quantized_weights import Quantized, row_product, stored_weight, streams
 from chorus_moe.fastpaths.replayed_steps import ReplayedSteps, can_replay, generated_modules
+from chorus_moe.fastpaths.step_operations import CODE, CPU_OPERATIONS, OPERATIONS
 from chorus_moe.fastpaths.supported_experts import GATHERED, GATHERED_TOKENS, StackedExperts
 from chorus_moe.modeling.attention_masks import Masks
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
@@ -40,12 +38,8 @@ from chorus_moe.modeling.moe_plan import ForwardPlan, RoutingOptions
 
 logger = logging.get_logger(__name__)
 
-aten = torch.ops.aten
 Model = TypeVar("Model", bound=nn.Module)
 SHORTEST_CACHE = 128
-MOST_COMPARED = 64  # values of a `topk`
-# Names the code that graphs on disk were made by, which their own key does not know: another release makes others.
-CODE = sha256(b"".join(Path(name).read_bytes() for name in (__file__, quantized_weights.__file__))).hexdigest()
 # Graphs of one model: one for each batch size, length of the cache and set of options.
 MOST_GRAPHS = 16
 COMPILING = Lock()
@@ -107,60 +101,6 @@ def _in_streams(weight_ENM: Tensor | Quantized, index_P: Sequence[Tensor], state
 ExpertsInterface.register(GATHERED, gathered_experts)
 
 
-def _in_memory(states: Tensor) -> Tensor:
-    """For Inductor, which otherwise makes states anew, norms and rotations, for every row they are multiplied with."""
-    return states.as_strided(states.shape, states.stride())
-
-
-def _mm(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` of a few rows, as sums in one loop, which reads the weights once."""
-    # A library's product of one row reads in one stream, and one of eight rows takes twice the time of the reading. A
-    # GPU's own products are best.
-    if len(left) > STEP_TOKENS or left.device.type != "cpu":
-        return NotImplemented
-    count = streams(right, len(left))
-    return torch.stack([row_product(right.t(), row, count) for row in _in_memory(left).unbind()])
-
-
-def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    product = _mm(left, right) if beta == alpha == 1 else NotImplemented
-    return NotImplemented if product is NotImplemented else product + bias
-
-
-def _topk(values: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-    """The `k` largest by comparing each with each, in loops: a library's call cannot be one of a step's kernels."""
-    if not largest or dim not in (-1, values.ndim - 1) or values.shape[-1] > MOST_COMPARED:
-        return NotImplemented
-    place_E, each, others = torch.arange(values.shape[-1]), values[..., :, None], values[..., None, :]
-    # Of equals the first, so that no two have one rank.
-    is_before = (others > each) | ((others == each) & (place_E < place_E[:, None]))
-    is_ranked = is_before.sum(-1)[..., None, :] == torch.arange(k)[:, None]
-    index = is_ranked.int().argmax(-1)
-    return values.gather(-1, index), index
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Any:
-    """Attention of one token a sample, as sums."""
-    # The library's wants keys and values in memory for every head; here heads read those that they share.
-    if query.shape[-2] > 1 or dropout_p or is_causal:
-        return NotImplemented
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores_BHS = (_in_memory(query).float() * key).sum(-1) * scale
-    if attn_mask is not None:
-        scores_BHS = scores_BHS + attn_mask[..., 0, :]
-    output_BHD = (scores_BHS.softmax(-1)[..., None] * value).sum(-2)
-    return output_BHD[:, :, None].to(query.dtype), scores_BHS.logsumexp(-1)[..., None]
-
-
 def _backend(options: dict[str, Any]) -> Callable[..., Any]:
     """Inductor with products of one row, and attention of one token, as sums."""
     from torch._inductor.compile_fx import compile_fx
@@ -169,12 +109,8 @@ def _backend(options: dict[str, Any]) -> Callable[..., Any]:
     def run(graph: Any, inputs: Any) -> Any:
         # A table of its own, handed over, would keep graphs out of Inductor's cache on disk. So the common one is
         # changed while a graph is made, and the cache's key says so.
-        sums: dict[Any, Callable[..., Any]] = {aten.mm.default: _mm, aten.addmm.default: _addmm}
         is_cpu = all(each.device.type == "cpu" for each in inputs if isinstance(each, Tensor))
-        if is_cpu:
-            sums[aten.topk.default] = _topk
-            sums[aten._scaled_dot_product_flash_attention_for_cpu.default] = _attention
-        one_row = patch.dict(select_decomp_table(), sums)
+        one_row = patch.dict(select_decomp_table(), OPERATIONS | (CPU_OPERATIONS if is_cpu else {}))
         with one_row, torch.compiler.config.patch(cache_key_tag=CODE):  # type: ignore[attr-defined]
             return compile_fx(graph, inputs, config_patches=(INDUCTOR if is_cpu else {}) | options)
 
