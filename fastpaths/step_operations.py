@@ -39,7 +39,7 @@ def addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: 
     return NotImplemented if product is NotImplemented else product + bias
 
 
-def topk(values: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+def topk(values: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
     """The `k` largest by comparing each with each, in loops: a library's call cannot be one of a step's kernels."""
     if not largest or dim not in (-1, values.ndim - 1) or values.shape[-1] > MOST_COMPARED:
         return NotImplemented
@@ -60,7 +60,7 @@ def attention(
     *,
     attn_mask: Tensor | None = None,
     scale: float | None = None,
-) -> Any:
+) -> tuple[Tensor, Tensor]:
     """Attention of one token a sample, as sums."""
     # The library's wants keys and values in memory for every head; here heads read those that they share.
     if query.shape[-2] > 1 or dropout_p or is_causal:
