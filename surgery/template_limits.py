@@ -123,7 +123,9 @@ def _reckoned(frame: FrameType) -> int:
         return _made(callee.__name__, [callee.__self__, *values["args"], *values["kwargs"].values()])
     if name == "wrapper":
         return _made(name, [values.get("f_self"), *values.values()])
-    given = [*values.pop("args", ()), *values.pop("kwargs", {}).values()]
+    # Functions of Jinja's compiler call other things so.
+    args, kwargs = values.pop("args", ()), values.pop("kwargs", {})
+    given = [*(args if isinstance(args, tuple) else ()), *(kwargs.values() if isinstance(kwargs, dict) else ())]
     return _made(name, [*values.values(), *given]) if values or given else 0
 
 
