@@ -24,7 +24,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 H, D = 40, 24
 
 
-@pytest.fixture(params=[1, MOST_THREADS, MOST_THREADS + 1])
+@pytest.fixture(params=[MOST_THREADS, MOST_THREADS + 1])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
