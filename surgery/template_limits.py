@@ -96,7 +96,7 @@ def _size(value: object) -> int:
 def _made(name: str, values: list[Any]) -> int:
     """Characters that a filter, or a method of strings, may make of its values, the text first."""
     text, *rest = values
-    words, numbers = ([x for x in rest if isinstance(x, kind)] for kind in (str, int))
+    words, numbers = [x for x in rest if isinstance(x, str)], [x for x in rest if isinstance(x, int)]
     if name == "replace" and isinstance(text, str) and len(words) > 1:
         return len(text) + text.count(words[0]) * len(words[1])
     if name == "join":
@@ -118,7 +118,7 @@ def _reckoned(frame: FrameType) -> int:
     """Characters that a function of Jinja is about to make."""
     name, values = frame.f_code.co_name.removeprefix("do_").removeprefix("sync_do_"), dict(frame.f_locals)
     values.pop("eval_ctx", None)
-    callee = values.get("_SandboxedEnvironment__obj")
+    callee: Any = values.get("_SandboxedEnvironment__obj")
     if isinstance(getattr(callee, "__self__", None), str):
         return _made(callee.__name__, [callee.__self__, *values["args"], *values["kwargs"].values()])
     if name == "wrapper":
