@@ -104,7 +104,7 @@ DOUBLING = {
 @pytest.mark.parametrize("way", DOUBLING)
 def test_a_text_that_doubles_is_stopped_in_memory(processor: ChorusProcessor, way: str) -> None:
     start = "{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns = namespace(x='aaaa', y=['a']) %}"
-    tracemalloc.start()
+    tracemalloc.start(1)
     try:
         with pytest.raises(MediaError, match=f"the chat template ({LONG}|ran over)"):
             asked(processor, start + FORTY + DOUBLING[way] + END)
