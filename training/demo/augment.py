@@ -133,13 +133,6 @@ class SpeechAugment:
         return np.fft.irfft(np.fft.rfft(waveform, n=size) * response, n=size)[: len(waveform)]
 
 
-def telephone_band(waveform: np.ndarray, high: float = 3800.0) -> np.ndarray:
-    """The clip as an 8 kHz recording resampled to 16 kHz would sound: nothing above `high` Hz."""
-    spectrum = np.fft.rfft(waveform)
-    gain = band_gain(np.fft.rfftfreq(len(waveform), 1 / SAMPLING_RATE), 0.0, high)
-    return np.fft.irfft(spectrum * gain, n=len(waveform)).astype(np.float32)
-
-
 @dataclass(frozen=True)
 class PictureAugment:
     """Random small rotation (degrees), slant, shift (fraction of the width), zoom and contrast of a grey picture."""
