@@ -36,7 +36,8 @@ PLACE = MediaPlace("image", 1, sample=2)
 ENDS = {
     "size": (1, 4_096), "crop_size": (1, 4_096), "num_image_tokens": (1, 65_536), "frames_per_token": (1, 65_536),
     "audio_convolutions": (1, 65_536), "feature_size": (1, 1_024), "sampling_rate": (1_000, 768_000),
-    "n_fft": (1, 65_536), "hop_length": (1, 65_536), "max_seconds": (0, 600), "max_audio_seconds": (0, 86_400),
+    "n_fft": (1, 65_536), "hop_length": (1, 65_536), "dynamic_range": (0.1, 40), "max_seconds": (0, 600),
+    "max_audio_seconds": (0, 86_400),
 }  # fmt: skip
 
 
