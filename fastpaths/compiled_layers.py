@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.modeling.modeling_outputs import CACHE
 from chorus_moe.modeling.modeling_text import ChorusDecoderLayer
 from chorus_moe.modeling.moe_plan import ForwardPlan, RoutingOptions
@@ -46,7 +47,9 @@ class CompiledLayers:
         compiled: compiles a function at its first call, without guards.
     """
 
-    def __init__(self, model: Any, compiled: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]):
+    def __init__(
+        self, model: ChorusForConditionalGeneration, compiled: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+    ):
         self.layers, self.kinds, self.compiled = model.model.language_model.layers, kinds_of(model), compiled
         self.modalities = tuple(model.config.get_text_config(decoder=True).modalities)
         self.functions: dict[Any, Callable[..., Tensor]] = {}
@@ -186,7 +189,7 @@ def _(tensors: Sequence[Tensor], *args: Any) -> Tensor:
     return torch.empty_like(tensors[0])
 
 
-def kinds_of(model: Any) -> tuple[int, ...]:
+def kinds_of(model: ChorusForConditionalGeneration) -> tuple[int, ...]:
     """A number for each layer, equal where two layers differ in nothing but the values of weights."""
     found: dict[Any, int] = {}
     layers = [
@@ -199,7 +202,7 @@ def kinds_of(model: Any) -> tuple[int, ...]:
     return tuple(found.setdefault(layer, len(found)) for layer in layers)
 
 
-def settings_of(value: Any, other: Callable[[Any], Any] = type) -> Any:
+def settings_of(value: object, other: Callable[[object], object] = type) -> object:
     """Something to compare; `other` says what of a value of a kind that is not known."""
     if value is None or isinstance(value, PLAIN):
         return value
