@@ -8,8 +8,6 @@ H = 2I.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import is_dataclass
 from functools import partial
 from threading import Lock
 from typing import Any, TypeVar
@@ -17,13 +15,13 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers import CompileConfig, PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.integrations.moe import ExpertsInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
+from chorus_moe.fastpaths.compiled_layers import CompiledLayers, settings_of
 from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
 from chorus_moe.fastpaths.quantized_weights import Quantized, row_product, stored_weight, streams
 from chorus_moe.fastpaths.replayed_steps import ReplayedSteps, can_replay, generated_modules
@@ -32,9 +30,7 @@ from chorus_moe.fastpaths.supported_experts import GATHERED, GATHERED_TOKENS, St
 from chorus_moe.modeling.attention_masks import Masks
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.modeling.modeling_outputs import CACHE
-from chorus_moe.modeling.modeling_text import ChorusDecoderLayer
 from chorus_moe.modeling.moe_banks import LinearExperts
-from chorus_moe.modeling.moe_plan import ForwardPlan, RoutingOptions
 
 logger = logging.get_logger(__name__)
 
@@ -43,10 +39,6 @@ SHORTEST_CACHE = 128
 # Graphs of one model: one for each batch size, length of the cache and set of options.
 MOST_GRAPHS = 16
 COMPILING = Lock()
-# What names a layer and does not say how it computes: its place, and what PEFT was asked for it.
-NUMBERED = ("layer_idx", "kwargs")
-# Of states between layers.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Experts functions that a graph can hold.
 TRACEABLE = (CPU_EXPERTS, "grouped_mm", "batched_mm", GATHERED)
 # What Inductor is told about a step on the CPU.
@@ -63,8 +55,6 @@ INDUCTOR: dict[str, Any] = {
 }
 # Arguments that a step may have beside tokens, positions, masks and the cache.
 OPTIONS = ("complexity_scores", "expert_budget", "closed_banks", "skip_threshold")
-# Kinds of settings, by name: as a union they would be put together at each look.
-PLAIN = bool, int, float, str
 # What says nothing about a step; `generate` hands its tokenizers on to the model.
 UNREAD = ("use_cache", "logits_to_keep", "tokenizer", "assistant_tokenizer")
 
@@ -120,92 +110,41 @@ def _backend(options: dict[str, Any]) -> Callable[..., Any]:
 def _guards(entries: Any) -> list[bool]:
     """Which guards are looked at before each token."""
     # Not those on modules, which took 1 ms: `_signature` looks at them once per text. Nor those on code, which would
-    # see that `_regions` is over.
+    # see that `traced_once` is over.
     of_modules = torch.compiler.skip_guard_on_all_nn_modules_unsafe(entries)
     of_globals = torch.compiler.skip_guard_on_globals_unsafe(entries)
     return [keep and also for keep, also in zip(of_modules, of_globals, strict=True)]
 
 
-def _compiled(config: CompileConfig) -> Callable[..., Tensor]:
-    """A step that is compiled at its first call."""
+def _compiled(
+    config: CompileConfig, guards: Callable[[Any], list[bool]], function: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """A function that is compiled at its first call."""
     options = config.to_dict()
     options |= {"fullgraph": True, "dynamic": bool(config.dynamic), "isolate_recompiles": True}
     if config.backend == "inductor":
         patches = dict(torch._inductor.list_mode_options(config.mode) if config.mode else {}) | (config.options or {})
         options |= {"backend": _backend(patches), "mode": None, "options": None}
-    return torch.compile(_step, **options | {"options": (options["options"] or {}) | {"guard_filter_fn": _guards}})
-
-
-class _Entry:
-    """A layer's own part of a static cache, in the place of the whole."""
-
-    def __init__(self, layer: StaticLayer):
-        self.layer = layer
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.layer.update(key, value, **kwargs)
-
-
-def _kinds(model: Any) -> tuple[int, ...]:
-    """A number for each layer, equal where two layers differ in nothing but the values of weights."""
-    found: dict[Any, int] = {}
-    layers = [
-        tuple(
-            (type_before_parametrizations(m), _settings({k: v for k, v in vars(m).items() if k not in NUMBERED}, id))
-            for m in layer.modules()
-        )
-        for layer in model.model.language_model.layers
-    ]
-    return tuple(found.setdefault(layer, len(found)) for layer in layers)
-
-
-def _regions(model: Any, cache: StaticCache) -> Any:
-    """While it holds, a decoder layer is traced and compiled once for all layers alike.
-
-    A trace is used again where the number says so, without a look at what it relied on. So the number must tell apart
-    whatever the code of a layer reads beside its weights, its states and its part of the cache.
-    """
-    # A cache of another kind keeps numbers in Python, which only a trace of every layer would count up.
-    if cache.offloading or any(type(layer) is not StaticLayer for layer in cache.layers):
-        return nullcontext()
-    kinds, forward = _kinds(model), ChorusDecoderLayer.forward
-
-    def run(
-        kind: int, layer: Any, entry: Any, hidden_states: Tensor, plan: tuple[Any, ...], asked: Any, **attention: Any
-    ) -> Tensor:
-        options = None
-        if asked is not None:
-            complexity_T, budget, sampled, closed, width_T = asked
-            options = RoutingOptions(complexity_T, budget, frozenset(sampled), None, {}, frozenset(closed), width_T)
-        modality_T, real_T, rows, real_rows, is_static, open_above, modalities = plan
-        made = ForwardPlan(modality_T, real_T, rows, real_rows, is_static, options)
-        made.open_above, made.modalities = open_above, modalities
-        return forward(layer, hidden_states, made, **{CACHE: _Entry(entry)}, **attention)
-
-    region = torch.compiler.nested_compile_region(
-        run, max_reuse_entries=len(DTYPES) * len(kinds), reuse_hash_fn=lambda kind, *args, **kwargs: kind
-    )
-
-    def forward_in_region(self: Any, hidden_states: Tensor, plan: ForwardPlan, **attention: Any) -> Tensor:
-        if not torch.compiler.is_compiling():  # a thread that runs the modules meanwhile
-            return forward(self, hidden_states, plan, **attention)
-        # A region takes tensors, constants and what the model or the cache holds; nothing that tracing made.
-        options, entry = plan.options, attention.pop(CACHE).layers[self.self_attn.layer_idx]
-        asked = None
-        if options is not None:
-            names = sorted(options.sampled_banks), sorted(options.closed_banks)
-            asked = (options.complexity_T, options.budget, *names, options.width_T)
-        parts = (plan.modality_T, plan.real_T, plan.rows, plan.real_rows, plan.is_static, plan.open_above)
-        kind = kinds[self.self_attn.layer_idx] * len(DTYPES) + DTYPES.index(hidden_states.dtype)
-        return region(kind, self, entry, hidden_states, (*parts, tuple(plan.modalities)), asked, **attention)
-
-    return patch.object(ChorusDecoderLayer, "forward", forward_in_region)
+    return torch.compile(function, **options | {"options": (options["options"] or {}) | {"guard_filter_fn": guards}})
 
 
 def _step(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
     """Logits `(B, 1, V)`. Without modalities the decoder knows that all is text."""
     outputs = model.model.language_model(input_ids=model.model._text_ids(input_ids), use_cache=True, **inputs)
     return model.lm_head(outputs.last_hidden_state)
+
+
+class _Graph:
+    """`_step`, compiled at its first call, and the layers that it runs."""
+
+    def __init__(self, model: Any, config: CompileConfig):
+        self.step = _compiled(config, _guards, _step)
+        # What a layer is given is fixed by the step's graph.
+        self.layers = CompiledLayers(model, partial(_compiled, config, lambda entries: [False] * len(entries)))
+
+    def __call__(self, model: Any, **inputs: Any) -> Tensor:
+        with self.layers.running(inputs[CACHE]):
+            return self.step(model, **inputs)
 
 
 class CompiledDecoding:
@@ -319,13 +258,13 @@ class CompiledDecoding:
     def _first_step(self, key: tuple[Any, ...], config: CompileConfig, step: dict[str, Any]) -> Tensor | None:
         """The logits of a step whose graph is compiled for it; None if that fails."""
         # One thread compiles, since it changes what tracing and Inductor read; others wait for it.
-        with COMPILING, _regions(self.model, step[CACHE]):
+        with COMPILING:
             if (graph := self.graphs.get(key)) is not None:  # another thread compiled it meanwhile
                 return graph(self.model, **step)
-            graph = _compiled(config)
+            graph = _Graph(self.model, config)
             logger.info(f"compiled decoding: graph {len(self.graphs) + 1}, for {key[1:]}")
             try:
-                with generated_modules() as modules:
+                with generated_modules() as modules, graph.layers.traced_once(step[CACHE], step["input_ids"].is_cpu):
                     logits = graph(self.model, **step)
             except Exception as error:
                 self.failure = f"the step cannot be compiled ({type(error).__name__}: {_first_lines(error)})"
@@ -381,25 +320,7 @@ def _first_lines(error: Exception) -> str:
 
 def _signature(model: Any) -> tuple[Any, ...]:
     """What a graph was made from, besides the values of weights: modules, their settings and hooks, adapters in use."""
-    return model.config.to_json_string(use_diff=False), *((type(m), _settings(vars(m))) for m in model.modules())
-
-
-def _settings(value: Any, other: Callable[[Any], Any] = type) -> Any:
-    """Something to compare; `other` says what of a value of a kind that is not known."""
-    if value is None or isinstance(value, PLAIN):
-        return value
-    if isinstance(value, dict):
-        # A module has more than ten kinds of hooks, and most often none of them.
-        filled = ((key, entry) for key, entry in value.items() if not isinstance(entry, dict) or entry)
-        return tuple((str(key), _settings(entry, other)) for key, entry in filled)
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
-    if isinstance(value, list | tuple | set | frozenset):
-        return tuple(_settings(entry, other) for entry in value)
-    # A configuration is in `_signature` already, and slow to print. Modules are looked at one by one.
-    if is_dataclass(value) and not isinstance(value, PreTrainedConfig):
-        return repr(value)
-    return type_before_parametrizations(value) if isinstance(value, nn.Module) else other(value)
+    return model.config.to_json_string(use_diff=False), *((type(m), settings_of(vars(m))) for m in model.modules())
 
 
 def _obstacle(model: Any) -> str:

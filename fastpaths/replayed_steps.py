@@ -25,6 +25,8 @@ from chorus_moe.modeling.modeling_outputs import CACHE
 Call = tuple[Callable[..., None], tuple[Any, ...]]
 # What generated code may do beside calling kernels: make tensors, which the list keeps.
 MAKES = {"empty_strided_cpu", "reinterpret_tensor"}
+# An operation that runs kernels of a generated module in its turn, which are noted there.
+RUNS = {"torch.ops.chorus.decoder_layer.default"}
 # The list that the kernels of a thread are noted in, if any.
 NOTING = local()
 
@@ -82,8 +84,9 @@ class ReplayedSteps:
         finally:
             NOTING.calls = None
         # The output has to be what a kernel wrote, and no copy of it.
-        written = {_storage(each) for _, arguments in calls for each in arguments if isinstance(each, Tensor)}
-        is_whole = _storage(output) in written
+        place = _storage(output)
+        written = (each for _, arguments in reversed(calls) for each in arguments if isinstance(each, Tensor))
+        is_whole = any(_storage(each) == place for each in written)
         self.noted = _Noted(memory, *tree_flatten(inputs), calls, output) if is_whole else None
         return output.clone()
 
@@ -139,7 +142,7 @@ def _kernels(module: ModuleType) -> set[str] | None:
                 reached += [called] if called not in reached else []
             elif called.startswith("cpp_fused"):
                 kernels.add(called)
-            elif called not in MAKES:
+            elif called not in MAKES | RUNS:
                 return None
     return kernels
 

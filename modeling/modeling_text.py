@@ -226,11 +226,12 @@ class ChorusTextModel(ChorusPreTrainedModel):
         # Text alone needs no look at the modalities, so a compiled step may rely on it.
         given = (past_key_values, asked, threshold_logit(skip_threshold), mm_token_type_ids is None)
         shared = self._prepare(hidden_states, tokens, *given)
-        for number, layer in enumerate(self.layers[:exit_layer], start=1):
+        numbers = range(1, 1 + (exit_layer or len(self.layers)))
+        for number, layer, kind in zip(numbers, self.layers, self.config.layer_types, strict=False):
             before, keys_alone = hidden_states, token_exits is not None and token_exits.all_left
             hidden_states = layer(
                 hidden_states,
-                **shared[self.config.layer_types[number - 1]],
+                **shared[kind],
                 use_cache=use_cache,
                 **{CACHE: past_key_values},
                 **({"keys_alone": True} if keys_alone else {}),

@@ -172,8 +172,7 @@ class ChorusProcessor(ChatProcessor):
                     raise place.error(f"text must be a string, found {type(entry).__name__}")
             image_rows = nest_media(images, texts, self.image_token, "image", self.limits)
             clip_rows = nest_media(audio, texts, self.audio_token, "audio", self.limits)
-        # Decoded before any tensor is made: the lengths of clips decide the number of placeholders, and mistakes cost
-        # less.
+        # Decoded before any tensor is made: clips' lengths decide the number of placeholders, and mistakes cost less.
         loaded_images, loaded_clips = self._load_media(image_rows, clip_rows, merged)
 
         tensor_type = merged["text_kwargs"].pop("return_tensors", None)

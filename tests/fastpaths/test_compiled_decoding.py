@@ -14,20 +14,16 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from torch._dynamo.utils import compilation_time_metrics
 from torch._inductor.utils import run_and_get_code
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.fastpaths.compiled_decoding import (
     CompiledDecoding,
     _backend,
-    _kinds,
-    _regions,
     compile_decoding,
 )
 from chorus_moe.fastpaths.quantized_weights import STEP_TOKENS
-from chorus_moe.modeling.modeling_text import ChorusDecoderLayer
 from chorus_moe.surgery import close_bank
 from tests.conftest import tiny_batch, tiny_config
 
@@ -181,44 +177,6 @@ def test_a_copy_compiles_for_itself():
     assert copied.get_compiled_call.__self__.model is copied
 
 
-ALIKE: dict[str, Any] = {"num_hidden_layers": 3, "cross_modal_layers": [], "mlp_layer_types": ["sparse"] * 3}
-
-
-def test_layers_alike_are_traced_once():
-    before = len(compilation_time_metrics.get("invoke_subgraph_trace", ()))
-    check(make(**ALIKE, expert_banks={"common": {}}), text(), expert_budget={"text": 1})
-    assert len(compilation_time_metrics["invoke_subgraph_trace"]) - before == 1
-
-
-def test_layers_that_differ_are_told_apart():
-    windows = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
-    model = make(**ALIKE | {"mlp_layer_types": ["sparse", "sparse", "dense"]} | windows)
-    assert _kinds(model) == (0, 1, 2)
-    model = make(**ALIKE)
-    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False)).eval()
-    assert _kinds(model) == (0, 0, 0)
-    adapted.base_model.model.model.language_model.layers[1].self_attn.o_proj.scaling["default"] = 0.5
-    assert _kinds(model) == (0, 1, 0)
-    model.model.language_model.layers[2].float64 = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    assert _kinds(model) == (0, 1, 2)
-
-
-def test_modules_run_as_ever_while_another_thread_compiles():
-    model, forward = make(), ChorusDecoderLayer.forward
-    with torch.no_grad():
-        expected = model(**text()).logits
-        with _regions(model, StaticCache(config=model.config.text_config, max_cache_len=16)):
-            assert ChorusDecoderLayer.forward is not forward
-            assert torch.equal(model(**text()).logits, expected)
-    assert ChorusDecoderLayer.forward is forward
-
-
-def test_layers_are_not_shared_where_a_cache_counts_in_python():
-    model, forward = make(**WINDOWS), ChorusDecoderLayer.forward
-    with _regions(model, StaticCache(config=model.config.text_config, max_cache_len=16)):
-        assert ChorusDecoderLayer.forward is forward
-
-
 def test_lengths_of_one_size_share_a_graph():
     model = make()
     check(model, text(length=9))
@@ -255,7 +213,7 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch):
     model = make()
     expected = generate(model, text(), disable_compile=True)
     compile_decoding(model)
-    monkeypatch.setattr("chorus_moe.fastpaths.compiled_decoding._compiled", lambda config: refuse)
+    monkeypatch.setattr("chorus_moe.fastpaths.compiled_decoding._compiled", lambda *_: refuse)
     assert torch.equal(generate(model, text())[0], expected[0])
     assert "no compiler" in model.get_compiled_call.__self__.failure
 

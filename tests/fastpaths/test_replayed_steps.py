@@ -189,6 +189,11 @@ def test_more_than_kernels(tmp_path: Path, line: str) -> None:
     assert not can_replay([])
 
 
+def test_an_operation_that_runs_layers_is_no_more_than_kernels(tmp_path: Path) -> None:
+    module = load(tmp_path, SOURCE.replace("    found =", "    torch.ops.chorus.decoder_layer.default()\n    found ="))
+    assert can_replay([module])
+
+
 def test_modules_are_found() -> None:
     """What Inductor loads for a function, with what it calls."""
 
