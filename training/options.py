@@ -1,0 +1,19 @@
+"""Options that a command does not take, and says why."""
+
+from typing import Any
+
+import typer
+
+
+def without(option: str, instead: str) -> Any:
+    """The hidden option of a command that has no use for it; who asks for it is told what to do.
+
+    Raises:
+        ValueError: when it is given.
+    """
+
+    def refuse(value: str | None) -> None:
+        if value is not None:
+            raise ValueError(f"{option} {value}: {instead}")
+
+    return typer.Option(option, hidden=True, callback=refuse)
