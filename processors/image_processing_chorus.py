@@ -136,10 +136,8 @@ def image_to_tensor(image: ImageInput, in_bytes: bool, layout: str | None = None
     image = image.convert("LA") if image.mode == "La" else image
     if image.mode in ("LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-    elif image.mode == "1":
-        image = image.convert("L")
     elif image.mode not in ("L", "RGB", "RGBA"):
-        image = image.convert("RGB")
+        image = image.convert("L" if image.mode == "1" else "RGB")
     array = torch.from_numpy(np.array(image))
     return array[None] if array.ndim == 2 else array.permute(2, 0, 1)
 
@@ -201,9 +199,8 @@ def white_of(tensor: torch.Tensor) -> float:
     if low < (-255 * OVERSHOOT if high >= MIN_PEAK else 0) or high > 255 * (1 + OVERSHOOT):
         raise IMAGE.error(f"values lie in {low:g}..{high:g}, expected 0..1 or 0..255; pass do_rescale=False for others")
     if high < MIN_PEAK and bool((tensor != tensor.round()).any()):
-        raise IMAGE.error(
-            f"image values lie in {low:g}..{high:g}: too bright for 0..1 or nearly black in 0..255? Clip or scale it"
-        )
+        cure = "too bright for 0..1 or nearly black in 0..255? Clip or scale it"
+        raise IMAGE.error(f"image values lie in {low:g}..{high:g}: {cure}")
     return 255.0
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -162,14 +163,16 @@ def open_source(item: str | bytes | bytearray | Path, max_bytes: int, place: Med
         if len(item) > max_bytes * 4 // 3 + 256:
             raise place.error(f"{len(item)} characters of base64, the limit is {max_bytes} bytes")
         try:
-            item = base64.b64decode(item.partition(",")[2], validate=True)
+            item = base64.b64decode("".join(item.partition(",")[2].split()), validate=True)
         except binascii.Error as cause:
             raise place.error("the data: address holds no valid base64") from cause
     source: io.BytesIO | str
     if isinstance(item, (bytes, bytearray)):
         size, source = len(item), io.BytesIO(item)
     else:
-        path = os.fspath(item).removeprefix("file://")
+        path = os.fspath(item)
+        # An address writes a blank as %20.
+        path = unquote(path[7:]) if path.startswith("file://") else path
         # Refuses folders, devices and pipes, which could be read without end.
         if not os.path.isfile(path):
             raise place.error(f"no such file: {path[:200]!r}")

@@ -1,11 +1,10 @@
 """Options that a command does not take, and says why."""
 
-from typing import Any
-
 import typer
+from typer.models import OptionInfo
 
 
-def without(option: str, instead: str) -> Any:
+def without(option: str, instead: str) -> OptionInfo:
     """The hidden option of a command that has no use for it; who asks for it is told what to do.
 
     Raises:

@@ -164,6 +164,8 @@ def test_sound_comes_as_openai_sends_it(processor):
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     parts = [
         {"type": "input_audio", "input_audio": {"data": content, "format": "wav"}},
+        {"type": "input_audio", "input_audio": {"data": f"data:audio/wav;base64,{content}", "format": "wav"}},
+        {"type": "audio", "base64": base64.encodebytes(wav_bytes(tone(0.5))).decode()},
         {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{content}"}},
         {"type": "audio", "audio": wav_bytes(tone(0.5))},
     ]

@@ -66,6 +66,10 @@ def test_the_index_is_that_of_save_pretrained(tmp_path: Path):
     # transformers counts the parameters as well.
     theirs = json.dumps({**json.loads(theirs), "metadata": json.loads(ours)["metadata"]}, indent=2, sort_keys=True)
     assert ours == theirs + "\n"
+    (tmp_path / "mixed").mkdir()
+    write_checkpoint(tmp_path / "mixed", {k: planned(tensors[k]) for k in sorted(tensors, reverse=True)}, 800)
+    mixed = json.loads((tmp_path / "mixed" / "model.safetensors.index.json").read_text())
+    assert list(mixed) == ["metadata", "weight_map"] and list(mixed["weight_map"]) == sorted(tensors)
 
 
 @pytest.mark.parametrize("name", ["w" * length for length in range(1, 9)])
