@@ -221,8 +221,7 @@ class ChorusFeatureExtractor(SequenceFeatureExtractor):
         Arrays and dicts pass unchanged. Nothing is fetched from the network.
         """
         if isinstance(audio_url_or_urls, (str, bytes, Path)):
-            samples = self.load(audio_url_or_urls, MediaPlace("audio", 0))
-            return {"array": samples, "sampling_rate": self.sampling_rate}
+            return {"array": self.load(audio_url_or_urls, MediaPlace("audio", 0)), "sampling_rate": self.sampling_rate}
         if isinstance(audio_url_or_urls, (list, tuple)) and not is_media_item(audio_url_or_urls):
             return [self.fetch_audio(clip) for clip in audio_url_or_urls]
         return audio_url_or_urls

@@ -133,14 +133,11 @@ def image_to_tensor(image: ImageInput, in_bytes: bool, layout: str | None = None
         is_16_bit = image.mode == "I" and 255 < values.max() <= 65535 and values.min() >= 0
         return array_to_tensor(values.astype(np.uint16) if is_16_bit else values, in_bytes)
     # `convert("RGB")` would drop the transparency; `match_channels` lays it over white.
-    if image.mode == "La":
-        image = image.convert("LA")
+    image = image.convert("LA") if image.mode == "La" else image
     if image.mode in ("LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-    elif image.mode == "1":
-        image = image.convert("L")
     elif image.mode not in ("L", "RGB", "RGBA"):
-        image = image.convert("RGB")
+        image = image.convert("L" if image.mode == "1" else "RGB")
     array = torch.from_numpy(np.array(image))
     return array[None] if array.ndim == 2 else array.permute(2, 0, 1)
 
@@ -173,8 +170,7 @@ def array_to_tensor(image: np.ndarray | torch.Tensor, in_bytes: bool, layout: st
         raise IMAGE.error("the image holds NaN or infinite values")
     if not in_bytes:
         return tensor
-    white = white_of(tensor)
-    return (tensor * (255 / white)).clamp(0, 255)
+    return (tensor * (255 / white_of(tensor))).clamp(0, 255)
 
 
 def _integers_to_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -186,10 +182,8 @@ def _integers_to_bytes(tensor: torch.Tensor) -> torch.Tensor:
         raise IMAGE.error(f"image values lie in {low}..{high}, expected 0..255, or 0..65535 in an array of uint16")
     # A black picture is black in both.
     if is_16_bit and 0 < high <= 255:
-        raise IMAGE.error(
-            f"16-bit image values lie in {low}..{high}: 0..255, or nearly black in 0..65535? Pass uint8, or values "
-            "times 257"
-        )
+        cure = "0..255, or nearly black in 0..65535? Pass uint8, or values times 257"
+        raise IMAGE.error(f"16-bit image values lie in {low}..{high}: {cure}")
     return (tensor // 257 if is_16_bit else tensor).to(torch.uint8)
 
 
@@ -205,9 +199,8 @@ def white_of(tensor: torch.Tensor) -> float:
     if low < (-255 * OVERSHOOT if high >= MIN_PEAK else 0) or high > 255 * (1 + OVERSHOOT):
         raise IMAGE.error(f"values lie in {low:g}..{high:g}, expected 0..1 or 0..255; pass do_rescale=False for others")
     if high < MIN_PEAK and bool((tensor != tensor.round()).any()):
-        raise IMAGE.error(
-            f"image values lie in {low:g}..{high:g}: too bright for 0..1 or nearly black in 0..255? Clip or scale it"
-        )
+        cure = "too bright for 0..1 or nearly black in 0..255? Clip or scale it"
+        raise IMAGE.error(f"image values lie in {low:g}..{high:g}: {cure}")
     return 255.0
 
 

@@ -5,8 +5,6 @@ Unusual here:
 - nothing is fetched: http(s) addresses are refused, local files, bytes, `data:` addresses and decoded media accepted;
 - sound is decoded by PyAV to the end of the file, images by Pillow, both with short lists of formats; playlists and
   other formats that name further files are on neither.
-
-Pillow's threat model (Pillow#9562) asks to treat its decompression-bomb warning as an error; so does `load_image`.
 """
 
 import base64
@@ -21,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -71,8 +70,15 @@ PADDING_SECONDS = 0.5
 MIN_PACKET_SECONDS, MAX_PACKET_SECONDS = 0.002, 1_000
 UNKNOWN_RIFF_BYTES = 2**32 - 2**16
 MAX_BROKEN_PACKETS = 1_000
-# What programs write behind the sound of a WAV file, and how far from its end it is looked for.
-TAIL_CHUNKS, MAX_TAIL_BYTES = re.compile(rb"LIST|[iI][dD]3 |bext|iXML|axml|_PMX|cue |smpl|acid|fact|JUNK"), 2**24
+# Files that hold their sound in one chunk, by how they begin or what stands at byte 8 -> byte order, bytes of a chunk's
+# name and of its length, the first chunk, and what chunks are aligned to. Lengths of W64 ("riff") count all of a chunk.
+CHUNKS: dict[bytes, tuple[Any, int, int, int, int]] = {
+    b"WAV": ("little", 4, 4, 12, 2), b"AIF": ("big", 4, 4, 12, 2), b"riff": ("little", 16, 8, 40, 8),
+    b"caff": ("big", 4, 8, 8, 1),
+}  # fmt: skip
+# Behind the sound of WAV and AIFF files, and how far from the end it is looked for.
+TAIL_CHUNKS = re.compile(rb"(?s)(?=([_A-Z]{4}|[iI][dD]3 |bext|iXML|axml|cue |smpl|acid|fact|\(c\) )(\0|...\0))")
+MAX_TAIL_BYTES = 2**23
 
 
 class MediaError(ValueError):
@@ -157,14 +163,16 @@ def open_source(item: str | bytes | bytearray | Path, max_bytes: int, place: Med
         if len(item) > max_bytes * 4 // 3 + 256:
             raise place.error(f"{len(item)} characters of base64, the limit is {max_bytes} bytes")
         try:
-            item = base64.b64decode(item.partition(",")[2], validate=True)
+            item = base64.b64decode("".join(item.partition(",")[2].split()), validate=True)
         except binascii.Error as cause:
             raise place.error("the data: address holds no valid base64") from cause
     source: io.BytesIO | str
     if isinstance(item, (bytes, bytearray)):
         size, source = len(item), io.BytesIO(item)
     else:
-        path = os.fspath(item).removeprefix("file://")
+        path = os.fspath(item)
+        # An address writes a blank as %20.
+        path = unquote(path[7:]) if path.startswith("file://") else path
         # Refuses folders, devices and pipes, which could be read without end.
         if not os.path.isfile(path):
             raise place.error(f"no such file: {path[:200]!r}")
@@ -334,67 +342,75 @@ def decode_sound(
 
     source = open_source(item, limits.audio_bytes, place)
     # No path is given to ffmpeg, which would read parts of it as protocols.
-    options = {
-        "format_whitelist": ",".join(SOUND_FORMATS),
-        "codec_whitelist": ",".join(SOUND_CODECS),
-        "protocol_whitelist": "none",
-    }
+    options = {"format_whitelist": ",".join(SOUND_FORMATS), "codec_whitelist": ",".join(SOUND_CODECS)}
+    options["protocol_whitelist"] = "none"
     with open(source, "rb") if isinstance(source, str) else source as file:
-        head = file.read(8)
-        order: Any = "big" if head.startswith(b"FORM") else "little"
-        claimed = int.from_bytes(head[4:], order) + 8 if head[:4] in (b"RIFF", b"FORM") else 0
-        is_miscounted, end = _is_miscounted(file)
-        if is_miscounted:
-            options["ignore_length"] = "1"
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
+        readable, fault = _mended(file)
         try:
-            with av.open(
-                io.BytesIO(file.read(end)) if end < size else file, options=options, metadata_errors="ignore"
-            ) as container:
+            with av.open(readable, options=options, metadata_errors="ignore") as container:
                 samples, rate = _decode_best_track(container, limits, max_seconds, place)
         except av.FFmpegError as cause:
             raise place.error(f"no readable sound of the formats {', '.join(SOUND_FORMATS)} ({cause})") from cause
-    if end < size:
-        why = f"the header counts chunks behind the sound as sound; these {size - end} bytes are left out"
-        logger.warning(str(place.error(why)))
-    elif is_miscounted:
-        logger.warning(str(place.error("the header counts less sound than the file holds; all of it is read")))
-    # ffmpeg says nothing of it. The largest numbers stand for a stream of unknown length.
-    elif 8 < claimed < UNKNOWN_RIFF_BYTES and not 0 <= size - claimed < 2:
-        why = "the file is cut" if size < claimed else "of joined files the first is read"
-        logger.warning(str(place.error(f"{why}: {min(size, claimed)} of {max(size, claimed)} bytes")))
+    if fault:
+        logger.warning(str(place.error(fault)))
     return samples, rate
 
 
-def _is_miscounted(file: Any) -> tuple[bool, int]:
-    """Whether a WAV file goes on behind its sound, as the header counts it, with what is neither a chunk nor zeros; and
-    where the sound ends, if the header counts chunks behind it as sound."""
+def _mended(file: Any) -> tuple[Any, str]:
+    """A file, its header rewritten where ffmpeg would leave out sound, or take chunks behind it for sound; and what the
+    header counts wrong, of which ffmpeg says nothing."""
+    content = file.read()
     file.seek(0)
-    content, start, long = file.read(), 12, 0
-    while content[8:12] == b"WAVE" and start + 8 <= len(content):
-        name, length = content[start : start + 4], int.from_bytes(content[start + 4 : start + 8], "little")
+    size, long = len(content), None
+    kind = next((kind for kind in CHUNKS if kind in (content[:4], content[8:11])), b"")
+    order, named, counted, start, step = CHUNKS.get(kind, ("little", 0, 0, size, 1))
+    own = named + counted if kind == b"riff" else 0
+    claimed = int.from_bytes(content[4:8], order) + 8 if counted == 4 else 0
+    while (body := start + named + counted) < size:
+        name, place = content[start : start + 4], slice(body - counted, body)
+        length = max(int.from_bytes(content[place], order) - own, 0)
+        start = body + length + -length % step
         if name == b"ds64":
             # RF64: here stand the numbers that need 64 bits.
-            long = int.from_bytes(content[start + 16 : start + 24], "little")
-        if name == b"data":
-            rest = content[(end := start + 8 + (long or length)) :]
-            # A name of four letters and its length, at an even byte.
-            chunk = re.match(rb"\0?[ -~]{4}(.{4})", rest, re.DOTALL)
-            is_chunk = chunk and int.from_bytes(chunk[1], "little") <= len(rest)
-            is_short = length > 0 and len(rest) >= 8 and any(rest) and not is_chunk
-            is_open = is_short or length == 0 or end >= len(content)
-            return is_short, _end_of_sound(content, start + 8) if is_open else len(content)
-        start += 8 + length + length % 2
-    return False, len(content)
+            long = slice(body + 8, body + 16)
+        if name not in (b"data", b"SSND"):
+            continue
+        if long is not None:
+            place, length = long, int.from_bytes(content[long], order) or length
+        rest, is_empty = content[body + length :], length <= (8 if name == b"SSND" else 0)
+        # A name of four letters and its length, at an even byte.
+        chunk = re.match(rb"\0?[ -~]{4}.{%d}(.{%d})" % (named - 4, counted), rest, re.DOTALL)
+        is_chunk = chunk and int.from_bytes(chunk[1], order) <= len(rest)
+        is_short = not is_empty and len(rest) >= 8 and any(rest) and not is_chunk
+        is_open = is_short or is_empty or not rest
+        last = _end_of_sound(content, body, order) if is_open and counted == 4 else size
+        if is_open and not body + length == last == size:
+            mended = bytearray(content[:last])
+            mended[place] = (last - body + own).to_bytes(place.stop - place.start, order)
+            mended[4:8] = (last - 8).to_bytes(4, order) if counted == 4 else content[4:8]
+            file = io.BytesIO(mended)
+        if last < size:
+            return file, f"the header counts chunks behind the sound as sound; these {size - last} bytes are left out"
+        if is_short:
+            return file, "the header counts less sound than the file holds; all of it is read"
+        claimed = claimed or max(body + length, size)
+        break
+    # The largest numbers stand for a stream of unknown length.
+    if 8 < claimed < UNKNOWN_RIFF_BYTES and not 0 <= size - claimed < 2:
+        why = "the file is cut" if size < claimed else "of joined files the first is read"
+        return file, f"{why}: {min(size, claimed)} of {max(size, claimed)} bytes"
+    return file, ""
 
 
-def _end_of_sound(content: bytes, start: int) -> int:
+def _end_of_sound(content: bytes, start: int, order: Any) -> int:
     """Where chunks of known names begin that fill the file to its last byte."""
+    seen: set[int] = set()
     for found in TAIL_CHUNKS.finditer(content, max(start, len(content) - MAX_TAIL_BYTES)):
         place = found.start()
-        while place + 8 <= len(content) and content[place : place + 4].isascii():
-            place += 8 + int.from_bytes(content[place + 4 : place + 8], "little")
+        # Every place once, or a file of nothing but such names would take hours.
+        while place + 8 <= len(content) and place not in seen and content[place : place + 4].isascii():
+            seen.add(place)
+            place += 8 + int.from_bytes(content[place + 4 : place + 8], order)
             place += place % 2
         if 0 <= place - len(content) < 2:
             return found.start()

@@ -208,8 +208,8 @@ def _prepare_part(
     if given:
         item = part[given[0]]
         if given[0] == "base64":
-            # As an address, so that one place decodes base64 within the limits.
-            item = f"data:;base64,{item}"
+            # As an address, which it may be already, so that one place decodes base64 within the limits.
+            item = item if str(item).startswith("data:") else f"data:;base64,{item}"
     else:
         wanted[kind] += 1
         item = queues[kind].pop(0) if queues[kind] else None

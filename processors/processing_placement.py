@@ -30,19 +30,14 @@ def as_item_list(media: object, modality: str) -> list[Any]:
     if is_media_item(media):
         return [media]
     if not isinstance(media, (list, tuple)):
-        found = type(media).__name__
-        raise MediaPlace(modality).error(
-            f"{MEDIA[modality].plural} must be one item, a list, or a list per sample, found {found}"
-        )
+        wanted = f"{MEDIA[modality].plural} must be one item, a list, or a list per sample"
+        raise MediaPlace(modality).error(f"{wanted}, found {type(media).__name__}")
     return list(media)
 
 
 def flatten_media(media: object, modality: str) -> list[Any]:
     """All items of a flat or nested list, in order."""
-    flat = []
-    for entry in as_item_list(media, modality):
-        flat.extend(as_item_list(entry, modality))
-    return flat
+    return [item for entry in as_item_list(media, modality) for item in as_item_list(entry, modality)]
 
 
 def nest_media(media: object, texts: list[str], token: str, modality: str, limits: MediaLimits) -> list[list[Any]]:
@@ -84,8 +79,7 @@ def _deal_out(items: list[Any], found: list[int], token: str, modality: str) -> 
     nested, start = [], 0
     for sample, placeholders in enumerate(found):
         # The last sample gets the rest, so surplus items are an error there and are not dropped.
-        is_last = sample == len(found) - 1
-        share = items[start:] if is_last else items[start : start + placeholders]
+        share = items[start:] if sample == len(found) - 1 else items[start : start + placeholders]
         if len(share) != placeholders:
             raise _mismatch(sample, placeholders, len(share), token, modality)
         nested.append(share)
@@ -95,13 +89,10 @@ def _deal_out(items: list[Any], found: list[int], token: str, modality: str) -> 
 
 def _mismatch(sample: int, found: int, expected: int, token: str, modality: str) -> MediaError:
     plural = MEDIA[modality].plural
+    reason = f"write {token} once per item, or drop the surplus {plural}"
     if found > expected:
-        reason = (
-            f"an item is missing, or a person typed {token}: build the prompt with apply_chat_template, which keeps "
-            "typed placeholders as text"
-        )
-    else:
-        reason = f"write {token} once per item, or drop the surplus {plural}"
+        cure = "build the prompt with apply_chat_template, which keeps typed placeholders as text"
+        reason = f"an item is missing, or a person typed {token}: {cure}"
     return MediaPlace(modality, sample=sample).error(
         f"found {found} {modality} placeholder{'s' * (found != 1)} for {expected} {plural}; {reason} (the number of "
         f"{token} tokens in the prompts should be the same as the number of {plural} passed)"

@@ -9,11 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
-from chorus_moe.training.cli import BaseName, DeviceName, DtypeName, ModelName, app, check_dtype, main, print_choice
+from chorus_moe.training.cli import (
+    BaseName,
+    DeviceName,
+    DtypeName,
+    ModelName,
+    app,
+    check_dtype,
+    main,
+    print_choice,
+)
+from chorus_moe.training.options import without
 from chorus_moe.training.scale import launch_command, plan_command
 
 __all__ = ["app", "launch_command", "main", "plan_command"]
 
+GRAPHS = "graphs are traced on the CPU in float32; the runtime that reads them chooses its own"
 AdapterNames = Annotated[
     list[str] | None, typer.Option("--adapter", help="NAME=FOLDER or Hub id of an adapter; may be repeated")
 ]
@@ -126,6 +137,8 @@ def export_graphs(
     out: Annotated[Path, typer.Argument(help="folder for the graphs, the configuration and the processor")],
     format: Annotated[str, typer.Option(help="onnx, or torch for torch.export's archives")] = "onnx",
     base: BaseName = None,
+    device: Annotated[str | None, without("--device", GRAPHS)] = None,
+    dtype: Annotated[str | None, without("--dtype", GRAPHS)] = None,
 ) -> None:
     """Write a model, adapters merged, as graphs for other runtimes, and compare onnxruntime's answers with its own."""
     if format == "onnx":
@@ -135,7 +148,10 @@ def export_graphs(
     from chorus_moe.surgery import fuse_experts
     from chorus_moe.training.loading import base_model, load_model
 
-    loaded, processor = load_model(model, base=base, merge=True, kind=saved_kind(model, base), dtype="float32")
+    loaded, processor = load_model(
+        model, base=base, merge=True, kind=saved_kind(model, base), dtype="float32", device="cpu"
+    )
+    print_choice(model, loaded)
     if base_model(loaded).config.text_config.experts_layout != "fused":
         fuse_experts(base_model(loaded))
     found = export_model(base_model(loaded), processor, out, format)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chorus_moe.training.federated.commands import federated
+from chorus_moe.training.options import without
 
 if TYPE_CHECKING:
     from chorus_moe.processors.processing_chorus import ChorusProcessor
@@ -65,13 +66,15 @@ def precompute_teacher(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="recipe with distillation.teachers and distillation.teacher_logits")],
     device: DeviceName = None,
+    dtype: Annotated[str | None, typer.Option(help="numbers of the teachers, as distillation.teacher_dtype")] = None,
 ) -> None:
     """Ask the teachers of a recipe about its rows and keep their answers on disk; more options override the recipe."""
     from chorus_moe.training.loading import find_device
     from chorus_moe.training.objectives.precompute import precompute_teachers
     from chorus_moe.training.stages import find_recipe, read_stages
 
-    found = precompute_teachers(read_stages(find_recipe(recipe), context.args), find_device(device))
+    words = [*context.args, *([] if dtype is None else ["--teacher_dtype", dtype])]
+    found = precompute_teachers(read_stages(find_recipe(recipe), words), find_device(device))
     print(json.dumps(found, indent=2))
 
 
@@ -298,6 +301,7 @@ def compose(
     seed: Annotated[int | None, typer.Option()] = None,
     dtype: Annotated[str, typer.Option(help="auto (the text model's), float32, bfloat16 or float16")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check, say how large it is, and write nothing")] = False,
+    device: Annotated[str | None, without("--device", "compose copies weights on the CPU and runs no model")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a new model of a pretrained text model and encoders, its feed-forward copied into experts."""
@@ -360,6 +364,9 @@ def compress(
     keep_steps: Annotated[bool | None, typer.Option("--keep-steps", help="keep the models between steps")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan as a recipe, and write nothing")] = False,
     device: DeviceName = None,
+    dtype: Annotated[
+        str | None, without("--dtype", "steps keep the model's numbers; `chorus-moe export` has --dtype for others")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Prune, merge, distil and quantize by a recipe, or down to a size; bytes, accuracy and speed after each step."""
@@ -432,8 +439,9 @@ def check_dtype(name: str) -> None:
 
 def print_choice(source: str, model: "ModelOrAdapter") -> None:
     """Where the model is and in what numbers. On standard error: standard output is the command's answer."""
-    weight = next(model.parameters())
-    print(f"{source}: on {weight.device}, in {str(weight.dtype).removeprefix('torch.')}", file=sys.stderr)
+    from chorus_moe.training.loading import choice_of
+
+    print(choice_of(source, model), file=sys.stderr)
 
 
 def print_values(values: dict[str, Any], as_json: bool) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote
 
 from torch.utils.data import Dataset
 
@@ -114,7 +115,7 @@ class RowReader:
             raise ValueError(f"{where}: {path!r} is a path, but a Hub data set carries its files")
         folder = self.folder.resolve()
         # Links are followed first: a data set may bring one that leads elsewhere.
-        found = (folder / path.removeprefix("file://")).resolve()
+        found = (folder / (unquote(path[7:]) if path.startswith("file://") else path)).resolve()
         if not found.is_relative_to(folder):
             raise ValueError(
                 f"{where}: {path!r} lies outside {str(folder)!r}; rows may name files below that folder only, which "

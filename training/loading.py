@@ -71,16 +71,27 @@ def _ready(model: ModelOrAdapter, source: str, device: str | torch.device | None
     """The model on its device, in evaluation mode; weights that are not finite are named in a warning."""
     model = (model if device is None else model.to(device)).eval()
     # Only a warning: the doctor must be able to load such a model too.
-    bad = [name for name, weight in model.named_parameters() if not is_finite(weight)]
-    if bad:
-        logger.warning(
-            f"{source!r}: {len(bad)} weights hold NaN or infinity, the first is {bad[0]}; its answers are void"
-        )
+    if found := not_finite(model):
+        logger.warning(f"{source!r}: {found}; its answers are void")
     return model
+
+
+def not_finite(model: torch.nn.Module) -> str | None:
+    """Which weights hold NaN or infinity, in words; None if all are finite."""
+    bad = [name for name, weight in model.named_parameters() if not is_finite(weight)]
+    if len(bad) < 2:
+        return f"the weight {bad[0]} holds NaN or infinity" if bad else None
+    return f"{len(bad)} weights hold NaN or infinity, the first is {bad[0]}"
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def choice_of(source: str, model: torch.nn.Module, device: torch.device | None = None) -> str:
+    """Where a model is, or will be, and in what numbers, as in "my-model: on cuda:0, in bfloat16"."""
+    weight = next(model.parameters())
+    return f"{source}: on {device or weight.device}, in {str(weight.dtype).removeprefix('torch.')}"
 
 
 def find_device(name: str | None = None) -> torch.device:

@@ -2,14 +2,16 @@
 
 from importlib.util import find_spec
 
+import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_bitsandbytes_available
 
+from chorus_moe.modeling.configuration_banks import check_name
 from chorus_moe.surgery import add_bank, freeze, unfreeze
 from chorus_moe.training.contrast.setup import check_head
-from chorus_moe.training.loading import ModelOrAdapter, is_finite
+from chorus_moe.training.loading import DTYPES, ModelOrAdapter, not_finite
 from chorus_moe.training.objectives.arguments import weights_of
 from chorus_moe.training.objectives.distillation_arguments import check_distillation
 from chorus_moe.training.privacy.checks import check_private_recipe
@@ -32,6 +34,7 @@ def check_recipe(recipe: Recipe) -> None:
         ImportError: 4-bit weights without bitsandbytes, privacy without Opacus.
     """
     arguments, parts = recipe.training, recipe.parts
+    check_name("model", "dtype", recipe.model.dtype, DTYPES)
     if arguments.train_sampling_strategy in BY_LENGTH:
         raise ValueError(
             f"training.train_sampling_strategy={arguments.train_sampling_strategy!r}: a row is text and undecoded "
@@ -103,9 +106,15 @@ def four_bits() -> BitsAndBytesConfig:
 
 def check_weights(model: nn.Module) -> None:
     """Refuse a model that no training can mend. Raises ValueError naming the first weight that is not finite."""
-    bad = [name for name, weight in model.named_parameters() if not is_finite(weight)]
-    if bad:
-        raise ValueError(f"{len(bad)} weights of the model hold NaN or infinity, the first is {bad[0]}")
+    if found := not_finite(model):
+        raise ValueError(found)
+
+
+def check_scaled(model: nn.Module, arguments: RunArguments) -> None:
+    """Refuse to train float16 weights with `fp16`, whose scaler torch stops at the first step. Raises ValueError."""
+    half = [n for n, weight in model.named_parameters() if weight.requires_grad and weight.dtype == torch.float16]
+    if arguments.fp16 and half:
+        raise ValueError(f"training.fp16 scales gradients of float32 weights, {half[0]} is in float16: --dtype float32")
 
 
 def prepare_parts(model: nn.Module, recipe: Recipe, verbose: bool = True) -> ModelOrAdapter:

@@ -45,6 +45,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "expert bank to add before training, what `add_bank` takes: {name: legal, num_experts: 4}"},
     )
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "numbers of the weights: auto (as saved; new ones float32), float32, bfloat16 or float16"},
+    )
     load_in_4bit: bool = field(default=False, metadata={"help": "4-bit weights (bitsandbytes) below a LoRA"})
     head: str = field(
         default="generation",
@@ -383,7 +387,15 @@ def field_names(kind: type) -> set[str]:
     return {f.name for f in dataclasses.fields(kind) if f.init}
 
 
+# Options of other commands, which a run has under another name.
+ELSEWHERE = {
+    "device": "a run takes what CUDA_VISIBLE_DEVICES shows it, and the CPU with --use_cpu true",
+}
+
+
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    if name in ELSEWHERE:
+        return f"; {ELSEWHERE[name]}"
     hint = get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {prefix + hint[0]!r}?" if hint else ""
 

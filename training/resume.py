@@ -5,6 +5,7 @@ behind it, and torch notices a wrong count at most; so the weights saved beside 
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,10 @@ def _check_adapter(model: Any, folder: Path) -> None:
         json.loads(path.read_text(encoding="utf-8")),
         json.loads(json.dumps(configs[name].to_dict(), default=sorted)),
     )
+    before, now_below = (config.get("base_model_name_or_path") for config in (saved, ours))
+    if before != now_below:
+        # No error: the same model may lie elsewhere by now.
+        print(f"{folder.name}: its adapter was trained on {before!r} and continues on {now_below!r}", file=sys.stderr)
     for key in sorted(saved.keys() & ours.keys() - set(NOT_COMPARED)):
         if saved[key] != ours[key]:
             raise OptimizerMisfit(f"{folder} has an adapter with {key}={saved[key]!r}, the model {ours[key]!r}; {CURE}")

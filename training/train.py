@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -36,13 +37,20 @@ from chorus_moe.training.features.checks import check_features
 from chorus_moe.training.guards.skills import SkillGuard
 from chorus_moe.training.guards.steps import StepGuard
 from chorus_moe.training.label_smoothing import smooth_labels
-from chorus_moe.training.loading import ModelOrAdapter, base_model, check_source, is_adapter, load_processor
+from chorus_moe.training.loading import (
+    ModelOrAdapter,
+    base_model,
+    check_source,
+    choice_of,
+    is_adapter,
+    load_processor,
+)
 from chorus_moe.training.objectives.distillation import distillation_objectives
 from chorus_moe.training.objectives.teacher_files import TaughtRows, teacher_columns
 from chorus_moe.training.objectives.terms import build_objectives, weigh_tokens
 from chorus_moe.training.quantization import quantize_below
 from chorus_moe.training.rates import Rates
-from chorus_moe.training.readiness import check_recipe, check_weights, four_bits, prepare_parts
+from chorus_moe.training.readiness import check_recipe, check_scaled, check_weights, four_bits, prepare_parts
 from chorus_moe.training.recipe import GuardArguments, ModelArguments, Recipe
 from chorus_moe.training.results.pictures import CURVES, NO_PICTURES, can_draw, curves_of, draw_curves
 from chorus_moe.training.results.provenance import run_section
@@ -108,6 +116,7 @@ def run_training(recipe: Recipe, stages: Sequence[Mapping[str, Any]] = ()) -> di
     checkpoint = find_checkpoint(arguments, recipe.model.model_name_or_path)
     is_new = arguments.overwrite_output_dir and checkpoint is None
     model, processor = load_or_build(recipe, train_rows, checkpoint, layout)
+    say_choice(recipe, model)
     spread(model, layout)
     check_features(model, processor, {"data.train_data": train_rows, "data.eval_data": eval_rows})
     objectives, answers = distillation_objectives(recipe.distillation, model, processor, recipe.data.max_length)
@@ -272,6 +281,8 @@ def load_or_build(
     options = {name: getattr(given, name) for name in names if getattr(given, name)}
     if recipe.lora.use_lora and given.model_name_or_path is None:
         raise ValueError("a LoRA needs a trained model below it: set model.model_name_or_path")
+    if given.dtype != "auto":
+        options["dtype"] = getattr(torch, given.dtype)
     if given.load_in_4bit:
         options["quantization_config"] = four_bits()
     if given.model_name_or_path is not None:
@@ -288,8 +299,19 @@ def load_or_build(
     # The tables once, not once on each rank.
     is_first = recipe.training.process_index == 0
     prepared = prepare_parts(model, recipe, verbose=is_first)
+    check_scaled(prepared, recipe.training)
     quantize_below(prepared, recipe.quantization, verbose=is_first)
     return prepared, processor
+
+
+def say_choice(recipe: Recipe, model: ModelOrAdapter) -> None:
+    """Print where a run trains and in what numbers, to standard error."""
+    arguments = recipe.training
+    if arguments.process_index == 0:
+        source = recipe.model.model_name_or_path or "a new model"
+        computes = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None
+        products = f", products in {computes}" if computes else ""
+        print(f"{choice_of(source, model, arguments.device)}{products}", file=sys.stderr)
 
 
 def build_model(

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,3 +199,25 @@ def test_a_row_wider_than_a_block_is_multiplied_alone(
     monkeypatch.setattr(quantized_weights, "BLOCK", block)
     weight, states = quantized(make_weight(5, 64), 8, 64, symmetric), make_weight(3, 64, seed=1)
     torch.testing.assert_close(product_in_blocks(states, weight), states @ weight.dequantize().T, rtol=1e-5, atol=1e-5)
+
+
+def test_states_are_rounded_by_row_around_zero_or_not_at_all() -> None:
+    def stack(kind: str | None = None, by: str = "PerRow", **fixed: float) -> SimpleNamespace:
+        granularity = type(by, (), {})()
+        asked = (
+            None if kind is None else SimpleNamespace(mapping_type=SimpleNamespace(name=kind), granularity=granularity)
+        )
+        others = dict.fromkeys(("act_quant_scale", "act_quant_zero_point", "act_pre_scale"))
+        return SimpleNamespace(act_quant_kwargs=asked, **others | fixed)
+
+    assert not quantized_weights._rounds_states(stack())
+    assert quantized_weights._rounds_states(stack("SYMMETRIC"))
+    for wrong, named in (
+        (stack("ASYMMETRIC"), "ASYMMETRIC"),
+        (stack("SYMMETRIC", by="PerTensor"), "PerTensor"),
+        (stack("SYMMETRIC", act_pre_scale=2.0), "not with a fixed scale"),
+        (stack(act_quant_scale=2.0), "not with a fixed scale"),
+        (stack(act_quant_zero_point=2.0), "not with a fixed scale"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            quantized_weights._rounds_states(wrong)

@@ -61,18 +61,21 @@ def test_implementations_agree_forward_and_backward(implementation: str, modalit
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=ATOL)
 
 
-UNUSED = {"adaptive_experts": True, "expert_capacity": 1.0, "capacity_overflow": "drop"}
+DROPPED = {"expert_capacity": 1.0, "capacity_overflow": "drop"}
+UNUSED = {"adaptive_experts": True, **DROPPED}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("unused", [UNUSED, DROPPED, {"adaptive_experts": True}], ids=["both", "dropped", "adaptive"])
 @pytest.mark.parametrize("modalities", [MIXED, [0] * 40, [3]], ids=["mixed", "text", "one audio token"])
-def test_implementations_agree_on_unused_slots(implementation: str, modalities: list[int]):
-    mlp = mixture(expert_banks={name: UNUSED for name in ("text", "audio", "common")}).train()
+def test_implementations_agree_on_unused_slots(implementation: str, modalities: list[int], unused: dict[str, object]):
+    mlp = mixture(expert_banks={name: unused for name in ("text", "audio", "common")}).train()
     results = {}
     for name in ("eager", implementation):
         use(mlp, name)
         mlp.zero_grad()
-        hidden, plan = tokens(modalities, options=capacity_options(modalities))
+        has_places = "expert_capacity" in unused
+        hidden, plan = tokens(modalities, options=capacity_options(modalities) if has_places else None)
         hidden.requires_grad_()
         output, routing = mlp(hidden * 30.0, plan)
         assert len(modalities) == 1 or any((bank.selected_experts == 4).any() for bank in routing.values())

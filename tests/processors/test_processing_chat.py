@@ -52,6 +52,21 @@ def test_labels_cover_the_words_of_the_assistant(processor, name):
     assert not {3, 4, 0} & set(batch["labels"][0])
 
 
+BY_KEY = (
+    "{% for message in messages %}{% for part in message['content'] %}{% if 'image' in part %}<image>"
+    "{% elif 'audio' in part %}<audio>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def test_a_template_that_knows_media_by_their_key_finds_them(processor):
+    # As Qwen's does: `'image' in part`, not `part['type'] == 'image'`.
+    batch = processor.apply_chat_template([user("see", IMAGE, "hear", CLIP)], BY_KEY, **TENSORS)
+    assert batch["mm_token_type_ids"].eq(1).sum() == 4 and batch["mm_token_type_ids"].eq(3).any()
+    expected = processor.apply_chat_template([user("see", IMAGE, "hear", CLIP)], **TENSORS)
+    for name in ("pixel_values", "input_features"):
+        assert torch.equal(batch[name], expected[name])
+
+
 def test_labels_survive_batching_and_padding_on_both_sides(processor):
     conversations = [conversation for conversation, _ in GOLDEN.values()]
     for side in ("left", "right"):
@@ -149,6 +164,8 @@ def test_sound_comes_as_openai_sends_it(processor):
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     parts = [
         {"type": "input_audio", "input_audio": {"data": content, "format": "wav"}},
+        {"type": "input_audio", "input_audio": {"data": f"data:audio/wav;base64,{content}", "format": "wav"}},
+        {"type": "audio", "base64": base64.encodebytes(wav_bytes(tone(0.5))).decode()},
         {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{content}"}},
         {"type": "audio", "audio": wav_bytes(tone(0.5))},
     ]

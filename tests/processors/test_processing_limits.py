@@ -92,7 +92,11 @@ def test_bytes_paths_dicts_and_data_addresses_give_the_same_picture(tmp_path):
     path.write_bytes(content)
     address = "data:image/png;base64," + base64.b64encode(content).decode()
     files = (path, str(path), {"path": str(path)}, f"file://{path}", {"path": f"file://{path}"})
-    for item in (content, *files, {"bytes": content, "path": None}, address):
+    # As programs write base64: lines of 76 letters.
+    wrapped = "data:image/png;base64," + base64.encodebytes(content).decode()
+    blank = tmp_path / "a b%20c.png"
+    blank.write_bytes(content)
+    for item in (content, *files, {"bytes": content, "path": None}, address, wrapped, str(blank), blank.as_uri()):
         assert np.array_equal(load_image(item, LIMITS, IMAGE), picture())
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from chorus_moe.surgery import checkpoint_writer
 from chorus_moe.surgery.checkpoint_writer import PlannedTensor, write_checkpoint
@@ -43,6 +44,39 @@ def test_shards_hold_no_more_than_asked_and_the_index_finds_every_tensor(tmp_pat
     assert index["metadata"]["total_size"] == 5 * 400
     for name, tensor in tensors.items():
         assert torch.equal(load_file(tmp_path / index["weight_map"][name])[name], tensor)
+
+
+class Weights(PreTrainedModel):
+    config: PreTrainedConfig
+    config_class = PreTrainedConfig
+
+    def __init__(self, config: PreTrainedConfig, tensors: dict[str, Tensor]):
+        super().__init__(config)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, torch.nn.Parameter(tensor))
+
+
+def test_the_index_is_that_of_save_pretrained(tmp_path: Path):
+    """Text for text: names in their order, so that two models are compared line by line."""
+    tensors = {f"layer{i}": torch.randn(10, 10) for i in range(5)}
+    Weights(PreTrainedConfig(), tensors).save_pretrained(tmp_path / "theirs", max_shard_size=800)
+    (tmp_path / "ours").mkdir()
+    write_checkpoint(tmp_path / "ours", {k: planned(v) for k, v in tensors.items()}, 800)
+    ours, theirs = ((tmp_path / side / "model.safetensors.index.json").read_text() for side in ("ours", "theirs"))
+    # transformers counts the parameters as well.
+    theirs = json.dumps({**json.loads(theirs), "metadata": json.loads(ours)["metadata"]}, indent=2, sort_keys=True)
+    assert ours == theirs + "\n"
+    (tmp_path / "mixed").mkdir()
+    write_checkpoint(tmp_path / "mixed", {k: planned(tensors[k]) for k in sorted(tensors, reverse=True)}, 800)
+    mixed = json.loads((tmp_path / "mixed" / "model.safetensors.index.json").read_text())
+    assert list(mixed) == ["metadata", "weight_map"] and list(mixed["weight_map"]) == sorted(tensors)
+
+
+@pytest.mark.parametrize("name", ["w" * length for length in range(1, 9)])
+def test_numbers_begin_at_an_aligned_byte(tmp_path: Path, name: str):
+    write_checkpoint(tmp_path, {name: planned(torch.randn(3))}, 800)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    assert int.from_bytes(content[:8], "little") % 8 == 0 and len(content) % 8 == 12 % 8
 
 
 def test_a_tensor_larger_than_a_shard_has_one_to_itself(tmp_path: Path):

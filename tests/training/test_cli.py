@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import torch
 import transformers
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
@@ -243,6 +244,60 @@ def test_the_commands_say_where_the_model_is_and_in_what_numbers(folder: Path, t
         assert "bfloat16" not in result.stdout, words
     with safe_open(tmp_path / "export" / "model.safetensors", framework="pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} <= {torch.bfloat16, torch.int64}  # noqa: SIM118
+
+
+def test_a_run_says_where_it_trains_and_in_what_numbers(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    first = tmp_path / "first"
+    for number, (source, choice, said) in enumerate(
+        [
+            ("a new model", ["--dtype", "bfloat16"], torch.bfloat16),
+            (str(first), [], torch.bfloat16),
+            (str(first), ["--dtype", "float32"], torch.float32),
+        ]
+    ):
+        out = tmp_path / "second" if number else first
+        words = ["train", str(recipe), "--max_steps", "1", "--output_dir", str(out), *choice]
+        if number:
+            values = yaml.safe_load(recipe.read_text())
+            recipe.write_text(yaml.safe_dump({**values, "model": {"model_name_or_path": str(first)}}))
+            words += ["--overwrite_output_dir", "true"]
+        result = CliRunner().invoke(cli.app, words, catch_exceptions=False)
+        assert f"{source}: on cpu, in {str(said).removeprefix('torch.')}\n" in result.stderr
+        with safe_open(out / "model.safetensors", framework="pt") as file:
+            assert file.get_tensor("lm_head.weight").dtype == said
+
+
+def test_a_run_names_what_it_has_in_place_of_a_device(
+    recipe: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "--use_cpu true" in error_of(monkeypatch, "train", recipe, "--device", "cpu")
+    assert "dtype" in error_of(monkeypatch, "train", recipe, "--dtype", "int8")
+    values = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**values, "training": {**values["training"], "device": "cpu"}}))
+    assert "--use_cpu true" in error_of(monkeypatch, "train", recipe)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compose", "--text", "x", "--device", "cpu"], "--device cpu: compose copies weights on the CPU"),
+        (["compress", "x", "--out", "y", "--dtype", "float32"], "--dtype float32: steps keep the model's numbers"),
+        (["federated", "withdraw", "x", "b", "--out", "y", "--device", "cpu"], "training.use_cpu, model.dtype"),
+    ],
+)
+def test_a_command_without_the_option_says_what_to_use(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert message in error_of(monkeypatch, *words)
+
+
+def test_the_demo_says_how_it_is_kept_from_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    from chorus_moe.training.demo.run import main
+
+    with pytest.raises(SystemExit):
+        main(["--device", "cpu"])
+    assert "CUDA_VISIBLE_DEVICES= shows it none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,8 @@ def test_rows_may_name_files_below_the_data_folder_only(folder: Path, tmp_path_f
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     Image.new("L", (20, 20)).save(elsewhere / "secret.png")
     (folder / "link.png").symlink_to(elsewhere / "secret.png")
-    for name in (str(elsewhere / "secret.png"), f"../{elsewhere.name}/secret.png", "link.png"):
+    hidden = f"file://%2e%2e/{elsewhere.name}/secret.png"
+    for name in (str(elsewhere / "secret.png"), f"../{elsewhere.name}/secret.png", "link.png", hidden):
         in_part = [{"role": "user", "content": [{"type": "image", "path": name}]}, TURN]
         in_url = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": name}}]}, TURN]
         for row in (
@@ -173,6 +174,13 @@ def test_paths_in_parts_are_relative_to_the_data_file_too(folder: Path, processo
     assert len(ChorusDataCollator(processor)([rows[0]])["pixel_values"]) == 1
     with pytest.raises(ValueError, match="row 0, key 'messages': 'media/a.png' is a path, but a Hub data set"):
         RowDataset([{"messages": inline}], None)[0]
+
+
+def test_an_address_of_a_file_may_write_blanks_as_addresses_do(folder: Path, processor: ChorusProcessor) -> None:
+    (folder / "media" / "a.png").rename(folder / "media" / "a b.png")
+    inline = [{"role": "user", "content": [{"type": "image", "url": (folder / "media" / "a b.png").as_uri()}]}, TURN]
+    rows = load_rows(write_jsonl(folder / "inline.jsonl", [{"messages": inline}]))
+    assert len(ChorusDataCollator(processor)([rows[0]])["pixel_values"]) == 1
 
 
 def test_rows_of_another_project_are_read_and_a_line_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

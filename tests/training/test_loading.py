@@ -89,6 +89,10 @@ def test_weights_that_are_not_finite_are_named_at_load(
     load_model(tmp_path)
     assert len(said) == 1
     assert "2 weights hold NaN or infinity, the first is model.language_model.norm.weight" in said[0]
+    model.lm_head.weight.data[0, 0] = 0.0
+    model.save_pretrained(tmp_path)
+    load_model(tmp_path)
+    assert "the weight model.language_model.norm.weight holds NaN or infinity; its answers are void" in said[1]
 
 
 @pytest.mark.parametrize("kind", [ChorusForSequenceClassification, ChorusForContrastive])

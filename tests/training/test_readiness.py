@@ -1,10 +1,13 @@
 """What cannot train is refused before the first step."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from chorus_moe import ChorusForConditionalGeneration
-from chorus_moe.training.readiness import check_recipe, check_weights, prepare_parts
+from chorus_moe.training.readiness import check_recipe, check_scaled, check_weights, prepare_parts
 from chorus_moe.training.recipe import read_recipe
 
 QUIET = ["--report_to", "none", "--use_cpu", "true"]
@@ -45,8 +48,24 @@ def test_weights_that_are_not_finite_are_refused_by_name(model: ChorusForConditi
     name, weight = list(model.named_parameters())[7]
     with torch.no_grad():
         weight.view(-1)[0] = torch.inf
-    with pytest.raises(ValueError, match=f"1 weights of the model hold NaN or infinity, the first is {name}"):
+    with pytest.raises(ValueError, match=f"^the weight {name} holds NaN or infinity$"):
         check_weights(model)
+    model.lm_head.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=f"^2 weights hold NaN or infinity, the first is {name}$"):
+        check_weights(model)
+
+
+def test_fp16_does_not_train_float16_weights(model: ChorusForConditionalGeneration) -> None:
+    arguments = read_recipe(None, QUIET).training
+    # Only on a GPU can a run ask for it.
+    asked: Any = SimpleNamespace(fp16=True)
+    check_scaled(model, asked)
+    check_scaled(model.half(), arguments)
+    with pytest.raises(ValueError, match="is in float16: --dtype float32"):
+        check_scaled(model, asked)
+    # Below an adapter, whose own weights are float32, they may be.
+    model.requires_grad_(False)
+    check_scaled(model, asked)
 
 
 def test_only_what_is_named_is_trained_and_something_is(model: ChorusForConditionalGeneration) -> None:

@@ -1,5 +1,6 @@
 """A checkpoint of another model is refused before a step is taken."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,24 @@ def test_a_run_is_not_resumed_with_a_grown_model(
     with pytest.raises(OptimizerMisfit, match=r"checkpoint-1 has no .*banks.text_2.*; start a new run from these"):
         run_training(read_recipe(None, words))
     assert not (run / "checkpoint-2").exists()
+
+
+def test_another_place_of_the_model_below_an_adapter_is_said(
+    tokenizer: PreTrainedTokenizerFast,
+    processor: ChorusProcessor,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    folder = checkpoint("adapter", tokenizer, processor, tmp_path)
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    trainer = new_trainer(new_model(tokenizer, "adapter"), processor, tmp_path, make_rows(4), max_steps=2)
+    capsys.readouterr()
+    check_resume(trainer, folder)
+    assert "was trained on" not in capsys.readouterr().err
+    (folder / "adapter_config.json").write_text(json.dumps(saved | {"base_model_name_or_path": "the-old-base"}))
+    check_resume(trainer, folder)
+    said = capsys.readouterr().err
+    assert "checkpoint-1: its adapter was trained on 'the-old-base' and continues on " in said
 
 
 OTHER_LORA = [

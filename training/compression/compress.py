@@ -27,7 +27,7 @@ from chorus_moe.training.compression.plan import CompressionRecipe, Distil, Quan
 from chorus_moe.training.compression.steps import apply, distil_recipe
 from chorus_moe.training.compression.target import Outlook, look_ahead
 from chorus_moe.training.data import RowDataset, load_rows
-from chorus_moe.training.loading import check_head, check_source, find_device, is_adapter, load_model
+from chorus_moe.training.loading import check_head, check_source, choice_of, find_device, is_adapter, load_model
 from chorus_moe.training.model_card import run_card
 from chorus_moe.training.saving import CARD, held_model, saved_whole
 from chorus_moe.training.train import run_training
@@ -124,9 +124,17 @@ def compress(work: Work, device: str | None = None) -> list[Measurement]:
 
     Returns:
         The figures of the model as it was and after each step.
+
+    Raises:
+        ValueError: no such device here, or one on which a distil step does not train.
     """
     recipe, out = work.recipe, Path(work.recipe.output_dir)
     place = find_device(device)
+    if place.index and any(isinstance(step, Distil) for step in recipe.steps):
+        raise ValueError(
+            f"--device {place}: a distil step trains on the first device that it sees; set "
+            f"CUDA_VISIBLE_DEVICES={place.index} and leave --device out"
+        )
     aside = out / STEPS_FOLDER
     aside.mkdir(parents=True, exist_ok=True)
     write_json(aside / PLAN, identity_of(recipe))
@@ -153,7 +161,7 @@ def _done(work: Work, step: Step, current: str, folder: Path, device: torch.devi
     if isinstance(step, Distil):
         # The Trainer prints its figures where the command's answer goes.
         with redirect_stdout(sys.stderr):
-            metrics = run_training(distil_recipe(step, work.recipe, current, folder))
+            metrics = run_training(distil_recipe(step, work.recipe, current, folder, device))
         for checkpoint in numbered_checkpoints(folder):
             shutil.rmtree(checkpoint)
         return [f"distil: loss {metrics['train_loss']:.4f} in {metrics['train_runtime']:.0f} s"]
@@ -173,10 +181,13 @@ def _measured(
     if record.is_file():
         return Measurement(**json.loads(record.read_text(encoding="utf-8")))
     recipe = work.recipe
+    model, processor = load_model(source, device=device)
+    say(choice_of(name, model))
     found = measure(
         name,
         Path(source),
-        *load_model(source, device=device),
+        model,
+        processor,
         work.eval_rows,
         batch_size=recipe.batch_size,
         max_new_tokens=recipe.max_new_tokens,

@@ -138,18 +138,23 @@ def batches(
         yield collator(batch)
 
 
-def distil_recipe(step: Distil, recipe: CompressionRecipe, student: str, folder: Path) -> Recipe:
+def distil_recipe(
+    step: Distil, recipe: CompressionRecipe, student: str, folder: Path, device: torch.device | None = None
+) -> Recipe:
     """The training recipe of a distil step, checked.
 
     Args:
         student: the model before the step.
         folder: where the trained one goes; a run that was interrupted there goes on.
+        device: where it is trained; None for an accelerator if there is one.
 
     Raises:
         ValueError: as `build_recipe` and `check_recipe`.
     """
     data = {name: value for name, value in recipe.data.items() if not name.startswith("eval_")}
     training = {"seed": recipe.seed, **DISTIL_TRAINING, **step.sections.get("training", {})}
+    if device is not None and device.type == "cpu":
+        training["use_cpu"] = True
     sections = {
         **step.sections,
         "model": {"model_name_or_path": student},

@@ -401,7 +401,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out-speaker", help="the speaker of --speech-dir kept for adaptation and testing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model-card", type=Path, help="also write the model's card here")
+    for option in ("--device", "--dtype"):
+        parser.add_argument(option, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.device or options.dtype:
+        parser.error("the demo takes a GPU if it sees one, and float32; CUDA_VISIBLE_DEVICES= shows it none")
     settings = DemoSettings() if options.speech_dir is None else FOR_RECORDINGS
     settings = replace(settings, seed=options.seed)
     run_demo(options.out, settings, options.speech_dir, options.held_out_speaker, options.model_card)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from chorus_moe.training.federated.exchange import need_flower
+from chorus_moe.training.options import without
 
 federated = typer.Typer(
     help="Train one model on rows that stay where they are: a server, clients, or all in one process.",
@@ -14,6 +15,10 @@ federated = typer.Typer(
 )
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipeName = Annotated[str, typer.Argument(help="recipe in YAML; more options override it: `--rounds 5`")]
+# Of `gather` and `withdraw`, which load a model on the CPU and may train its gates.
+GATES = "the gates are trained as their recipe says: training.use_cpu, model.dtype"
+NoDevice = Annotated[str | None, without("--device", GATES)]
+NoDtype = Annotated[str | None, without("--dtype", GATES)]
 Insecure = Annotated[bool, typer.Option("--insecure", help="plain HTTP; for one machine, or below a tunnel")]
 
 
@@ -98,6 +103,8 @@ def gather(
     gates: Annotated[
         Path | None, typer.Option(help="recipe with public rows, by which the banks' gates are trained", exists=True)
     ] = None,
+    device: NoDevice = None,
+    dtype: NoDtype = None,
 ) -> None:
     """Put the banks of several owners into one model, and train their gates on public rows."""
     from chorus_moe.training.federated.owned_banks import gather_banks, read_gates
@@ -110,6 +117,8 @@ def withdraw(
     model: Annotated[Path, typer.Argument(help="folder that `gather` has written")],
     bank: Annotated[str, typer.Argument(help="bank to take out")],
     out: Annotated[Path, typer.Option(help="new folder for the model")],
+    device: NoDevice = None,
+    dtype: NoDtype = None,
 ) -> None:
     """Make a gathered model anew, as if a bank had never been in it."""
     from chorus_moe.training.federated.owned_banks import withdraw_bank

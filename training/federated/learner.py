@@ -42,7 +42,7 @@ from chorus_moe.training.routing.callback import RoutingCallback
 from chorus_moe.training.routing.counters import RoutingCounters
 from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.streaming import StreamedRows, training_rows
-from chorus_moe.training.train import load_or_build, new_trainer
+from chorus_moe.training.train import load_or_build, new_trainer, say_choice
 from chorus_moe.training.trainer import ChorusTrainer
 
 Rows = RowDataset | Sequence[dict[str, Any]]
@@ -92,6 +92,7 @@ class Learner:
         rows = training_rows(recipe)
         assert not isinstance(rows, StreamedRows)  # refused above
         model, processor = load_or_build(recipe, rows)
+        say_choice(recipe, model)
         return cls(recipe, model, processor, rows)
 
     def answer(self, payload: bytes) -> bytes | None:

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import load_rows
-from chorus_moe.training.loading import load_processor
+from chorus_moe.training.loading import choice_of, load_processor
 from chorus_moe.training.objectives.distillation_arguments import check_distillation
 from chorus_moe.training.objectives.teacher_files import write_teacher
 from chorus_moe.training.objectives.teachers import Teacher
@@ -56,6 +56,8 @@ def _precompute(recipe: Recipe, first: Recipe, device: torch.device | None, prog
         config = model.config
     teacher = Teacher(asked.teachers, asked.teacher_dtype, asked.distillation_temperature)
     teacher.check(config, processor)
+    for source, model in zip(teacher.sources, teacher.models, strict=True):
+        print(choice_of(source, model, device), file=sys.stderr)
     collator = ChorusDataCollator(
         processor,
         max_length=data.max_length,

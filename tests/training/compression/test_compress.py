@@ -138,6 +138,16 @@ def test_what_cannot_be_done_is_refused_before_work(
     assert not (tmp_path / "small").exists()
 
 
+def test_a_device_on_which_a_distil_step_does_not_train_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chorus_moe.training.compression.compress.find_device", lambda name: torch.device(name))
+    work = prepare(recipe(source, tmp_path / "small", steps=(Distil(),)))
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=1 and leave --device out"):
+        compress(work, "cuda:1")
+    assert not (tmp_path / "small").exists()
+
+
 def test_a_folder_with_a_model_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a model"):

@@ -217,6 +217,10 @@ def test_a_distil_step_is_a_training_recipe_with_the_whole_model_as_teacher(tmp_
         model="whole", output_dir="out", data={"train_data": rows, "eval_data": rows, "eval_split": "x"}, seed=7
     )
     found = distil_recipe(Distil(), recipe, str(source), tmp_path / "trained")
+    for device, is_cpu in (("cpu", True), ("cuda", False)):
+        place = torch.device(device)
+        asked = distil_recipe(Distil(), recipe, str(source), tmp_path / "trained", place)
+        assert asked.training.use_cpu == is_cpu
     training = found.training
     assert (training.seed, training.num_train_epochs, training.per_device_train_batch_size) == (7, 3, 16)
     assert (training.learning_rate, str(training.lr_scheduler_type.value)) == (1e-4, "cosine")

@@ -167,6 +167,24 @@ def test_pictures_in_another_form_are_refused(
         teacher.check(model.config, processor)
 
 
+def test_another_processor_or_student_is_compared_anew(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, processor: ChorusProcessor
+) -> None:
+    config = save_chorus(tmp_path, tokenizer).config
+    teacher = Teacher([str(tmp_path)])
+    teacher.check(config, processor)
+    brighter = copy.deepcopy(processor)
+    brighter.image_processor.image_mean = 0.4
+    with pytest.raises(ValueError, match="image_mean"):
+        teacher.check(config, brighter)
+    # Of a student that sees nothing pictures are not compared.
+    blind = copy.deepcopy(config)
+    blind.vision_config, blind.text_config.modalities = None, ["text", "audio"]
+    teacher.check(blind, brighter)
+    with pytest.raises(ValueError, match="image_mean"):
+        teacher.check(config, brighter)
+
+
 def test_a_teacher_is_frozen_and_in_evaluation_mode(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     save_chorus(tmp_path, tokenizer)
     model = load_teacher(str(tmp_path), "bfloat16")

@@ -9,6 +9,7 @@ from chorus_moe import ChorusConfig
 from chorus_moe.serving.commands import app
 from chorus_moe.training.scale.layout import Layout
 from chorus_moe.training.scale.plan import Planner, Question, make_plan, read_mix
+from chorus_moe.training.scale.plan_layouts import layouts
 from chorus_moe.training.scale.plan_rates import DEVICES
 from tests.conftest import tiny_config
 
@@ -37,6 +38,15 @@ def test_the_best_layouts_fit_and_are_the_fastest(planner: Planner) -> None:
     assert seconds[0] == pytest.approx(min(possible), rel=0.01)
     assert all(found.memory.total <= planner.question.memory for found in plan.fitting)
     assert len({found.layout for found in plan.fitting}) == 3
+
+
+def test_a_layout_is_either_possible_or_refused_with_its_reason(planner: Planner) -> None:
+    plan = planner.plan()
+    refused = {layout: why for why, group in plan.refused.items() for layout in group}
+    possible = {layout for layout, _ in planner.possible()}
+    assert refused and possible.isdisjoint(refused)
+    assert possible | set(refused) == set(layouts(planner.question.gpus))
+    assert all(planner.refusal(layout) == why for layout, why in refused.items())
 
 
 def test_what_does_not_fit_says_why() -> None:
