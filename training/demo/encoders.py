@@ -84,9 +84,9 @@ class EncoderLesson(nn.Module):
         tokens_NLD = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
         return tokens_NLD, (torch.arange(tokens_NLD.shape[1], device=lengths.device) >= lengths[:, None])[..., None]
 
-    def _hear(self, input_features: Tensor, input_features_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _hear(self, input_features: Tensor, input_features_mask: Tensor, **counts: Tensor) -> tuple[Tensor, Tensor]:
         """The same for clips: the tower hears them one after the other, so that nothing is computed for the padding of
-        short ones, which is half of a batch."""
+        short ones, which is half of a batch. `counts` is what a Trainer adds."""
         config, device = self.tower.config, input_features.device
         # Silence as wide as a convolution looks, and each clip from a whole stride on.
         silence = config.subsampling * (config.conv_kernel_size // 2)
