@@ -48,6 +48,9 @@ CASES: dict[str, dict[str, Any]] = {
     "global tokens": WINDOWS | {"num_global_tokens": 3},
     "skip gates": {"skip_layers": [1], "skip_budget": 0.5},
     "norms after": {"norm_placement": "post"},
+    "many experts": {
+        "expert_banks": {"common": {"num_experts": 128, "num_experts_per_tok": 8, "intermediate_size": 8}}
+    },
     "cross-modal layers": {"cross_modal_layers": [0, 1], "share_cross_modal_query": False},
 }
 
@@ -220,7 +223,8 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("batch", "case"), [(1, "adaptive experts"), (4, "adaptive experts"), (2, "windows"), (1, "groups")]
+    ("batch", "case"),
+    [(1, "adaptive experts"), (4, "adaptive experts"), (2, "windows"), (1, "groups"), (1, "many experts")],
 )
 def test_inductor(batch: int, case: str):
     decoding = check(make(**CASES[case]), text(batch), backend="inductor")
