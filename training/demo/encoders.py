@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from chorus_moe.modeling.modeling_chorus import ChorusModel
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
-from chorus_moe.modeling.tower_audio import ChorusAudioOutput, TimeDelayEncoder
+from chorus_moe.modeling.tower_audio import ChorusAudioOutput
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.demo.augment import PictureAugment
 from chorus_moe.training.demo.data import DigitPictures
@@ -52,7 +52,6 @@ class EncoderLesson(nn.Module):
         self.dropout = nn.Dropout(0.2)
         self.classify = nn.Linear(2 * width, num_classes)
         self.is_repeated = False
-        self.is_packed = not is_image and isinstance(self.tower.encoder, TimeDelayEncoder)
 
     def train(self, mode: bool = True) -> "EncoderLesson":
         super().train(mode)
@@ -65,7 +64,10 @@ class EncoderLesson(nn.Module):
     def forward(self, labels: Tensor | None = None, **media: Tensor) -> dict[str, Tensor]:
         """`logits` `(N, num_classes)` of the weighted mean and the largest value of each channel, and `loss` when there
         are `labels` `(N,)`."""
-        tokens_NLD, padded_NL1 = self._hear(**media) if self.is_packed else self._encode(**media)
+        pieces = list(self.encode(**media).pooler_output)
+        lengths = torch.tensor([len(piece) for piece in pieces], device=pieces[0].device)
+        tokens_NLD = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+        padded_NL1 = (torch.arange(tokens_NLD.shape[1], device=lengths.device) >= lengths[:, None])[..., None]
         # Padding gets weight zero.
         weights_NL1 = self.weigh(tokens_NLD).masked_fill(padded_NL1, -torch.inf).softmax(dim=1)
         largest_ND = tokens_NLD.masked_fill(padded_NL1, -torch.inf).amax(dim=1)
@@ -76,36 +78,6 @@ class EncoderLesson(nn.Module):
             return outputs
         # Smoothed labels carry over to unknown speakers better (docs/log.md, 2026-11-24).
         return {"loss": nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)} | outputs
-
-    def _encode(self, **media: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens `(N, L, D)`, and where they are padding `(N, L, 1)`."""
-        pieces = list(self.encode(**media).pooler_output)
-        lengths = torch.tensor([len(piece) for piece in pieces], device=pieces[0].device)
-        tokens_NLD = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-        return tokens_NLD, (torch.arange(tokens_NLD.shape[1], device=lengths.device) >= lengths[:, None])[..., None]
-
-    def _hear(self, input_features: Tensor, input_features_mask: Tensor, **counts: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for clips: the tower hears them one after the other, so that nothing is computed for the padding of
-        short ones, which is half of a batch. `counts` is what a Trainer adds."""
-        config, device = self.tower.config, input_features.device
-        # Silence as wide as a convolution looks, and each clip from a whole stride on.
-        silence = config.subsampling * (config.conv_kernel_size // 2)
-        lengths_N = input_features_mask.sum(1)
-        strides_N = -(-lengths_N // config.subsampling)
-        places_N = strides_N * config.subsampling + silence
-        starts_N = places_N.cumsum(0) - places_N
-        rows_T = torch.repeat_interleave(torch.arange(len(lengths_N), device=device), places_N)
-        frame_T = torch.arange(len(rows_T), device=device) - starts_N[rows_T]
-        real_T = frame_T < lengths_N[rows_T]
-        # What stands in the silence is masked.
-        frames_TF = input_features[rows_T, frame_T.clamp(max=input_features.shape[1] - 1)]
-        states_1TD, _ = self.tower.encoder(frames_TF.unsqueeze(0), real_T.unsqueeze(0))
-        place_NL = torch.arange(int(strides_N.max()), device=device).expand(len(lengths_N), -1)
-        real_NL = place_NL < strides_N[:, None]
-        index_NL = (starts_N[:, None] // config.subsampling + place_NL) * real_NL
-        states_NLD = states_1TD[0].index_select(0, index_NL.flatten()).unflatten(0, index_NL.shape)
-        tokens_NLD, real_NL = self.connector(states_NLD.masked_fill(~real_NL[..., None], 0.0), real_NL)
-        return tokens_NLD, ~real_NL.bool()[..., None]
 
     def freeze(self) -> None:
         """Freeze tower and connector: trained further with the decoder, they overfit to its speakers."""

@@ -51,26 +51,6 @@ def test_an_item_is_a_function_of_seed_and_index(pictures: DigitPictures):
         first[20]
 
 
-@pytest.mark.parametrize("is_training", [True, False])
-def test_clips_one_after_the_other_are_heard_as_clips_side_by_side(demo: tuple[Any, Any], is_training: bool):
-    """Also where padding is all but a frame; loss and gradients to rounding, of sums in another order."""
-    lesson, collate = EncoderLesson(demo[0].model, "audio"), LoneDigitCollator(demo[1], "audio")
-    lesson.dropout.p = 0.0
-    batch = collate([(wave, digit) for digit, wave in enumerate(clips().waveforms)])
-    for row, length in enumerate((1, 2, 3, 7, 8, 9)):
-        batch["input_features_mask"][row, length:] = 0
-    found = []
-    for is_packed in (False, True):
-        lesson.train(is_training).is_packed = is_packed
-        lesson.zero_grad()
-        outputs = lesson(**batch)
-        outputs["loss"].backward()
-        gradients = [each.grad.clone() for each in lesson.parameters() if each.grad is not None]
-        found.append((outputs["logits"].detach(), gradients))
-    torch.testing.assert_close(found[1][0], found[0][0], atol=2e-5, rtol=0)
-    torch.testing.assert_close(found[1][1], found[0][1], atol=2e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_towers_in_the_loader_give_the_loss_and_gradients_of_the_media_themselves(
     pictures: DigitPictures, workers: int
