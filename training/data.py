@@ -40,6 +40,12 @@ CHECKED_ROWS = 16
 SKIPPED: dict[str, Any] = {"skipped": True}
 
 
+def local_path(item: str | os.PathLike[str]) -> str:
+    """The path of a file, also from its `file://` address, which writes a blank as %20."""
+    path = os.fspath(item)
+    return unquote(path[7:]) if path.startswith("file://") else path
+
+
 class RowReader:
     """Reads rows of a table in our layout. Relative media paths are resolved against `folder`; None for tables from the
     Hub.
@@ -115,7 +121,7 @@ class RowReader:
             raise ValueError(f"{where}: {path!r} is a path, but a Hub data set carries its files")
         folder = self.folder.resolve()
         # Links are followed first: a data set may bring one that leads elsewhere.
-        found = (folder / (unquote(path[7:]) if path.startswith("file://") else path)).resolve()
+        found = (folder / local_path(path)).resolve()
         if not found.is_relative_to(folder):
             raise ValueError(
                 f"{where}: {path!r} lies outside {str(folder)!r}; rows may name files below that folder only, which "

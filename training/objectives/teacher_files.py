@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from chorus_moe.processors.processing_chorus import ChorusProcessor
 from chorus_moe.training.checkpoints import digest
 from chorus_moe.training.collator import ChorusDataCollator, Row, clean_messages
-from chorus_moe.training.data import MEDIA_KINDS, PATH_KEYS
+from chorus_moe.training.data import MEDIA_KINDS, PATH_KEYS, local_path
 from chorus_moe.training.layouts import standard_row
 from chorus_moe.training.objectives.divergences import TokenProbabilities
 from chorus_moe.training.objectives.teachers import Teacher, base_of
@@ -91,8 +91,8 @@ def _content(item: object) -> object:
             return item["bytes"]
         if isinstance(item.get("path"), str) and item.get("array") is None:
             return _content(item["path"])
-    if isinstance(item, str | os.PathLike) and os.path.isfile(os.fspath(item).removeprefix("file://")):
-        return Path(os.fspath(item).removeprefix("file://")).read_bytes()
+    if isinstance(item, str | os.PathLike) and os.path.isfile(local_path(item)):
+        return Path(local_path(item)).read_bytes()
     return item
 
 

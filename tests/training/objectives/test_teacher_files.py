@@ -180,6 +180,9 @@ def test_a_path_stands_for_what_its_file_holds(tmp_path: Path, rows: list[dict[s
     moved = {**rows[0], "images": [{"path": str(tmp_path / "b.png"), "bytes": None}]}
     packed = {**rows[0], "images": [{"path": "a.png", "bytes": (tmp_path / "a.png").read_bytes()}]}
     assert digest_of_row(row) == digest_of_row(moved) == digest_of_row(packed)
+    blank = tmp_path / "a b.png"
+    blank.write_bytes((tmp_path / "a.png").read_bytes())
+    assert digest_of_row(row) == digest_of_row({**rows[0], "images": [blank.as_uri()]})
     inline = [{"type": "image", "image": str(tmp_path / "a.png")}, {"type": "text", "text": "what?"}]
     turns = {"messages": [{"role": "user", "content": inline}, rows[0]["messages"][1]]}
     before = digest_of_row(turns)
