@@ -55,6 +55,7 @@ INDUCTOR: dict[str, Any] = {
 }
 # Arguments that a step may have beside tokens, positions, masks and the cache.
 OPTIONS = ("complexity_scores", "expert_budget", "closed_banks", "skip_threshold")
+ADAPTER_HOOK = "_adapter_names_pre_forward_hook"
 # What says nothing about a step; `generate` hands its tokenizers on to the model.
 UNREAD = ("use_cache", "logits_to_keep", "tokenizer", "assistant_tokenizer")
 
@@ -93,8 +94,13 @@ ExpertsInterface.register(GATHERED, gathered_experts)
 
 def _backend(options: dict[str, Any]) -> Callable[..., Any]:
     """Inductor with products of one row, and attention of one token, as sums."""
+    from torch._inductor.codecache import torch_key, triton_key
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
+
+    # Hashes of PyTorch's and Triton's files, which name what lies in Inductor's cache: made while Dynamo traces.
+    for key in torch_key, triton_key:
+        getattr(key, "prefetch", lambda: None)()
 
     def run(graph: Any, inputs: Any) -> Any:
         # A table of its own, handed over, would keep graphs out of Inductor's cache on disk. So the common one is
@@ -109,8 +115,7 @@ def _backend(options: dict[str, Any]) -> Callable[..., Any]:
 
 def _guards(entries: Any) -> list[bool]:
     """Which guards are looked at before each token."""
-    # Not those on modules, which took 1 ms: `_signature` looks at them once per text. Nor those on code, which would
-    # see that `traced_once` is over.
+    # Not those on modules, which took 1 ms: `_signature` looks at them once per text. Nor those on globals.
     of_modules = torch.compiler.skip_guard_on_all_nn_modules_unsafe(entries)
     of_globals = torch.compiler.skip_guard_on_globals_unsafe(entries)
     return [keep and also for keep, also in zip(of_modules, of_globals, strict=True)]
@@ -128,9 +133,9 @@ def _compiled(
     return torch.compile(function, **options | {"options": (options["options"] or {}) | {"guard_filter_fn": guards}})
 
 
-def _step(model: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
+def _step(model: Any, decoder: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
     """Logits `(B, 1, V)`. Without modalities the decoder knows that all is text."""
-    outputs = model.model.language_model(input_ids=model.model._text_ids(input_ids), use_cache=True, **inputs)
+    outputs = decoder(input_ids=model.model._text_ids(input_ids), use_cache=True, **inputs)
     return model.lm_head(outputs.last_hidden_state)
 
 
@@ -143,8 +148,9 @@ class _Graph:
         self.layers = CompiledLayers(model, partial(_compiled, config, lambda entries: [False] * len(entries)))
 
     def __call__(self, model: Any, **inputs: Any) -> Tensor:
-        with self.layers.running(inputs[CACHE]):
-            return self.step(model, **inputs)
+        cache = inputs[CACHE]
+        with self.layers.running(cache):
+            return self.step(model, self.layers.traced(cache, inputs["input_ids"].is_cpu), **inputs)
 
 
 class CompiledDecoding:
@@ -177,6 +183,8 @@ class CompiledDecoding:
         others = (CACHE, "assistant_model", "custom_generate")
         is_plain = (config.num_beams or 1) == 1 and config.use_cache is not False and not config.disable_compile
         is_plain = is_plain and not any(asks) and all(kwargs.get(name) is None for name in others)
+        if self.failure:
+            self._look()  # what was in the way may be gone
         if is_plain and not self.failure:
             config.cache_implementation = "static"
         if config.cache_implementation == "static" and not config.disable_compile:
@@ -207,16 +215,20 @@ class CompiledDecoding:
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
         """What `generate` calls for each step."""
+        self._look()
+        config = compile_config or CompileConfig(mode="default")
+        return partial(self, config, str(config.to_dict()), {})
+
+    def _look(self) -> None:
+        """At what the model is, once per text, not per token."""
         signature = _signature(self.model)
-        # Once per text, not per token. Steps of modules, adapters or hooks that changed since are compiled anew.
+        # Steps of modules, adapters or hooks that changed since are compiled anew.
         if signature != self.signature:
             self.graphs.clear()
             self.replayed.clear()
             self.signature, self.failure = signature, _obstacle(self.model)
             if self.failure:
                 self._say(self.failure)
-        config = compile_config or CompileConfig(mode="default")
-        return partial(self, config, str(config.to_dict()), {})
 
     def _say(self, why: str) -> None:
         logger.warning_once(f"compiled decoding: {why}; the modules run instead")
@@ -264,7 +276,7 @@ class CompiledDecoding:
             graph = _Graph(self.model, config)
             logger.info(f"compiled decoding: graph {len(self.graphs) + 1}, for {key[1:]}")
             try:
-                with generated_modules() as modules, graph.layers.traced_once(step[CACHE], step["input_ids"].is_cpu):
+                with generated_modules() as modules:
                     logits = graph(self.model, **step)
             except Exception as error:
                 self.failure = f"the step cannot be compiled ({type(error).__name__}: {_first_lines(error)})"
@@ -320,7 +332,8 @@ def _first_lines(error: Exception) -> str:
 
 def _signature(model: Any) -> tuple[Any, ...]:
     """What a graph was made from, besides the values of weights: modules, their settings and hooks, adapters in use."""
-    return model.config.to_json_string(use_diff=False), *((type(m), settings_of(vars(m))) for m in model.modules())
+    modules = ((type(m), settings_of(vars(m))) for m in model.modules())
+    return model.config.to_json_string(use_diff=False), bool(nn.modules.module._has_any_global_hook()), *modules
 
 
 def _obstacle(model: Any) -> str:
@@ -335,6 +348,20 @@ def _obstacle(model: Any) -> str:
         return f"experts_implementation={text._experts_implementation!r} looks at its choices"
     if any(isinstance(module, LinearExperts) for module in model.modules()):
         return "experts_layout='linear' looks at its choices"
+    return _hook(model)
+
+
+def _hook(model: Any) -> str:
+    """A hook that the kernels of a step would not call; empty if there is none."""
+    if nn.modules.module._has_any_global_hook():
+        return "a hook on all modules is called by modules alone"
+    above = {"the model": model, "model": model.model, "lm_head": model.lm_head}
+    decoder = model.model.language_model.named_modules(prefix="model.language_model")
+    for name, module in (*above.items(), *decoder):
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        # PEFT's hand each sample its adapter and keep nothing.
+        if any(getattr(getattr(hook, "func", None), "__name__", "") != ADAPTER_HOOK for hook in hooks):
+            return f"a hook on {name} is called by modules alone"
     return ""
 
 

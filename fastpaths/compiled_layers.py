@@ -1,7 +1,7 @@
 """A compiled step's decoder layers: each kind is traced and compiled once, however many layers there are of it.
 
-On the CPU a layer is one operation of the step's graph, which runs the compiled layer; elsewhere, where one CUDA graph
-holds the whole step, it is a region of the same graph.
+On the CPU all layers are one operation of the step's graph, which runs compiled layers; elsewhere, where one CUDA graph
+holds the whole step, each is a region of it.
 """
 
 from ast import literal_eval
@@ -11,8 +11,8 @@ from copy import copy
 from dataclasses import is_dataclass
 from functools import partial
 from threading import local
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,8 @@ from transformers.cache_utils import StaticLayer
 
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.modeling.modeling_outputs import CACHE
-from chorus_moe.modeling.modeling_text import ChorusDecoderLayer
 from chorus_moe.modeling.moe_plan import ForwardPlan, RoutingOptions
 
-FORWARD = ChorusDecoderLayer.forward
 # What names a layer and does not say how it computes: its place, and what PEFT was asked for it.
 NUMBERED = ("layer_idx", "kwargs")
 # Of states between layers.
@@ -50,23 +48,69 @@ class CompiledLayers:
     def __init__(
         self, model: ChorusForConditionalGeneration, compiled: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
     ):
-        self.layers, self.kinds, self.compiled = model.model.language_model.layers, kinds_of(model), compiled
-        self.modalities = tuple(model.config.get_text_config(decoder=True).modalities)
+        text = model.config.get_text_config(decoder=True)
+        self.decoder, self.kinds, self.compiled = model.model.language_model, kinds_of(model), compiled
+        self.modalities, self.layer_types = tuple(text.modalities), tuple(text.layer_types)
         self.functions: dict[Any, Callable[..., Tensor]] = {}
         self.calls: dict[int, Callable[[StaticLayer, Sequence[Tensor | None]], Tensor]] = {}
 
-    def run(self, number: int, entry: StaticLayer, tensors: Sequence[Tensor | None], above: float, text: str) -> Tensor:
-        """States after layer `number`, see [`decoder_layer`]."""
-        call = self.calls.get(number)
-        # The step's graph fixes what each layer is given, so it is looked at once.
-        if call is None:
-            forms = tuple(None if each is None else (each.dtype, each.shape, each.stride()) for each in tensors)
-            key = self.kinds[number], above, text, forms
-            if key not in self.functions:
-                self.functions[key] = self.compiled(_run_apart)
-            given = {"modalities": self.modalities, "open_above": above, "constants": literal_eval(text)}
-            call = self.calls[number] = partial(self.functions[key], self.layers[number], **given)
-        return call(entry, tensors)
+        def run(kind: int, *args: Any) -> Tensor:
+            return _run(*args)
+
+        self.region = torch.compiler.nested_compile_region(
+            run, max_reuse_entries=len(DTYPES) * len(self.kinds), reuse_hash_fn=lambda kind, *args: kind
+        )
+
+    def run(self, cache: StaticCache, tensors: Sequence[Tensor | None], above: float, text: str) -> Tensor:
+        """States after all layers, see [`decoder_layers`]."""
+        hidden_states, shared, masks = _unpack(tensors, self.layer_types)
+        for number, mask in enumerate(masks):
+            given = [hidden_states, mask, *shared]
+            call = self.calls.get(number)
+            # The step's graph fixes what each layer is given, so it is looked at once.
+            if call is None:
+                forms = tuple(None if each is None else (each.dtype, each.shape, each.stride()) for each in given)
+                key = self.kinds[number], above, text, forms
+                if key not in self.functions:
+                    self.functions[key] = self.compiled(_run)
+                constants = {"modalities": self.modalities, "open_above": above, "constants": literal_eval(text)}
+                call = self.calls[number] = partial(self.functions[key], self.decoder.layers[number], **constants)
+            hidden_states = call(cache.layers[number], given)
+        return hidden_states
+
+    def traced(self, cache: StaticCache, is_cpu: bool) -> Any:
+        """The decoder as it is to be traced: its layers are an operation or regions."""
+        # A cache of another kind keeps numbers in Python, which only a trace of every layer would count up.
+        if cache.offloading or any(type(layer) is not StaticLayer for layer in cache.layers):
+            return self.decoder
+        # A copy, of which nothing but the list of layers is another: other threads may run the model meanwhile.
+        decoder = copy(self.decoder)
+        decoder._modules = {name: module for name, module in decoder._modules.items() if name != "layers"}
+        decoder.layers = [self._all_in_graph if is_cpu else self._regions]
+        prepare = decoder._prepare
+
+        def prepare_for_all(*args: Any) -> dict[str, dict[str, Any]]:
+            given = prepare(*args)
+            masks = [given[kind]["attention_mask"] for kind in sorted(given)]
+            return {kind: given[kind] | {"attention_mask": masks} for kind in given}
+
+        decoder._prepare = prepare_for_all
+        return decoder
+
+    def _all_in_graph(self, hidden_states: Tensor, plan: ForwardPlan, **attention: Any) -> Tensor:
+        attention.pop(CACHE)
+        tensors, constants = _pack(hidden_states, plan, **attention)
+        return decoder_layers(tensors, plan.open_above, str(constants))
+
+    def _regions(self, hidden_states: Tensor, plan: ForwardPlan, **attention: Any) -> Tensor:
+        entries = attention.pop(CACHE).layers
+        tensors, constants = _pack(hidden_states, plan, **attention)
+        hidden_states, shared, masks = _unpack(tensors, self.layer_types)
+        for layer, kind, entry, mask in zip(self.decoder.layers, self.kinds, entries, masks, strict=True):
+            given = [hidden_states, mask, *shared]
+            kind = kind * len(DTYPES) + DTYPES.index(hidden_states.dtype)
+            hidden_states = self.region(kind, layer, entry, given, self.modalities, plan.open_above, constants)
+        return hidden_states
 
     @contextmanager
     def running(self, cache: StaticCache) -> Iterator[None]:
@@ -77,59 +121,33 @@ class CompiledLayers:
         finally:
             RUNNING.step = None
 
-    @contextmanager
-    def traced_once(self, cache: StaticCache, is_cpu: bool) -> Iterator[None]:
-        """While it holds, what is traced has each layer as an operation or a region."""
-        # A cache of another kind keeps numbers in Python, which only a trace of every layer would count up.
-        if cache.offloading or any(type(layer) is not StaticLayer for layer in cache.layers):
-            yield
-            return
-        region = None if is_cpu else self._region()
-
-        def forward(layer: Any, hidden_states: Tensor, plan: ForwardPlan, **attention: Any) -> Tensor:
-            if not torch.compiler.is_compiling():  # a thread that runs the modules meanwhile
-                return FORWARD(layer, hidden_states, plan, **attention)
-            number = layer.self_attn.layer_idx
-            entry = attention.pop(CACHE).layers[number]
-            tensors, constants = _pack(hidden_states, entry.cumulative_length, plan, **attention)
-            if region is None:
-                states = decoder_layer(tensors, number, plan.open_above, str(constants))
-                # By the graph, which makes its masks from it; the operation counts in a copy.
-                entry.cumulative_length.add_(hidden_states.shape[1])
-                return states
-            kind = self.kinds[number] * len(DTYPES) + DTYPES.index(hidden_states.dtype)
-            return region(kind, layer, entry, tensors, self.modalities, plan.open_above, constants)
-
-        with patch.object(ChorusDecoderLayer, "forward", forward):
-            yield
-
-    def _region(self) -> Callable[..., Tensor]:
-        def run(kind: int, *args: Any) -> Tensor:
-            return _run(*args)
-
-        return torch.compiler.nested_compile_region(
-            run, max_reuse_entries=len(DTYPES) * len(self.kinds), reuse_hash_fn=lambda kind, *args: kind
-        )
-
 
 def _pack(
     hidden_states: Tensor,
-    length: Tensor,
     plan: ForwardPlan,
-    attention_mask: Tensor | None,
+    attention_mask: list[Tensor | None],
     position_embeddings: tuple[Tensor, Tensor],
     position_ids: Tensor | None,
     **others: Any,
 ) -> tuple[list[Tensor | None], tuple[Any, ...]]:
-    """Tensors and constants alone: nothing that tracing made. It is traced for each layer, hence its few steps."""
+    """Tensors and constants alone: nothing that tracing made. The masks are those of the types of layers, sorted."""
     asked = complexity_T = width_T = None
     if plan.options is not None:
         complexity_T, width = plan.options.complexity_T, plan.options.width_T
         if isinstance(width, Tensor):
             width_T, width = width, None
         asked = plan.options.budget, sorted(plan.options.sampled_banks), sorted(plan.options.closed_banks), width
-    tensors = [hidden_states, length, plan.modality_T, plan.real_T, attention_mask, *position_embeddings]
-    return [*tensors, position_ids, complexity_T, width_T], (not plan.is_static, asked, others)
+    tensors = [hidden_states, plan.modality_T, plan.real_T, *position_embeddings, position_ids, complexity_T, width_T]
+    return [*tensors, *attention_mask], (not plan.is_static, asked, others)
+
+
+def _unpack(
+    tensors: Sequence[Tensor | None], layer_types: tuple[str, ...]
+) -> tuple[Any, Sequence[Tensor | None], list[Tensor | None]]:
+    """States, what all layers are given, and the mask of each layer."""
+    types = sorted(set(layer_types))
+    shared, masks = tensors[1 : -len(types)], tensors[-len(types) :]
+    return tensors[0], shared, [masks[types.index(kind)] for kind in layer_types]
 
 
 def _run(
@@ -141,7 +159,7 @@ def _run(
     constants: tuple[Any, ...],
 ) -> Tensor:
     """States `(B, 1, D)` after a decoder layer, of what `_pack` has made of its arguments."""
-    hidden_states, _, modality_T, real_T, mask, cos, sin, position_ids, complexity_T, width_T = tensors
+    hidden_states, mask, modality_T, real_T, cos, sin, position_ids, complexity_T, width_T = tensors
     is_text, asked, others = constants
     options = None
     if asked is not None:
@@ -152,12 +170,7 @@ def _run(
     plan = ForwardPlan.build(modality_T.unsqueeze(0), real_BT, options, modalities, is_text)
     plan.open_above = open_above
     attention = {"attention_mask": mask, "position_embeddings": (cos, sin), "position_ids": position_ids, **others}
-    return FORWARD(layer, hidden_states, plan, **{CACHE: _Entry(entry)}, **attention)
-
-
-def _run_apart(layer: Any, entry: StaticLayer, tensors: Sequence[Any], **constants: Any) -> Tensor:
-    entry.cumulative_length = tensors[1].clone()
-    return _run(layer, entry, tensors, **constants)
+    return layer(hidden_states, plan, **attention, **{CACHE: _Entry(entry)})
 
 
 class _Entry:
@@ -170,21 +183,20 @@ class _Entry:
         return self.layer.update(key, value, **kwargs)
 
 
-@torch.library.custom_op("chorus::decoder_layer", mutates_args=())
-def decoder_layer(tensors: Sequence[Tensor | None], number: int, open_above: float, constants: str) -> Tensor:
-    """A layer of the step that this thread runs, as one operation of its graph. Keys and values go into the cache,
-    which no other operation reads.
+@torch.library.custom_op("chorus::decoder_layers", mutates_args=())
+def decoder_layers(tensors: Sequence[Tensor | None], open_above: float, constants: str) -> Tensor:
+    """The layers of the step that this thread runs, as one operation of its graph. They change the cache, of which the
+    graph reads nothing once its masks are made.
 
     Args:
         tensors, constants: as `_pack` returns them, `constants` in words.
-        number: of the layer.
         open_above: see [`ForwardPlan`].
     """
     layers, cache = RUNNING.step
-    return layers.run(number, copy(cache.layers[number]), tensors, open_above, constants)
+    return layers.run(cache, tensors, open_above, constants)
 
 
-@decoder_layer.register_fake
+@decoder_layers.register_fake
 def _(tensors: Sequence[Tensor], *args: Any) -> Tensor:
     return torch.empty_like(tensors[0])
 
@@ -206,10 +218,14 @@ def settings_of(value: object, other: Callable[[object], object] = type) -> obje
     """Something to compare; `other` says what of a value of a kind that is not known."""
     if value is None or isinstance(value, PLAIN):
         return value
+    if isinstance(value, FunctionType | BuiltinFunctionType):
+        return value
+    if isinstance(value, partial):
+        return value.func, settings_of(value.args, other), settings_of(value.keywords, other)
     if isinstance(value, dict):
-        # A module has more than ten kinds of hooks, and most often none of them.
+        # A module has more than ten kinds of hooks, and most often none of them. Each is under a number of its own.
         filled = ((key, entry) for key, entry in value.items() if not isinstance(entry, dict) or entry)
-        return tuple((str(key), settings_of(entry, other)) for key, entry in filled)
+        return tuple((key if isinstance(key, str) else "", settings_of(entry, other)) for key, entry in filled)
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
     if isinstance(value, list | tuple | set | frozenset):

@@ -26,7 +26,7 @@ Call = tuple[Callable[..., None], tuple[Any, ...]]
 # What generated code may do beside calling kernels: make tensors, which the list keeps.
 MAKES = {"empty_strided_cpu", "reinterpret_tensor"}
 # An operation that runs kernels of a generated module in its turn, which are noted there.
-RUNS = {"torch.ops.chorus.decoder_layer.default"}
+RUNS = {"torch.ops.chorus.decoder_layers.default"}
 # The list that the kernels of a thread are noted in, if any.
 NOTING = local()
 

@@ -155,6 +155,37 @@ def test_adapters_switched_between_texts():
         check(adapted, text())
 
 
+def test_an_adapter_for_each_sample():
+    config = LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    adapted = get_peft_model(make(), config, "first").eval()
+    adapted.add_adapter("second", config)
+    adapted.eval()
+    decoding = check(adapted, text(2), adapter_names=["first", "second"])
+    graphs = dict(decoding.graphs)
+    assert check(adapted, text(2), adapter_names=["first", "second"]).graphs == graphs
+    check(adapted, text(2), adapter_names=["second", "__base__"])
+
+
+# The kernels of a step would not call them.
+@pytest.mark.parametrize("place", ["the model", "model.language_model.layers.1.self_attn", "all modules"])
+def test_hooks_are_called_at_every_step(place: str):
+    model, calls = make(), []
+    expected = generate(model, text())[0]
+    decoding = check(model, text())
+    hook = lambda module, *rest: calls.append(module)  # noqa: E731
+    if place == "all modules":
+        handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    else:
+        handle = (model if place == "the model" else model.get_submodule(place)).register_forward_hook(hook)
+    with handle:
+        found = generate(model, text())[0]
+    module = model.get_submodule("" if place != "model.language_model.layers.1.self_attn" else place)
+    assert sum(each is module for each in calls) == 6
+    assert torch.equal(found, expected)
+    assert not decoding.graphs and place in decoding.failure
+    check(model, text())
+
+
 def test_a_bank_closed_between_texts():
     model = make(expert_banks={"text": {}, "common": {}})
     check(model, text())

@@ -1,15 +1,16 @@
-"""Layers alike are compiled once, as operations of a step's graph or as its regions, and do what the modules do."""
+"""Layers alike are compiled once, for one operation of a step's graph or as its regions, and do what the modules do."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import compilation_time_metrics
 from transformers import StaticCache
 
-from chorus_moe.fastpaths.compiled_layers import CompiledLayers, kinds_of
-from chorus_moe.modeling.modeling_text import ChorusDecoderLayer
+from chorus_moe.fastpaths.compiled_layers import CompiledLayers, kinds_of, settings_of
 from tests.fastpaths.test_compiled_decoding import WINDOWS, check, make, text
 
 ALIKE: dict[str, Any] = {"num_hidden_layers": 3, "cross_modal_layers": [], "mlp_layer_types": ["sparse"] * 3}
@@ -32,7 +33,7 @@ SLOW = ("budget", "shares of width")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in MODELS])
-def test_an_operation_a_layer(name: str) -> None:
+def test_one_operation_for_all_layers(name: str) -> None:
     settings, options, kinds = MODELS[name]
     decoding = check(make(**ALIKE | settings), text(), **options)
     for graph in decoding.graphs.values():
@@ -45,8 +46,8 @@ def test_an_operation_a_layer(name: str) -> None:
 def test_a_region_a_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU."""
     settings, options, kinds = MODELS[name]
-    traced_once = CompiledLayers.traced_once
-    monkeypatch.setattr(CompiledLayers, "traced_once", lambda self, cache, is_cpu: traced_once(self, cache, False))
+    traced = CompiledLayers.traced
+    monkeypatch.setattr(CompiledLayers, "traced", lambda self, cache, is_cpu: traced(self, cache, False))
     before = len(compilation_time_metrics.get("invoke_subgraph_trace", ()))
     decoding = check(make(**ALIKE | settings), text(), **options)
     assert len(compilation_time_metrics["invoke_subgraph_trace"]) - before == kinds
@@ -66,21 +67,33 @@ def test_layers_that_differ_are_told_apart():
     assert kinds_of(model) == (0, 1, 2)
 
 
+def test_functions_are_told_apart_and_equal_hooks_are_not():
+    def hook(module: Any, inputs: Any, names: list[str]) -> None: ...
+
+    assert settings_of(F.silu) != settings_of(F.relu)
+    assert settings_of({1: partial(hook, names=["a"])}) == settings_of({2: partial(hook, names=["a"])})
+    assert settings_of({1: partial(hook, names=["a"])}) != settings_of({1: partial(hook, names=["b"])})
+    assert settings_of({"first": 1}) != settings_of({"second": 1})
+
+
 def layers_of(model: Any) -> CompiledLayers:
     return CompiledLayers(model, lambda function: function)
 
 
-def test_modules_run_as_ever_while_another_thread_compiles():
-    model, forward = make(), ChorusDecoderLayer.forward
+def test_the_decoder_that_is_traced_leaves_the_model_as_it_is():
+    """Other threads run the model meanwhile."""
+    model = make()
+    decoder, before = model.model.language_model, dict(vars(model.model.language_model))
     with torch.no_grad():
         expected = model(**text()).logits
-        with layers_of(model).traced_once(StaticCache(config=model.config.text_config, max_cache_len=16), True):
-            assert ChorusDecoderLayer.forward is not forward
-            assert torch.equal(model(**text()).logits, expected)
-    assert ChorusDecoderLayer.forward is forward
+        cache = StaticCache(config=model.config.text_config, max_cache_len=16)
+        traced = layers_of(model).traced(cache, True)
+        assert len(traced.layers) == 1 and traced.norm is decoder.norm
+        assert vars(decoder) == before and len(decoder.layers) == 2
+        assert torch.equal(model(**text()).logits, expected)
 
 
 def test_layers_are_not_shared_where_a_cache_counts_in_python():
-    model, forward = make(**WINDOWS), ChorusDecoderLayer.forward
-    with layers_of(model).traced_once(StaticCache(config=model.config.text_config, max_cache_len=16), True):
-        assert ChorusDecoderLayer.forward is forward
+    model = make(**WINDOWS)
+    cache = StaticCache(config=model.config.text_config, max_cache_len=16)
+    assert layers_of(model).traced(cache, True) is model.model.language_model
