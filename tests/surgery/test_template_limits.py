@@ -49,6 +49,15 @@ def test_a_template_without_an_end_is_stopped_and_a_long_one_is_not() -> None:
     assert sys.gettrace() is None
 
 
+@pytest.mark.parametrize("code", ["{{ i | string | upper }}", "{{ i ~ i }}", "{{ [i] | first }}", "{{ '%d' % i }}"])
+def test_calls_of_jinja_give_no_line_back(
+    processor: ChorusProcessor, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_limits, "MAX_STEPS", 500)
+    with pytest.raises(MediaError, match="ran over 500 lines"):
+        asked(processor, "{% for i in range(1000) %}" + code + "{% endfor %}")
+
+
 def test_a_template_may_run_a_million_lines_a_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_STEPS == 1_000_000
     monkeypatch.setattr(template_limits, "MAX_STEPS", 10)

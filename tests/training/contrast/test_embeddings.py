@@ -47,7 +47,9 @@ def test_texts_and_media_alone_have_the_vectors_that_they_have_in_pairs(
     rows = [make_pair(index) for index in range(3)]
     pairs = embed_pairs(contrastive, processor, rows, progress=False)
     alone = {"text": embed_texts(contrastive, processor, TEXTS[:3])}
-    alone |= {name: embed_media(contrastive, processor, name, [row[name] for row in rows]) for name in ("image", "audio")}
+    alone |= {
+        name: embed_media(contrastive, processor, name, [row[name] for row in rows]) for name in ("image", "audio")
+    }
     for name, vectors in alone.items():
         # Sums in another order, of values of size 1; and no graph that keeps the model's states.
         torch.testing.assert_close(vectors, pairs[name].vectors[pairs[name].items], rtol=0, atol=1e-5)
