@@ -213,7 +213,7 @@ def test_an_adapter_that_was_saved_is_read_into_another(tmp_path: Path) -> None:
         model = ChorusForConditionalGeneration(ChorusConfig(text_config=TEXT))
         settings = lora_config(model, dense=True, router="train", verbose=False)
         adapters.append(get_peft_model(model, settings))
-        for name, parameter in adapters[-1].named_parameters():
+        for parameter in adapters[-1].parameters():
             if parameter.requires_grad:
                 parameter.data.normal_()
     first, second = adapters
