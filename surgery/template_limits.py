@@ -7,7 +7,8 @@ since who runs it trusts the code of that repository.
 Unusual here:
 - a line costs one step, and one more for every `CHARS_PER_STEP` characters that it, or a filter below it, holds;
 - operators cannot be watched while they run: products are read beforehand, and one factor must be short and written;
-- what Python code of Jinja makes (`~`, filters, methods of strings) is reckoned before it is made.
+- what Python code of Jinja makes (`~`, filters, methods of strings) is reckoned before it is made, and so is `%`, which
+  the sandbox is told to call by a function: a template may have built the format.
 """
 
 import math
@@ -20,6 +21,8 @@ from types import FrameType
 from typing import Any
 
 from jinja2 import Environment
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils import chat_template_utils
 
 from chorus_moe.processors.processing_chat import ChatProcessor
 from chorus_moe.processors.processing_limits import TEXT
@@ -35,6 +38,12 @@ MAX_ITEMS = 100_000
 WIDENING = ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice")
 # A width of seven digits, or one that stands elsewhere.
 WIDE_FORMAT = re.compile(r"\d{7}|%[^a-zA-Z%]{0,8}\*|\{[^{}]*\{")
+
+
+class WatchedFormats(ImmutableSandboxedEnvironment):
+    """The sandbox of transformers; `%` calls `call_binop`, also where both sides are constants."""
+
+    intercepted_binops = frozenset("%")
 
 
 class TooMuch(BaseException):
@@ -103,7 +112,7 @@ def _made(name: str, values: list[Any]) -> int:
         # As a filter the items come first, as a method what stands between them.
         between, items = (text, rest[0]) if isinstance(text, str) and rest else ((words or [""])[0], text)
         return _size(items) + len(between) * (len(items) if isinstance(items, Sized) else MAX_ITEMS)
-    if name in ("format", "wrapper") and isinstance(text, str) and WIDE_FORMAT.search(text):
+    if name in ("format", "wrapper", "call_binop") and isinstance(text, str) and WIDE_FORMAT.search(text):
         return MAX_CHARS + 1
     if name == "generate_lorem_ipsum":
         # Paragraphs of so many words.
@@ -123,6 +132,8 @@ def _reckoned(frame: FrameType) -> int:
         return _made(callee.__name__, [callee.__self__, *values["args"], *values["kwargs"].values()])
     if name == "wrapper":
         return _made(name, [values.get("f_self"), *values.values()])
+    if name == "call_binop":
+        return _made(name, [values["left"], values["right"]])
     # Functions of Jinja's compiler call other things so.
     args, kwargs = values.pop("args", ()), values.pop("kwargs", {})
     given = [*(args if isinstance(args, tuple) else ()), *(kwargs.values() if isinstance(kwargs, dict) else ())]
@@ -177,4 +188,7 @@ def limited_template(template: str = "", num_conversations: int = 1) -> Iterator
         sys.settrace(previous)
 
 
+chat_template_utils.ImmutableSandboxedEnvironment = WatchedFormats  # type: ignore[misc]
+# What was compiled before holds the operator itself.
+chat_template_utils._compile_jinja_template.cache_clear()
 ChatProcessor.template_limits = staticmethod(limited_template)

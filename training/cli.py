@@ -403,9 +403,10 @@ def export(
 ) -> None:
     """Save a model, merged with its adapter, with the code that loads it where this package is missing."""
     from chorus_moe.training.hub import export_for_hub
+    from chorus_moe.training.loading import saved_kind
     from chorus_moe.training.model_card import run_card
 
-    loaded, processor = load(model, base, device, dtype, merge=True)
+    loaded, processor = load(model, base, device, dtype, merge=True, kind=saved_kind(model, base))
     export_for_hub(loaded, processor, folder, card=run_card(loaded))
 
 

@@ -11,6 +11,7 @@ from transformers.utils import logging
 import chorus_moe.auto_classes  # noqa: F401  the command line has not registered them before
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.processors.processing_chorus import ChorusProcessor
+from chorus_moe.surgery.heads import HEADS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,21 +47,13 @@ def load_model(
         ValueError: a checkpoint of another head, which does not hold the layer that predicts tokens.
     """
     source = str(name_or_path)
-    check_source(source)
-    if not is_adapter(source):
-        check_head(source, kind)
+    base = whole_model(source, base)
+    check_head(base, kind)
+    if base == source:
         model = kind.from_pretrained(source, **options)  # type: ignore[attr-defined]
         return _ready(model, source, device), load_processor(source)
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    base = base or PeftConfig.from_pretrained(source).base_model_name_or_path
-    if not base:
-        raise FileNotFoundError(f"the adapter {source!r} does not say which model it was trained on; pass `base`")
-    # Otherwise the path of another machine is looked up on the Hub, and the error says nothing about the adapter.
-    if os.path.isabs(base) and not os.path.isdir(base):
-        raise FileNotFoundError(f"the adapter {source!r} was trained on {base!r}, which is not there; pass `base`")
-    check_source(base)
-    check_head(base, kind)
     model = PeftModel.from_pretrained(kind.from_pretrained(base, **options), source)  # type: ignore[attr-defined]
     model = model.merge_and_unload() if merge else model
     # An adapter's folder may lack the processor; then that of its base model is used.
@@ -153,6 +146,34 @@ def check_head(source: str, kind: type = AutoModelForMultimodalLM) -> None:
             f"{source!r} was saved as {saved_as[0]}, without the layer that predicts tokens, which would be drawn at "
             "random; take the model that it was made of"
         )
+
+
+def whole_model(source: str, base: str | None = None) -> str:
+    """The source itself, or where the model below an adapter lies: `base`, or what the adapter says.
+
+    Raises:
+        FileNotFoundError: nothing lies there.
+    """
+    check_source(source)
+    if not is_adapter(source):
+        return source
+    from peft import PeftConfig
+
+    base = base or PeftConfig.from_pretrained(source).base_model_name_or_path
+    if not base:
+        raise FileNotFoundError(f"the adapter {source!r} does not say which model it was trained on; pass `base`")
+    # Otherwise the path of another machine is looked up on the Hub, and the error says nothing about the adapter.
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise FileNotFoundError(f"the adapter {source!r} was trained on {base!r}, which is not there; pass `base`")
+    check_source(base)
+    return base
+
+
+def saved_kind(source: str, base: str | None = None) -> type:
+    """The class that a model, or what is below an adapter, was saved as; the Auto class of generative models where its
+    configuration names none of ours. Errors as of `whole_model`."""
+    names = AutoConfig.from_pretrained(whole_model(source, base)).architectures or []
+    return next((head.kind for head in HEADS if head.kind.__name__ in names), AutoModelForMultimodalLM)
 
 
 def is_adapter(name_or_path: str) -> bool:

@@ -136,3 +136,25 @@ def test_lengths_around_the_window_equal_the_eager_model(length: int, num_global
 @pytest.mark.parametrize(("window", "fastest"), [(8, 64), (64, 64), (128, 64), (256, 128), (512, 256), (4096, 256)])
 def test_blocks_are_half_a_window_between_the_sizes_measured_fastest(window: int, fastest: int) -> None:
     assert block_size(window) == fastest
+
+
+@pytest.mark.parametrize("num_global", [0, 3])
+@pytest.mark.parametrize("padding", [0, 9])
+@pytest.mark.parametrize("rows", [1, 2 * 2 * 5, 10**6])
+def test_blocks_of_several_calls_equal_the_dense_mask_too(
+    rows: int, padding: int, num_global: int, monkeypatch: pytest.MonkeyPatch
+):
+    query, key, value = states(41, 41 + num_global, 2)
+    real = torch.ones(2, 41 + num_global, dtype=torch.bool)
+    real[0, num_global : num_global + padding] = False
+    mask = LocalMask(WINDOW, True, num_global, real if padding else None)
+    counted = real[:, num_global:]
+    calls: list[int] = []
+    real_call = attention_blocks._call
+    monkeypatch.setattr(attention_blocks, "_call", lambda *a: calls.append(a[0].shape[1]) or real_call(*a))
+    for name in ("TRAINING_ROWS", "INFERENCE_ROWS"):
+        monkeypatch.setattr(attention_blocks, name, rows)
+    found, expected = attend_in_blocks(query, key, value, mask), dense(query, key, value, mask)
+    torch.testing.assert_close(found[counted], expected[counted], rtol=0, atol=ATOL)
+    blocks = -(-41 // attention_blocks.block_size(WINDOW))
+    assert sum(calls) == blocks and (len(calls) == 1) == (rows == 10**6)

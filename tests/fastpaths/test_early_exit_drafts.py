@@ -149,6 +149,13 @@ def test_what_drafts_cannot_do_is_refused(options: dict[str, Any], message: str)
         text_of(model, prompt(model), **options)
 
 
+def test_drafts_of_one_token_change_nothing():
+    model = make_model()
+    expected = text_of(model, prompt(model))
+    found = text_of(model, prompt(model), assistant_early_exit=1, **DRAFTS | {"num_assistant_tokens": 1})
+    assert found == expected
+
+
 def test_a_batch_is_refused():
     model = make_model()
     batch = collate([sample_inputs(model, 0, [], seed) for seed in range(2)])

@@ -150,6 +150,20 @@ def test_other_activations() -> None:
     assert_parity(*make(1, act="gelu"))
 
 
+@pytest.mark.parametrize(("act", "is_plain"), [("silu", False), ("gelu", False), ("relu", False), ("prelu", True)])
+def test_only_activations_that_learn_take_the_plain_way(
+    act: str, is_plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain: list[int] = []
+    run_plainly = experts_cpu.run_plainly
+    monkeypatch.setattr(experts_cpu, "run_plainly", lambda *given: plain.append(1) or run_plainly(*given))
+    experts, hidden, index, weights = make(33, act="gelu" if act == "prelu" else act)
+    if act == "prelu":
+        experts.act_fn = nn.PReLU()
+    assert_parity(experts, hidden, index, weights)
+    assert bool(plain) == is_plain
+
+
 def test_gradients_in_float64() -> None:
     experts, hidden, index, weights = make(7, torch.float64, num_experts=3, width=4, inner=2)
     index[2, 1] = 3

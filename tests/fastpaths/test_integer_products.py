@@ -1,5 +1,9 @@
 """Products in whole numbers against double precision."""
 
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -107,3 +111,41 @@ def test_experts_agree_with_their_computed_weights(activation: str, monkeypatch:
     # As for one product; a gated activation and a second product follow. 4e-7 of the largest was seen.
     assert (found - expected).abs().max() < 2e-6 * expected.abs().max()
     assert ran
+
+
+@pytest.fixture
+def anew() -> Iterator[Callable[[], bool]]:
+    """Asks again, and forgets the answer."""
+    multiplies_integers.cache_clear()
+    yield multiplies_integers
+    multiplies_integers.cache_clear()
+
+
+FLAGS = {"amx_int8", "avx512_vnni", "avx_vnni"}
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@pytest.mark.skipif(not CPUINFO.exists(), reason="flags of a processor are read from Linux")
+@pytest.mark.skipif("ONEDNN_MAX_CPU_ISA" in os.environ, reason="oneDNN is told to act like an older processor")
+def test_a_processor_with_the_instructions_multiplies_whole_numbers(anew: Callable[[], bool]) -> None:
+    assert anew() == bool(FLAGS & set(CPUINFO.read_text().split()))
+
+
+@pytest.mark.parametrize("name", sorted(FLAGS))
+@pytest.mark.parametrize("way", ["exact", "sums two products in 16 bits", "no oneDNN", "no instruction"])
+def test_whole_numbers_are_multiplied_where_the_sums_are_right(
+    name: str, way: str, anew: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        if way == "exact":
+            return (left.long() @ right.long()).int()
+        # As oneDNN does it without these instructions: one side without a sign, pairs cut off at 16 bits.
+        pairs = ((left.long() + 128)[:, :, None] * right.long()).unflatten(1, (-1, 2)).sum(2).clamp(-(2**15), 2**15 - 1)
+        return (pairs.sum(1) - 128 * right.long().sum(0)).int()
+
+    monkeypatch.setattr(torch, "_int_mm", product)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: way != "no instruction", "avx2": True})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: way != "no oneDNN")
+    if way.startswith("no"):
+        monkeypatch.setattr(torch, "_int_mm", lambda left, right: (left.long() @ right.long()).int())
+    assert anew() == (way == "exact")

@@ -251,3 +251,16 @@ def test_a_rank_with_half_of_the_heads_adds_its_part_of_the_alignment_loss() -> 
     found = model._alignment(states, modality_BS, None)
     torch.testing.assert_close(found, torch.stack(of_layers).mean() / 2)
     assert found > 0
+
+
+@pytest.mark.parametrize("problem", ["regression", None])
+def test_only_samples_that_may_leave_are_refused_what_needs_all_layers(problem: str | None) -> None:
+    model = classifier(num_hidden_layers=4, exit_layers=[1, 2, 3], exit_loss_coef=1.0)
+    model.config.problem_type = problem
+    batch = {name: value for name, value in tiny_batch(model.config).items() if name != "labels"}
+    asked = {"output_router_logits": True} if problem is None else {}
+    # Every exit answers every sample.
+    assert len(model(**batch, **asked, output_exit_logits=True).exit_logits) == 3
+    model.config.exit_thresholds = [0.5, 0.5, 0.5]
+    with pytest.raises(ValueError, match="while samples leave at exits" if asked else "exit_thresholds compare the"):
+        model(**batch, **asked)

@@ -226,6 +226,9 @@ def test_a_short_edge_makes_a_long_picture_no_larger_than_the_limit() -> None:
     assert processor.process_image(square, do_pad_to_square=True, do_rescale=True).shape == (3, 31, 31)
     with pytest.raises(MediaError, match="^padded image 0: 32 x 32 = 1024 pixels, the limit is 1000$"):
         processor.process_image(np.zeros((32, 3), np.uint8), do_pad_to_square=True, do_rescale=True)
+    # Channels are no pixels.
+    processor.limits = MediaLimits(image_pixels=4)
+    assert processor.process_image(np.zeros((1, 2), np.uint8), do_pad_to_square=True).shape == (3, 2, 2)
 
 
 def test_files_in_lists_are_decoded_where_they_stand(tmp_path: Path) -> None:

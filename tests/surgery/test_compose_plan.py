@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.modeling.tower_vision import ChorusVisionModel
+from chorus_moe.surgery import compose_plan
 from chorus_moe.surgery.compose_plan import compose_checkpoint, plan_composition
 from chorus_moe.surgery.tokenizer import add_media_tokens, build_tokenizer
 from tests.conftest import tiny_batch
@@ -295,3 +296,22 @@ def test_the_report_names_the_parent_of_an_encoder(encoder: EncoderParent, llama
     encoder.source = "a folder of mine"
     notes = plan_composition(ChorusForConditionalGeneration, llama[0], encoder).report.notes
     assert "image: encoder from a folder of mine; its connector is new" in notes
+
+
+@pytest.mark.parametrize("has_vision", [True, False])
+def test_the_processor_is_made_of_the_parents_that_are_open(
+    has_vision: bool, encoder: EncoderParent, llama: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+):
+    encoder.source, encoder.revision = "someone/encoder", "main"  # type: ignore[attr-defined]
+    plan = plan_composition(
+        ChorusForConditionalGeneration, llama[0], encoder if has_vision else None, local_files_only=True
+    )
+    seen: list[Any] = []
+    monkeypatch.setattr(compose_plan, "parent_tokenizer", lambda parent: parent)
+    monkeypatch.setattr(compose_plan, "compose_processor", lambda *given, **options: seen.extend((*given, options)))
+    plan.processor()
+    config, tokenizer, image_source, options = seen
+    assert (config, tokenizer) == (plan.model.config, plan.text)
+    assert image_source == ("someone/encoder" if has_vision else None)
+    assert options["vision_loading"]["revision"] == ("main" if has_vision else None)
+    assert options["vision_loading"]["local_files_only"] and options["notes"] is plan.report.notes

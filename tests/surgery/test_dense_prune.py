@@ -147,7 +147,15 @@ def test_what_a_configuration_says_by_layer_follows() -> None:
     assert (text.exit_layers, text.skip_layers, text.cross_modal_layers) == ([1, 2], [2], [2])
     assert text.expert_banks["common"]["num_experts"] == [4, 6]
     assert text.expert_banks["late"]["layers"] == [2]
+    assert text.exit_loss_coef == 0.5
     assert logits(model).isfinite().all()
+
+
+def test_a_decoder_whose_exits_all_go_has_no_loss_of_them() -> None:
+    model = make(exit_layers=[1, 2], exit_loss_coef=0.5)
+    prune_dense(model, {"layers": 1}, {"layers": {"": torch.tensor([0.0, 0.0, 1.0])}})
+    text = model.config.text_config
+    assert (text.num_hidden_layers, text.exit_layers, text.exit_loss_coef) == (1, None, 0.0)
 
 
 @pytest.mark.parametrize("name", ["siglip", "vit"])
@@ -200,6 +208,8 @@ def test_a_conformer_and_a_timm_encoder_lose_layers() -> None:
         ({"experts:video": 2}, None, {}, "unknown group 'experts:video'"),
         ({"heads": 3}, None, {}, "'heads': keep=3 is neither a number from 1 to 2 nor a fraction"),
         ({"heads": 0}, None, {}, "'heads': keep=0 is neither"),
+        ({"heads": 0.0}, None, {}, "'heads': keep=0.0 is neither"),
+        ({"heads": 1.01}, None, {}, "'heads': keep=1.01 is neither"),
         ({"heads": True}, None, {}, "'heads': keep=True is neither"),
         ({"heads": 1}, None, {"use_qk_norm": True, "qk_norm_scope": "projection"}, "norms all heads together"),
         ({"layers": 2}, None, {}, "'layers' wants scores"),

@@ -128,3 +128,17 @@ def test_the_sparse_layers_of_qwen3_moe_follow_its_step(tmp_path: Path):
     parent = ParentText(ParentCheckpoint(tmp_path))
     assert (parent.sparse_layers, parent.num_experts, parent.expert_size) == ([1, 3], 4, 8)
     assert AutoConfig.from_pretrained(tmp_path).decoder_sparse_step == 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"), [("mixtral", {"num_local_experts": 2}), ("olmoe", {"num_experts": 2})]
+)
+def test_the_names_of_a_mixtures_experts_are_those_of_its_file(
+    model_type: str, settings: dict[str, Any], tmp_path: Path
+):
+    save_parent(tmp_path, model_type, **settings)
+    parent = ParentText(ParentCheckpoint(tmp_path))
+    saved = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    inner, hidden = parent.config.intermediate_size, parent.config.hidden_size
+    assert [saved[name] for name in parent.expert_weights(1, 1)] == [(inner, hidden), (inner, hidden), (hidden, inner)]
+    assert saved[parent.router_weight(1)] == (2, hidden)

@@ -251,3 +251,10 @@ def test_a_timm_model_of_oblong_images_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="32 x 48 pixels"):
         vision_parent(tmp_path)
+
+
+def test_a_window_of_samples_is_thirty_seconds_unless_another_is_asked_for(tmp_path):
+    save_audio_parent(next(iter(WAVEFORM_PARENTS)), tmp_path)
+    assert audio_parent(tmp_path).config.max_seconds == 30
+    parent = audio_parent(tmp_path, max_seconds=0.5, pool_size=2)
+    assert (parent.config.max_seconds, parent.config.pool_size) == (0.5, 2)

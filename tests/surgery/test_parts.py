@@ -98,6 +98,15 @@ def test_top_and_bottom_shares_make_up_the_whole(count: int):
 
 
 @pytest.mark.parametrize(
+    ("share", "count", "expected"),
+    [("top50%", 3, range(1, 3)), ("bottom50%", 3, range(1)), ("top49%", 3, range(2, 3)), ("top100%", 48, range(48)),
+     ("top1%", 48, range(47, 48)), ("bottom99%", 48, range(47)), ("top12.5%", 4, range(3, 4))],
+)  # fmt: skip
+def test_half_a_layer_is_rounded_up(share: str, count: int, expected: range):
+    assert layers_named(f"layers:{share}", count) == expected
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("layers:0-3", "freeze: 'layers:0-3' names layers 0 to 3; the model has layers 0 to 2"),

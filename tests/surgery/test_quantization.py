@@ -75,6 +75,12 @@ def test_groups_and_banks_are_quantised_by_name_and_nothing_else(model: ChorusFo
     kinds = {type(layer.self_attn.o_proj).__name__ for layer in layers}
     assert kinds == {"Linear", "ParametrizedQuantizedLinear"}
     assert stored(model, "lm_head.weight") is None
+    # By which transformers' Trainer, PEFT and saving know such a model.
+    assert model.is_quantized and model.quantization_method == "chorus"
+    assert model.config.quantization_config is model.hf_quantizer.quantization_config
+    dequantize(model)
+    assert not any(hasattr(owner, "quantization_config") for owner in (model.config, model))
+    assert not getattr(model, "is_quantized", False)
 
 
 def test_one_format_means_all_but_towers_routers_norms_and_gates(model: ChorusForConditionalGeneration) -> None:

@@ -1,5 +1,6 @@
 """A stranger's chat template that would take all time or memory is stopped, and those that people use are not."""
 
+import runpy
 import sys
 import tracemalloc
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils import chat_template_utils
 
 from chorus_moe.processors import ChorusProcessor, MediaError
 from chorus_moe.processors.processing_chat import ChatProcessor
@@ -45,6 +47,15 @@ def test_a_template_without_an_end_is_stopped_and_a_long_one_is_not() -> None:
         text = ImmutableSandboxedEnvironment().from_string(PLAIN).render(messages=[{"content": "x"}] * 50_000)
     assert text == "x" * 50_000
     assert sys.gettrace() is None
+
+
+@pytest.mark.parametrize("code", ["{{ i | string | upper }}", "{{ i ~ i }}", "{{ [i] | first }}", "{{ '%d' % i }}"])
+def test_calls_of_jinja_give_no_line_back(
+    processor: ChorusProcessor, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_limits, "MAX_STEPS", 500)
+    with pytest.raises(MediaError, match="ran over 500 lines"):
+        asked(processor, "{% for i in range(1000) %}" + code + "{% endfor %}")
 
 
 def test_a_template_may_run_a_million_lines_a_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,8 +163,48 @@ def test_a_format_of_any_width_is_refused(code: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "code",
+    [
+        "{{ ('%' ~ '999999999d') % 1 }}",
+        "{{ ('%' + '999999999d') % 1 }}",
+        "{% set wide = '%%%s' % '999999999' %}{{ (wide ~ 'd') % 1 }}",
+        "{% set wide = ['%', '*d'] | join %}{{ wide % (9999999, 1) }}",
+        "{% macro shown(x) %}{{ x % {'a': 1} }}{% endmacro %}{{ shown('%(a)' ~ '999999999d') }}",
+        "{{ messages[0].content % 1 }}",
+    ],
+)
+def test_a_wide_format_that_a_template_builds_is_stopped(processor: ChorusProcessor, code: str) -> None:
+    check_operators(code)
+    tracemalloc.start(1)
+    try:
+        with pytest.raises(MediaError, match=f"the chat template {LONG}"):
+            asked(processor, code, "%999999999d")
+        assert tracemalloc.get_traced_memory()[1] < MAX_CHARS
+    finally:
+        tracemalloc.stop()
+
+
+def test_formats_are_watched_in_templates_that_were_compiled_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever imports the package late has compiled templates by then."""
+    monkeypatch.setattr(ChatProcessor, "template_limits", ChatProcessor.template_limits)
+    monkeypatch.setattr(chat_template_utils, "ImmutableSandboxedEnvironment", ImmutableSandboxedEnvironment)
+    chat_template_utils._compile_jinja_template.cache_clear()
+    template = "{{ ('%' ~ width ~ 'd') % 1 }}"
+
+    def shown(width: int) -> str:
+        return chat_template_utils.render_jinja_template([[]], chat_template=template, width=width)[0][0]
+
+    assert shown(3) == "  1"
+    limited = runpy.run_path(template_limits.__file__)["limited_template"]
+    assert shown(3) == "  1"
+    with pytest.raises(MediaError, match=LONG), limited(template):
+        shown(99_999_999)
+
+
+@pytest.mark.parametrize(
     ("code", "written"),
     [
+        ("{{ ('%' ~ '3d') % 1 }}{{ 7 % 4 }}{{ 7.5 % 4 }}{{ (messages | length) % 2 }}", "  133.51"),
         ("{{ '  ' * (messages | length + 1) }}|", "    |"),
         ("{{ 3 * (1 + 1) }}", "6"),
         ("{{ (messages | length) * 2 }}", "2"),

@@ -14,13 +14,21 @@ import soundfile
 import torch
 import transformers
 import yaml
+from peft import get_peft_model
 from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from chorus_moe import ChorusForConditionalGeneration, ChorusProcessor
+from chorus_moe import (
+    ChorusForConditionalGeneration,
+    ChorusForContrastive,
+    ChorusForSequenceClassification,
+    ChorusProcessor,
+)
 from chorus_moe.training import cli
 from chorus_moe.training import train as training
+from chorus_moe.training.lora import lora_config
+from tests.conftest import tiny_config
 from tests.fresh_process import run_fresh
 from tests.training.test_data import PLAIN, SOUND, write_jsonl
 from tests.training.test_train import recipe  # noqa: F401  a fixture
@@ -366,6 +374,34 @@ def test_generate_answers_pictures_and_sound(folder: Path, tmp_path: Path) -> No
 def test_export_writes_code_and_card(folder: Path, tmp_path: Path) -> None:
     invoke("export", folder, tmp_path / "export")
     assert {"modeling_generation.py", "README.md", "config.json"} <= {p.name for p in (tmp_path / "export").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("head", "is_adapter", "is_tied"),
+    [(ChorusForContrastive, False, False), (ChorusForContrastive, False, True), (ChorusForContrastive, True, False),
+     (ChorusForSequenceClassification, False, False)],
+)  # fmt: skip
+def test_export_keeps_the_head_that_was_saved(
+    head: Any, is_adapter: bool, is_tied: bool, tmp_path: Path, processor: ChorusProcessor
+) -> None:
+    torch.manual_seed(0)
+    vocab_size = len(processor.tokenizer)
+    model = head(tiny_config(vocab_size=vocab_size, tie_word_embeddings=is_tied)).eval()
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    if is_adapter:
+        model = get_peft_model(head.from_pretrained(tmp_path / "saved"), lora_config(model, dense=True, verbose=False))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_()
+        model.save_pretrained(tmp_path / "adapter")
+        model = model.merge_and_unload()
+    invoke("export", tmp_path / ("adapter" if is_adapter else "saved"), tmp_path / "export")
+    exported = head.from_pretrained(tmp_path / "export")
+    assert exported.config.architectures == [head.__name__]
+    assert exported.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(exported.state_dict()[name], value, rtol=0, atol=1e-6)  # sums of the merge
 
 
 def test_train_takes_a_recipe_and_overrides(recipe: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -242,3 +242,18 @@ def test_documents_and_conversations_share_a_batch(processor: ChorusProcessor) -
     # A turn that is not learned, beside a document.
     row["messages"][-1]["weight"] = 0
     assert bool((collator([row, written])["labels"][0] == -100).all())
+
+
+def test_more_columns_join_the_batch_one_after_the_other(processor: ChorusProcessor) -> None:
+    def numbers(rows: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"numbers": torch.tensor([row["number"] for row in rows])}
+
+    def doubled(rows: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"doubled": 2 * batch["numbers"]}
+
+    rows = [{**row, "number": index} for index, row in enumerate(make_rows(3))]
+    batch = ChorusDataCollator(processor, more=(numbers, doubled))(rows)
+    plain = ChorusDataCollator(processor)(rows)
+    assert batch.keys() == plain.keys() | {"numbers", "doubled"}
+    assert all(torch.equal(batch[name], value) for name, value in plain.items())
+    assert batch["doubled"].tolist() == [0, 2, 4]

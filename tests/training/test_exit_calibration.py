@@ -15,11 +15,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from chorus_moe import ChorusForSequenceClassification
 from chorus_moe.training.exit_calibration import (
+    THRESHOLDS,
     ExitAnswers,
     calibrate_depth,
     calibrate_exits,
     find_thresholds,
     is_kept,
+    lowest,
     p_value,
     rows_needed,
 )
@@ -264,3 +266,14 @@ def test_a_stock_trainer_trains_every_exit_and_the_head_together(tmp_path: Path)
     assert len(gradients.steps) == 24 and min(map(min, gradients.steps)) > 0
     # Chance is log 5 = 1.61.
     assert all(after < 0.5 * start for start, after in zip(before, losses(model, rows), strict=True))
+
+
+def test_thresholds_fall_by_a_twentieth_of_a_power_of_ten_to_zero() -> None:
+    left = [1 - value for value in THRESHOLDS]
+    assert THRESHOLDS[0] == 1 - 1e-6 and THRESHOLDS[-1] == 0
+    assert [after / before for before, after in zip(left, left[1:], strict=False)] == pytest.approx([10**0.05] * 120)
+    tried: list[float] = []
+    # All keep: the last one; none does: 1, and no other is tried; then the one before the first that does not.
+    assert lowest(lambda value: tried.append(value) is None) == 0 and tried == list(THRESHOLDS)
+    assert lowest(lambda value: False) == 1
+    assert lowest(lambda value: value > 0.5) == min(value for value in THRESHOLDS if value > 0.5)

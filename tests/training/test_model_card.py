@@ -16,6 +16,7 @@ def test_a_card_names_the_task_and_the_measured_figures(model: ChorusForConditio
     assert "| eval_loss | 0.25 |" in card.text
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card.text
     assert "note" not in card.text
+    assert card.data.tags == ["chorus", "mixture-of-experts", "multimodal"]
 
 
 def test_a_card_shows_the_curves_beside_it_and_how_the_weights_came_about(
@@ -32,4 +33,4 @@ def test_the_card_of_an_adapter_names_its_base(model: ChorusForConditionalGenera
     model.name_or_path = "someone/base"
     card = ModelCard(run_card(get_peft_model(model, lora_config(model, dense=True, verbose=False))))
     assert (card.data.library_name, card.data.base_model) == ("peft", "someone/base")
-    assert "The adapter holds" in card.text
+    assert "The adapter holds" in card.text and "lora" in card.data.tags

@@ -25,7 +25,7 @@ from chorus_moe.training.checkpoints import numbered_checkpoints
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import SKIPPED
 from chorus_moe.training.recipe import Recipe, build_recipe, read_recipe
-from chorus_moe.training.streaming import StreamedRows, sample_of, training_rows
+from chorus_moe.training.streaming import StreamedRows, _shards, sample_of, training_rows
 from chorus_moe.training.train import run_training
 from tests.fresh_process import kill
 from tests.training.conftest import make_model
@@ -284,3 +284,19 @@ def test_a_folder_of_pictures_and_sound_says_nothing_of_pairs(tmp_path: Path) ->
 def test_a_stream_trains_no_tokenizer(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a tokenizer cannot be trained on a stream; give model.tokenizer"):
         run_training(recipe_of(folder, model={"config": {"text_config": {"hidden_size": 32}}}))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["train.tar", "train-0.tar", "trainer.tar", "eval.tar", "7.tar"], ["train-0.tar", "train.tar"]),
+        (["00001.tar", "00000.tar", "notes.tar", "eval-0.tar"], ["00000.tar", "00001.tar"]),
+        (["a.tar", "z.tar"], []),
+    ],
+)
+def test_shards_are_those_of_the_split_or_the_numbered_ones(
+    names: list[str], expected: list[str], tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    assert [Path(found).name for found in _shards(tmp_path, "train")] == expected

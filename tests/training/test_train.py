@@ -20,12 +20,14 @@ from transformers import (
 )
 
 from chorus_moe import ChorusConfig, ChorusProcessor
+from chorus_moe.training import train as module
 from chorus_moe.training.checkpoints import WholeCheckpoints, numbered_checkpoints
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import RowDataset
 from chorus_moe.training.lora import lora_config
-from chorus_moe.training.recipe import TRAINER_SETTINGS, read_recipe
-from chorus_moe.training.train import build_model, find_checkpoint, run_training
+from chorus_moe.training.recipe import TRAINER_SETTINGS, build_recipe, read_recipe
+from chorus_moe.training.scale.layout import Layout
+from chorus_moe.training.train import build_model, find_checkpoint, load_or_build, run_training
 from tests.fresh_process import kill
 from tests.training.conftest import make_model, make_row, make_rows
 from tests.training.test_data import write_splits
@@ -313,3 +315,27 @@ def test_a_tokenizer_larger_than_the_model_is_refused(recipe: Path) -> None:
     rows = RowDataset([{"messages": [TURN]}], None)
     with pytest.raises(ValueError, match=r"the tokenizer has 2\d\d tokens, text_config.vocab_size is 100"):
         build_model(given, rows)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(data=2), Layout(fsdp=2), Layout(tensor=2)])
+@pytest.mark.parametrize("more", [{}, {"use_lora": True}, {"add_bank": "new"}])
+def test_only_a_whole_model_of_a_spread_run_is_loaded_in_shares(
+    layout: Layout, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Loaded(Exception):
+        pass
+
+    def pretrained(recipe: Any, **options: Any) -> None:
+        raise Loaded(options)
+
+    monkeypatch.setattr(module, "loading_in_shares", lambda *given: {"shares": given[0]})
+    monkeypatch.setattr(module, "pretrained", pretrained)
+    sections = {"model": {"model_name_or_path": "base"}, "training": {"output_dir": str(tmp_path), "use_cpu": True}}
+    recipe = build_recipe(sections, "recipe.yaml")
+    for section in (recipe.lora, recipe.model):
+        vars(section).update({name: value for name, value in more.items() if hasattr(section, name)})
+    with pytest.raises(Loaded) as found:
+        load_or_build(recipe, make_rows(1), layout=layout)  # type: ignore[arg-type]
+    assert found.value.args[0] == (
+        {"shares": layout} if layout in (Layout(fsdp=2), Layout(tensor=2)) and not more else {}
+    )

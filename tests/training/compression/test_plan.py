@@ -80,3 +80,10 @@ def test_a_target_that_is_neither_is_refused(given: object) -> None:
 def test_what_nobody_knows_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(tmp_path, text)
+
+
+def test_what_the_command_line_leaves_open_stays_as_the_recipe_says(tmp_path: Path) -> None:
+    text = "{seed: 3, batch_size: 2, data: {train_data: a}, steps: [quantize: int8]}"
+    found = read(tmp_path, text, seed=None, batch_size=None, data={"train_data": None, "eval_data": "b"})
+    assert (found.seed, found.batch_size) == (3, 2)
+    assert (found.data_arguments().train_data, found.data_arguments().eval_data) == ("a", "b")

@@ -5,7 +5,7 @@ import torch
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusForContrastive, ChorusProcessor
 from chorus_moe.training.contrast.collator import PairCollator
-from chorus_moe.training.contrast.embeddings import check_trained, embed_pairs
+from chorus_moe.training.contrast.embeddings import check_trained, embed_media, embed_pairs, embed_texts
 from tests.training.contrast.conftest import TEXTS, make_pair
 
 
@@ -39,3 +39,18 @@ def test_a_head_that_was_never_trained_is_refused(
         embed_pairs(model, processor, [make_pair(0)], progress=False)
     with pytest.raises(ValueError, match="no rows"):
         embed_pairs(contrastive, processor, [], progress=False)
+
+
+def test_texts_and_media_alone_have_the_vectors_that_they_have_in_pairs(
+    contrastive: ChorusForContrastive, processor: ChorusProcessor
+) -> None:
+    rows = [make_pair(index) for index in range(3)]
+    pairs = embed_pairs(contrastive, processor, rows, progress=False)
+    alone = {"text": embed_texts(contrastive, processor, TEXTS[:3])}
+    alone |= {
+        name: embed_media(contrastive, processor, name, [row[name] for row in rows]) for name in ("image", "audio")
+    }
+    for name, vectors in alone.items():
+        # Sums in another order, of values of size 1; and no graph that keeps the model's states.
+        torch.testing.assert_close(vectors, pairs[name].vectors[pairs[name].items], rtol=0, atol=1e-5)
+        assert not vectors.requires_grad and not pairs[name].vectors.requires_grad

@@ -81,6 +81,16 @@ def test_a_balance_loss_that_is_not_there_is_found(
     assert failing(patient, gradients)["gradients"] == f"aux_loss is {value} in training"
 
 
+@pytest.mark.parametrize("value", [0.0, float("inf")])
+def test_a_z_loss_is_looked_for_where_it_is_asked_for(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    monkeypatch.setattr(modeling_head, "z_loss", lambda *args: torch.tensor(value))
+    asked = make_patient(tokenizer, router_z_loss_coef=1e-3)
+    assert failing(asked, gradients)["gradients"] == f"z_loss is {value} in training"
+    assert not failing(make_patient(tokenizer, router_z_loss_coef=0.0), gradients)
+
+
 def test_media_banks_of_the_last_layer_are_a_warning(tokenizer: PreTrainedTokenizerFast) -> None:
     finding = found_by(make_patient(tokenizer, expert_banks="uniform"), gradients)["gradients"]
     assert finding.verdict == "warning"

@@ -166,6 +166,27 @@ def test_routers_follow_the_teachers_in_the_banks_that_both_have(
     torch.testing.assert_close(objective(model, inputs, outputs), torch.stack(means).mean(), atol=ATOL, rtol=0)
 
 
+def test_banks_without_rows_are_left_out_of_the_mean_and_keep_their_routers_in_the_graph(
+    source: str, model: Any, processor: ChorusProcessor
+) -> None:
+    inputs = ChorusDataCollator(processor)([text_row(0)])
+    objective = DistilledRouters(Teacher([source]), {1: 2})
+    objective.check(model, processor)
+    outputs = run(model, inputs, output_router_logits=True)
+    theirs = run(objective.teacher.models[0], inputs, output_router_logits=True).routing[1]
+    means = [
+        kl_divergence(Categorical(logits=theirs[name].router_logits), Categorical(logits=ours.router_logits)).mean()
+        for name, ours in outputs.routing[0].items()
+        if len(ours.router_logits)
+    ]
+    assert 0 < len(means) < len(objective.pairs)
+    loss = objective(model, inputs, outputs)
+    torch.testing.assert_close(loss, torch.stack(means).mean(), atol=ATOL, rtol=0)
+    loss.backward()
+    routers = [bank.router for bank in model.model.language_model.layers[1].mlp.banks.values()]
+    assert all(parameter.grad is not None for router in routers for parameter in router.parameters())
+
+
 def test_a_router_follows_groups_of_a_larger_banks_experts(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, model: Any, processor: ChorusProcessor
 ) -> None:

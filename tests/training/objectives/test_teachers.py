@@ -77,6 +77,20 @@ def test_a_chorus_teacher_speaks_of_the_labelled_positions(
     assert teacher.read(inputs) is answer
 
 
+@pytest.mark.parametrize("asked", ["asks_hidden_states", "asks_routing", None])
+def test_a_teacher_keeps_the_states_that_an_objective_asks_for(
+    source: str, inputs: dict[str, torch.Tensor], asked: str | None
+) -> None:
+    teacher = Teacher([source])
+    if asked:
+        setattr(teacher, asked, True)
+    answer = teacher.read(inputs)
+    assert answer is not None
+    assert (answer.hidden_states is not None, answer.routing is not None) == (
+        asked == "asks_hidden_states", asked == "asks_routing"
+    )  # fmt: skip
+
+
 def test_outputs_of_the_students_encoders_are_for_a_teacher_that_has_them_too(
     source: str, model: ChorusForConditionalGeneration, inputs: dict[str, Any]
 ) -> None:

@@ -1,5 +1,6 @@
 """Statistics of counts whose answer is known, and how many of them are logged."""
 
+import dataclasses
 import json
 import math
 
@@ -7,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from chorus_moe import ChorusForConditionalGeneration
+from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
+from chorus_moe.training.routing.counters import BankCounters
 from chorus_moe.training.routing.observer import RoutingObserver
 from chorus_moe.training.routing.statistics import (
     NAMED_BANKS,
     BankStatistics,
     RoutingSummary,
+    bank_statistics,
     dead_experts,
     load_entropy,
     mutual_information,
@@ -117,3 +120,20 @@ def test_the_shares_of_a_layer_and_modality_sum_to_one(
     shares = routing_shares(observer.counters)
     assert {name: share.shape for name, share in shares.items()} == dict.fromkeys(shares, (2, 3, 4))
     np.testing.assert_allclose(sum(share.sum(axis=2) for share in shares.values()), 1.0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("capacity", [None, 1.0])
+def test_the_statistics_of_counts_by_hand(capacity: float | None, config: ChorusConfig) -> None:
+    bank = next(bank for bank in config.text_config.banks if bank.name == "common").of_layer(1, [1, 2])
+    counters = BankCounters(dataclasses.replace(bank, num_experts=4, expert_capacity=capacity))
+    counters.tokens_M += torch.tensor([6, 2, 0])
+    counters.choices_ME[:2] += torch.tensor([[6, 2, 0, 0], [0, 4, 0, 0]])
+    counters.entropy_M += torch.tensor([3.0, 1.0, 0.0])
+    counters._overflow += torch.tensor([2, 4])
+    found = bank_statistics(5, counters)
+    assert (found.layer, found.bank, found.num_experts, found.tokens) == (5, "common", 4, 8)
+    assert (found.experts_per_token, found.router_entropy, found.dead_experts) == (12 / 8, 4 / 8, 2)
+    # Of the twelve choices and the four that were dropped.
+    shares = [found.rerouted, found.dropped]
+    assert shares == [2 / 16, 4 / 16] if capacity else all(map(math.isnan, shares))
+    assert found.strongest_share == 6 / 12

@@ -84,6 +84,10 @@ def test_modalities_have_their_own_operations(tmp_path: Path, monkeypatch: pytes
     mix = {"text": 10 / 16, "image": 6 / 16}
     assert logs["tokens_per_second"] == pytest.approx(16 / 4)
     assert logs["mfu"] == pytest.approx(16 * sum(step_flops(PlannedModel(model.config), mix, 8, False)) / (4 * PEAK))
+    # After a run nothing is counted, also not for one that ended twice.
+    for _ in range(2):
+        share.on_train_end(trainer.args, trainer.state, trainer.control)
+    assert not model.model.language_model._forward_pre_hooks
     # Frozen towers need no gradients of their own.
     for name, parameter in model.named_parameters():
         if "_tower." in name:

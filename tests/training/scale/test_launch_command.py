@@ -48,6 +48,10 @@ def test_a_dry_run_prints_or_writes_the_file(
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", f"wrote {folder / 'run.sh'}\n")
     assert (folder / "run.sh").read_text() == "text\n" and {kind for kind, *_ in asked} == {"file"}
+    # Again, into a folder that is there.
+    (folder / "run.sh").write_text("old")
+    run("multimodal", "--dry-run", "--out", str(folder))
+    assert (folder / "run.sh").read_text() == "text\n"
 
 
 @pytest.mark.parametrize("words", [["--nodes", "0"], ["--gpus-per-node", "0"]])

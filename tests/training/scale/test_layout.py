@@ -127,3 +127,19 @@ def test_zero_leaves_an_upload_to_the_user_where_no_process_holds_the_model() ->
     check_arguments(Layout(data=2, zero=2), arguments)
     with pytest.raises(ValueError, match="training.push_to_hub: data 2 x zero 3"):
         check_arguments(Layout(data=2, zero=3), arguments)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        SimpleNamespace(backend=None, distributed_type="DEEPSPEED"),
+        SimpleNamespace(backend="nccl", distributed_type="MULTI_GPU"),
+    ],
+)
+def test_zero_is_refused_where_accelerate_does_not_start_deepspeed(state: Any) -> None:
+    device = SimpleNamespace(type="cuda")
+    arguments: Any = SimpleNamespace(distributed_state=state, fsdp=None, push_to_hub=False, device=device)
+    check_arguments(Layout(data=2), arguments)
+    with pytest.raises(ValueError, match="parallel.zero=2: accelerate starts DeepSpeed .* found cuda"):
+        check_arguments(Layout(data=2, zero=2), arguments)

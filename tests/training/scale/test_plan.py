@@ -8,7 +8,7 @@ from benchmarks.same_bits import TEXT
 from chorus_moe import ChorusConfig
 from chorus_moe.serving.commands import app
 from chorus_moe.training.scale.layout import Layout
-from chorus_moe.training.scale.plan import Planner, Question, make_plan, read_mix
+from chorus_moe.training.scale.plan import Planner, Question, label, make_plan, read_mix
 from chorus_moe.training.scale.plan_layouts import layouts
 from chorus_moe.training.scale.plan_rates import DEVICES
 from tests.conftest import tiny_config
@@ -110,3 +110,9 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Captu
     assert not app([*words, "--json"], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)
     assert len(found["best"]) == 3 and found["best"][0]["why_not"] is None
+
+
+def test_a_layout_says_whether_it_is_checkpointed(planner: Planner) -> None:
+    layout = next(layout for layout, _ in planner.possible())
+    names = [label(planner.estimate(layout, checkpointing)) for checkpointing in (False, True)]
+    assert names == [layout.name, f"{layout.name}, checkpointed"]

@@ -78,3 +78,14 @@ def test_a_context_exchanges_heads_and_gathers_what_the_layers_return() -> None:
     for context, part in ((1, 1), (2, 2)):
         experts = traffic(planned, Layout(fsdp=2, expert=2, context=context), Rows(1, 16, TEXT), **settings)["experts"]
         assert experts == Bytes(2 * 2 * 16 / part * 2 * 64 * 4 / 2 * 4, 0)
+
+
+@pytest.mark.parametrize(("shards", "replicas"), [(1, 2), (1, 4), (2, 2)])
+def test_replicas_sum_the_gradients_of_their_shards(shards: int, replicas: int) -> None:
+    planned = PlannedModel(tiny_config())
+    settings = {"micro_steps": 1, "per_node": 8, "compute_bytes": 2, "gradient_bytes": 4, "checkpointing": False}
+    sent = traffic(planned, Layout(data=replicas, fsdp=shards), Rows(1, 16, TEXT), **settings)["gradients"]
+    trained = 4 * sum(count * weight.size for unit, count in planned.kinds.items() for weight in unit)
+    # A sum over n devices sends 2 (n - 1) / n of its numbers from each; FSDP's own sends half of that, once.
+    copies = 2 * (replicas - 1) / replicas * trained / shards
+    assert sent.in_node == pytest.approx(copies + (shards - 1) / shards * trained)

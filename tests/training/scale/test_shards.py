@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForMultimodalLM
 
 from benchmarks.same_bits import TEXT
 from chorus_moe import ChorusConfig, ChorusForConditionalGeneration
+from chorus_moe.training.lora import lora_config
 from chorus_moe.training.scale.background import BackgroundWriter
 from chorus_moe.training.scale.shards import (
     INDEX,
@@ -24,6 +26,7 @@ from chorus_moe.training.scale.shards import (
     PIECES,
     file_numbers,
     files_of_bank,
+    load_adapter,
     load_optimizer,
     load_weights,
     named_failures,
@@ -201,3 +204,23 @@ def test_only_the_first_rank_writes_numbers(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         write_numbers({"lr": 0.1}, tmp_path)
         assert (tmp_path / OPTIMIZER / NUMBERS).exists() == (rank == 0)
+
+
+def test_an_adapter_that_was_saved_is_read_into_another(tmp_path: Path) -> None:
+    adapters = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = ChorusForConditionalGeneration(ChorusConfig(text_config=TEXT))
+        settings = lora_config(model, dense=True, router="train", verbose=False)
+        adapters.append(get_peft_model(model, settings))
+        for parameter in adapters[-1].parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()
+    first, second = adapters
+    before = {name: value.clone() for name, value in second.state_dict().items()}
+    first.save_pretrained(tmp_path)
+    load_adapter(second, tmp_path)
+    trained = {name for name, parameter in first.named_parameters() if parameter.requires_grad}
+    assert len(trained) > 10
+    expected = {name: first.state_dict()[name] if name in trained else value for name, value in before.items()}
+    assert all(torch.equal(value, expected[name]) for name, value in second.state_dict().items())

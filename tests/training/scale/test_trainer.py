@@ -138,3 +138,23 @@ def test_an_optimizer_is_found_below_accelerates() -> None:
     inner = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     outer: Any = SimpleNamespace(optimizer=inner)
     assert unwrapped(outer) is inner and unwrapped(inner) is inner
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("is_main", [False, True])
+def test_states_are_written_now_or_meanwhile_and_the_scheduler_by_one_rank(
+    in_background: bool, is_main: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(module, "optimizer_state", lambda model, optimizer: ("state", "keys"))
+    monkeypatch.setattr(module, "weights_of", lambda model: "weights")
+    monkeypatch.setattr(module, "save_optimizer", lambda *given: done.append(("now", *given)))
+    writer = SimpleNamespace(begin=lambda *given: done.append(("begun", *given)), is_writing=False)
+    scheduler = SimpleNamespace(state_dict=lambda: {"last_epoch": 3})
+    made = trainer(_writer=writer if in_background else None, model=None, optimizer=None, lr_scheduler=scheduler)
+    made.args = SimpleNamespace(should_save=is_main)
+    made._save_optimizer_and_scheduler(str(tmp_path))
+    now, begun = ("now", "state", "keys", tmp_path), ("begun", "weights", "state", "keys", tmp_path)
+    assert done == [begun if in_background else now]
+    saved = [torch.load(file) for file in tmp_path.iterdir()]
+    assert saved == [{"last_epoch": 3}] * is_main
