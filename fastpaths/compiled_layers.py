@@ -22,6 +22,7 @@ from transformers.cache_utils import StaticLayer
 
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.modeling.modeling_outputs import CACHE
+from chorus_moe.modeling.modeling_text import ChorusTextModel
 from chorus_moe.modeling.moe_plan import ForwardPlan, RoutingOptions
 
 # What names a layer and does not say how it computes: its place, and what PEFT was asked for it.
@@ -49,7 +50,8 @@ class CompiledLayers:
         self, model: ChorusForConditionalGeneration, compiled: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
     ):
         text = model.config.get_text_config(decoder=True)
-        self.decoder, self.kinds, self.compiled = model.model.language_model, kinds_of(model), compiled
+        self.decoder: ChorusTextModel = model.model.language_model
+        self.kinds, self.compiled = kinds_of(model), compiled
         self.modalities, self.layer_types = tuple(text.modalities), tuple(text.layer_types)
         self.functions: dict[Any, Callable[..., Tensor]] = {}
         self.calls: dict[int, Callable[[StaticLayer, Sequence[Tensor | None]], Tensor]] = {}
@@ -78,13 +80,13 @@ class CompiledLayers:
             hidden_states = call(cache.layers[number], given)
         return hidden_states
 
-    def traced(self, cache: StaticCache, is_cpu: bool) -> Any:
+    def traced(self, cache: StaticCache, is_cpu: bool) -> ChorusTextModel:
         """The decoder as it is to be traced: its layers are an operation or regions."""
         # A cache of another kind keeps numbers in Python, which only a trace of every layer would count up.
         if cache.offloading or any(type(layer) is not StaticLayer for layer in cache.layers):
             return self.decoder
         # A copy, of which nothing but the list of layers is another: other threads may run the model meanwhile.
-        decoder = copy(self.decoder)
+        decoder: Any = copy(self.decoder)
         decoder._modules = {name: module for name, module in decoder._modules.items() if name != "layers"}
         decoder.layers = [self._all_in_graph if is_cpu else self._regions]
         prepare = decoder._prepare

@@ -190,7 +190,7 @@ def test_more_than_kernels(tmp_path: Path, line: str) -> None:
 
 
 def test_an_operation_that_runs_layers_is_no_more_than_kernels(tmp_path: Path) -> None:
-    module = load(tmp_path, SOURCE.replace("    found =", "    torch.ops.chorus.decoder_layer.default()\n    found ="))
+    module = load(tmp_path, SOURCE.replace("    found =", "    torch.ops.chorus.decoder_layers.default()\n    found ="))
     assert can_replay([module])
 
 
