@@ -303,11 +303,11 @@ def test_a_step_gets_the_scores_of_the_tokens_that_it_feeds(seen: int) -> None:
     ids, scores = torch.full((1, 6), 7), torch.linspace(0, 0.5, 6)[None]
     cache = DynamicCache(config=model.config.text_config)
     if seen:
-        model(input_ids=ids[:, :seen], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :seen], use_cache=True, **{CACHE: cache})
     for more in (0, 2):  # tokens that were generated have no score
         longer = torch.cat((ids, torch.full((1, more), 8)), dim=1)
         fed = longer.shape[1] - seen
-        given = {"complexity_scores": scores, "past_key_values": cache, "attention_mask": torch.ones_like(longer)}
+        given = {"complexity_scores": scores, CACHE: cache, "attention_mask": torch.ones_like(longer)}
         found = model.prepare_inputs_for_generation(longer, next_sequence_length=fed, use_cache=True, **given)
         assert found["input_ids"].shape[1] == fed
         expected = torch.cat((scores, torch.full((1, more), torch.nan)), dim=1)[:, seen:]
