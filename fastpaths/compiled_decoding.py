@@ -15,18 +15,20 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import CompileConfig, PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.integrations.moe import ExpertsInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from chorus_moe.fastpaths.compiled_layers import CompiledLayers, settings_of
+from chorus_moe.fastpaths.compiled_layers import CompiledLayers, are_alike, settings_of
 from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
 from chorus_moe.fastpaths.quantized_weights import Quantized, row_product, stored_weight, streams
 from chorus_moe.fastpaths.replayed_steps import ReplayedSteps, can_replay, generated_modules
 from chorus_moe.fastpaths.step_operations import CODE, CPU_OPERATIONS, OPERATIONS
 from chorus_moe.fastpaths.supported_experts import GATHERED, GATHERED_TOKENS, StackedExperts
+from chorus_moe.fastpaths.traced_functions import TracedFunction
 from chorus_moe.modeling.attention_masks import Masks
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.modeling.modeling_outputs import CACHE
@@ -98,7 +100,7 @@ def _backend(options: dict[str, Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
-    # Hashes of PyTorch's and Triton's files, which name what lies in Inductor's cache: made while Dynamo traces.
+    # Hashes of PyTorch's and Triton's files, which name what lies in Inductor's cache: made while the step is traced.
     for key in torch_key, triton_key:
         getattr(key, "prefetch", lambda: None)()
 
@@ -121,36 +123,58 @@ def _guards(entries: Any) -> list[bool]:
     return [keep and also for keep, also in zip(of_modules, of_globals, strict=True)]
 
 
-def _compiled(
-    config: CompileConfig, guards: Callable[[Any], list[bool]], function: Callable[..., Tensor]
-) -> Callable[..., Tensor]:
-    """A function that is compiled at its first call."""
-    options = config.to_dict()
-    options |= {"fullgraph": True, "dynamic": bool(config.dynamic), "isolate_recompiles": True}
-    if config.backend == "inductor":
-        patches = dict(torch._inductor.list_mode_options(config.mode) if config.mode else {}) | (config.options or {})
-        options |= {"backend": _backend(patches), "mode": None, "options": None}
-    return torch.compile(function, **options | {"options": (options["options"] or {}) | {"guard_filter_fn": guards}})
+def _compiler(config: CompileConfig) -> Callable[..., Any]:
+    """Makes a callable of a graph and its inputs."""
+    if config.backend != "inductor":
+        asked = {name: getattr(config, name) for name in ("mode", "options") if getattr(config, name)}
+        return partial(torch._dynamo.lookup_backend(config.backend), **asked)
+    options = dict(torch._inductor.list_mode_options(config.mode) if config.mode else {}) | (config.options or {})
+    return _backend(options)
 
 
-def _step(model: Any, decoder: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
+def _compiled(config: CompileConfig, compiler: Callable[..., Any]) -> Callable[..., Tensor]:
+    """`_step`, which Dynamo traces at its first call."""
+    options = {"fullgraph": True, "dynamic": bool(config.dynamic), "isolate_recompiles": True}
+    return torch.compile(_step, backend=compiler, options={"guard_filter_fn": _guards}, **options)
+
+
+def _step(text_ids: Any, decoder: Any, head: Any, inputs: dict[str, Any]) -> Tensor:
     """Logits `(B, 1, V)`. Without modalities the decoder knows that all is text."""
-    outputs = decoder(input_ids=model.model._text_ids(input_ids), use_cache=True, **inputs)
-    return model.lm_head(outputs.last_hidden_state)
+    input_ids = text_ids(inputs["input_ids"])
+    return head(decoder(**inputs | {"input_ids": input_ids}, use_cache=True).last_hidden_state)
+
+
+def _is_traced(config: CompileConfig, inputs: dict[str, Any]) -> bool:
+    """Whether a step is traced by being run. Dynamo alone knows regions, of which a GPU's step has one a layer, and
+    sizes that change.
+    """
+    return inputs["input_ids"].is_cpu and not config.dynamic and are_alike(inputs[CACHE])
 
 
 class _Graph:
     """`_step`, compiled at its first call, and the layers that it runs."""
 
     def __init__(self, model: Any, config: CompileConfig):
-        self.step = _compiled(config, _guards, _step)
-        # What a layer is given is fixed by the step's graph.
-        self.layers = CompiledLayers(model, partial(_compiled, config, lambda entries: [False] * len(entries)))
+        compiler = _compiler(config)
+        self.layers = layers = CompiledLayers(model, partial(TracedFunction, compiler=compiler))
+        text_ids = model.model._text_ids
+
+        def step(decoder: Any, head: Any, inputs: dict[str, Any]) -> Tensor:
+            return _step(text_ids, layers.in_one_operation(decoder), head, inputs)
+
+        self.config = config
+        self.traced = TracedFunction(step, compiler)
+        self.compiled = _compiled(config, compiler)
 
     def __call__(self, model: Any, **inputs: Any) -> Tensor:
-        cache = inputs[CACHE]
-        with self.layers.running(cache):
-            return self.step(model, self.layers.traced(cache, inputs["input_ids"].is_cpu), **inputs)
+        layers, cache = self.layers, inputs[CACHE]
+        if _is_traced(self.config, inputs):
+            with layers.running(cache):
+                return self.traced(
+                    layers.without_layers, model.lm_head, tree_map_only(Tensor, Tensor.contiguous, inputs)
+                )
+        decoder = layers.in_regions() if are_alike(cache) else layers.decoder
+        return self.compiled(model.model._text_ids, decoder, model.lm_head, inputs)
 
 
 class CompiledDecoding:
@@ -294,6 +318,7 @@ class CompiledDecoding:
         # Tensors are inputs of a graph; numbers and names are built into it.
         options = {name: value for name, value in step.items() if name in OPTIONS and not isinstance(value, Tensor)}
         cache = step[CACHE]
+        given = tree_flatten({name: value for name, value in step.items() if name != CACHE})[0]
         return (
             asked,
             # Each in words that a log or a warning can show.
@@ -301,6 +326,8 @@ class CompiledDecoding:
             f"cache {cache.layers[0].max_cache_len}",
             "padding" if step["attention_mask"] is not None else "no padding",
             str(options),
+            # A graph is right for tensors of these kinds alone.
+            *[f"{each.dtype} {tuple(each.shape)}" for each in given if isinstance(each, Tensor)],
         )
 
     def _text_step(self, inputs: dict[str, Any]) -> dict[str, Any] | None:

@@ -51,6 +51,10 @@ class CompiledLayers:
     ):
         text = model.config.get_text_config(decoder=True)
         self.decoder: ChorusTextModel = model.model.language_model
+        # A copy, of which nothing but the list of layers is another: other threads may run the model meanwhile.
+        self.without_layers: Any = copy(self.decoder)
+        modules = vars(self.decoder)["_modules"]
+        self.without_layers._modules = {name: module for name, module in modules.items() if name != "layers"}
         self.kinds, self.compiled = kinds_of(model), compiled
         self.modalities, self.layer_types = tuple(text.modalities), tuple(text.layer_types)
         self.functions: dict[Any, Callable[..., Tensor]] = {}
@@ -75,29 +79,18 @@ class CompiledLayers:
                 key = self.kinds[number], above, text, forms
                 if key not in self.functions:
                     self.functions[key] = self.compiled(_run)
-                constants = {"modalities": self.modalities, "open_above": above, "constants": literal_eval(text)}
-                call = self.calls[number] = partial(self.functions[key], self.decoder.layers[number], **constants)
+                constants = self.modalities, above, literal_eval(text)
+                call = self.calls[number] = partial(self.functions[key], constants, self.decoder.layers[number])
             hidden_states = call(cache.layers[number], given)
         return hidden_states
 
-    def traced(self, cache: StaticCache, is_cpu: bool) -> ChorusTextModel:
-        """The decoder as it is to be traced: its layers are an operation or regions."""
-        # A cache of another kind keeps numbers in Python, which only a trace of every layer would count up.
-        if cache.offloading or any(type(layer) is not StaticLayer for layer in cache.layers):
-            return self.decoder
-        # A copy, of which nothing but the list of layers is another: other threads may run the model meanwhile.
-        decoder: Any = copy(self.decoder)
-        decoder._modules = {name: module for name, module in decoder._modules.items() if name != "layers"}
-        decoder.layers = [self._all_in_graph if is_cpu else self._regions]
-        prepare = decoder._prepare
+    def in_one_operation(self, decoder: Any) -> ChorusTextModel:
+        """A copy of `without_layers`, changed to have an operation for its layers."""
+        return _with_layers(decoder, self._all_in_graph)
 
-        def prepare_for_all(*args: Any) -> dict[str, dict[str, Any]]:
-            given = prepare(*args)
-            masks = [given[kind]["attention_mask"] for kind in sorted(given)]
-            return {kind: given[kind] | {"attention_mask": masks} for kind in given}
-
-        decoder._prepare = prepare_for_all
-        return decoder
+    def in_regions(self) -> ChorusTextModel:
+        """The decoder with a region for each layer."""
+        return _with_layers(copy(self.without_layers), self._regions)
 
     def _all_in_graph(self, hidden_states: Tensor, plan: ForwardPlan, **attention: Any) -> Tensor:
         attention.pop(CACHE)
@@ -111,7 +104,7 @@ class CompiledLayers:
         for layer, kind, entry, mask in zip(self.decoder.layers, self.kinds, entries, masks, strict=True):
             given = [hidden_states, mask, *shared]
             kind = kind * len(DTYPES) + DTYPES.index(hidden_states.dtype)
-            hidden_states = self.region(kind, layer, entry, given, self.modalities, plan.open_above, constants)
+            hidden_states = self.region(kind, (self.modalities, plan.open_above, constants), layer, entry, given)
         return hidden_states
 
     @contextmanager
@@ -152,15 +145,9 @@ def _unpack(
     return tensors[0], shared, [masks[types.index(kind)] for kind in layer_types]
 
 
-def _run(
-    layer: Any,
-    entry: StaticLayer,
-    tensors: Sequence[Any],
-    modalities: tuple[str, ...],
-    open_above: float,
-    constants: tuple[Any, ...],
-) -> Tensor:
+def _run(fixed: tuple[Any, ...], layer: Any, entry: StaticLayer, tensors: Sequence[Any]) -> Tensor:
     """States `(B, 1, D)` after a decoder layer, of what `_pack` has made of its arguments."""
+    modalities, open_above, constants = fixed
     hidden_states, mask, modality_T, real_T, cos, sin, position_ids, complexity_T, width_T = tensors
     is_text, asked, others = constants
     options = None
@@ -173,6 +160,26 @@ def _run(
     plan.open_above = open_above
     attention = {"attention_mask": mask, "position_embeddings": (cos, sin), "position_ids": position_ids, **others}
     return layer(hidden_states, plan, **attention, **{CACHE: _Entry(entry)})
+
+
+def are_alike(cache: StaticCache) -> bool:
+    """Whether the layers' parts of a cache may be taken for one another. Not where one keeps numbers in Python, which
+    only a trace of every layer would count up.
+    """
+    return not cache.offloading and all(type(layer) is StaticLayer for layer in cache.layers)
+
+
+def _with_layers(decoder: Any, run: Callable[..., Tensor]) -> ChorusTextModel:
+    decoder.layers = [run]
+    prepare = decoder._prepare
+
+    def prepare_for_all(*args: Any) -> dict[str, dict[str, Any]]:
+        given = prepare(*args)
+        masks = [given[kind]["attention_mask"] for kind in sorted(given)]
+        return {kind: given[kind] | {"attention_mask": masks} for kind in given}
+
+    decoder._prepare = prepare_for_all
+    return decoder
 
 
 class _Entry:

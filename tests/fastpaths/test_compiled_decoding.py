@@ -247,7 +247,7 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch):
     model = make()
     expected = generate(model, text(), disable_compile=True)
     compile_decoding(model)
-    monkeypatch.setattr("chorus_moe.fastpaths.compiled_decoding._compiled", lambda *_: refuse)
+    monkeypatch.setattr("chorus_moe.fastpaths.compiled_decoding._compiler", lambda *_: refuse)
     assert torch.equal(generate(model, text())[0], expected[0])
     assert "no compiler" in model.get_compiled_call.__self__.failure
 

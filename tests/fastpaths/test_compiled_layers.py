@@ -1,5 +1,6 @@
 """Layers alike are compiled once, for one operation of a step's graph or as its regions, and do what the modules do."""
 
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import compilation_time_metrics
 from transformers import StaticCache
 
-from chorus_moe.fastpaths.compiled_layers import CompiledLayers, kinds_of, settings_of
+from chorus_moe.fastpaths.compiled_layers import CompiledLayers, are_alike, kinds_of, settings_of
 from tests.fastpaths.test_compiled_decoding import WINDOWS, check, make, text
 
 ALIKE: dict[str, Any] = {"num_hidden_layers": 3, "cross_modal_layers": [], "mlp_layer_types": ["sparse"] * 3}
@@ -44,10 +45,9 @@ def test_one_operation_for_all_layers(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "budget", "windows"])
 def test_a_region_a_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU."""
+    """As on a GPU, where Dynamo traces."""
     settings, options, kinds = MODELS[name]
-    traced = CompiledLayers.traced
-    monkeypatch.setattr(CompiledLayers, "traced", lambda self, cache, is_cpu: traced(self, cache, False))
+    monkeypatch.setattr("chorus_moe.fastpaths.compiled_decoding._is_traced", lambda config, inputs: False)
     before = len(compilation_time_metrics.get("invoke_subgraph_trace", ()))
     decoding = check(make(**ALIKE | settings), text(), **options)
     assert len(compilation_time_metrics["invoke_subgraph_trace"]) - before == kinds
@@ -86,14 +86,14 @@ def test_the_decoder_that_is_traced_leaves_the_model_as_it_is():
     decoder, before = model.model.language_model, dict(vars(model.model.language_model))
     with torch.no_grad():
         expected = model(**text()).logits
-        cache = StaticCache(config=model.config.text_config, max_cache_len=16)
-        traced = layers_of(model).traced(cache, True)
-        assert len(traced.layers) == 1 and traced.norm is decoder.norm
+        layers = layers_of(model)
+        for traced in (layers.in_regions(), layers.in_one_operation(copy(layers.without_layers))):
+            assert len(traced.layers) == 1 and traced.norm is decoder.norm
         assert vars(decoder) == before and len(decoder.layers) == 2
         assert torch.equal(model(**text()).logits, expected)
 
 
 def test_layers_are_not_shared_where_a_cache_counts_in_python():
     model = make(**WINDOWS)
-    cache = StaticCache(config=model.config.text_config, max_cache_len=16)
-    assert layers_of(model).traced(cache, True) is model.model.language_model
+    assert not are_alike(StaticCache(config=model.config.text_config, max_cache_len=16))
+    assert are_alike(StaticCache(config=make().config.text_config, max_cache_len=16))
