@@ -134,7 +134,7 @@ def _compiler(config: CompileConfig) -> Callable[..., Any]:
 
 def _compiled(config: CompileConfig, compiler: Callable[..., Any]) -> Callable[..., Tensor]:
     """`_step`, which Dynamo traces at its first call."""
-    options = {"fullgraph": True, "dynamic": bool(config.dynamic), "isolate_recompiles": True}
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": bool(config.dynamic), "isolate_recompiles": True}
     return torch.compile(_step, backend=compiler, options={"guard_filter_fn": _guards}, **options)
 
 

@@ -84,7 +84,7 @@ class CompiledLayers:
             hidden_states = call(cache.layers[number], given)
         return hidden_states
 
-    def in_one_operation(self, decoder: Any) -> ChorusTextModel:
+    def in_one_operation(self, decoder: ChorusTextModel) -> ChorusTextModel:
         """A copy of `without_layers`, changed to have an operation for its layers."""
         return _with_layers(decoder, self._all_in_graph)
 

@@ -35,12 +35,16 @@ class TracedFunction:
         RuntimeError: a later call's arguments hold another number of tensors.
     """
 
-    def __init__(self, function: Callable[..., Tensor], compiler: Callable[[GraphModule, list[Tensor]], Any]):
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        compiler: Callable[[GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]],
+    ):
         self.function, self.compiler = function, compiler
-        self.compiled: Callable[..., Any] | None = None
+        self.compiled: Callable[..., Sequence[Tensor]] | None = None
         self.count, self.used = 0, [0]
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: object) -> Tensor:
         tensors = list(_tensors(args, {}))
         if self.compiled is None:
             self.compiled = self._compile(args, tensors)
@@ -48,7 +52,7 @@ class TracedFunction:
             raise RuntimeError(f"traced with {self.count} tensors, called with {len(tensors)}")
         return self.compiled(*[tensors[number] for number in self.used])[0]
 
-    def _compile(self, args: Sequence[Any], tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    def _compile(self, args: Sequence[Any], tensors: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
         def run(*given: Tensor) -> tuple[Tensor]:
             return (self.function(*_with_tensors(args, iter(given), {})),)
 
