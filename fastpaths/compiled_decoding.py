@@ -126,7 +126,9 @@ def _guards(entries: Any) -> list[bool]:
 def _compiler(config: CompileConfig) -> Callable[..., Any]:
     """Makes a callable of a graph and its inputs."""
     if config.backend != "inductor":
-        asked = {name: getattr(config, name) for name in ("mode", "options") if getattr(config, name)}
+        # As `torch.compile` hands them on.
+        asked = {name: getattr(config, name) for name in ("mode", "options")}
+        asked = {name: value for name, value in asked.items() if value and value != "default"}
         return partial(torch._dynamo.lookup_backend(config.backend), **asked)
     options = dict(torch._inductor.list_mode_options(config.mode) if config.mode else {}) | (config.options or {})
     return _backend(options)
@@ -169,10 +171,10 @@ class _Graph:
     def __call__(self, model: Any, **inputs: Any) -> Tensor:
         layers, cache = self.layers, inputs[CACHE]
         if _is_traced(self.config, inputs):
+            # Shapes and dtypes are in the graph's key, and now strides follow from them.
+            inputs = tree_map_only(Tensor, Tensor.contiguous, inputs)
             with layers.running(cache):
-                return self.traced(
-                    layers.without_layers, model.lm_head, tree_map_only(Tensor, Tensor.contiguous, inputs)
-                )
+                return self.traced(layers.without_layers, model.lm_head, inputs)
         decoder = layers.in_regions() if are_alike(cache) else layers.decoder
         return self.compiled(model.model._text_ids, decoder, model.lm_head, inputs)
 

@@ -170,6 +170,7 @@ def are_alike(cache: StaticCache) -> bool:
 
 
 def _with_layers(decoder: Any, run: Callable[..., Tensor]) -> ChorusTextModel:
+    """`decoder` itself, with one function in the place of its layers, which is given the masks of all their types."""
     decoder.layers = [run]
     prepare = decoder._prepare
 

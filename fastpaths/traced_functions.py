@@ -42,7 +42,7 @@ class TracedFunction:
     ):
         self.function, self.compiler = function, compiler
         self.compiled: Callable[..., Sequence[Tensor]] | None = None
-        self.count, self.used = 0, [0]
+        self.count, self.used = 0, list[int]()
 
     def __call__(self, *args: object) -> Tensor:
         tensors = list(_tensors(args, {}))

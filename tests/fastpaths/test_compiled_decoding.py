@@ -240,6 +240,30 @@ def test_linear_experts_run_through_the_modules():
     assert torch.equal(found[0], expected[0])
 
 
+@pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode])
+def test_one_graph_serves_both_modes_without_gradients(first: Any):
+    second = torch.no_grad if first is torch.inference_mode else torch.inference_mode
+    model = make()
+    expected = generate(model, text(), disable_compile=True)
+    compile_decoding(model)
+    for mode in (first, second, first):
+        with mode():
+            assert torch.equal(generate(model, text())[0], expected[0])
+    assert len(model.get_compiled_call.__self__.graphs) == 1
+
+
+def test_sizes_that_change():
+    """Dynamo's, on the CPU as well."""
+    model = make()
+    expected = generate(model, text(), disable_compile=True)
+    config = CompileConfig(backend="aot_eager", mode=None, dynamic=True)
+    asked: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "compile_config": config}
+    found = compile_decoding(model).generate(**text(), **asked)
+    assert torch.equal(found, expected[0])
+    (graph,) = model.get_compiled_call.__self__.graphs.values()
+    assert graph.traced.compiled is None and not model.get_compiled_call.__self__.failure
+
+
 def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch):
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no compiler")
