@@ -6,7 +6,9 @@ with a seed and says which tests must notice. Unusual here:
 - annotations are left out: what `int | None` becomes is seen when the file is imported, whatever the tests are;
 - a change first meets the test files that mirror the changed file, then the others of that folder;
 - nothing is changed in the checkout, but in a copy of its tracked files, which keeps the links;
-- processes fork from a server that has imported the libraries (never our code), so that a change costs no start.
+- processes fork from a server that has imported the libraries (never our code), so that a change costs no start;
+- a test that meets its time limit says as much of the machine as of the change: those tests run again with four times
+  the limit. The report names the test that noticed, and whether it failed or met this limit too.
 
 A change that survives is either a fault of the tests or another way to write the same function: its diff is printed,
 and `--again REPORT` runs those of a report once more, after the tests were mended.
@@ -33,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("modeling", "processors", "training", "surgery", "fastpaths")
+FOLDERS = ("modeling", "processors", "training", "surgery", "fastpaths", "serving")
 # What our files and tests import, so that a forked process starts with it.
 LIBRARIES = ["torch", "torchaudio", "torchvision", "timm", "peft", "datasets", "accelerate", "scipy.optimize", "av",
              "PIL.Image", "soundfile", "hypothesis", "pytest", "transformers.trainer", "transformers.modeling_utils",
@@ -42,6 +44,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_TH
 OFFLINE["PYTHONDONTWRITEBYTECODE"] = "1"  # of a change that came within a second of another, Python would not know
 # A change may loop for ever or ask for any amount of memory.
 TEST_SECONDS, RUN_SECONDS, MEMORY_BYTES = 120, 1800, 10 * 2**30
+PATIENCE = 4  # times these limits, for tests that met them
 Mutant = dict[str, Any]
 
 
@@ -130,7 +133,22 @@ def tests_of(path: Path) -> tuple[list[str], list[str]]:
     return [str(test.relative_to(ROOT)) for test in mirror], [str(test.relative_to(ROOT)) for test in others]
 
 
-def run_tests(copy: str, tests: list[str], log: str) -> None:
+class FirstFailure:
+    """A pytest plugin that writes the first test that fails, and whether it met its time limit, to a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and not self.path.exists():
+            late = "Failed: Timeout (>" in report.longreprtext
+            self.path.write_text(f"{report.nodeid}{' (time limit)' * late}", encoding="utf-8")
+
+    def pytest_collectreport(self, report: Any) -> None:
+        self.pytest_runtest_logreport(report)
+
+
+def run_tests(copy: str, tests: list[str], log: str, seconds: int) -> None:
     """In a forked process: pytest on the copy, up to the first failure; the process ends with pytest's status."""
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -141,22 +159,31 @@ def run_tests(copy: str, tests: list[str], log: str) -> None:
     sys.path[:] = [copy, *(entry for entry in sys.path if entry and Path(entry).resolve() != ROOT)]
     import pytest
 
-    options = ["-x", "-q", "--numprocesses=0", "-m", "not slow", "-p", "no:cacheprovider", f"--timeout={TEST_SECONDS}"]
-    status = pytest.main([*options, *tests])
+    options = ["-x", "-q", "--numprocesses=0", "-m", "not slow", "-p", "no:cacheprovider", f"--timeout={seconds}"]
+    status = pytest.main([*options, *tests], plugins=[FirstFailure(Path(f"{copy}.failure"))])
     sys.stdout.flush()
     os._exit(status)
 
 
-def passes(copy: Path, tests: list[str]) -> bool:
+def failure(copy: Path, tests: list[str], patience: int = 1) -> str:
+    """The first test that fails on the copy, or "" where all pass."""
+    first = Path(f"{copy}.failure")
+    first.unlink(missing_ok=True)
     process = multiprocessing.get_context("forkserver").Process(
-        target=run_tests, args=(str(copy), tests, f"{copy}.log"), daemon=False
+        target=run_tests, args=(str(copy), tests, f"{copy}.log", TEST_SECONDS * patience), daemon=False
     )
     process.start()
-    process.join(RUN_SECONDS)
+    process.join(RUN_SECONDS * patience)
+    late = process.is_alive()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid or 0, signal.SIGKILL)  # also what the tests started
     process.join()
-    return process.exitcode == 0
+    if process.exitcode in (0, 5):  # 5: every test of these files is slow
+        return ""
+    found = first.read_text(encoding="utf-8") if first.exists() else f"pytest ended with status {process.exitcode}"
+    if late:
+        found = "all tests (time limit)"
+    return failure(copy, tests, PATIENCE) if patience == 1 and found.endswith("(time limit)") else found
 
 
 @contextlib.contextmanager
@@ -169,16 +196,16 @@ def copied() -> Iterator[Path]:
         yield copy
 
 
-def outcome(copy: Path, mutant: Mutant) -> str:
-    """Who notices the change: `mirror`, `neighbours` or nobody (`survived`)."""
+def outcome(copy: Path, mutant: Mutant) -> dict[str, str]:
+    """Whose tests notice the change (`mirror`, `neighbours`, or `survived` them all), and which test first did."""
     before, after = changed(mutant)
-    mirror, neighbours = tests_of(Path(mutant["path"]))
     target = copy / mutant["path"]
     target.write_text(after, encoding="utf-8")
     try:
-        if mirror and not passes(copy, mirror):
-            return "mirror"
-        return "survived" if passes(copy, neighbours) else "neighbours"
+        for whose, tests in zip(("mirror", "neighbours"), tests_of(Path(mutant["path"])), strict=True):
+            if tests and (noticed_by := failure(copy, tests)):
+                return {"outcome": whose, "noticed_by": noticed_by}
+        return {"outcome": "survived", "noticed_by": ""}
     finally:
         target.write_text(before, encoding="utf-8")
 
@@ -213,10 +240,11 @@ def main(arguments: list[str] | None = None) -> None:
     with copied() as copy:
         for done, mutant in enumerate(mutants, start=1):
             start = time.monotonic()
-            mutant |= {"outcome": outcome(copy, mutant), "diff": "".join(difference(mutant))}
+            mutant |= outcome(copy, mutant) | {"diff": "".join(difference(mutant))}
             mutant["seconds"] = round(time.monotonic() - start, 1)
             place = f"{mutant['path']}:{mutant['line']}"
-            print(f"{done}/{len(mutants)} {mutant['outcome']:10} {mutant['seconds']:6.1f} s  {place}", flush=True)
+            verdict = f"{mutant['outcome']:10} {mutant['seconds']:6.1f} s  {place}  {mutant['noticed_by']}"
+            print(f"{done}/{len(mutants)} {verdict}", flush=True)
             if mutant["outcome"] == "survived":
                 print(mutant["diff"], flush=True)
             parsed.json.write_text(json.dumps(mutants[:done], indent=1) + "\n", encoding="utf-8")

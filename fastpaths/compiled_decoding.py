@@ -22,8 +22,9 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from chorus_moe.fastpaths.compiled_layers import CompiledLayers, are_alike, settings_of
+from chorus_moe.fastpaths.compiled_layers import CompiledLayers, are_alike
 from chorus_moe.fastpaths.experts_cpu import CPU_EXPERTS
+from chorus_moe.fastpaths.module_settings import Snapshot, signature_of
 from chorus_moe.fastpaths.quantized_weights import Quantized, row_product, stored_weight, streams
 from chorus_moe.fastpaths.replayed_steps import ReplayedSteps, can_replay, generated_modules
 from chorus_moe.fastpaths.step_operations import CODE, CPU_OPERATIONS, OPERATIONS
@@ -117,7 +118,7 @@ def _backend(options: dict[str, Any]) -> Callable[..., Any]:
 
 def _guards(entries: Any) -> list[bool]:
     """Which guards are looked at before each token."""
-    # Not those on modules, which took 1 ms: `_signature` looks at them once per text. Nor those on globals.
+    # Not those on modules, which took 1 ms: `_look` looks at them once per text. Nor those on globals.
     of_modules = torch.compiler.skip_guard_on_all_nn_modules_unsafe(entries)
     of_globals = torch.compiler.skip_guard_on_globals_unsafe(entries)
     return [keep and also for keep, also in zip(of_modules, of_globals, strict=True)]
@@ -192,6 +193,7 @@ class CompiledDecoding:
         # Keys of the graphs whose kernels can be called one by one.
         self.replayed: set[Any] = set()
         self.signature: tuple[Any, ...] = ()
+        self.snapshot: Snapshot | None = None
         self.failure = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledDecoding":
@@ -247,7 +249,11 @@ class CompiledDecoding:
 
     def _look(self) -> None:
         """At what the model is, once per text, not per token."""
-        signature = _signature(self.model)
+        has_global_hook = bool(nn.modules.module._has_any_global_hook())
+        if self.snapshot and self.snapshot.is_current() and has_global_hook == self.signature[0]:
+            return
+        self.snapshot = Snapshot(self.model)
+        signature = has_global_hook, *signature_of(self.model)
         # Steps of modules, adapters or hooks that changed since are compiled anew.
         if signature != self.signature:
             self.graphs.clear()
@@ -357,12 +363,6 @@ class CompiledDecoding:
 
 def _first_lines(error: Exception) -> str:
     return " ".join(str(error).split("\n\n")[0].split())
-
-
-def _signature(model: Any) -> tuple[Any, ...]:
-    """What a graph was made from, besides the values of weights: modules, their settings and hooks, adapters in use."""
-    modules = ((type(m), settings_of(vars(m))) for m in model.modules())
-    return model.config.to_json_string(use_diff=False), bool(nn.modules.module._has_any_global_hook()), *modules
 
 
 def _obstacle(model: Any) -> str:

@@ -8,18 +8,17 @@ from ast import literal_eval
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import is_dataclass
 from functools import partial
 from threading import local
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.parametrize import type_before_parametrizations
-from transformers import PreTrainedConfig, StaticCache
+from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
+from chorus_moe.fastpaths.module_settings import settings_of
 from chorus_moe.modeling.modeling_generation import ChorusForConditionalGeneration
 from chorus_moe.modeling.modeling_outputs import CACHE
 from chorus_moe.modeling.modeling_text import ChorusTextModel
@@ -29,8 +28,6 @@ from chorus_moe.modeling.moe_plan import ForwardPlan, RoutingOptions
 NUMBERED = ("layer_idx", "kwargs")
 # Of states between layers.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Kinds of settings, by name: as a union they would be put together at each look.
-PLAIN = bool, int, float, str
 # The layers, and the cache, of the step that a thread runs.
 RUNNING = local()
 
@@ -222,25 +219,3 @@ def kinds_of(model: ChorusForConditionalGeneration) -> tuple[int, ...]:
         for layer in model.model.language_model.layers
     ]
     return tuple(found.setdefault(layer, len(found)) for layer in layers)
-
-
-def settings_of(value: object, other: Callable[[object], object] = type) -> object:
-    """Something to compare; `other` says what of a value of a kind that is not known."""
-    if value is None or isinstance(value, PLAIN):
-        return value
-    if isinstance(value, FunctionType | BuiltinFunctionType):
-        return value
-    if isinstance(value, partial):
-        return value.func, settings_of(value.args, other), settings_of(value.keywords, other)
-    if isinstance(value, dict):
-        # A module has more than ten kinds of hooks, and most often none of them. Each is under a number of its own.
-        filled = ((key, entry) for key, entry in value.items() if not isinstance(entry, dict) or entry)
-        return tuple((key if isinstance(key, str) else "", settings_of(entry, other)) for key, entry in filled)
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
-    if isinstance(value, list | tuple | set | frozenset):
-        return tuple(settings_of(entry, other) for entry in value)
-    # A configuration is in `_signature` already, and slow to print. Modules are looked at one by one.
-    if is_dataclass(value) and not isinstance(value, PreTrainedConfig):
-        return repr(value)
-    return type_before_parametrizations(value) if isinstance(value, nn.Module) else other(value)
