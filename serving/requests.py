@@ -32,8 +32,9 @@ def check_request(body: Mapping[str, Any]) -> None:
         if name in body and body[name] not in NOTHING:
             raise ValueError(f"{name}={str(body[name])[:80]}: not supported here, leave it out")
     keywords = body.get("chat_template_kwargs") or {}
-    if not isinstance(keywords, Mapping) or (unknown := sorted(keywords.keys() - set(TEMPLATE_KEYWORDS))):
-        raise ValueError(f"chat_template_kwargs: {unknown or keywords!r:.80}; it may hold {TEMPLATE_KEYWORDS}")
+    unknown = sorted(keywords.keys() - set(TEMPLATE_KEYWORDS)) if isinstance(keywords, Mapping) else keywords
+    if unknown:
+        raise ValueError(f"chat_template_kwargs: {unknown!r:.80}; it may hold {TEMPLATE_KEYWORDS}")
     for name, (low, high) in RANGES.items():
         value = body.get(name)
         if value is not None and not (isinstance(value, int | float) and low <= value <= high):

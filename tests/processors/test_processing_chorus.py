@@ -223,6 +223,10 @@ def test_the_tokenizers_own_limit_holds_unless_another_is_given():
     assert limited(text=words, truncation=True, max_length=10)["input_ids"][0] == full[:10]
     assert len(limited(text="a", padding="max_length")["input_ids"][0]) == 8
     assert len(limited(text="a", padding="max_length", max_length=12)["input_ids"][0]) == 12
+    # Without any limit there is none to pad to, as in transformers: rows are as they are.
+    unlimited = processor_from_config(model_config(), build_tokenizer(CORPUS, 320))
+    assert unlimited.tokenizer.model_max_length > 10**9
+    assert unlimited(text=words, truncation=True, padding="max_length")["input_ids"][0] == full
 
 
 def test_the_bare_name_is_refused():

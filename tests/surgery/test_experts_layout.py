@@ -108,6 +108,7 @@ def test_an_exported_checkpoint_has_one_tensor_an_expert_and_comes_back_bit_for_
     for file in files:
         with safe_open(tmp_path / file, "pt") as opened:
             names += list(opened.keys())
+    assert ("lm_head.weight" in names) == (not is_tied)  # a tied weight is stored once
     prefix = "model.language_model.layers.1.mlp.banks.text.experts"
     found = sorted(name.removeprefix(f"{prefix}.") for name in names if name.startswith(prefix))
     assert found == [f"{e}.{part}_proj.weight" for e in range(3) for part in ("down", "gate", "up")]
@@ -170,6 +171,23 @@ def test_what_cannot_be_converted_is_refused() -> None:
     get_peft_model(model, LoraConfig(target_modules=["o_proj"]))
     with pytest.raises(ValueError, match="carry adapters"):
         fuse_experts(model)
+
+
+@pytest.mark.parametrize("kind", ["whole numbers", "a kind of its own"])
+def test_quantised_and_sharded_experts_are_refused_before_the_first_bank_is_converted(kind: str) -> None:
+    class Sharded(nn.Parameter): ...
+
+    model = make()
+    last = model.model.language_model.layers[-1].mlp.banks["common"].deeper_experts[0]
+    values = last.down_proj.detach()
+    if kind == "whole numbers":
+        last.down_proj = nn.Parameter(values.to(torch.int8), requires_grad=False)
+    else:
+        last.down_proj = Sharded(values)
+    with pytest.raises(ValueError, match="bank 'common': down_proj is quantised or sharded"):
+        unfuse_experts(model)
+    assert model.config.text_config.experts_layout == "fused"
+    assert not any(isinstance(module, LinearExperts) for module in model.modules())
 
 
 def test_experts_with_shares_of_their_width_stay_stacked(tmp_path: Path) -> None:
