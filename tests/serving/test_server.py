@@ -26,8 +26,11 @@ from tests.serving.conftest import parts, picture_file, sound_file
 openai = pytest.importorskip("openai", reason="the extra `serve` is not installed")
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
-from chorus_moe.serving.server import Server, build_app, uvicorn  # noqa: E402
-from chorus_moe.serving.voices import load_voices  # noqa: E402
+from transformers.cli.serving import chat_completion  # noqa: E402
+
+from chorus_moe.processors.processing_chorus import ChorusProcessor  # noqa: E402
+from chorus_moe.serving.server import TAKES_TOOLS, Server, build_app, uvicorn  # noqa: E402
+from chorus_moe.serving.voices import Voice, load_voices  # noqa: E402
 
 TOKENS = 12
 
@@ -35,8 +38,7 @@ TOKENS = 12
 class Running:
     """A server on a port of its own, in a thread."""
 
-    def __init__(self, folder: Path, adapters: dict[str, str], **options: Any):
-        voices, processor = load_voices(str(folder), adapters)
+    def __init__(self, voices: dict[str, Voice], processor: ChorusProcessor, **options: Any):
         app = build_app(voices, processor, **options)
         self.server = Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="on"))
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))
@@ -88,7 +90,7 @@ def call(port: int, method: str, path: str, body: bytes = b"") -> tuple[int, Any
 def running(folder: Path, adapter: Path) -> Iterator[Running]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    server = Running(folder, {"loud": str(adapter)}, body_seconds=1.5, max_request_bytes=2**20)
+    server = Running(*load_voices(str(folder), {"loud": str(adapter)}), body_seconds=1.5, max_request_bytes=2**20)
     yield server
     server.stop()
     torch.set_num_threads(threads)
@@ -295,3 +297,41 @@ def test_sigterm_drains(folder: Path) -> None:
     assert process.wait(timeout=20) == -signal.SIGTERM
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+TOOLS = [{"type": "function", "function": {"name": "digit", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.mark.skipif(not TAKES_TOOLS, reason="this transformers hands no tools on")
+def test_tools_reach_the_template_and_what_reads_calls_out_of_an_answer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of random weights calls no tool, so transformers' own readers of calls are asked what they were given."""
+    voices, processor = load_voices(str(folder))
+    assert isinstance(processor.chat_template, str)
+    processor.chat_template += "{{ tools | tojson if tools }}"
+    given: list[Any] = []
+    for name in ("build_response_parser", "parse_assistant_message"):
+        reads = getattr(chat_completion, name)
+
+        def note(*arguments: Any, reads: Any = reads, **options: Any) -> Any:
+            given.append(
+                (processor.tokenizer.decode(torch.as_tensor(inputs_of(arguments, options))[0]), options["tools"])
+            )
+            return reads(*arguments, **options)
+
+        monkeypatch.setattr(chat_completion, name, note)
+    server = Running(voices, processor)
+    try:
+        server.ask("what is it?", tools=TOOLS)
+        server.stream("what is it?", tools=TOOLS)
+        server.ask("what is it?")
+    finally:
+        server.stop()
+    assert [tools for _, tools in given] == [TOOLS, TOOLS, None]
+    assert ['"name": "digit"' in prompt for prompt, _ in given] == [True, True, False]
+
+
+def inputs_of(arguments: tuple, options: dict[str, Any]) -> Any:
+    """The prompt, which one of the readers takes by name."""
+    return options["input_ids"] if "input_ids" in options else arguments[2]
