@@ -116,8 +116,9 @@ def test_a_product_in_streams_is_the_product(index: torch.Tensor | None) -> None
 def test_a_weight_larger_than_a_block_is_multiplied_block_by_block() -> None:
     found, states = quantized(make_weight(9, BLOCK // 4), 8, BLOCK // 4), make_weight(2, 3, BLOCK // 4, seed=1)
     expected = F.linear(states.double(), found.dequantize().double())
-    # Sums of 65,536 terms of size 1.
-    assert (product_in_blocks(states, found) - expected).abs().max() < 1e-3
+    # Sums of 65,536 terms of size 1 in float32: .0014 to .0015 on a processor that adds eight numbers at once, also
+    # where the whole weight is multiplied. A block in another's place is off by hundreds.
+    assert (product_in_blocks(states, found) - expected).abs().max() < 1e-2
 
 
 def test_gradients_pass_a_quantised_weight_and_keep_no_copy_of_it() -> None:
