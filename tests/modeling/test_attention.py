@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from chorus_moe import ChorusForConditionalGeneration
 from chorus_moe.fastpaths import attention_blocks, attention_queries
-from chorus_moe.modeling.attention import Attention, CrossModalAttention, ModalityProjection
+from chorus_moe.modeling.attention import Attention, CrossModalAttention, ModalityProjection, rotary_tables, rotate
 from chorus_moe.modeling.configuration_modalities import MODALITY_IDS
 from chorus_moe.modeling.moe_plan import ForwardPlan
 from tests.conftest import moved, tiny_batch, tiny_config
@@ -22,6 +23,16 @@ def plans() -> dict[str, ForwardPlan]:
         "rows": ForwardPlan.build(MODALITIES, None),
         "static": ForwardPlan(MODALITIES.reshape(-1), None, is_static=True),
     }
+
+
+@pytest.mark.parametrize("heads", [3, 8, 16])
+def test_rotated_states_are_llamas(heads: int) -> None:
+    torch.manual_seed(0)
+    states, angles = torch.randn(2, heads, 5, 8), torch.rand(2, 5, 4) * 6
+    angles = torch.cat((angles, angles), dim=-1)
+    expected, _ = apply_rotary_pos_emb(states, states, angles.cos(), angles.sin())
+    # The same products, summed in another order.
+    torch.testing.assert_close(rotate(states, rotary_tables(angles.cos(), angles.sin())), expected, rtol=0, atol=1e-6)
 
 
 def projection() -> ModalityProjection:

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from chorus_moe import ChorusForConditionalGeneration
+from chorus_moe.modeling.configuration_services import SERVICES
 from chorus_moe.modeling.modeling_outputs import CACHE
 from tests.conftest import AUDIO_TOKEN, IMAGE_TOKEN, tiny_config
 
@@ -312,3 +313,16 @@ def test_a_step_gets_the_scores_of_the_tokens_that_it_feeds(seen: int) -> None:
         assert found["input_ids"].shape[1] == fed
         expected = torch.cat((scores, torch.full((1, more), torch.nan)), dim=1)[:, seen:]
         torch.testing.assert_close(found["complexity_scores"], expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_labels_are_watched_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ChorusForConditionalGeneration(tiny_config())
+    seen: list[Any] = []
+    monkeypatch.setitem(SERVICES, "watch_labels", lambda *given: seen.append(given[1:]))
+    ids = torch.tensor([[5, 6, 7]])
+    for mode in (False, True):
+        model.train(mode)
+        model(input_ids=ids)
+        model(input_ids=ids, labels=ids)
+    ((input_ids, embeds, _, labels),) = seen
+    assert input_ids is labels is ids and embeds is None

@@ -114,3 +114,13 @@ def test_a_layer_asked_for_keys_alone_fills_the_cache_and_changes_no_state() -> 
     assert torch.equal(cache.layers[0].keys, whole.layers[0].keys)
     assert torch.equal(cache.layers[0].values, whole.layers[0].values)
     assert not torch.equal(layers[0](states, **shared), states)
+
+
+@torch.no_grad()
+def test_global_tokens_stand_in_front_and_are_no_part_of_the_output() -> None:
+    model = decoder(num_global_tokens=2, is_causal=False, layer_types=["sliding_attention"] * 3, sliding_window=4)
+    ids = rows(model)
+    found = model(input_ids=ids, use_cache=False).last_hidden_state
+    assert found.shape[:2] == ids.shape
+    model.global_tokens.weight.mul_(-3)
+    assert not torch.allclose(found, model(input_ids=ids, use_cache=False).last_hidden_state)

@@ -140,7 +140,8 @@ def test_what_makes_no_sense_is_refused():
         parameter_report(model, expert_width_share=0.3)
     bank = model.model.language_model.layers[1].mlp.banks["common"]
     bank.experts = torch.nn.Sequential(bank.experts)
-    with pytest.raises(ValueError, match="takes experts as they are, with no adapter"):
+    narrow, whole = bank.widths[0], bank.widths[-1]
+    with pytest.raises(ValueError, match=f"width {narrow} of {whole} takes experts as they are, with no adapter"):
         bank._narrowed(bank.experts, bank.widths[0])
 
 

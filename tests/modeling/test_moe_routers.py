@@ -338,3 +338,11 @@ def test_no_other_file_asks_for_a_router_by_name():
         if pattern.search(text)
     ]
     assert not found
+
+
+def test_a_bank_without_tokens_decides_nothing():
+    nothing = router().no_rows(torch.empty(5, 16, dtype=torch.bfloat16))
+    shapes = [tuple(tensor.shape) for tensor in nothing if isinstance(tensor, torch.Tensor)]
+    assert shapes == [(0, 8), (0, 3), (0, 3), (0,), (0,)]
+    assert nothing.router_logits.dtype == nothing.routing_weights.dtype == torch.float32
+    assert nothing.selected_experts.dtype == nothing.rows.dtype == torch.int64

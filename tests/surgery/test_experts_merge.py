@@ -1,6 +1,7 @@
 """Experts that are merged: copies exactly, others by use."""
 
 import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,12 @@ def test_counts_from_before_experts_were_pruned_are_refused_by_name() -> None:
         ValueError, match=r"have shape \(6,\) for 4 experts; scores from before experts were pruned, mer"
     ):
         merge_experts(model, "common", 3, counts)
+
+
+def test_without_scipy_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match="merge_experts needs scipy to align neurons: pip install scipy"):
+        best_permutation(torch.eye(2), torch.eye(2))
 
 
 def test_clusters_join_the_most_alike_in_the_mean() -> None:

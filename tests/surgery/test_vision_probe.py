@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, ConvNextConfig
 
-from chorus_moe.surgery.vision_probe import VisionProbe, _map_layout, probe_backbone, probe_vision_encoder
+from chorus_moe.surgery.vision_probe import VisionProbe, _describe, _map_layout, probe_backbone, probe_vision_encoder
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,12 @@ def test_the_axis_that_differs_holds_the_channels_and_timm_decides_where_none_do
 
 def test_an_odd_number_of_tokens_hides_a_class_token():
     assert probe_vision_encoder("coat_lite_tiny", None, 224, 3) == VisionProbe(320, "NLC", 1, (7, 7), 49)
+
+
+def test_prefix_tokens_alone_are_no_picture():
+    assert _describe("one", torch.zeros(1, 3, 8), "NLC", 2) == VisionProbe(8, "NLC", 2, (1, 1), 1)
+    with pytest.raises(ValueError, match="'none' yields 2 tokens, of which 2 are prefix tokens"):
+        _describe("none", torch.zeros(1, 2, 8), "NLC", 2)
 
 
 def test_probing_leaves_the_random_state_alone():

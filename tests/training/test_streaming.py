@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -25,7 +26,7 @@ from chorus_moe.training.checkpoints import numbered_checkpoints
 from chorus_moe.training.collator import ChorusDataCollator
 from chorus_moe.training.data import SKIPPED
 from chorus_moe.training.recipe import Recipe, build_recipe, read_recipe
-from chorus_moe.training.streaming import StreamedRows, _shards, sample_of, training_rows
+from chorus_moe.training.streaming import StreamedRows, _shards, sample_of, skip_learned, training_rows
 from chorus_moe.training.train import run_training
 from tests.fresh_process import kill
 from tests.training.conftest import make_model
@@ -300,3 +301,14 @@ def test_shards_are_those_of_the_split_or_the_numbered_ones(
     for name in names:
         (tmp_path / name).touch()
     assert [Path(found).name for found in _shards(tmp_path, "train")] == expected
+
+
+@pytest.mark.parametrize(("ignores", "start"), [(False, 5 * 4 * 3), (True, 0)])
+def test_a_stream_begins_where_its_checkpoint_ended_unless_told_not_to(
+    tmp_path: Path, ignores: bool, start: int
+) -> None:
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 5}')
+    rows: Any = SimpleNamespace(batch=4, start=0)
+    arguments: Any = SimpleNamespace(ignore_data_skip=ignores, gradient_accumulation_steps=3)
+    skip_learned(rows, str(tmp_path), arguments)
+    assert rows.start == start

@@ -11,6 +11,7 @@ from chorus_moe.training.objectives.divergences import (
     TokenProbabilities,
     divergence,
     log_probabilities,
+    relative_entropy,
     router_divergence,
     state_distance,
     token_divergence,
@@ -129,3 +130,10 @@ def test_a_router_is_compared_with_the_sum_of_each_group_of_experts() -> None:
     equal = kl_divergence(Categorical(probs=teacher[:, :2]), Categorical(probs=student))
     normal = teacher[:, :2] / teacher[:, :2].sum(1, keepdim=True)
     torch.testing.assert_close(router_divergence(student, normal), equal, atol=ATOL, rtol=0)
+
+
+def test_relative_entropy_is_of_the_last_dimension() -> None:
+    torch.manual_seed(0)
+    p, q = torch.randn(2, 3, 4, V).log_softmax(-1).unbind()
+    expected = kl_divergence(Categorical(logits=p), Categorical(logits=q))
+    torch.testing.assert_close(relative_entropy(p, q), expected, rtol=0, atol=ATOL)
