@@ -8,7 +8,8 @@ with a seed and says which tests must notice. Unusual here:
 - nothing is changed in the checkout, but in a copy of its tracked files, which keeps the links;
 - processes fork from a server that has imported the libraries (never our code), so that a change costs no start;
 - a test that meets its time limit says as much of the machine as of the change: those tests run again with four times
-  the limit. The report names the test that noticed, and whether it failed or met this limit too.
+  the limit. The report names the test that noticed, and whether it failed or met this limit too;
+- where every mirroring test is skipped, as for an extra that is not installed, the change is counted apart, not judged.
 
 A change that survives is either a fault of the tests or another way to write the same function: its diff is printed,
 and `--again REPORT` runs those of a report once more, after the tests were mended.
@@ -45,6 +46,7 @@ OFFLINE["PYTHONDONTWRITEBYTECODE"] = "1"  # of a change that came within a secon
 # A change may loop for ever or ask for any amount of memory.
 TEST_SECONDS, RUN_SECONDS, MEMORY_BYTES = 120, 1800, 10 * 2**30
 PATIENCE = 4  # times these limits, for tests that met them
+SKIPPED = "skipped"
 Mutant = dict[str, Any]
 
 
@@ -134,18 +136,27 @@ def tests_of(path: Path) -> tuple[list[str], list[str]]:
 
 
 class FirstFailure:
-    """A pytest plugin that writes the first test that fails, and whether it met its time limit, to a file."""
+    """A pytest plugin that writes the first test that fails, and whether it met its time limit, to a file; or that
+    all were skipped.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.outcomes = path, Counter[str]()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        self.outcomes[report.outcome] += report.when == "call" or not report.passed
         if report.failed and not self.path.exists():
             late = "Failed: Timeout (>" in report.longreprtext
             self.path.write_text(f"{report.nodeid}{' (time limit)' * late}", encoding="utf-8")
 
     def pytest_collectreport(self, report: Any) -> None:
-        self.pytest_runtest_logreport(report)
+        self.outcomes["skipped"] += report.skipped
+        if report.failed:
+            self.pytest_runtest_logreport(report)
+
+    def pytest_sessionfinish(self) -> None:
+        if self.outcomes["skipped"] and set(+self.outcomes) == {"skipped"}:
+            self.path.write_text(SKIPPED, encoding="utf-8")
 
 
 def run_tests(copy: str, tests: list[str], log: str, seconds: int) -> None:
@@ -166,7 +177,7 @@ def run_tests(copy: str, tests: list[str], log: str, seconds: int) -> None:
 
 
 def failure(copy: Path, tests: list[str], patience: int = 1) -> str:
-    """The first test that fails on the copy, or "" where all pass."""
+    """The first test that fails on the copy, "" where all pass, or `SKIPPED`."""
     first = Path(f"{copy}.failure")
     first.unlink(missing_ok=True)
     process = multiprocessing.get_context("forkserver").Process(
@@ -178,9 +189,10 @@ def failure(copy: Path, tests: list[str], patience: int = 1) -> str:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid or 0, signal.SIGKILL)  # also what the tests started
     process.join()
-    if process.exitcode in (0, 5):  # 5: every test of these files is slow
-        return ""
-    found = first.read_text(encoding="utf-8") if first.exists() else f"pytest ended with status {process.exitcode}"
+    found = first.read_text(encoding="utf-8") if first.exists() else ""
+    if process.exitcode in (0, 5):  # 5: every test of these files is slow, or its file is skipped
+        return found
+    found = found or f"pytest ended with status {process.exitcode}"
     if late:
         found = "all tests (time limit)"
     return failure(copy, tests, PATIENCE) if patience == 1 and found.endswith("(time limit)") else found
@@ -197,13 +209,18 @@ def copied() -> Iterator[Path]:
 
 
 def outcome(copy: Path, mutant: Mutant) -> dict[str, str]:
-    """Whose tests notice the change (`mirror`, `neighbours`, or `survived` them all), and which test first did."""
+    """Whose tests notice the change (`mirror`, `neighbours`, or `survived` them all), and which test first did;
+    `skipped` where no mirroring test can run here.
+    """
     before, after = changed(mutant)
     target = copy / mutant["path"]
     target.write_text(after, encoding="utf-8")
     try:
         for whose, tests in zip(("mirror", "neighbours"), tests_of(Path(mutant["path"])), strict=True):
-            if tests and (noticed_by := failure(copy, tests)):
+            noticed_by = failure(copy, tests) if tests else ""
+            if noticed_by == SKIPPED and whose == "mirror":
+                return {"outcome": SKIPPED, "noticed_by": ""}
+            if noticed_by and noticed_by != SKIPPED:
                 return {"outcome": whose, "noticed_by": noticed_by}
         return {"outcome": "survived", "noticed_by": ""}
     finally:
@@ -211,13 +228,14 @@ def outcome(copy: Path, mutant: Mutant) -> dict[str, str]:
 
 
 def table(mutants: list[Mutant]) -> str:
-    lines = ["| folder | changes | noticed by the mirroring tests | with their neighbours | survived |"]
-    lines.append("| --- " * 5 + "|")
+    lines = ["| folder | changes | noticed by the mirroring tests | with their neighbours | survived | skipped |"]
+    lines.append("| --- " * 6 + "|")
     for folder in FOLDERS:
         counts = Counter(mutant["outcome"] for mutant in mutants if mutant["path"].startswith(f"{folder}/"))
+        skipped = counts.pop(SKIPPED, 0)
         if total := counts.total():
             shares = [f"{n} ({n / total:.0%})" for n in (counts["mirror"], total - counts["survived"])]
-            lines.append(f"| `{folder}/` | {total} | {shares[0]} | {shares[1]} | {counts['survived']} |")
+            lines.append(f"| `{folder}/` | {total} | {shares[0]} | {shares[1]} | {counts['survived']} | {skipped} |")
     return "\n".join(lines)
 
 

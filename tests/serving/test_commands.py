@@ -2,12 +2,17 @@
 on which device and in what numbers, or what to ask for instead."""
 
 from inspect import signature
+from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 from typer.main import get_group
 
+from chorus_moe.serving import commands
 from chorus_moe.serving.commands import app, need, read_pairs
+from chorus_moe.serving.exporting import programs
+from chorus_moe.serving.exporting.programs import FORMATS
 
 # They run no model: their `--device`, where they have one, is a kind to plan for.
 WITHOUT_MODEL = {"recipes", "inspect", "plan"}
@@ -66,3 +71,21 @@ def test_defaults_of_the_program_are_those_of_the_functions() -> None:
     assert asked["max_request_mb"] * 2**20 == own["max_request_bytes"].default
     for name in ("max_batch", "host", "port", "drain_seconds"):
         assert asked[name] == own[name].default, name
+
+
+@pytest.mark.parametrize(("format", "said"), [("torch", ""), ("onnx", ", within 2.5e-06 of the model")])
+def test_graphs_are_listed_with_their_size_and_how_near_they_are(
+    format: str, said: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As `export_model` would write them, which test_onnx_model.py and test_parts.py run."""
+
+    def write(model: Any, processor: Any, out: Path, asked: str) -> dict[str, float]:
+        assert asked == format and processor.tokenizer is not None
+        out.mkdir()
+        (out / f"decoder{FORMATS[asked]}").write_bytes(bytes(3 * 2**20 + 2**19))
+        return {"decoder": 2.5e-6} if asked == "onnx" else {}
+
+    monkeypatch.setattr(programs, "export_model", write)
+    monkeypatch.setattr(commands, "need", lambda *names: None)
+    assert not app(["export-graphs", str(folder), str(tmp_path / "out"), "--format", format], standalone_mode=False)
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'decoder'}{FORMATS[format]}: 3.5 MB{said}\n"

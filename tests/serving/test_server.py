@@ -29,10 +29,19 @@ pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 from transformers.cli.serving import chat_completion  # noqa: E402
 
 from chorus_moe.processors.processing_chorus import ChorusProcessor  # noqa: E402
-from chorus_moe.serving.server import TAKES_TOOLS, Server, build_app, uvicorn  # noqa: E402
+from chorus_moe.serving.batches import BatchManager  # noqa: E402
+from chorus_moe.serving.server import (  # noqa: E402
+    TAKES_TOOLS,
+    ChatHandler,
+    ServedModels,
+    Server,
+    build_app,
+    uvicorn,
+)
 from chorus_moe.serving.voices import Voice, load_voices  # noqa: E402
 
 TOKENS = 12
+CONTEXT = 512  # of the test model
 
 
 class Running:
@@ -94,6 +103,12 @@ def running(folder: Path, adapter: Path) -> Iterator[Running]:
     yield server
     server.stop()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def handler(folder: Path) -> ChatHandler:
+    voices, processor = load_voices(str(folder))
+    return ChatHandler(ServedModels(voices), processor, BatchManager(processor))
 
 
 QUESTIONS: list[dict[str, Any]] = [
@@ -335,3 +350,53 @@ def test_tools_reach_the_template_and_what_reads_calls_out_of_an_answer(
 def inputs_of(arguments: tuple, options: dict[str, Any]) -> Any:
     """The prompt, which one of the readers takes by name."""
     return options["input_ids"] if "input_ids" in options else arguments[2]
+
+
+@pytest.mark.parametrize(
+    ("asked", "draws"),
+    [
+        ({}, False),
+        ({"temperature": 0.5}, True),
+        ({"temperature": 0}, False),
+        ({"top_p": 0.5}, True),
+        ({"top_p": 0.5, "temperature": 0}, False),
+        ({"top_p": 0.5, "temperature": 1}, True),
+    ],
+    ids=str,
+)
+def test_who_asks_for_a_temperature_or_a_share_gets_a_draw(
+    handler: ChatHandler, asked: dict[str, Any], draws: bool
+) -> None:
+    config = handler._configure(asked, handler.models.find(None), 10)
+    assert bool(config.do_sample) is draws and config.seed is None
+    assert (config.temperature, config.top_p) == (asked.get("temperature"), asked.get("top_p"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "prompt", "length"),
+    [
+        ({}, 1, CONTEXT - 1),
+        ({}, CONTEXT - 1, 1),
+        ({"max_tokens": 7}, 10, 7),
+        ({"max_completion_tokens": 9}, 10, 9),
+        ({"max_completion_tokens": 9, "max_tokens": 7}, 10, 9),
+        ({"max_tokens": 12}, CONTEXT - 12, 12),
+    ],
+)
+def test_how_long_an_answer_may_be(handler: ChatHandler, asked: dict[str, Any], prompt: int, length: int) -> None:
+    assert handler._configure(asked, handler.models.find(None), prompt).max_new_tokens == length
+
+
+@pytest.mark.parametrize(("asked", "prompt"), [({}, CONTEXT), ({"max_tokens": 12}, CONTEXT - 11)])
+def test_an_answer_beyond_the_context_is_refused_with_both_numbers(
+    handler: ChatHandler, asked: dict[str, Any], prompt: int
+) -> None:
+    most = asked.get("max_tokens", 1)
+    with pytest.raises(ValueError, match=f"prompt has {prompt} tokens and the answer up to {most}, .* is {CONTEXT};"):
+        handler._configure(asked, handler.models.find(None), prompt)
+
+
+def test_seed_and_biases_of_a_request(handler: ChatHandler) -> None:
+    config = handler._configure({"seed": 3, "logit_bias": {"2": -100}}, handler.models.find("tiny"), 4)
+    assert config.seed == 3 and [bias for _, bias in dict(config.sequence_bias).items()] == [-100.0]
+    assert all(isinstance(bias, float) for bias in dict(config.sequence_bias).values())

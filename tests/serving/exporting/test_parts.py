@@ -5,7 +5,7 @@ import torch
 
 from chorus_moe import ChorusForConditionalGeneration, ChorusForContrastive, ChorusForSequenceClassification
 from chorus_moe.modeling.moe_selection import MANY_CHOICES, best_experts
-from chorus_moe.serving.exporting.parts import DECODER, EMBED_TOKENS, check_exportable
+from chorus_moe.serving.exporting.parts import DECODER, EMBED_TOKENS, check_exportable, parts_of
 from chorus_moe.serving.exporting.programs import export_programs
 from chorus_moe.surgery import unfuse_experts
 from tests.conftest import tiny_batch, tiny_config
@@ -48,6 +48,27 @@ def test_graphs_hold_for_every_size_and_with_the_cache_they_return(model: Chorus
         inputs[0][:, -1:], batch["attention_mask"], inputs[1][:, -1:], inputs[2][:, -1:], *cache
     )
     torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
+
+
+@torch.no_grad()
+def test_whole_sequences_become_the_logits_or_the_unit_vectors_of_their_model() -> None:
+    """The modules that are traced, run plainly."""
+    torch.manual_seed(0)
+    ids, mask = torch.randint(5, 50, (2, 6)), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    classifier = ChorusForSequenceClassification(tiny_config(num_labels=3, **TEXT)).eval()
+    parts = {part.name: part.module for part in parts_of(classifier)}
+    found = parts[DECODER](parts[EMBED_TOKENS](ids), mask, torch.zeros_like(ids))
+    torch.testing.assert_close(found, classifier(input_ids=ids, attention_mask=mask).logits, atol=ATOL, rtol=0)
+
+    contrastive = ChorusForContrastive(tiny_config(**TEXT)).eval()
+    parts = {part.name: part.module for part in parts_of(contrastive)}
+    found = parts[f"text_{DECODER}"](parts[EMBED_TOKENS](ids), mask)
+    torch.testing.assert_close(found, contrastive.get_text_features(ids, mask), atol=ATOL, rtol=0)
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(2))
+    pixels = tiny_batch(contrastive.config)["pixel_values"]
+    tokens = parts["image_encoder"](pixels)
+    image = parts[f"image_{DECODER}"](tokens, torch.ones(tokens.shape[:2], dtype=torch.long))
+    torch.testing.assert_close(image, contrastive.get_image_features(pixels), atol=ATOL, rtol=0)
 
 
 def test_what_no_graph_can_hold_is_refused_with_what_to_do() -> None:
