@@ -119,12 +119,14 @@ def changed(mutant: Mutant) -> tuple[str, str]:
     return before, after
 
 
-def tests_of(path: Path) -> tuple[list[str], list[str]]:
-    """Test files that mirror a file, and the others of their folder: those of the same room of the house come first."""
+def tests_of(path: Path, checkout: Path) -> tuple[list[str], list[str]]:
+    """Test files of a checkout that mirror a file, and the others of their folder: those of the same room of the house
+    come first.
+    """
     folder = Path("tests") / path.parent
-    stems = {test: test.stem.removeprefix("test_") for test in sorted((ROOT / folder).glob("test_*.py"))}
+    stems = {test: test.stem.removeprefix("test_") for test in sorted((checkout / folder).glob("test_*.py"))}
     # `test_moe_selection_capacity.py` has a second part of the tests of `moe_selection.py`.
-    names = {other.stem for other in (ROOT / path).parent.glob("*.py")} - {path.stem}
+    names = {other.stem for other in (checkout / path).parent.glob("*.py")} - {path.stem}
     mirror = [
         test
         for test, stem in stems.items()
@@ -132,7 +134,7 @@ def tests_of(path: Path) -> tuple[list[str], list[str]]:
     ]
     room = path.stem.split("_")[0]
     others = sorted(set(stems) - set(mirror), key=lambda test: (stems[test].split("_")[0] != room, test))
-    return [str(test.relative_to(ROOT)) for test in mirror], [str(test.relative_to(ROOT)) for test in others]
+    return [str(test.relative_to(checkout)) for test in mirror], [str(test.relative_to(checkout)) for test in others]
 
 
 class FirstFailure:
@@ -216,7 +218,7 @@ def outcome(copy: Path, mutant: Mutant) -> dict[str, str]:
     target = copy / mutant["path"]
     target.write_text(after, encoding="utf-8")
     try:
-        for whose, tests in zip(("mirror", "neighbours"), tests_of(Path(mutant["path"])), strict=True):
+        for whose, tests in zip(("mirror", "neighbours"), tests_of(Path(mutant["path"]), copy), strict=True):
             noticed_by = failure(copy, tests) if tests else ""
             if noticed_by == SKIPPED and whose == "mirror":
                 return {"outcome": SKIPPED, "noticed_by": ""}

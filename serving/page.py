@@ -144,12 +144,18 @@ class Page:
 
     def looks(self, trace: Trace, talk: Conversation, answer: Answer) -> list[Any]:
         """Every picture and clip of the conversation with the answer's attention over it."""
-        spans = trace.spans("image", self.processor.num_image_tokens)
-        found = [picture_attention(trace, span, file) for span, file in zip(spans, talk.images, strict=False)]
+        is_padded = self.processor.image_processor.do_pad_to_square
+        spans = trace.spans("image", [self.processor.num_image_tokens_for()] * len(talk.images) if talk.images else [])
+        found = [picture_attention(trace, *pair, is_padded) for pair in zip(spans, talk.images, strict=True)]
         features = answer.inputs.get("input_features")
         if features is not None and features.ndim == 3:
-            spans = trace.spans("audio")
-            found += [sound_attention(trace, span, clip) for span, clip in zip(spans, features, strict=False)]
+            # A long clip has several windows, each a row of frames, padded to the longest.
+            windows = [
+                row[mask.bool()] for row, mask in zip(features, answer.inputs["input_features_mask"], strict=True)
+            ]
+            hop = self.processor.feature_extractor.hop_length
+            spans = trace.spans("audio", [self.processor.num_audio_tokens_for(len(window) * hop) for window in windows])
+            found += [sound_attention(trace, *pair) for pair in zip(spans, windows, strict=True)]
         return [picture for picture in found if picture is not None]
 
 

@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from chorus_moe.serving.trace import Trace, shares
 from chorus_moe.surgery.printing import Html
 
 COLOURS = {"text": "#5b8def", "image": "#e8875b", "audio": "#56b28a"}
+# The longer side of a picture, in pixels.
+SIDE = 384
 STYLE = """
 .chorus-words span {padding: 1px 2px; margin: 1px; border-radius: 3px; display: inline-block; white-space: pre-wrap}
 .chorus-heat td {min-width: 20px; height: 16px; font-size: 10px; text-align: center; border: 1px solid #8883}
@@ -82,16 +84,25 @@ def spent_text(trace: Trace, tokens_per_second: float) -> str:
     )
 
 
-def picture_attention(trace: Trace, span: range, picture: str | bytes) -> Image.Image | None:
-    """A picture with what the answer looked at over it; None without a map, or where the tokens are no square."""
+def picture_attention(trace: Trace, span: range, picture: str | bytes, is_padded: bool = False) -> Image.Image | None:
+    """A picture with what the answer looked at over it; None without a map, or where the tokens are no square.
+
+    Args:
+        is_padded: the model saw it in the middle of a black square, not stretched to one.
+    """
     weight_N = looked_at(trace, span)
     side = round(len(span) ** 0.5)
     if weight_N is None or side * side != len(span):
         return None
     file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
-    shown = Image.open(file).convert("RGB")
-    shown.thumbnail((384, 384))
-    shown = shown.resize((384, 384 * shown.height // shown.width)) if shown.width < 384 else shown
+    # As the model saw it: a camera's tag says which side is up.
+    shown = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    scale = SIDE / max(shown.size)
+    shown = shown.resize((max(1, round(scale * shown.width)), max(1, round(scale * shown.height))))
+    if is_padded:
+        square = Image.new("RGB", (SIDE, SIDE), "black")
+        square.paste(shown, ((SIDE - shown.width) // 2, (SIDE - shown.height) // 2))
+        shown = square
     grid = Image.fromarray((255 * weight_N.reshape(side, side)).astype(np.uint8)).resize(
         shown.size, Image.Resampling.BICUBIC
     )
@@ -109,9 +120,9 @@ def sound_attention(trace: Trace, span: range, features: Tensor) -> Image.Image 
         return None
     mel = np.asarray(features.float()).T[::-1]
     low, high = mel.min(), mel.max()
-    grey = Image.fromarray((255 * (mel - low) / max(high - low, 1e-6)).astype(np.uint8)).resize((384, 140))
-    bar = Image.fromarray((255 * weight_N[None]).astype(np.uint8)).resize((384, 24), Image.Resampling.NEAREST)
-    shown = Image.new("RGB", (384, 168), "white")
+    grey = Image.fromarray((255 * (mel - low) / max(high - low, 1e-6)).astype(np.uint8)).resize((SIDE, 140))
+    bar = Image.fromarray((255 * weight_N[None]).astype(np.uint8)).resize((SIDE, 24), Image.Resampling.NEAREST)
+    shown = Image.new("RGB", (SIDE, 168), "white")
     shown.paste(
         Image.composite(Image.new("RGB", bar.size, "#e0301e"), Image.new("RGB", bar.size, "white"), bar), (0, 0)
     )

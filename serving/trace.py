@@ -6,8 +6,9 @@ one forward, with the options and the voice of the answer, so that streaming is 
 Shape suffixes: S tokens of prompt and answer, E experts of a bank, A tokens of the answer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -61,17 +62,11 @@ class Trace:
         ]
         return sorted(found, key=lambda entry: -entry[2])
 
-    def spans(self, modality: str, length: int | None = None) -> list[range]:
-        """Positions of each item of a modality; items that touch are cut by `length`, tokens of one."""
-        found, start = [], None
-        for position, name in enumerate([*self.modalities, ""]):
-            if name == modality and start is None:
-                start = position
-            if name != modality and start is not None:
-                step = length or position - start
-                found += [range(first, min(first + step, position)) for first in range(start, position, step)]
-                start = None
-        return found
+    def spans(self, modality: str, lengths: Iterable[int]) -> list[range]:
+        """Positions of each item of a modality, of so many tokens each; items may touch."""
+        places = [position for position, name in enumerate(self.modalities) if name == modality]
+        ends = accumulate(lengths, initial=0)
+        return [range(places[start], places[end - 1] + 1) for start, end in pairwise(ends)]
 
 
 @torch.inference_mode()

@@ -145,7 +145,9 @@ def test_the_trace_is_what_the_model_did(conversation: Conversation, files: tupl
     torch.testing.assert_close(trace.attention_AS.sum(dim=1), torch.ones(len(answer.tokens)))
     # A causal model: a token of the answer sees nothing behind the token before it.
     assert trace.attention_AS[0, trace.prompt_length :].sum() == 0
-    assert [len(span) for span in trace.spans("image")] == [conversation.processor.num_image_tokens]
+    image = conversation.processor.num_image_tokens
+    (span,) = trace.spans("image", [image])
+    assert [trace.modalities[place] for place in span] == ["image"] * image
     assert decoder.config._attn_implementation != "eager"
 
 

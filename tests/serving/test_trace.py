@@ -59,10 +59,10 @@ def test_the_strongest_comes_first_over_all_banks() -> None:
 def test_spans_of_items() -> None:
     modalities = ["text", "image", "image", "image", "image", "text", "audio", "image", "image"]
     found = trace(modalities=modalities)
-    assert found.spans("image") == [range(1, 5), range(7, 9)]
-    assert found.spans("image", 2) == [range(1, 3), range(3, 5), range(7, 9)]
-    assert found.spans("image", 3) == [range(1, 4), range(4, 5), range(7, 9)]
-    assert found.spans("audio") == [range(6, 7)] and found.spans("video") == []
+    assert found.spans("image", [4, 2]) == [range(1, 5), range(7, 9)]
+    assert found.spans("image", [2, 2, 2]) == [range(1, 3), range(3, 5), range(7, 9)]
+    assert found.spans("image", [1, 3, 2]) == [range(1, 2), range(2, 5), range(7, 9)]
+    assert found.spans("audio", [1]) == [range(6, 7)] and found.spans("video", []) == []
 
 
 def maps(*values: float, heads: int = 2, length: int = 4, keys: int = 4) -> list[torch.Tensor]:
