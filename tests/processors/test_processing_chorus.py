@@ -244,3 +244,11 @@ def test_the_placeholders_of_a_clip_are_those_of_the_first_unless_another_is_mea
     assert processor.replace_audio_token(clips) == "<audio>" * counts[0]
     assert processor.replace_audio_token(clips, 1) == "<audio>" * counts[1]
     assert processor.replace_image_token() == "<image>" * processor.num_image_tokens_for()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"audio_convolutions": [[3, 0]]}, {"frames_per_token": 0}, {"num_image_tokens": -1}]
+)
+def test_settings_without_bound_are_refused_where_a_processor_is_built(processor, settings) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}="):
+        ChorusProcessor(tokenizer=processor.tokenizer, **settings)

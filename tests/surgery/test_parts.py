@@ -110,6 +110,8 @@ def test_half_a_layer_is_rounded_up(share: str, count: int, expected: range):
     ("name", "message"),
     [
         ("layers:0-3", "freeze: 'layers:0-3' names layers 0 to 3; the model has layers 0 to 2"),
+        ("layers:0-11", "freeze: 'layers:0-11' names layers 0 to 11; the model has layers 0 to 2"),
+        ("layers:3", "freeze: 'layers:3' names layers? 3"),
         ("layers:2-1", "freeze: 'layers:2-1' names no layer"),
         ("layers:top120%", "freeze: 'layers:top120%': expected layers:3, layers:0-11, layers:top20%"),
         ("layers:top0%", "names no layer"),

@@ -89,3 +89,14 @@ def test_replicas_sum_the_gradients_of_their_shards(shards: int, replicas: int) 
     # A sum over n devices sends 2 (n - 1) / n of its numbers from each; FSDP's own sends half of that, once.
     copies = 2 * (replicas - 1) / replicas * trained / shards
     assert sent.in_node == pytest.approx(copies + (shards - 1) / shards * trained)
+
+
+@pytest.mark.parametrize(("stage", "gathered", "summed"), [(1, 1, 1), (2, 1, 3), (3, 2 * 3, 3)])
+def test_each_stage_of_zero_sends_what_it_does_not_keep(stage: int, gathered: int, summed: int) -> None:
+    """Of three micro-batches: stage 1 sums gradients once, others each time; stage 3 fetches weights twice a time."""
+    planned = PlannedModel(tiny_config())
+    settings = {"micro_steps": 3, "per_node": 8, "compute_bytes": 2, "gradient_bytes": 4, "checkpointing": False}
+    sent = traffic(planned, Layout(data=4, zero=stage), Rows(1, 16, TEXT), **settings)
+    leaving = 3 / 4 * sum(count * weight.size for unit, count in planned.kinds.items() for weight in unit)
+    assert sent["weights"].in_node == pytest.approx(gathered * 2 * leaving)
+    assert sent["gradients"].in_node == pytest.approx(summed * 4 * leaving)
