@@ -42,6 +42,8 @@ SHORTEST_CACHE = 128
 # Graphs of one model: one for each batch size, length of the cache and set of options.
 MOST_GRAPHS = 16
 COMPILING = Lock()
+# One thread at a time sees whether a model changed, and says so.
+LOOKING = Lock()
 # Experts functions that a graph can hold.
 TRACEABLE = (CPU_EXPERTS, "grouped_mm", "batched_mm", GATHERED)
 # What Inductor is told about a step on the CPU.
@@ -250,17 +252,18 @@ class CompiledDecoding:
     def _look(self) -> None:
         """At what the model is, once per text, not per token."""
         has_global_hook = bool(nn.modules.module._has_any_global_hook())
-        if self.snapshot and self.snapshot.is_current() and has_global_hook == self.signature[0]:
-            return
-        self.snapshot = Snapshot(self.model)
-        signature = has_global_hook, *signature_of(self.model)
-        # Steps of modules, adapters or hooks that changed since are compiled anew.
-        if signature != self.signature:
-            self.graphs.clear()
-            self.replayed.clear()
-            self.signature, self.failure = signature, _obstacle(self.model)
-            if self.failure:
-                self._say(self.failure)
+        with LOOKING:
+            if self.snapshot and self.snapshot.is_current() and has_global_hook == self.signature[0]:
+                return
+            self.snapshot = Snapshot(self.model)
+            signature = has_global_hook, *signature_of(self.model)
+            # Steps of modules, adapters or hooks that changed since are compiled anew.
+            if signature != self.signature:
+                self.graphs.clear()
+                self.replayed.clear()
+                self.signature, self.failure = signature, _obstacle(self.model)
+                if self.failure:
+                    self._say(self.failure)
 
     def _say(self, why: str) -> None:
         logger.warning_once(f"compiled decoding: {why}; the modules run instead")
