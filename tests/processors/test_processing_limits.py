@@ -3,7 +3,6 @@ import dataclasses
 import io
 import re
 import struct
-import sys
 import time
 import zlib
 
@@ -489,16 +488,3 @@ def test_a_playlist_opens_no_other_file(content, tmp_path, monkeypatch):
     for item in (content, tmp_path / "list"):
         with pytest.raises(MediaError, match="no readable sound"):
             decode_sound(item, LIMITS, 300.0, CLIP)
-
-
-@pytest.mark.parametrize("cause", [ImportError("no module"), OSError("libavcodec.so: cannot open shared object file")])
-def test_a_reader_of_sound_that_cannot_be_loaded_is_named(cause: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refuses:
-        def find_spec(self, name: str, *rest: object) -> None:
-            if name == "av":
-                raise cause
-
-    monkeypatch.delitem(sys.modules, "av")
-    monkeypatch.setattr(sys, "meta_path", [Refuses(), *sys.meta_path])
-    with pytest.raises(ImportError, match="sound files need `pip install av`; arrays work without it"):
-        decode_sound(wav_bytes(tone(0.1)), MediaLimits(), 10.0, MediaPlace("audio", 0))

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -288,3 +289,16 @@ def test_a_forked_process_works_on_one_thread() -> None:
     finally:
         torch.set_num_threads(threads)
         os.close(reader), os.close(writer)
+
+
+@pytest.mark.parametrize("cause", [ImportError("no module"), OSError("libavcodec.so: cannot open shared object file")])
+def test_a_reader_of_sound_that_cannot_be_loaded_is_named(cause: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refuses:
+        def find_spec(self, name: str, *rest: object) -> None:
+            if name == "av":
+                raise cause
+
+    monkeypatch.delitem(sys.modules, "av")
+    monkeypatch.setattr(sys, "meta_path", [Refuses(), *sys.meta_path])
+    with pytest.raises(ImportError, match="sound files need `pip install av`; arrays work without it"):
+        decode_sound(wav_bytes(tone(0.1)), MediaLimits(), 10.0, MediaPlace("audio", 0))
