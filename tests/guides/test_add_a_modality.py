@@ -49,7 +49,9 @@ ids, kinds = torch.arange(6)[None], torch.tensor([[0, 4, 4, 4, 0, 0]])
 with torch.no_grad():
     seen = model(input_ids=ids, mm_token_type_ids=kinds).last_hidden_state
     text = model(input_ids=ids).last_hidden_state
-assert seen.isfinite().all() and not torch.equal(seen[:, 1], text[:, 1]) and torch.equal(seen[:, 0], text[:, 0])
+# The first token sees itself alone. Three rows and six are multiplied in other orders.
+torch.testing.assert_close(seen[:, 0], text[:, 0], atol=1e-5, rtol=0)
+assert seen.isfinite().all() and (seen[:, 1] - text[:, 1]).abs().max() > 1e-3
 assert {{"depth_tower", "depth_connector"}} <= part_patterns(config).keys()
 assert MEDIA_KINDS["depth"] == "depth"
 """

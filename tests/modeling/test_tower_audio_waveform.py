@@ -52,12 +52,13 @@ def test_a_clip_alone_equals_the_clip_in_a_batch(kind, norm, library):
 @pytest.mark.parametrize("library", ["transformers", "torchaudio"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_freezing_a_tower_changes_no_bit_of_its_features(kind, library):
+def test_freezing_a_tower_changes_its_features_by_rounding_alone(kind, library):
     tower = tiny_tower(kind, "group", library)
     samples, mask = ragged_batch(LENGTHS)
     trained = tower(samples, mask).last_hidden_state
     tower.requires_grad_(False)
-    assert torch.equal(tower(samples, mask).last_hidden_state, trained)
+    # Torch has another product for frozen weights where a processor has no AVX-512: 4.8e-7 in transformers' WavLM.
+    torch.testing.assert_close(tower(samples, mask).last_hidden_state, trained, atol=2e-6, rtol=0)
 
 
 def test_the_number_of_tokens_is_that_of_the_convolutions():
