@@ -37,14 +37,17 @@ def check_request(body: Mapping[str, Any]) -> None:
         raise ValueError(f"chat_template_kwargs: {unknown!r:.80}; it may hold {TEMPLATE_KEYWORDS}")
     for name, (low, high) in RANGES.items():
         value = body.get(name)
-        if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+        # By exact type: JSON's true is a number in Python.
+        if value is not None and not (type(value) in (int, float) and low <= value <= high):
             raise ValueError(f"{name}={value!r:.80}: expected a number from {low:g} to {high:g}")
     for name in ("max_tokens", "max_completion_tokens"):
         value = body.get(name)
-        if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        if value is not None and not (type(value) is int and value >= 1):
             raise ValueError(f"{name}={value!r:.80}: expected a whole number of tokens from 1 on")
-    if body.get("seed") is not None and not isinstance(body["seed"], int):
-        raise ValueError(f"seed={body['seed']!r:.80}: expected a whole number")
+    seed = body.get("seed")
+    # Within what `torch.manual_seed` takes.
+    if seed is not None and not (type(seed) is int and -(2**63) <= seed < 2**64):
+        raise ValueError(f"seed={seed!r:.80}: expected a whole number of at most 64 bits")
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages: expected a list of at least one message")
