@@ -68,7 +68,7 @@ REPLAY_OF_SPEAKER = REPLAY | {"written": 4.0, "spoken": 6.0}
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much of everything: the defaults take seven to eight minutes on two processor cores.
+    """How much of everything: the defaults take six to eight minutes on two processor cores.
 
     Args:
         picture_steps, sound_steps: optimizer steps of each encoder alone.
