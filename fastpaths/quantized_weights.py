@@ -28,9 +28,6 @@ from chorus_moe.modeling.moe_banks import ChorusExperts
 # A core that loads from several places at once reads memory faster: one loop sums rows of this many parts of a matrix
 # (Sapphire Rapids: 18 GB/s from four, 12 to 14 from one).
 STREAMS = 4
-# A weight of fewer values comes from a cache, where parts are more loops and nothing else: the products of a LoRA do
-# (with two threads on an EPYC 3% of a token's time).
-FEWEST_STREAMED = 65_536
 # More of them pay where the arithmetic of unpacking counts.
 STREAMS_OF_4_BITS = 8
 # Tokens of a decoding step, at most.
@@ -237,8 +234,6 @@ def row_product(weight: Tensor | Quantized, states_M: Tensor, streams: int = 1, 
 
 def streams(weight: Tensor | Quantized, products: int) -> int:
     """In how many parts the rows of a weight are read for several products with a vector each."""
-    if not isinstance(weight, Quantized) and weight.numel() < FEWEST_STREAMED:
-        return 1
     most = STREAMS_OF_4_BITS if isinstance(weight, Quantized) and weight.bits == 4 else STREAMS
     return most if products < STREAMS else max(1, most // 2)
 

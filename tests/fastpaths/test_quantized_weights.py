@@ -23,7 +23,6 @@ from chorus_moe.fastpaths.quantized_weights import (
     row_product,
     store_quantized,
     stored_weight,
-    streams,
 )
 from chorus_moe.modeling.moe_banks import ChorusExperts
 from tests.conftest import tiny_config
@@ -101,11 +100,6 @@ def test_states_that_are_rounded_give_the_same_product_in_whole_numbers_and_in_f
         assert (integer_product(pieces, weight.values, weight.scale).mul_(scale) - expected).abs().max() < 2e-5
     # Parts of it round as well.
     assert all(part.rounds_states for part in (*weight.tensor_split(2, dim=-2), weight[:4]))
-
-
-@pytest.mark.parametrize(("values", "products", "parts"), [(999, 1, 1), (999, 4, 1), (1_000, 1, 4), (1_000, 4, 2)])
-def test_a_weight_that_fits_a_cache_is_read_in_one_part(values: int, products: int, parts: int) -> None:
-    assert streams(torch.empty(values), products) == parts
 
 
 @pytest.mark.parametrize("index", [None, torch.tensor([2])])
