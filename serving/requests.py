@@ -35,6 +35,10 @@ def check_request(body: Mapping[str, Any]) -> None:
     unknown = sorted(keywords.keys() - set(TEMPLATE_KEYWORDS)) if isinstance(keywords, Mapping) else keywords
     if unknown:
         raise ValueError(f"chat_template_kwargs: {unknown!r:.80}; it may hold {TEMPLATE_KEYWORDS}")
+    for name, value in ({"stream": body.get("stream")} | dict(keywords)).items():
+        # A string "false" would mean yes.
+        if value is not None and type(value) is not bool:
+            raise ValueError(f"{name}={value!r:.80}: expected true or false")
     for name, (low, high) in RANGES.items():
         value = body.get(name)
         # By exact type: JSON's true is a number in Python.

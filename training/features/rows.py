@@ -82,13 +82,19 @@ def pack(states: Sequence[Tensor]) -> bytes:
 
 
 def unpack(packed: bytes) -> list[Tensor]:
-    """Raises ValueError: bytes that `pack` has not written, or that were damaged since."""
+    """Raises ValueError: what `pack` has not written, or what was damaged since."""
     try:
         # No pickle: this format holds names, shapes and numbers only.
         found = safetensors.torch.load(packed)
-        return [found[str(index)] for index in range(len(found))]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"cached features of {len(packed):,} bytes are damaged: {error}; write them again") from error
+        states = [found[str(index)] for index in range(len(found))]
+        for state in states:
+            # Without a width, a few bytes could claim any number of tokens.
+            if state.ndim != 2 or not state.shape[1] or not state.is_floating_point():
+                raise TypeError(f"{state.dtype} of shape {tuple(state.shape)} is no (tokens, width)")
+    except (SafetensorError, KeyError, TypeError) as error:
+        size = f"{len(packed):,} bytes" if isinstance(packed, bytes) else f"type {type(packed).__name__}"
+        raise ValueError(f"cached features of {size} are damaged: {error}; write them again") from error
+    return states
 
 
 def read_row(row: Mapping[str, Any], facts: Facts) -> dict[str, Any]:

@@ -35,6 +35,20 @@ def test_damaged_states_are_named(packed: bytes) -> None:
         unpack(packed)
 
 
+@pytest.mark.parametrize(
+    "state", [torch.ones(3), torch.ones(1, 2, 3), torch.ones(2, 3).long(), torch.ones(2, 0)], ids=str
+)
+def test_states_that_no_tower_gives_are_damaged(state: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"are damaged: torch\..* of shape \(.*\) is no \(tokens, width\)"):
+        unpack(pack([torch.ones(2, 3), state]))
+
+
+@pytest.mark.parametrize(("packed", "kind"), [(None, "NoneType"), ("text", "str")])
+def test_a_column_of_something_else_is_damaged(packed: Any, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"cached features of type {kind} are damaged"):
+        unpack(packed)
+
+
 def test_rows_keep_their_number_media_and_further_columns(cache: Path) -> None:
     rows = load_rows(cache, "train")
     assert isinstance(rows, FeatureRows)
